@@ -1,0 +1,73 @@
+"""minopt: OPT (Zhang et al. 2022, arXiv 2205.01068) in plain PyTorch.
+
+``minopt.load("facebook/opt-125m").generate("Today is a beautiful day")``
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from minopt.cache import KVCache
+    from minopt.checkpoint.load import load_model
+    from minopt.checkpoint.read import CheckpointError
+    from minopt.checkpoint.save import save_model
+    from minopt.config import OPTConfig
+    from minopt.generation.config import GenerationConfig
+    from minopt.generation.decode import GenerationOutput, generate
+    from minopt.language_model import GeneratedText, LanguageModel, load
+    from minopt.model import OPT
+    from minopt.tokenizer import Tokenizer
+
+__version__ = "0.1.0"
+
+DEMO = str(Path(__file__).parent / "demo")
+"""Folder of the small checkpoint that the package carries: ``minopt.load(minopt.DEMO)`` works offline."""
+
+# Where each public name is defined; imported on first use, so that `import minopt` costs nothing.
+_HOME = {
+    "KVCache": "minopt.cache",
+    "load_model": "minopt.checkpoint.load",
+    "CheckpointError": "minopt.checkpoint.read",
+    "save_model": "minopt.checkpoint.save",
+    "OPTConfig": "minopt.config",
+    "GenerationConfig": "minopt.generation.config",
+    "GenerationOutput": "minopt.generation.decode",
+    "generate": "minopt.generation.decode",
+    "GeneratedText": "minopt.language_model",
+    "LanguageModel": "minopt.language_model",
+    "load": "minopt.language_model",
+    "OPT": "minopt.model",
+    "Tokenizer": "minopt.tokenizer",
+}
+
+__all__ = [
+    "DEMO",
+    "OPT",
+    "CheckpointError",
+    "GeneratedText",
+    "GenerationConfig",
+    "GenerationOutput",
+    "KVCache",
+    "LanguageModel",
+    "OPTConfig",
+    "Tokenizer",
+    "generate",
+    "load",
+    "load_model",
+    "save_model",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module 'minopt' has no attribute {name!r}")
+    value = getattr(import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

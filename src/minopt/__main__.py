@@ -1,0 +1,7 @@
+"""``python -m minopt``, for torchrun and for environments without the script."""
+
+import sys
+
+from minopt.cli import main
+
+sys.exit(main())

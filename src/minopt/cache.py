@@ -1,0 +1,106 @@
+"""The key-value cache of a decoder: preallocated, owned by the caller, filled in place."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from minopt.config import OPTConfig
+
+# Shapes: B batch, T tokens this call, S capacity or filled length, H heads, D head_dim, L layers.
+
+
+class KVCache:
+    """Keys and values of every layer for the tokens seen so far.
+
+    ``2 * L * B * S * C * itemsize`` bytes and not one more, allocated once. Keys and values are apart and
+    a tensor a layer, so that compilers see plain in-place writes.
+
+    Args:
+        config: shape of the model.
+        batch_size: B.
+        capacity: S, the most tokens a row can hold.
+        dtype: of keys and values: the model's.
+        device: where they live: the model's.
+
+    Attributes:
+        keys, values: L tensors ``[B, H, S, D]`` each.
+        length: tokens filled so far, the same for every row (rows are padded to it). An int; or an
+            integer tensor of no dims, with which a decode step has the same shapes at every position
+            (CUDA graphs, exported programs) and attends the whole capacity under a mask.
+
+    Raises:
+        ValueError: if batch size or capacity is not positive.
+    """
+
+    def __init__(
+        self,
+        config: OPTConfig,
+        batch_size: int,
+        capacity: int,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        if batch_size < 1 or capacity < 1:
+            raise ValueError(f"KVCache: batch_size and capacity must be positive, got {batch_size} and {capacity}.")
+        shape = (batch_size, config.num_attention_heads, capacity, config.head_dim)
+        # Zeros, for a masked slot is still multiplied (by 0), and 0 * NaN is NaN.
+        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
+        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
+        self.length: int | Tensor = 0
+
+    @property
+    def batch_size(self) -> int:
+        return self.keys[0].shape[0]
+
+    @property
+    def capacity(self) -> int:
+        return self.keys[0].shape[2]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in (*self.keys, *self.values))
+
+    def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Writes one layer's new keys and values ``[B, H, T, D]`` behind the filled part.
+
+        Returns:
+            Keys and values to attend: views ``[B, H, length + T, D]``, or the whole capacity where ``length``
+            is a tensor. ``length`` itself moves once all layers have written (the model does that).
+        """
+        keys, values, new = self.keys[layer], self.values[layer], key.shape[2]
+        if isinstance(self.length, Tensor):
+            at = self.length + torch.arange(new, device=key.device)
+            keys.index_copy_(2, at, key)
+            values.index_copy_(2, at, value)
+            return keys, values
+        end = self.length + new
+        keys[:, :, self.length : end] = key
+        values[:, :, self.length : end] = value
+        return keys[:, :, :end], values[:, :, :end]
+
+    def truncate(self, length: int) -> None:
+        """Forgets all but the first ``length`` tokens of each row.
+
+        Raises:
+            ValueError: if fewer than that are filled.
+        """
+        if not 0 <= length <= int(self.length):
+            raise ValueError(f"KVCache.truncate: expected a length from 0 to {int(self.length)}, got {length}.")
+        self.length = length
+
+    def reorder(self, rows: Tensor) -> None:
+        """Makes row ``i`` what row ``rows[i]`` was (beam search). In place.
+
+        Args:
+            rows: ``[B]`` integer indices; a row may be taken more than once.
+        """
+        filled = self.capacity if isinstance(self.length, Tensor) else self.length
+        for tensor in (*self.keys, *self.values):
+            tensor[:, :, :filled] = tensor[:, :, :filled].index_select(0, rows)
+
+    def expand(self, copies: int) -> None:
+        """Repeats each row ``copies`` times, copies side by side: ``[B, ...]`` becomes ``[B * copies, ...]``."""
+        self.keys = [t.repeat_interleave(copies, dim=0) for t in self.keys]
+        self.values = [t.repeat_interleave(copies, dim=0) for t in self.values]

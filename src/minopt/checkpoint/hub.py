@@ -1,0 +1,109 @@
+"""From a name to a folder on this machine, by way of the Hugging Face hub where it is not one already."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from minopt.checkpoint.read import LAYOUTS, some
+
+_TEXT_FILES = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json",
+               "merges.txt", "added_tokens.json", "special_tokens_map.json"]  # fmt: skip
+_SAFETENSORS = ["model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors"]
+_PICKLES = ["pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*-of-*.bin"]
+
+# "owner/name", or the name alone of one of the hub's oldest models.
+_HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+
+
+def find_model(name_or_path: str | Path, *, revision: str | None = None, local_files_only: bool = False) -> Path:
+    """The folder of a model: a local one, or the hub's cache of one, filled first if need be.
+
+    Args:
+        name_or_path: see ``minopt.load_model``.
+        revision: branch, tag or commit on the hub.
+        local_files_only: ask nobody.
+
+    Raises:
+        FileNotFoundError: if there is no such folder or repository, or no model in it.
+        ValueError: if a folder holds several models.
+        PermissionError: if the hub wants another login.
+        ConnectionError: if the hub cannot be reached and the cache has no copy.
+    """
+    path = Path(name_or_path).expanduser()
+    if path.is_dir():
+        return _model_folder(path)
+    if path.exists():
+        raise FileNotFoundError(f"{path}: expected a model's folder, got a file. Name the folder that it lies in.")
+    if isinstance(name_or_path, Path) or not _HUB_NAME.fullmatch(name_or_path):
+        raise FileNotFoundError(f"{name_or_path}: no such folder, and not the name of a model on the hub (owner/name).")
+    return _download(name_or_path, revision, local_files_only)
+
+
+def _model_folder(path: Path) -> Path:
+    """``path`` if it is a model's folder, else the only one in it (a training run's parent, say)."""
+    if (path / "config.json").is_file():
+        return path
+    inner = sorted(p.parent for p in path.glob("[!.]*/config.json"))
+    if len(inner) > 1:
+        raise ValueError(f"{path}: holds {len(inner)} models ({some([p.name for p in inner])}). Name one of them.")
+    if not inner:
+        found = sorted(p.name for p in path.iterdir())
+        raise FileNotFoundError(
+            f"{path}: expected a model's folder (config.json and weights), found {some(found) or 'nothing'}."
+        )
+    return inner[0]
+
+
+def _download(name: str, revision: str | None, local_files_only: bool) -> Path:
+    """Fetches safetensors if the repository has them, else pickles, and never another framework's weights."""
+    folder = _snapshot(name, revision, local_files_only, _TEXT_FILES + _SAFETENSORS)
+    if not any((folder / layout).is_file() for layout in LAYOUTS):
+        folder = _snapshot(name, revision, local_files_only, _TEXT_FILES + _PICKLES)
+    return _model_folder(folder)
+
+
+def _snapshot(name: str, revision: str | None, local_files_only: bool, patterns: list[str]) -> Path:
+    from huggingface_hub import snapshot_download  # 190 ms to import, and only needed here
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:
+        return Path(
+            snapshot_download(name, revision=revision, allow_patterns=patterns, local_files_only=local_files_only)
+        )
+    except GatedRepoError:
+        raise PermissionError(
+            f"{name}: its owners want to be asked first. Accept the terms on its page, then log in: hf auth login."
+        ) from None
+    except RepositoryNotFoundError:
+        raise FileNotFoundError(
+            f"{name}: no such folder, and no such model on the hub (or it is private: log in with hf auth login)."
+        ) from None
+    except RevisionNotFoundError:
+        raise FileNotFoundError(
+            f"{name}: no revision {revision!r} on the hub. Use a branch, a tag or a commit."
+        ) from None
+    except HFValidationError as error:
+        raise FileNotFoundError(f"{name}: no such folder, and not a name on the hub ({error}).") from None
+    except LocalEntryNotFoundError as error:
+        raise ConnectionError(_unreachable(name, local_files_only, error)) from None
+    except HfHubHTTPError as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConnectionError(f"{name}: the hub refused ({reason}). Try again, or log in: hf auth login.") from None
+
+
+def _unreachable(name: str, local_files_only: bool, error: Exception) -> str:
+    from huggingface_hub import constants
+
+    if local_files_only or constants.HF_HUB_OFFLINE:
+        return f"{name}: not in the hub's cache, and asking the hub is switched off. Load it once with a connection."
+    cause = error.__cause__ or error
+    reason = (str(cause).splitlines() or [type(cause).__name__])[0]
+    return f"{name}: the hub cannot be reached ({reason}), and the cache has no copy. Check the connection."

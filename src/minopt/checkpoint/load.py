@@ -1,0 +1,157 @@
+"""Builds a model from a checkpoint: on the meta device first, then each tensor is checked and assigned."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from minopt.checkpoint.hub import find_model
+from minopt.checkpoint.names import HF_HEAD, from_hf
+from minopt.checkpoint.read import CheckpointError, WeightFiles, some
+from minopt.config import OPTConfig
+from minopt.model import OPT
+
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def load_model(
+    name_or_path: str | Path,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | str = "auto",
+    revision: str | None = None,
+    local_files_only: bool = False,
+) -> OPT:
+    """Loads the plain, trainable model of a checkpoint, in evaluation mode.
+
+    Weights are read straight into place. On a CPU, those that keep their dtype stay memory-mapped: they cost
+    nothing until used, and the file must not be changed in place meanwhile (replacing it is fine).
+
+    Args:
+        name_or_path: a model's folder, a folder that holds exactly one model's folder, or a name on the hub
+            such as ``"facebook/opt-125m"``.
+        device: ``None`` is the GPU if there is one, else the CPU.
+        dtype: ``"float32"``, ``"float16"``, ``"bfloat16"`` or the torch dtype; ``"auto"`` is float32 on a CPU
+            and the file's own elsewhere. Tensors are cast as they are read.
+        revision: branch, tag or commit on the hub.
+        local_files_only: use what the hub's cache holds, ask nobody.
+
+    Returns:
+        The model, in ``eval()`` mode.
+
+    Raises:
+        FileNotFoundError: if there is no such folder, repository or file.
+        ValueError: (``CheckpointError`` where it is the files) if anything is missing, unexpected or of another
+            shape, or a pickle wants to run code, or device or dtype is unknown.
+        OSError: if the hub cannot be reached or refuses.
+    """
+    target, number_type = resolve_device(device), resolve_dtype(dtype)  # before anything is downloaded
+    folder = find_model(name_or_path, revision=revision, local_files_only=local_files_only)
+    return load_folder(folder, target, number_type)
+
+
+def load_folder(folder: Path, device: torch.device, dtype: torch.dtype | None) -> OPT:
+    """``load_model`` of a folder that is at hand; ``dtype`` ``None`` is ``"auto"``."""
+    config = OPTConfig.load(folder)
+    files = WeightFiles(folder)
+    if dtype is None:
+        dtype = torch.float32 if device.type == "cpu" else files.main_dtype
+    model = OPT(config, device="meta", dtype=dtype)
+    source = _match(model, files, folder)
+    state: dict[str, Tensor] = {}
+    for name, key in source.items():
+        keep = device.type == "cpu" and files.dtypes[key] == dtype
+        state[name] = files.read(key, keep=keep).to(device=device, dtype=dtype)
+    if HF_HEAD in files.shapes and HF_HEAD not in source.values():
+        _check_head(files, state["embed_tokens.weight"], folder)
+    model.load_state_dict(state, assign=True)
+    return model.eval()
+
+
+def _match(model: OPT, files: WeightFiles, folder: Path) -> dict[str, str]:
+    """The file's key for each of the model's parameters.
+
+    Raises:
+        CheckpointError: naming what is missing, unexpected or of the wrong shape, all at once.
+    """
+    parameters = dict(model.named_parameters())
+    source: dict[str, str] = {}
+    unexpected, twice, shapes = [], [], []
+    for key, shape in files.shapes.items():
+        name = from_hf(key)
+        if name is None or key == HF_HEAD:
+            continue
+        if name not in parameters:
+            unexpected.append(key)
+        elif name in source:
+            twice.append(f"{source[name]} and {key}")
+        elif shape != tuple(parameters[name].shape):
+            source[name] = key
+            shapes.append(f"{key}: expected {list(parameters[name].shape)}, got {list(shape)}")
+        elif (stored := files.dtypes[key]) is None or not stored.is_floating_point:
+            source[name] = key
+            shapes.append(f"{key}: expected floating point, got integers")
+        else:
+            source[name] = key
+    if "embed_tokens.weight" not in source and files.shapes.get(HF_HEAD) == tuple(model.embed_tokens.weight.shape):
+        source["embed_tokens.weight"] = HF_HEAD  # tied, and written once under the head's name
+    missing = [name for name in parameters if name not in source]
+    problems = [
+        f"{len(names)} {what} ({some(names)})"
+        for what, names in (("missing", missing), ("unexpected", unexpected), ("stored twice", twice),
+                            ("of the wrong shape or kind", shapes))
+        if names
+    ]  # fmt: skip
+    if not problems:
+        return source
+    hint = "Do config.json and the weights belong together?"
+    if set(missing) & {"final_layer_norm.weight", "final_layer_norm.bias"}:
+        hint = (
+            "A fine-tune made before transformers 4.20.1 has no final_layer_norm: if this is one, set "
+            '"_remove_final_layer_norm": true in its config.json.'
+        )
+    raise CheckpointError(f"{folder}: the tensors are not those of config.json: {'; '.join(problems)}. {hint}")
+
+
+def _check_head(files: WeightFiles, embeddings: Tensor, folder: Path) -> None:
+    if files.shapes[HF_HEAD] == tuple(embeddings.shape):
+        head = files.read(HF_HEAD, keep=False).to(device=embeddings.device, dtype=embeddings.dtype)
+        if torch.equal(head, embeddings):
+            return
+    raise CheckpointError(
+        f"{folder}: {HF_HEAD} differs from the token embeddings; OPT's head is tied to them, and an untied one "
+        "cannot be kept. Was the model trained with tie_word_embeddings false?"
+    )
+
+
+def resolve_device(device: torch.device | str | None) -> torch.device:
+    """The device asked for, by default the GPU if there is one.
+
+    Raises:
+        ValueError: if this machine or this torch does not have it.
+    """
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(device)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0].split(". ")[0]
+        raise ValueError(f'device: {str(device)!r} is not to be had here ({reason}). Try "cpu".') from None
+    return device
+
+
+def resolve_dtype(dtype: torch.dtype | str) -> torch.dtype | None:
+    """The dtype asked for, ``None`` for ``"auto"``.
+
+    Raises:
+        ValueError: if it is no floating dtype.
+    """
+    if dtype == "auto":
+        return None
+    resolved = _DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if not isinstance(resolved, torch.dtype) or not resolved.is_floating_point:
+        raise ValueError(f"dtype: expected auto, {', '.join(_DTYPES)} or a floating torch.dtype, got {dtype!r}.")
+    return resolved

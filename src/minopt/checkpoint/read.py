@@ -1,0 +1,181 @@
+"""Finds the weight files of a Hugging Face folder and reads tensors out of them, one at a time.
+
+Nothing in a file is executed: safetensors holds plain data, and pickles go through torch's ``weights_only`` loader.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+# In the order of preference where a folder holds several.
+LAYOUTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be loaded: the message names the file, what was expected and what to do."""
+
+
+class SafetensorsFile:
+    """The tensors of a .safetensors file; opening reads its header only.
+
+    Attributes:
+        shapes: by key.
+        dtypes: by key; ``None`` for one that no OPT has (integers).
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._handles: dict[str, Any] = {}
+        handle = self._open("mmap")
+        slices = {key: handle.get_slice(key) for key in handle.keys()}  # noqa: SIM118 (no mapping)
+        self.shapes = {key: tuple(s.get_shape()) for key, s in slices.items()}
+        self.dtypes = {key: _DTYPES.get(s.get_dtype()) for key, s in slices.items()}
+
+    def _open(self, backend: str) -> Any:
+        if backend not in self._handles:
+            try:
+                self._handles[backend] = safetensors.safe_open(self.path, framework="pt", backend=backend)
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(
+                    f"{self.path}: cut short or not safetensors ({error}). Fetch the file again."
+                ) from None
+        return self._handles[backend]
+
+    def read(self, key: str, *, keep: bool) -> Tensor:
+        """One tensor on the CPU.
+
+        Args:
+            key: one of ``shapes``.
+            keep: True maps the file: nothing is read until it is used, and the pages stay the file's. False reads
+                into memory of its own, which goes when the tensor does.
+        """
+        return self._open("mmap" if keep else "pread").get_tensor(key)
+
+
+class PickleFile:
+    """The tensors of a pytorch_model.bin, as ``SafetensorsFile`` has them."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with path.open("rb") as file:
+            self._is_zip = file.read(2) == b"PK"  # files from before torch 1.6 are not, and cannot be mapped
+        self._mapped = self._load(mmap=self._is_zip)
+        self._private: dict[str, Tensor] | None = None if self._is_zip else self._mapped
+        self.shapes = {key: tuple(tensor.shape) for key, tensor in self._mapped.items()}
+        self.dtypes = {key: tensor.dtype for key, tensor in self._mapped.items()}
+
+    def _load(self, mmap: bool) -> dict[str, Tensor]:
+        try:
+            content = torch.load(self.path, map_location="cpu", mmap=mmap, weights_only=True)
+        except pickle.UnpicklingError as error:
+            lines = (line.strip() for line in str(error).splitlines())
+            reason = next((line for line in lines if "Unsupported" in line or "GLOBAL" in line), "")
+            raise CheckpointError(
+                f"{self.path}: the pickle holds more than tensors, and loading it could run code, so it was not "
+                f"loaded. {reason} Use a safetensors file, or save the tensors alone."
+            ) from None
+        except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise CheckpointError(f"{self.path}: cut short or not a torch file ({reason}). Fetch it again.") from None
+        if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+            raise CheckpointError(f"{self.path}: expected a dict of tensors, got something else. Is it a state dict?")
+        return content
+
+    def read(self, key: str, *, keep: bool) -> Tensor:
+        """One tensor on the CPU, as ``SafetensorsFile.read`` gives it; one that is not kept is read once."""
+        if keep:
+            return self._mapped[key]
+        if self._private is None:
+            # Whole into memory; each tensor's part is freed as it is taken and dropped. Mapped pages
+            # would stay until the last one.
+            self._mapped = {}
+            self._private = self._load(mmap=False)
+        return self._private.pop(key)
+
+
+class WeightFiles:
+    """All the tensors of a folder's checkpoint.
+
+    Attributes:
+        shapes, dtypes: by key, of all files together.
+
+    Raises:
+        FileNotFoundError: if the folder holds no layout that is known, or a file of it is missing.
+        CheckpointError: if a file cannot be read.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.files = [_open_file(path) for path in find_weight_files(folder)]
+        self.shapes = {key: shape for file in self.files for key, shape in file.shapes.items()}
+        self.dtypes = {key: dtype for file in self.files for key, dtype in file.dtypes.items()}
+        self._file_of = {key: file for file in self.files for key in file.shapes}
+
+    def read(self, key: str, *, keep: bool) -> Tensor:
+        """One tensor on the CPU; see ``SafetensorsFile.read``."""
+        return self._file_of[key].read(key, keep=keep)
+
+    @property
+    def main_dtype(self) -> torch.dtype:
+        """The floating dtype that most numbers are stored in (norms may be kept in float32 beside float16)."""
+        numbers: dict[torch.dtype, int] = {}
+        for key, dtype in self.dtypes.items():
+            if dtype is not None and dtype.is_floating_point:
+                numbers[dtype] = numbers.get(dtype, 0) + torch.Size(self.shapes[key]).numel()
+        return max(numbers, key=lambda dtype: numbers[dtype], default=torch.float32)
+
+
+def find_weight_files(folder: Path) -> list[Path]:
+    """The files of the first of ``LAYOUTS`` that ``folder`` holds, all present.
+
+    Raises:
+        FileNotFoundError: if there is none, or some shards of it are missing; up to five are named.
+        CheckpointError: if the index is not one, or names files outside of the folder.
+    """
+    layout = next((name for name in LAYOUTS if (folder / name).is_file()), None)
+    if layout is None:
+        found = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
+        raise FileNotFoundError(
+            f"{folder}: expected weights ({', '.join(LAYOUTS)}), found {some(found) or 'nothing'}. "
+            "Is this a model's folder, and did its download finish?"
+        )
+    if not layout.endswith(".index.json"):
+        return [folder / layout]
+    names = _shard_names(folder / layout)
+    outside = [name for name in names if Path(name).name != name or name in ("", ".", "..")]
+    if outside:
+        raise CheckpointError(f"{folder / layout}: shards must lie in the folder itself, got {some(outside)}.")
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"{folder}: {len(missing)} of the {len(names)} files in {layout} are missing: {some(missing)}. "
+            "Fetch them again."
+        )
+    return [folder / name for name in names]
+
+
+def _shard_names(index: Path) -> list[str]:
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        return sorted({str(name) for name in weight_map.values()})
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise CheckpointError(f"{index}: expected JSON with a weight_map from keys to files. Fetch it again.") from None
+
+
+def _open_file(path: Path) -> SafetensorsFile | PickleFile:
+    return SafetensorsFile(path) if path.suffix == ".safetensors" else PickleFile(path)
+
+
+def some(names: list[str], most: int = 5) -> str:
+    """The first few of a list of names, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

@@ -1,0 +1,218 @@
+"""The configuration of an OPT model: the fields of its published config.json, frozen and checked.
+
+Imports no torch, so that a configuration can be read and planned with anywhere.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+ACTIVATIONS = ("relu", "gelu")
+
+
+@dataclass(frozen=True)
+class OPTConfig:
+    """Shape and options of an OPT decoder, under the names of the published ``config.json``.
+
+    The defaults are opt-125m's. Everything is checked on construction; nothing changes afterwards.
+
+    Attributes:
+        vocab_size: rows of the token table, V. OPT's 50,272 is 50,265 tokens padded to a multiple of 8.
+        hidden_size: width of the residual stream, C.
+        num_hidden_layers: L.
+        ffn_dim: width of the feed-forward layer, F.
+        max_position_embeddings: the longest sequence in tokens (the table has two rows more).
+        do_layer_norm_before: pre-norm (every size but 350m) or post-norm (350m).
+        word_embed_proj_dim: width of the token table, E; ``None`` means ``hidden_size``. Where the two
+            differ (350m), bias-free ``project_in`` and ``project_out`` lie between them.
+        num_attention_heads: H.
+        activation_function: ``"relu"``, or ``"gelu"`` (Galactica; the exact, erf form).
+        dropout: probability on the outputs of attention and of the feed-forward, in training.
+        attention_dropout: probability on the attention weights, in training.
+        layerdrop: probability of skipping a layer, in training.
+        init_std: standard deviation of the initial weights. OPT was trained from 0.006 (section 2.2
+            of arXiv 2205.01068); the published files say 0.02, the default of the converter's library.
+        pad_token_id, bos_token_id, eos_token_id: ids, or ``None`` where there is none. OPT begins a text
+            with ``</s>`` (2), its ``bos`` and ``eos`` alike. ``eos_token_id`` may be a tuple.
+        enable_bias: whether linear layers have biases (Galactica: no).
+        layer_norm_elementwise_affine: whether norms have weight and bias (Galactica: no).
+        tie_word_embeddings: kept as published; the output head is always the token table.
+        _remove_final_layer_norm: the decoder's last norm is missing (fine-tunes made before
+            transformers 4.20.1).
+        extra: keys of the file that mean nothing here, kept so that saving loses nothing.
+
+    Raises:
+        ValueError: naming each rule that the values break.
+    """
+
+    vocab_size: int = 50272
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    ffn_dim: int = 3072
+    max_position_embeddings: int = 2048
+    do_layer_norm_before: bool = True
+    word_embed_proj_dim: int | None = None
+    num_attention_heads: int = 12
+    activation_function: str = "relu"
+    dropout: float = 0.1
+    attention_dropout: float = 0.0
+    layerdrop: float = 0.0
+    init_std: float = 0.006
+    pad_token_id: int | None = 1
+    bos_token_id: int | None = 2
+    eos_token_id: int | tuple[int, ...] | None = 2
+    enable_bias: bool = True
+    layer_norm_elementwise_affine: bool = True
+    tie_word_embeddings: bool = True
+    _remove_final_layer_norm: bool = False
+    extra: Mapping[str, Any] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.word_embed_proj_dim is None:
+            object.__setattr__(self, "word_embed_proj_dim", self.hidden_size)
+        if isinstance(self.eos_token_id, list):
+            object.__setattr__(self, "eos_token_id", tuple(self.eos_token_id))
+        if problems := self._problems():
+            raise ValueError("OPTConfig: " + "; ".join(problems) + ".")
+
+    def _problems(self) -> list[str]:
+        sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "ffn_dim", "max_position_embeddings",
+                 "word_embed_proj_dim", "num_attention_heads")  # fmt: skip
+        flags = ("do_layer_norm_before", "enable_bias", "layer_norm_elementwise_affine", "tie_word_embeddings",
+                 "_remove_final_layer_norm")  # fmt: skip
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        bad_sizes = [n for n in sizes if not _is_int(values[n]) or values[n] < 1]
+        problems = [f"{n} must be a positive integer, got {values[n]!r}" for n in bad_sizes]
+        if not {"hidden_size", "num_attention_heads"} & set(bad_sizes) and self.hidden_size % self.num_attention_heads:
+            problems.append(
+                f"hidden_size must be a multiple of num_attention_heads, got {self.hidden_size} and "
+                f"{self.num_attention_heads}"
+            )
+        problems += [f"{n} must be true or false, got {values[n]!r}" for n in flags if not isinstance(values[n], bool)]
+        problems += [
+            f"{n} must be in [0, 1), got {values[n]!r}"
+            for n in ("dropout", "attention_dropout", "layerdrop")
+            if not _is_number(values[n]) or not 0 <= values[n] < 1
+        ]
+        if not _is_number(self.init_std) or self.init_std <= 0:
+            problems.append(f"init_std must be positive, got {self.init_std!r}")
+        if self.activation_function not in ACTIVATIONS:
+            problems.append(f"activation_function must be one of {list(ACTIVATIONS)}, got {self.activation_function!r}")
+        rows = self.vocab_size if "vocab_size" not in bad_sizes else float("inf")
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            ids = values[name] if isinstance(values[name], tuple) else (values[name],)
+            if values[name] is not None and not all(_is_int(i) and 0 <= i < rows for i in ids):
+                problems.append(
+                    f"{name} must be a row of the vocabulary (0 to {rows - 1}) or null, got {values[name]!r}"
+                )
+        return problems
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head, D."""
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def embed_dim(self) -> int:
+        """Width of the token table, E: ``word_embed_proj_dim`` with its default filled in."""
+        assert self.word_embed_proj_dim is not None
+        return self.word_embed_proj_dim
+
+    @property
+    def has_final_layer_norm(self) -> bool:
+        """Whether a norm follows the last layer: in pre-norm models, but for old fine-tunes."""
+        return self.do_layer_norm_before and not self._remove_final_layer_norm
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """The ids that end a text, none to many."""
+        if self.eos_token_id is None:
+            return ()
+        return self.eos_token_id if isinstance(self.eos_token_id, tuple) else (self.eos_token_id,)
+
+    @classmethod
+    def preset(cls, name: str) -> OPTConfig:
+        """The configuration of a published size, for example ``"opt-125m"`` or ``"galactica-6.7b"``.
+
+        Raises:
+            ValueError: for any other name; the message lists the known ones.
+        """
+        if name not in _PRESETS:
+            raise ValueError(f"OPTConfig.preset: unknown name {name!r}, expected one of {', '.join(_PRESETS)}.")
+        return cls(**_PRESETS[name])
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> OPTConfig:
+        """Builds a configuration from the content of a config.json; keys it does not know go to ``extra``.
+
+        Raises:
+            ValueError: if ``model_type`` is not ``"opt"``, or the values break a rule.
+        """
+        if values.get("model_type") != "opt":
+            raise ValueError(f'model_type: expected "opt", got {values.get("model_type")!r}.')
+        known = {f.name for f in fields(cls)} - {"extra"}
+        taken = {k: v for k, v in values.items() if k in known}
+        return cls(**taken, extra={k: v for k, v in values.items() if k not in known and k != "model_type"})
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of a config.json that transformers reads, ``extra`` included."""
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "extra"}
+        if isinstance(self.eos_token_id, tuple):
+            values["eos_token_id"] = list(self.eos_token_id)
+        return {"architectures": ["OPTForCausalLM"], **self.extra, "model_type": "opt", **values}
+
+    @classmethod
+    def load(cls, path: str | Path) -> OPTConfig:
+        """Reads a config.json, or the one in a folder.
+
+        Raises:
+            FileNotFoundError: if there is none.
+            ValueError: if it is not JSON, not of ``model_type`` opt, or breaks a rule; the file is named.
+        """
+        path = Path(path)
+        path = path / "config.json" if path.is_dir() else path
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:  # JSON and UTF-8 errors alike
+            raise ValueError(f"{path}: expected JSON, {error}. Fetch the file again.") from None
+        if not isinstance(values, dict):
+            raise ValueError(f"{path}: expected a JSON object, got {type(values).__name__}. Fetch the file again.")
+        try:
+            return cls.from_dict(values)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _presets() -> dict[str, dict[str, Any]]:
+    # Table 1 of arXiv 2205.01068 (350m: embeddings of width 512, post-norm: metaseq issue 388), and table 5
+    # of arXiv 2211.09085 (Galactica), whose models have neither biases nor norm weights (transformers PR 20390).
+    opt = {"125m": (768, 12, 12), "350m": (1024, 24, 16), "1.3b": (2048, 24, 32), "2.7b": (2560, 32, 32),
+           "6.7b": (4096, 32, 32), "13b": (5120, 40, 40), "30b": (7168, 48, 56), "66b": (9216, 64, 72),
+           "175b": (12288, 96, 96)}  # fmt: skip
+    galactica = {"125m": (768, 12, 12), "1.3b": (2048, 24, 32), "6.7b": (4096, 32, 32), "30b": (7168, 48, 56),
+                 "120b": (10240, 96, 80)}  # fmt: skip
+
+    def shape(hidden_size: int, layers: int, heads: int) -> dict[str, Any]:
+        return {"hidden_size": hidden_size, "num_hidden_layers": layers, "num_attention_heads": heads,
+                "ffn_dim": 4 * hidden_size}  # fmt: skip
+
+    presets = {f"opt-{size}": shape(*numbers) for size, numbers in opt.items()}
+    presets["opt-350m"] |= {"word_embed_proj_dim": 512, "do_layer_norm_before": False}
+    plain = {"vocab_size": 50000, "bos_token_id": 0, "activation_function": "gelu", "attention_dropout": 0.1,
+             "enable_bias": False, "layer_norm_elementwise_affine": False}  # fmt: skip
+    return presets | {f"galactica-{size}": shape(*numbers) | plain for size, numbers in galactica.items()}
+
+
+_PRESETS = _presets()

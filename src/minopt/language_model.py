@@ -1,0 +1,201 @@
+"""Text in, text out: a model and its tokenizer, as ``minopt.load`` returns them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, overload
+
+import torch
+
+from minopt.checkpoint.hub import find_model
+from minopt.checkpoint.load import load_folder, resolve_device, resolve_dtype
+from minopt.checkpoint.save import save_model
+from minopt.generation.config import GenerationConfig
+from minopt.generation.decode import check_prompt, decode_steps, generate
+from minopt.model import OPT
+from minopt.tokenizer import Tokenizer, pad_left
+
+_TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt")
+
+
+@dataclass(frozen=True)
+class GeneratedText:
+    """One continuation, with what is known about it.
+
+    Attributes:
+        text: the continuation, after its prompt if ``echo`` asked for that.
+        token_ids: the new tokens, the one that ended the text included.
+        logprobs: natural log-probability of each of them under the model's own distribution.
+        stop_reason: ``"eos"`` or ``"length"``.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    stop_reason: str
+
+
+class LanguageModel:
+    """A model that reads and writes text.
+
+    Args:
+        model: on any device.
+        tokenizer: ``None`` where the checkpoint has no tokenizer files; methods on text then say so.
+    """
+
+    def __init__(self, model: OPT, tokenizer: Tokenizer | None) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+
+    @overload
+    def generate(
+        self, prompt: str, *, echo: bool = ..., return_details: Literal[False] = ..., **options: Any
+    ) -> str: ...
+
+    @overload
+    def generate(
+        self, prompt: Sequence[str], *, echo: bool = ..., return_details: Literal[False] = ..., **options: Any
+    ) -> list[str]: ...
+
+    @overload
+    def generate(
+        self, prompt: str, *, echo: bool = ..., return_details: Literal[True], **options: Any
+    ) -> GeneratedText: ...
+
+    @overload
+    def generate(
+        self, prompt: Sequence[str], *, echo: bool = ..., return_details: Literal[True], **options: Any
+    ) -> list[GeneratedText]: ...
+
+    def generate(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        echo: bool = False,
+        return_details: bool = False,
+        add_bos: bool | None = None,
+        generator: torch.Generator | None = None,
+        **options: Any,
+    ) -> str | GeneratedText | list[str] | list[GeneratedText]:
+        """Continues a text, or each of several in one batch.
+
+        Args:
+            prompt: one text, or a list of them; ``""`` starts from the beginning-of-text token.
+            echo: put the prompt before its continuation.
+            return_details: return a ``GeneratedText`` for each prompt instead of its text.
+            add_bos: see ``Tokenizer.encode``.
+            generator: see ``minopt.generate``.
+            **options: of ``GenerationConfig``: ``max_new_tokens``, ``do_sample``, ``top_p``, ...
+
+        Returns:
+            The continuation, or a list of them in the order of the prompts. Special tokens are left out of it.
+
+        Raises:
+            ValueError: as ``minopt.generate`` does, or if there is no tokenizer.
+        """
+        texts = [prompt] if isinstance(prompt, str) else list(prompt)
+        tokenizer, config = self._text_tools(options)
+        if not texts:
+            return []
+        input_ids, mask = pad_left([self._encode(text, add_bos) for text in texts], self._pad_token_id)
+        config = config.replace(output_logprobs=return_details)
+        output = generate(self.model, input_ids, mask, config, generator=generator)
+        results: list[Any] = []
+        for row, text in enumerate(texts):
+            end = input_ids.shape[1] + output.lengths[row]
+            ids = output.sequences[row, input_ids.shape[1] : end].tolist()
+            continuation = (text if echo else "") + tokenizer.decode(ids)
+            if return_details:
+                assert output.logprobs is not None
+                logprobs = tuple(output.logprobs[row, : len(ids)].tolist())
+                results.append(GeneratedText(continuation, tuple(ids), logprobs, output.stop_reasons[row]))
+            else:
+                results.append(continuation)
+        return results[0] if isinstance(prompt, str) else results
+
+    def stream(
+        self, prompt: str, *, add_bos: bool | None = None, generator: torch.Generator | None = None, **options: Any
+    ) -> Iterator[str]:
+        """Continues a text piece by piece, as the tokens come.
+
+        Args:
+            prompt, add_bos, generator, **options: see ``generate``.
+
+        Returns:
+            An iterator of pieces that add up to what ``generate`` returns; each is whole characters.
+
+        Raises:
+            ValueError: as ``generate`` does, before the first piece is asked for.
+        """
+        tokenizer, config = self._text_tools(options)
+        input_ids, _ = pad_left([self._encode(prompt, add_bos)], self._pad_token_id)
+        input_ids, _ = check_prompt(self.model, input_ids, None, config)
+
+        def pieces() -> Iterator[str]:
+            decoder = tokenizer.stream_decoder()
+            for step in decode_steps(self.model, input_ids, None, config, generator):
+                if piece := decoder.push(int(step.tokens)):
+                    yield piece
+            if piece := decoder.finish():
+                yield piece
+
+        return pieces()
+
+    def save(self, folder: str | Path) -> None:
+        """Writes model and tokenizer as a folder that transformers opens too; see ``minopt.save_model``."""
+        save_model(self.model, folder, self.tokenizer)
+
+    @cached_property
+    def _rows_without_token(self) -> tuple[int, ...]:
+        """Rows of the model's vocabulary that stand for no text: OPT's table is padded from 50,265 to 50,272."""
+        assert self.tokenizer is not None
+        used = set(self.tokenizer.backend.get_vocab(with_added_tokens=True).values())
+        return tuple(i for i in range(self.model.config.vocab_size) if i not in used)
+
+    @property
+    def _pad_token_id(self) -> int | None:
+        return self.model.config.pad_token_id
+
+    def _text_tools(self, options: dict[str, Any]) -> tuple[Tokenizer, GenerationConfig]:
+        if self.tokenizer is None:
+            raise ValueError(
+                "tokenizer: the model's folder has none (tokenizer.json, or vocab.json and merges.txt). "
+                "Copy its files there, or call minopt.generate with token ids."
+            )
+        config = GenerationConfig().replace(**options)
+        return self.tokenizer, config.replace(suppress_tokens=config.suppress_tokens + self._rows_without_token)
+
+    def _encode(self, text: str, add_bos: bool | None) -> list[int]:
+        assert self.tokenizer is not None
+        ids = self.tokenizer.encode(text, add_bos)
+        if ids:
+            return ids
+        bos = self.model.config.bos_token_id
+        if bos is None:
+            raise ValueError("prompt: empty, and the model has no beginning-of-text token. Give it some text.")
+        return [bos]
+
+
+def load(
+    name_or_path: str | Path,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | str = "auto",
+    revision: str | None = None,
+    local_files_only: bool = False,
+) -> LanguageModel:
+    """Loads a model with its tokenizer: ``minopt.load("facebook/opt-125m").generate("Today is")``.
+
+    Args and Raises: see ``minopt.load_model``.
+
+    Returns:
+        A ``LanguageModel``; its ``tokenizer`` is ``None`` where the checkpoint has no tokenizer files.
+    """
+    target, number_type = resolve_device(device), resolve_dtype(dtype)
+    folder = find_model(name_or_path, revision=revision, local_files_only=local_files_only)
+    has_tokenizer = any((folder / name).is_file() for name in _TOKENIZER_FILES)
+    tokenizer = Tokenizer.load(folder) if has_tokenizer else None
+    return LanguageModel(load_folder(folder, target, number_type), tokenizer)

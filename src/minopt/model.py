@@ -1,0 +1,309 @@
+"""The OPT decoder (Zhang et al. 2022, arXiv 2205.01068), whole: ids in, logits out.
+
+Shapes: B batch, T tokens this call, S cached + T, H heads, D head_dim, C hidden_size, E word_embed_proj_dim,
+F ffn_dim, V vocab_size, L layers.
+
+Parameters carry the names of the published state dict without its ``model.decoder.``. There is no ``lm_head``
+parameter: the head is the token table, so that the two cannot come apart.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minopt.cache import KVCache
+from minopt.config import OPTConfig
+
+# Rows 0 and 1 of the position table belong to no token: fairseq, where OPT was trained, counts positions
+# from padding_idx + 1 = 2 and gives padding row 1 (metaseq, utils.make_positions).
+POSITION_OFFSET = 2
+
+
+class Linear(nn.Linear):
+    """``nn.Linear`` left unfilled: OPT draws all weights itself, and loading replaces them anyway."""
+
+    def reset_parameters(self) -> None:
+        pass
+
+
+class Embedding(nn.Embedding):
+    """``nn.Embedding`` left unfilled, as ``Linear`` is."""
+
+    def reset_parameters(self) -> None:
+        pass
+
+
+class Attention(nn.Module):
+    """Causal multi-head self-attention."""
+
+    def __init__(self, config: OPTConfig, index: int, device: torch.device | str | None, dtype: torch.dtype | None):
+        super().__init__()
+        self.index = index
+        self.head_dim = config.head_dim
+        self.dropout = config.attention_dropout
+        C = config.hidden_size
+        self.k_proj = Linear(C, C, bias=config.enable_bias, device=device, dtype=dtype)
+        self.v_proj = Linear(C, C, bias=config.enable_bias, device=device, dtype=dtype)
+        self.q_proj = Linear(C, C, bias=config.enable_bias, device=device, dtype=dtype)
+        self.out_proj = Linear(C, C, bias=config.enable_bias, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
+        B, T, _ = x.shape
+        # The query is scaled before the product, as in training: q @ k alone can overflow float16.
+        q = (self.q_proj(x) * self.head_dim**-0.5).view(B, T, -1, self.head_dim).transpose(1, 2)  # [B, H, T, D]
+        k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
+        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
+        if cache is not None:
+            k, v = cache.append(self.index, k, v)  # [B, H, S, D]
+        dropout = self.dropout if self.training else 0.0
+        # No mask means that T == S, or that T == 1 and sees everything.
+        y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None and T > 1, scale=1.0)
+        return self.out_proj(y.transpose(1, 2).reshape(B, T, -1))
+
+
+class DecoderLayer(nn.Module):
+    """Attention, then feed-forward, each on a residual stream normalised before (or, in 350m, after) it.
+
+    ``final_layer_norm`` is the published name of the norm around the feed-forward; the decoder has another
+    module of that name, after the last layer.
+    """
+
+    def __init__(self, config: OPTConfig, index: int, device: torch.device | str | None, dtype: torch.dtype | None):
+        super().__init__()
+        self.norm_before = config.do_layer_norm_before
+        self.dropout = config.dropout
+        self.activation = F.relu if config.activation_function == "relu" else F.gelu
+        C, affine = config.hidden_size, config.layer_norm_elementwise_affine
+        self.self_attn = Attention(config, index, device, dtype)
+        self.self_attn_layer_norm = nn.LayerNorm(C, elementwise_affine=affine, device=device, dtype=dtype)
+        self.fc1 = Linear(C, config.ffn_dim, bias=config.enable_bias, device=device, dtype=dtype)
+        self.fc2 = Linear(config.ffn_dim, C, bias=config.enable_bias, device=device, dtype=dtype)
+        self.final_layer_norm = nn.LayerNorm(C, elementwise_affine=affine, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        """Maps ``[B, T, C]`` to ``[B, T, C]``.
+
+        Args:
+            x: the residual stream.
+            mask: ``None`` where ``causal_mask`` gives none; else boolean ``[B or 1, 1, T, S]``, True = attend.
+            cache: written at the layer's own index.
+        """
+        y = self.self_attn(self.self_attn_layer_norm(x) if self.norm_before else x, mask, cache)
+        x = x + F.dropout(y, self.dropout, self.training)
+        if not self.norm_before:
+            x = self.self_attn_layer_norm(x)
+        y = self.fc2(self.activation(self.fc1(self.final_layer_norm(x) if self.norm_before else x)))
+        x = x + F.dropout(y, self.dropout, self.training)
+        return x if self.norm_before else self.final_layer_norm(x)
+
+
+class OPT(nn.Module):
+    """An OPT decoder with its tied head.
+
+    Args:
+        config: shape and options.
+        device: where to build it. On ``"meta"`` nothing is allocated or drawn; elsewhere the weights are
+            drawn as for training from scratch (``reset_parameters``).
+        dtype: of the parameters; ``None`` is torch's default.
+    """
+
+    def __init__(
+        self, config: OPTConfig, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__()
+        self.config = config
+        C, E = config.hidden_size, config.embed_dim
+        self.embed_tokens = Embedding(config.vocab_size, E, device=device, dtype=dtype)
+        self.embed_positions = Embedding(
+            config.max_position_embeddings + POSITION_OFFSET, C, device=device, dtype=dtype
+        )
+        self.project_in = Linear(E, C, bias=False, device=device, dtype=dtype) if E != C else None
+        self.layers = nn.ModuleList(DecoderLayer(config, i, device, dtype) for i in range(config.num_hidden_layers))
+        affine = config.layer_norm_elementwise_affine
+        self.final_layer_norm = (
+            nn.LayerNorm(C, elementwise_affine=affine, device=device, dtype=dtype)
+            if config.has_final_layer_norm
+            else None
+        )
+        self.project_out = Linear(C, E, bias=False, device=device, dtype=dtype) if E != C else None
+        if not self.embed_tokens.weight.is_meta:
+            self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draws the initial weights of arXiv 2205.01068, section 2.2.
+
+        Normal with standard deviation ``config.init_std`` (0.006 there), divided by ``sqrt(2 L)`` for the two
+        linear layers that write to the residual stream; biases 0; norms 1 and 0; the padding row 0.
+        """
+        std, L = self.config.init_std, self.config.num_hidden_layers
+        for name, module in self.named_modules():
+            if isinstance(module, (Linear, Embedding)):
+                writes_residual = name.endswith((".out_proj", ".fc2"))
+                nn.init.normal_(module.weight, std=std / (2 * L) ** 0.5 if writes_residual else std)
+            if isinstance(module, Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+            if isinstance(module, nn.LayerNorm):
+                module.reset_parameters()
+        if self.config.pad_token_id is not None:
+            self.embed_tokens.weight[self.config.pad_token_id].zero_()
+
+    @property
+    def device(self) -> torch.device:
+        return self.embed_tokens.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embed_tokens.weight.dtype
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: KVCache | None = None,
+        logits_to_keep: int = 0,
+    ) -> Tensor:
+        """Scores the next token at each position: ``head(hidden_states(...))``.
+
+        Args:
+            logits_to_keep: only the last that many positions get logits; 0 means all.
+            input_ids, attention_mask, position_ids, cache: see ``hidden_states``.
+
+        Returns:
+            Logits ``[B, T or logits_to_keep, V]`` in the model's dtype.
+        """
+        h = self.hidden_states(input_ids, attention_mask, position_ids, cache)
+        return self.head(h[:, -logits_to_keep:])
+
+    def hidden_states(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """Runs the decoder without its head.
+
+        Args:
+            input_ids: ``[B, T]`` integer ids.
+            attention_mask: which of the S tokens (cached ones included) are real: ``[B, S]``, 1 or True = real.
+                ``None`` says that none is padding, and is the fast path. Positions count real tokens only, so
+                that a padded row gives what it gives alone. A boolean ``[B, 1, T, S]`` is used as it is.
+                Where ``cache.length`` is a tensor, S is the cache's capacity.
+            position_ids: ``[B, T]`` or ``[T]``, from 0; derived from ``attention_mask`` if ``None``.
+            cache: filled tokens to go on from; the new ones are appended to it.
+
+        Returns:
+            ``[B, T, E]`` in the model's dtype, ready for ``head``. Rows of padding hold finite numbers without
+            a meaning.
+
+        Raises:
+            ValueError: if cached and new tokens exceed the cache or the position table, or shapes do not fit;
+                nothing has run or been written then.
+        """
+        past = 0 if cache is None else cache.length
+        self._check_shapes(input_ids, attention_mask, position_ids, cache)
+        T = input_ids.shape[1]
+        if position_ids is None:
+            position_ids = _positions(attention_mask, past, T, input_ids.device)
+        S = cache.capacity if cache is not None and isinstance(past, Tensor) else int(past) + T
+        mask = causal_mask(attention_mask, past, T, S, input_ids.device)
+        x = self.embed_tokens(input_ids)
+        if self.project_in is not None:
+            x = self.project_in(x)
+        x = x + self.embed_positions(position_ids + POSITION_OFFSET)  # [B, T, C]
+        for layer in self.layers:
+            if self.training and self.config.layerdrop > 0 and torch.rand(()) < self.config.layerdrop:
+                continue
+            x = layer(x, mask, cache)
+        if cache is not None:
+            cache.length += T
+        if self.final_layer_norm is not None:
+            x = self.final_layer_norm(x)
+        return x if self.project_out is None else self.project_out(x)
+
+    def head(self, h: Tensor) -> Tensor:
+        """Logits ``[..., V]`` of hidden states ``[..., E]``: the product with the token table."""
+        return F.linear(h, self.embed_tokens.weight)
+
+    def new_cache(self, batch_size: int, capacity: int) -> KVCache:
+        """An empty cache for ``batch_size`` rows of up to ``capacity`` tokens, in the model's dtype and place."""
+        return KVCache(self.config, batch_size, capacity, dtype=self.dtype, device=self.device)
+
+    def prefill(self, input_ids: Tensor, attention_mask: Tensor | None, cache: KVCache) -> Tensor:
+        """Reads prompts ``[B, T]`` into the cache. Returns the logits behind the last token, ``[B, V]``."""
+        return self(input_ids, attention_mask, cache=cache, logits_to_keep=1)[:, -1]
+
+    def decode_step(self, input_ids: Tensor, attention_mask: Tensor | None, cache: KVCache) -> Tensor:
+        """Reads one more token a row, ``[B, 1]``. Returns the logits behind it, ``[B, V]``."""
+        return self(input_ids, attention_mask, cache=cache)[:, -1]
+
+    def _check_shapes(
+        self, input_ids: Tensor, mask: Tensor | None, position_ids: Tensor | None, cache: KVCache | None
+    ) -> None:
+        if input_ids.ndim != 2 or 0 in input_ids.shape:
+            raise ValueError(f"input_ids: expected [batch, tokens], at least one of each, got {list(input_ids.shape)}.")
+        B, T = input_ids.shape
+        if cache is not None and cache.batch_size != B:
+            raise ValueError(f"cache: made for {cache.batch_size} rows, got input_ids of {B}.")
+        length = 0 if cache is None else cache.length
+        on_device = isinstance(length, Tensor)  # then its owner keeps it within bounds: reading it would wait for it
+        S = cache.capacity if cache is not None and on_device else int(length) + T
+        if cache is not None and S > cache.capacity:
+            raise ValueError(
+                f"cache: {length} tokens cached + {T} new = {S}, its capacity is {cache.capacity}. "
+                "Make it larger, or feed less."
+            )
+        expected = ([B, S],) if mask is None or mask.ndim != 4 else ([B, 1, T, S], [1, 1, T, S])
+        if mask is not None and list(mask.shape) not in expected:
+            raise ValueError(f"attention_mask: expected {expected[0]} (cached and new tokens), got {list(mask.shape)}.")
+        limit = self.config.max_position_embeddings
+        if position_ids is None and S > limit and not on_device:
+            # Padding takes no position; counting it synchronises a GPU, so only where it can matter.
+            longest = S if mask is None or mask.ndim == 4 else int(mask.sum(1).max())
+            if longest > limit:
+                raise ValueError(
+                    f"input_ids: {length} tokens cached + {T} new = {longest} positions, the model has {limit}. "
+                    "Shorten the input."
+                )
+
+
+def _positions(attention_mask: Tensor | None, past: int | Tensor, T: int, device: torch.device) -> Tensor:
+    """Position of each new token among the real tokens of its row, -1 for padding: ``[B, T]``, or ``[T]``."""
+    new = torch.arange(T, device=device) + past
+    if attention_mask is None or attention_mask.ndim == 4:
+        return new
+    real = attention_mask.long()
+    return (real.cumsum(1) * real - 1).index_select(1, new)
+
+
+def causal_mask(
+    attention_mask: Tensor | None, past: int | Tensor, T: int, S: int, device: torch.device
+) -> Tensor | None:
+    """Who attends to whom, for ``DecoderLayer``.
+
+    Args:
+        attention_mask: ``None``, ``[B, S]`` or ``[B, 1, T, S]``, as ``OPT.hidden_states`` takes it.
+        past: tokens before the new ones; a tensor where S is the whole capacity of a cache.
+        T: new tokens.
+        S: keys to attend.
+        device: of the result.
+
+    Returns:
+        ``None`` where plain causal attention over all keys is meant (T == S, or T == 1 at the end); else boolean
+        ``[B or 1, 1, T, S]``, True = attend. Every row attends at least to itself, padding too, so that no kernel
+        divides by zero.
+    """
+    if attention_mask is not None and attention_mask.ndim == 4:
+        return attention_mask.bool()
+    if attention_mask is None and not isinstance(past, Tensor) and (T in (1, S)):
+        return None
+    query = (torch.arange(T, device=device) + past)[:, None]  # [T, 1]
+    key = torch.arange(S, device=device)
+    mask = (key <= query)[None, None]
+    if attention_mask is not None:
+        mask = mask & attention_mask[:, None, None, :].bool() | (key == query)
+    return mask

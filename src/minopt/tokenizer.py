@@ -1,0 +1,265 @@
+"""Text to ids and back: byte-level BPE over the ``tokenizers`` library, from the files that OPT comes with."""
+
+from __future__ import annotations
+
+import codecs
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+import torch
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+# What OPT's own files declare (bos, eos and unk are one token), for a folder with vocab.json and merges.txt alone.
+_OPT_TOKENS = {"bos_token": "</s>", "eos_token": "</s>", "unk_token": "</s>", "pad_token": "<pad>"}
+
+
+class Tokenizer:
+    """A byte-level BPE tokenizer with the special tokens and the post-processing of its files.
+
+    OPT puts ``</s>`` (2) before every text and pads with ``<pad>`` (1); Galactica puts nothing.
+
+    Args:
+        backend: the tokenizer of the ``tokenizers`` library.
+        settings: the content of a tokenizer_config.json: ``bos_token``, ``eos_token``, ``pad_token`` (each a
+            string), and whatever else is to be saved again.
+
+    Attributes:
+        bos_token_id, eos_token_id, pad_token_id: ids, or ``None`` where the files name none.
+
+    Raises:
+        ValueError: if the backend is not a byte-level BPE.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer, settings: Mapping[str, Any]) -> None:
+        if not isinstance(backend.decoder, decoders.ByteLevel):
+            raise ValueError(f"tokenizer: expected byte-level BPE, got the decoder {type(backend.decoder).__name__}.")
+        self.backend = backend
+        self.settings = dict(settings)
+        self.bos_token_id = self._id("bos_token")
+        self.eos_token_id = self._id("eos_token")
+        self.pad_token_id = self._id("pad_token")
+
+    def _id(self, name: str) -> int | None:
+        token = _content(self.settings.get(name))
+        return None if token is None else self.backend.token_to_id(token)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Tokenizer:
+        """Reads ``tokenizer.json``, or ``vocab.json`` and ``merges.txt``, with the files beside them.
+
+        Those are ``tokenizer_config.json``, ``special_tokens_map.json`` and ``added_tokens.json``, all optional.
+
+        Raises:
+            FileNotFoundError: if neither form is there.
+            ValueError: if a file cannot be read, or the vocabulary is GPT-2's.
+        """
+        folder = Path(folder)
+        settings = _read_json(folder / "special_tokens_map.json") | _read_json(folder / "tokenizer_config.json")
+        if (folder / "tokenizer.json").is_file():
+            backend = _open(folder / "tokenizer.json", lambda path: tokenizers.Tokenizer.from_file(path))
+        elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+            settings = _OPT_TOKENS | {"add_bos_token": True} | settings
+            merges = str(folder / "merges.txt")
+            backend = tokenizers.Tokenizer(
+                _open(folder / "vocab.json", lambda path: models.BPE.from_file(path, merges))
+            )
+            prefix_space = bool(settings.get("add_prefix_space", False))
+            backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix_space)
+            backend.decoder = decoders.ByteLevel()
+        else:
+            found = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else "no such folder"
+            raise FileNotFoundError(
+                f"{folder}: expected tokenizer.json, or vocab.json and merges.txt, found {found}. "
+                "Copy the tokenizer's files there."
+            )
+        _refuse_gpt2(backend, folder)
+        _add_tokens(backend, settings, _read_json(folder / "added_tokens.json"), folder)
+        bos = _content(settings.get("bos_token"))
+        if settings.get("add_bos_token") and bos is not None and backend.token_to_id(bos) is not None:
+            backend.post_processor = _bos_first(bos, backend.token_to_id(bos))
+        return cls(backend, settings)
+
+    def save(self, folder: str | Path) -> None:
+        """Writes ``tokenizer.json`` and ``tokenizer_config.json``, which transformers reads too."""
+        folder = Path(folder)
+        self.backend.save(str(folder / "tokenizer.json"))
+        text = json.dumps(self.settings, indent=2, ensure_ascii=False)
+        (folder / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
+
+    def __len__(self) -> int:
+        """One more than the highest id that has a token: OPT's 50,265, where the model's table has 50,272 rows."""
+        return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
+
+    def encode(self, text: str, add_bos: bool | None = None) -> list[int]:
+        """Ids of a text.
+
+        Args:
+            text: special tokens written in it (``"</s>"``) become their ids, as in transformers.
+            add_bos: ``None`` as the files say; ``True`` begins with ``bos``, never twice; ``False`` adds nothing.
+
+        Raises:
+            ValueError: if the text is not valid Unicode, or ``add_bos`` asks for a token that there is not.
+        """
+        return self._encode([text], add_bos)[0]
+
+    def _encode(self, texts: Sequence[str], add_bos: bool | None) -> list[list[int]]:
+        if add_bos and self.bos_token_id is None:
+            raise ValueError("add_bos: the tokenizer's files name no bos_token. Leave add_bos out.")
+        for text in texts:
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise ValueError(f"text: not valid Unicode at character {error.start} ({error.reason}).") from None
+        encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=add_bos is not False)
+        ids = [encoding.ids for encoding in encodings]
+        if add_bos:
+            assert self.bos_token_id is not None
+            ids = [row if row[:1] == [self.bos_token_id] else [self.bos_token_id, *row] for row in ids]
+        return ids
+
+    def encode_batch(self, texts: Sequence[str], add_bos: bool | None = None) -> tuple[Tensor, Tensor | None]:
+        """Ids of several texts, padded on the left to one length.
+
+        Returns:
+            ``input_ids [B, T]`` and ``attention_mask [B, T]``, int64 on the CPU, 1 = real; the mask is ``None``
+            where nothing had to be padded. See ``pad_left``.
+        """
+        return pad_left(self._encode(texts, add_bos), self.pad_token_id)
+
+    def decode(self, ids: Sequence[int] | Tensor, skip_special_tokens: bool = True) -> str:
+        """Text of ids. Ids without a token give nothing; bytes that are not UTF-8 give U+FFFD."""
+        return self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
+
+    def stream_decoder(self, skip_special_tokens: bool = True) -> StreamDecoder:
+        """A decoder that takes one id at a time; what it gives adds up to ``decode`` of them all."""
+        return StreamDecoder(self, skip_special_tokens)
+
+
+class StreamDecoder:
+    """Decodes ids one by one; holds back the bytes of an unfinished character until the next ids complete it."""
+
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool) -> None:
+        self._backend = tokenizer.backend
+        added = self._backend.get_added_tokens_decoder()
+        self._skipped = {i for i, token in added.items() if token.special} if skip_special_tokens else set()
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, token_id: int) -> str:
+        """The text that this id completes, often ``""`` within a character of several tokens."""
+        token = self._backend.id_to_token(token_id)
+        if token is None or token_id in self._skipped:
+            return ""
+        try:
+            data = bytes(_BYTE_OF_CHARACTER[character] for character in token)
+        except KeyError:  # an added token outside the byte alphabet stands for itself
+            data = token.encode()
+        return self._utf8.decode(data)
+
+    def finish(self) -> str:
+        """What is left: U+FFFD if the last character never came whole, else ``""``."""
+        return self._utf8.decode(b"", final=True)
+
+
+def pad_left(rows: Sequence[Sequence[int]], pad_token_id: int | None) -> tuple[Tensor, Tensor | None]:
+    """Stacks rows of ids, shorter ones padded on the left, so that each row ends with its newest token.
+
+    Args:
+        rows: at least one, each of at least one id.
+        pad_token_id: what to pad with; ``None`` pads with 0. Padding is masked, so its id changes nothing.
+
+    Returns:
+        ``input_ids [B, T]`` and ``attention_mask [B, T]``, int64, 1 = real; ``None`` for a mask without padding.
+    """
+    width = max(map(len, rows))
+    pad = 0 if pad_token_id is None else pad_token_id
+    input_ids = torch.tensor([[pad] * (width - len(row)) + list(row) for row in rows], dtype=torch.long)
+    if all(len(row) == width for row in rows):
+        return input_ids, None
+    return input_ids, torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """Which byte each character of a byte-level token stands for: GPT-2's alphabet.
+
+    Printable Latin-1 stands for itself; the other 68 bytes, in order, for the characters from U+0100.
+    """
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
+
+
+_BYTE_OF_CHARACTER = _byte_alphabet()
+
+
+def _bos_first(token: str, token_id: int) -> processors.TemplateProcessing:
+    return processors.TemplateProcessing(
+        single=f"{token} $A", pair=f"{token} $A {token} $B:1", special_tokens=[(token, token_id)]
+    )
+
+
+def _content(token: Any) -> str | None:
+    """The text of a special token, which files give as a string or as an object."""
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _added_token(token: Any) -> AddedToken:
+    if isinstance(token, str):
+        return AddedToken(token, special=True, normalized=True)
+    flags = {name: bool(token.get(name, False)) for name in ("single_word", "lstrip", "rstrip")}
+    special, normalized = bool(token.get("special", True)), bool(token.get("normalized", True))
+    return AddedToken(token["content"], special=special, normalized=normalized, **flags)
+
+
+def _add_tokens(
+    backend: tokenizers.Tokenizer, settings: Mapping[str, Any], added: Mapping[str, int], folder: Path
+) -> None:
+    """Declares the tokens that the files name: numbered ones first, each at its number, then the special ones."""
+    numbered = {int(i): token for i, token in settings.get("added_tokens_decoder", {}).items()}
+    numbered |= {i: AddedToken(text, special=False, normalized=True) for text, i in added.items() if i not in numbered}
+    for token_id, token in sorted(numbered.items()):
+        token = token if isinstance(token, AddedToken) else _added_token(token)
+        backend.add_tokens([token]) if not token.special else backend.add_special_tokens([token])
+        if backend.token_to_id(token.content) != token_id:
+            raise ValueError(
+                f"{folder}: added token {token.content!r} should have id {token_id}, but got "
+                f"{backend.token_to_id(token.content)}. Its vocabulary and its added tokens are of different models."
+            )
+    named = [settings.get(name) for name in ("bos_token", "eos_token", "unk_token", "pad_token")]
+    extra = settings.get("additional_special_tokens") or settings.get("extra_special_tokens") or []
+    named += extra if isinstance(extra, list) else extra.values()
+    backend.add_special_tokens([_added_token(t) for t in named if t is not None])
+
+
+def _refuse_gpt2(backend: tokenizers.Tokenizer, folder: Path) -> None:
+    # The same merges under other ids: GPT-2 numbers "<|endoftext|>" 50256, OPT 50260, with its specials from 0.
+    if backend.token_to_id("<|endoftext|>") == 50256 and backend.token_to_id("</s>") is None:
+        raise ValueError(
+            f"{folder}: this is GPT-2's vocabulary (<|endoftext|> is 50256, there is no </s>); OPT numbers the same "
+            "tokens differently, so its output would be garbage. Use the vocab.json of a facebook/opt-* repository."
+        )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: expected JSON, {error}. Fetch the file again.") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}. Fetch the file again.")
+    return content
+
+
+def _open(path: Path, read: Any) -> Any:
+    try:
+        return read(str(path))
+    except Exception as error:  # the library raises bare Exception
+        raise ValueError(f"{path}: not a tokenizer file, {error}. Fetch the file again.") from None

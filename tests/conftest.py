@@ -1,0 +1,72 @@
+"""What the tests share: small models of the three kinds, written by transformers, with every parameter perturbed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from minopt import OPT, OPTConfig
+from minopt.checkpoint.names import HF_HEAD, from_hf
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach out; those of the hub start processes of their own
+
+SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+SIZE = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "ffn_dim": 64,
+        "max_position_embeddings": 64}  # fmt: skip
+KINDS: dict[str, dict[str, Any]] = {
+    "125m": {},
+    "350m": {"do_layer_norm_before": False, "word_embed_proj_dim": 16},
+    "galactica": {"enable_bias": False, "layer_norm_elementwise_affine": False, "activation_function": "gelu"},
+}
+
+
+@pytest.fixture
+def shared_data() -> Path:
+    """The folder of real tokenizer files, SQuAD and books, which a clone alone does not have."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip("needs ../shared/data beside the project (real OPT tokenizer files, SQuAD, books)")
+    return SHARED_DATA
+
+
+def build_reference(kind: str, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
+    """transformers' OPT of a kind, each parameter moved: as built, biases are 0 and norms 1, which hides their loss."""
+    config = transformers.OPTConfig(**(SIZE | KINDS[kind] | changes))
+    torch.manual_seed(seed)
+    model = transformers.OPTForCausalLM(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return model.to(dtype)
+
+
+def build_ours(reference: Any) -> OPT:
+    """minopt's model with a reference's weights, in its dtype."""
+    config = OPTConfig.from_dict(reference.config.to_dict())
+    model = OPT(config, dtype=reference.dtype).eval()
+    model.load_state_dict({from_hf(key): t for key, t in reference.state_dict().items() if key != HF_HEAD})
+    return model
+
+
+@pytest.fixture(params=list(KINDS))
+def kind(request: pytest.FixtureRequest) -> str:
+    """Each of the three kinds of OPT in turn."""
+    return request.param
+
+
+@pytest.fixture
+def write_checkpoint(tmp_path: Path) -> Callable[..., Path]:
+    """A function that writes a reference model as transformers does: ``write(kind, **config changes) -> folder``."""
+
+    def write(kind: str = "125m", name: str = "model", dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
+        folder = tmp_path / name
+        build_reference(kind, dtype=dtype, **changes).save_pretrained(folder)
+        return folder
+
+    return write
