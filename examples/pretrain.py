@@ -44,19 +44,16 @@ def main() -> None:
     validation_files = [path for path in files if path.name in held_out]
     if not training_files or not validation_files:
         raise SystemExit(f"{args.texts}: expected .txt files, {held_out} among them, found {len(files)} file(s).")
-    args.out.mkdir(parents=True, exist_ok=True)
-
-    if (args.out / "tokenizer.json").exists():
-        tokenizer = Tokenizer.load(args.out)
-    else:
-        tokenizer = train_tokenizer(training_files, args.vocab_size)
-        tokenizer.save(args.out)
+    resumed = (args.out / "training_state.pt").exists()
+    tokenizer = Tokenizer.load(args.out) if resumed else train_tokenizer(training_files, args.vocab_size)
     config = OPTConfig(
         vocab_size=len(tokenizer), hidden_size=256, num_hidden_layers=4, num_attention_heads=4, ffn_dim=1024,
         max_position_embeddings=1024, dropout=args.dropout,
     )  # fmt: skip
     torch.manual_seed(0)
     model = OPT(config, device=args.device)
+    if not resumed:
+        save_model(model, args.out, tokenizer)
     train(model, Paragraphs(training_files, tokenizer), args)
 
     bits = {path.name: round(bits_per_byte(model, tokenizer, path), 4) for path in validation_files}

@@ -16,6 +16,8 @@ from minopt.checkpoint.names import HF_HEAD, from_hf
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach out; those of the hub start processes of their own
 
+torch.set_num_threads(1)  # small models lose time by sharing, most of all on a busy machine
+
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 SIZE = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "ffn_dim": 64,

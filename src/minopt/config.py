@@ -98,13 +98,13 @@ class OPTConfig:
             for n in ("dropout", "attention_dropout", "layerdrop")
             if not _is_number(values[n]) or not 0 <= values[n] < 1
         ]
-        if not _is_number(self.init_std) or self.init_std <= 0:
+        if not _is_number(self.init_std) or not 0 < self.init_std < float("inf"):
             problems.append(f"init_std must be positive, got {self.init_std!r}")
         if self.activation_function not in ACTIVATIONS:
             problems.append(f"activation_function must be one of {list(ACTIVATIONS)}, got {self.activation_function!r}")
         rows = self.vocab_size if "vocab_size" not in bad_sizes else float("inf")
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
-            ids = values[name] if isinstance(values[name], tuple) else (values[name],)
+            ids = values[name] if name == "eos_token_id" and isinstance(values[name], tuple) else (values[name],)
             if values[name] is not None and not all(_is_int(i) and 0 <= i < rows for i in ids):
                 problems.append(
                     f"{name} must be a row of the vocabulary (0 to {rows - 1}) or null, got {values[name]!r}"

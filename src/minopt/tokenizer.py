@@ -19,6 +19,9 @@ logger = logging.getLogger(__name__)
 # What OPT's own files declare (bos, eos and unk are one token), for a folder with vocab.json and merges.txt alone.
 _OPT_TOKENS = {"bos_token": "</s>", "eos_token": "</s>", "unk_token": "</s>", "pad_token": "<pad>"}
 
+# Every name that transformers knows, in the order in which it numbers those that are new to the vocabulary.
+_SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
 
 class Tokenizer:
     """A byte-level BPE tokenizer with the special tokens and the post-processing of its files.
@@ -54,22 +57,29 @@ class Tokenizer:
     def load(cls, folder: str | Path) -> Tokenizer:
         """Reads ``tokenizer.json``, or ``vocab.json`` and ``merges.txt``, with the files beside them.
 
-        Those are ``tokenizer_config.json``, ``special_tokens_map.json`` and ``added_tokens.json``, all optional.
+        Those are ``tokenizer_config.json``, ``special_tokens_map.json`` and ``added_tokens.json``, all optional; as in
+        transformers, a config with ``added_tokens_decoder`` stands alone, else the other two add to it.
 
         Raises:
             FileNotFoundError: if neither form is there.
             ValueError: if a file cannot be read, or the vocabulary is GPT-2's.
         """
         folder = Path(folder)
-        settings = _read_json(folder / "special_tokens_map.json") | _read_json(folder / "tokenizer_config.json")
+        settings, added = _read_json(folder / "tokenizer_config.json"), {}
+        if "added_tokens_decoder" not in settings:
+            settings |= _read_json(folder / "special_tokens_map.json")
+            added = _read_json(folder / "added_tokens.json")
+        eos = None
         if (folder / "tokenizer.json").is_file():
             backend = _open(folder / "tokenizer.json", lambda path: tokenizers.Tokenizer.from_file(path))
+            backend.no_truncation()  # transformers writes those of its last call into the file
+            backend.no_padding()
         elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
             settings = _OPT_TOKENS | {"add_bos_token": True} | settings
-            merges = str(folder / "merges.txt")
-            backend = tokenizers.Tokenizer(
-                _open(folder / "vocab.json", lambda path: models.BPE.from_file(path, merges))
-            )
+            eos = _content(settings.get("eos_token")) if settings.get("add_eos_token") else None
+            vocab = str(folder / "vocab.json")
+            _read_json(folder / "vocab.json")  # an error names it; what is left then lies in the other file
+            backend = tokenizers.Tokenizer(_open(folder / "merges.txt", lambda path: models.BPE.from_file(vocab, path)))
             prefix_space = bool(settings.get("add_prefix_space", False))
             backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix_space)
             backend.decoder = decoders.ByteLevel()
@@ -80,17 +90,21 @@ class Tokenizer:
                 "Copy the tokenizer's files there."
             )
         _refuse_gpt2(backend, folder)
-        _add_tokens(backend, settings, _read_json(folder / "added_tokens.json"), folder)
-        bos = _content(settings.get("bos_token"))
-        if settings.get("add_bos_token") and bos is not None and backend.token_to_id(bos) is not None:
-            backend.post_processor = _bos_first(bos, backend.token_to_id(bos))
+        _add_tokens(backend, settings, added, folder)
+        bos = _content(settings.get("bos_token")) if settings.get("add_bos_token") else None
+        if bos is not None and backend.encode("a").ids[:1] == [backend.token_to_id(bos)]:
+            bos = None  # the tokenizer.json puts it there itself, and maybe more
+        if bos is not None or eos is not None:
+            backend.post_processor = _frame(backend, bos, eos)
         return cls(backend, settings)
 
     def save(self, folder: str | Path) -> None:
         """Writes ``tokenizer.json`` and ``tokenizer_config.json``, which transformers reads too."""
         folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
         self.backend.save(str(folder / "tokenizer.json"))
-        text = json.dumps(self.settings, indent=2, ensure_ascii=False)
+        settings = {name: _as_written(value) for name, value in self.settings.items()}
+        text = json.dumps(settings, indent=2, ensure_ascii=False)
         (folder / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
 
     def __len__(self) -> int:
@@ -102,7 +116,8 @@ class Tokenizer:
 
         Args:
             text: special tokens written in it (``"</s>"``) become their ids, as in transformers.
-            add_bos: ``None`` as the files say; ``True`` begins with ``bos``, never twice; ``False`` adds nothing.
+            add_bos: ``None`` as the files say; ``True`` puts ``bos`` before a text that does not begin with it, and
+                nothing else; ``False`` adds nothing.
 
         Raises:
             ValueError: if the text is not valid Unicode, or ``add_bos`` asks for a token that there is not.
@@ -117,7 +132,7 @@ class Tokenizer:
                 text.encode()
             except UnicodeEncodeError as error:
                 raise ValueError(f"text: not valid Unicode at character {error.start} ({error.reason}).") from None
-        encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=add_bos is not False)
+        encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=add_bos is None)
         ids = [encoding.ids for encoding in encodings]
         if add_bos:
             assert self.bos_token_id is not None
@@ -198,10 +213,12 @@ def _byte_alphabet() -> dict[str, int]:
 _BYTE_OF_CHARACTER = _byte_alphabet()
 
 
-def _bos_first(token: str, token_id: int) -> processors.TemplateProcessing:
-    return processors.TemplateProcessing(
-        single=f"{token} $A", pair=f"{token} $A {token} $B:1", special_tokens=[(token, token_id)]
-    )
+def _frame(backend: tokenizers.Tokenizer, bos: str | None, eos: str | None) -> processors.TemplateProcessing:
+    """Puts ``bos`` before a text and ``eos`` after it, each where given."""
+    tokens = [token for token in (bos, eos) if token is not None]
+    single = [token for token in (bos, "$A", eos) if token is not None]
+    pair = single + [token for token in (bos, "$B:1", eos) if token is not None]
+    return processors.TemplateProcessing(single, pair, [(token, backend.token_to_id(token)) for token in tokens])
 
 
 def _content(token: Any) -> str | None:
@@ -209,32 +226,49 @@ def _content(token: Any) -> str | None:
     return token.get("content") if isinstance(token, dict) else token
 
 
+def _as_written(value: Any) -> Any:
+    """A setting with special tokens as strings: transformers reads no bare objects, tokenizer.json has their flags."""
+    if isinstance(value, list):
+        return [_as_written(item) for item in value]
+    return value["content"] if isinstance(value, dict) and "content" in value else value
+
+
 def _added_token(token: Any) -> AddedToken:
     if isinstance(token, str):
-        return AddedToken(token, special=True, normalized=True)
+        return AddedToken(token, special=True, normalized=False)
     flags = {name: bool(token.get(name, False)) for name in ("single_word", "lstrip", "rstrip")}
     special, normalized = bool(token.get("special", True)), bool(token.get("normalized", True))
     return AddedToken(token["content"], special=special, normalized=normalized, **flags)
+
+
+def _special_tokens(settings: Mapping[str, Any]) -> list[Any]:
+    """The special tokens that the settings name, under transformers' names, then under their own, then in a list."""
+    own = [name for name in settings if name.endswith("_token") and name not in _SPECIAL_TOKENS]
+    named = [settings.get(name) for name in (*_SPECIAL_TOKENS, *own)]
+    extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
+    named += extra if isinstance(extra, list) else extra.values()
+    return [token for token in named if isinstance(token, (str, dict))]  # "add_bos_token" is True, and no token
 
 
 def _add_tokens(
     backend: tokenizers.Tokenizer, settings: Mapping[str, Any], added: Mapping[str, int], folder: Path
 ) -> None:
     """Declares the tokens that the files name: numbered ones first, each at its number, then the special ones."""
-    numbered = {int(i): token for i, token in settings.get("added_tokens_decoder", {}).items()}
-    numbered |= {i: AddedToken(text, special=False, normalized=True) for text, i in added.items() if i not in numbered}
+    special = _special_tokens(settings)
+    names = {_content(token) for token in special}
+    numbered = {i: AddedToken(text, special=text in names, normalized=text not in names) for text, i in added.items()}
+    numbered |= backend.get_added_tokens_decoder()
+    numbered |= {int(i): _added_token(token) for i, token in settings.get("added_tokens_decoder", {}).items()}
     for token_id, token in sorted(numbered.items()):
-        token = token if isinstance(token, AddedToken) else _added_token(token)
-        backend.add_tokens([token]) if not token.special else backend.add_special_tokens([token])
+        token.special = token.special or token.content in names
+        backend.add_special_tokens([token]) if token.special else backend.add_tokens([token])
         if backend.token_to_id(token.content) != token_id:
             raise ValueError(
                 f"{folder}: added token {token.content!r} should have id {token_id}, but got "
                 f"{backend.token_to_id(token.content)}. Its vocabulary and its added tokens are of different models."
             )
-    named = [settings.get(name) for name in ("bos_token", "eos_token", "unk_token", "pad_token")]
-    extra = settings.get("additional_special_tokens") or settings.get("extra_special_tokens") or []
-    named += extra if isinstance(extra, list) else extra.values()
-    backend.add_special_tokens([_added_token(t) for t in named if t is not None])
+    known = {token.content for token in numbered.values()}  # a name alone must not undo their lstrip, rstrip, ...
+    backend.add_special_tokens([_added_token(token) for token in special if _content(token) not in known])
 
 
 def _refuse_gpt2(backend: tokenizers.Tokenizer, folder: Path) -> None:

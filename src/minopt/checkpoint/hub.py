@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from minopt.checkpoint.read import LAYOUTS, some
+
+if TYPE_CHECKING:
+    from huggingface_hub.errors import HfHubHTTPError
 
 _TEXT_FILES = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json",
                "merges.txt", "added_tokens.json", "special_tokens_map.json"]  # fmt: skip
@@ -28,9 +32,11 @@ def find_model(name_or_path: str | Path, *, revision: str | None = None, local_f
         FileNotFoundError: if there is no such folder or repository, or no model in it.
         ValueError: if a folder holds several models.
         PermissionError: if the hub wants another login.
-        ConnectionError: if the hub cannot be reached and the cache has no copy.
+        ConnectionError: if the hub cannot be reached and the cache has no copy, or a download breaks off.
     """
     path = Path(name_or_path).expanduser()
+    if name_or_path == "":
+        raise FileNotFoundError("model: no such folder: expected a folder or a name on the hub, got an empty text.")
     if path.is_dir():
         return _model_folder(path)
     if path.exists():
@@ -58,9 +64,19 @@ def _model_folder(path: Path) -> Path:
 def _download(name: str, revision: str | None, local_files_only: bool) -> Path:
     """Fetches safetensors if the repository has them, else pickles, and never another framework's weights."""
     folder = _snapshot(name, revision, local_files_only, _TEXT_FILES + _SAFETENSORS)
-    if not any((folder / layout).is_file() for layout in LAYOUTS):
+    if not _has_weights(folder):
         folder = _snapshot(name, revision, local_files_only, _TEXT_FILES + _PICKLES)
-    return _model_folder(folder)
+    if not (folder / "config.json").is_file() or not _has_weights(folder):
+        found = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
+        raise FileNotFoundError(
+            f"{name}: expected config.json and weights ({', '.join(LAYOUTS)}), got {some(found) or 'neither'} from "
+            "the hub. Is it a model that transformers opens?"
+        )
+    return folder
+
+
+def _has_weights(folder: Path) -> bool:
+    return any((folder / layout).is_file() for layout in LAYOUTS)
 
 
 def _snapshot(name: str, revision: str | None, local_files_only: bool, patterns: list[str]) -> Path:
@@ -74,6 +90,8 @@ def _snapshot(name: str, revision: str | None, local_files_only: bool, patterns:
         RevisionNotFoundError,
     )
 
+    # What a broken connection raises: the HTTPError of httpx, or of httpx2 since huggingface_hub 2.
+    http_error: type[Exception] = HfHubHTTPError.__bases__[0]
     try:
         return Path(
             snapshot_download(name, revision=revision, allow_patterns=patterns, local_files_only=local_files_only)
@@ -93,10 +111,26 @@ def _snapshot(name: str, revision: str | None, local_files_only: bool, patterns:
     except HFValidationError as error:
         raise FileNotFoundError(f"{name}: no such folder, and not a name on the hub ({error}).") from None
     except LocalEntryNotFoundError as error:
+        if isinstance(error.__cause__, HfHubHTTPError):
+            raise _refusal(name, error.__cause__) from None
+        if incomplete := getattr(error, "snapshot_path", None):
+            return Path(incomplete)  # lacks something that was listed: what that is, the reader of the folder says
         raise ConnectionError(_unreachable(name, local_files_only, error)) from None
     except HfHubHTTPError as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ConnectionError(f"{name}: the hub refused ({reason}). Try again, or log in: hf auth login.") from None
+        raise _refusal(name, error) from None
+    except (http_error, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # the disk's: full, or not to be written
+        raise ConnectionError(f"{name}: the connection to the hub failed ({_reason(error)}). Try again.") from None
+
+
+def _refusal(name: str, error: HfHubHTTPError) -> OSError:
+    """What the hub's "no" means: another login at 401 and 403, its own trouble otherwise."""
+    status = error.response.status_code
+    reason = f"{status}: {(error.server_message or _reason(error)).splitlines()[0]}"
+    if status in (401, 403):
+        return PermissionError(f"{name}: the hub wants another login ({reason}). Log in: hf auth login.")
+    return ConnectionError(f"{name}: the hub refused ({reason}). Try again later.")
 
 
 def _unreachable(name: str, local_files_only: bool, error: Exception) -> str:
@@ -104,6 +138,10 @@ def _unreachable(name: str, local_files_only: bool, error: Exception) -> str:
 
     if local_files_only or constants.HF_HUB_OFFLINE:
         return f"{name}: not in the hub's cache, and asking the hub is switched off. Load it once with a connection."
-    cause = error.__cause__ or error
-    reason = (str(cause).splitlines() or [type(cause).__name__])[0]
+    reason = _reason(error.__cause__ or error)
     return f"{name}: the hub cannot be reached ({reason}), and the cache has no copy. Check the connection."
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of an error's message."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -60,12 +60,13 @@ def load_folder(folder: Path, device: torch.device, dtype: torch.dtype | None) -
         dtype = torch.float32 if device.type == "cpu" else files.main_dtype
     model = OPT(config, device="meta", dtype=dtype)
     source = _match(model, files, folder)
-    state: dict[str, Tensor] = {}
-    for name, key in source.items():
-        keep = device.type == "cpu" and files.dtypes[key] == dtype
-        state[name] = files.read(key, keep=keep).to(device=device, dtype=dtype)
     if HF_HEAD in files.shapes and HF_HEAD not in source.values():
-        _check_head(files, state["embed_tokens.weight"], folder)
+        _check_head(folder, source["embed_tokens.weight"])
+    state: dict[str, Tensor] = {}
+    # All or none: one tensor that is kept keeps the mapping of its whole file, with all that was read through it.
+    keep = device.type == "cpu" and all(files.dtypes[key] == dtype for key in source.values())
+    for name, key in source.items():
+        state[name] = files.read(key, keep=keep).to(device=device, dtype=dtype, copy=not keep)
     model.load_state_dict(state, assign=True)
     return model.eval()
 
@@ -115,10 +116,16 @@ def _match(model: OPT, files: WeightFiles, folder: Path) -> dict[str, str]:
     raise CheckpointError(f"{folder}: the tensors are not those of config.json: {'; '.join(problems)}. {hint}")
 
 
-def _check_head(files: WeightFiles, embeddings: Tensor, folder: Path) -> None:
-    if files.shapes[HF_HEAD] == tuple(embeddings.shape):
-        head = files.read(HF_HEAD, keep=False).to(device=embeddings.device, dtype=embeddings.dtype)
-        if torch.equal(head, embeddings):
+def _check_head(folder: Path, embeddings_key: str) -> None:
+    """Compares a stored head with the token table, through mappings of its own that are gone afterwards.
+
+    Raises:
+        CheckpointError: if they differ.
+    """
+    files = WeightFiles(folder)
+    if files.shapes[HF_HEAD] == files.shapes[embeddings_key]:
+        embeddings = files.read(embeddings_key, keep=True)
+        if torch.equal(files.read(HF_HEAD, keep=True).to(embeddings.dtype), embeddings):
             return
     raise CheckpointError(
         f"{folder}: {HF_HEAD} differs from the token embeddings; OPT's head is tied to them, and an untied one "

@@ -18,6 +18,8 @@ from torch import Tensor
 # In the order of preference where a folder holds several.
 LAYOUTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
+_REMAP_BYTES = 64_000_000  # a mapping is renewed after that much was copied out of it
+
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -56,8 +58,8 @@ class SafetensorsFile:
 
         Args:
             key: one of ``shapes``.
-            keep: True maps the file: nothing is read until it is used, and the pages stay the file's. False reads
-                into memory of its own, which goes when the tensor does.
+            keep: True maps the file: nothing is read until it is used, and the pages stay the file's. False is for a
+                tensor that is copied and dropped at once: the memory it took goes with it, or soon after.
         """
         return self._open("mmap" if keep else "pread").get_tensor(key)
 
@@ -69,14 +71,14 @@ class PickleFile:
         self.path = path
         with path.open("rb") as file:
             self._is_zip = file.read(2) == b"PK"  # files from before torch 1.6 are not, and cannot be mapped
-        self._mapped = self._load(mmap=self._is_zip)
-        self._private: dict[str, Tensor] | None = None if self._is_zip else self._mapped
-        self.shapes = {key: tuple(tensor.shape) for key, tensor in self._mapped.items()}
-        self.dtypes = {key: tensor.dtype for key, tensor in self._mapped.items()}
+        self._tensors = self._load()
+        self._bytes_read = 0
+        self.shapes = {key: tuple(tensor.shape) for key, tensor in self._tensors.items()}
+        self.dtypes = {key: tensor.dtype for key, tensor in self._tensors.items()}
 
-    def _load(self, mmap: bool) -> dict[str, Tensor]:
+    def _load(self) -> dict[str, Tensor]:
         try:
-            content = torch.load(self.path, map_location="cpu", mmap=mmap, weights_only=True)
+            content = torch.load(self.path, map_location="cpu", mmap=self._is_zip, weights_only=True)
         except pickle.UnpicklingError as error:
             lines = (line.strip() for line in str(error).splitlines())
             reason = next((line for line in lines if "Unsupported" in line or "GLOBAL" in line), "")
@@ -92,15 +94,15 @@ class PickleFile:
         return content
 
     def read(self, key: str, *, keep: bool) -> Tensor:
-        """One tensor on the CPU, as ``SafetensorsFile.read`` gives it; one that is not kept is read once."""
-        if keep:
-            return self._mapped[key]
-        if self._private is None:
-            # Whole into memory; each tensor's part is freed as it is taken and dropped. Mapped pages
-            # would stay until the last one.
-            self._mapped = {}
-            self._private = self._load(mmap=False)
-        return self._private.pop(key)
+        """One tensor on the CPU, as ``SafetensorsFile.read`` gives it; one that is not kept must be dropped at once."""
+        if not keep and self._is_zip and self._bytes_read > _REMAP_BYTES:
+            # Pages that were read stay in memory as long as their mapping, so that is renewed now and then.
+            self._tensors = {}
+            self._tensors = self._load()
+            self._bytes_read = 0
+        tensor = self._tensors[key]
+        self._bytes_read += tensor.nbytes
+        return tensor
 
 
 class WeightFiles:

@@ -19,7 +19,7 @@ from minopt.tokenizer import Tokenizer
 MAX_SHARD_BYTES = 5_000_000_000  # what transformers 4 splits at
 
 # What a save replaces: weights of every layout, lest an old file shadow the new one.
-_REPLACED = ("*.safetensors", "*.bin", "*.index.json", "config.json")
+_REPLACED = ("model*.safetensors*", "pytorch_model*.bin*", "config.json")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json",
                     "special_tokens_map.json")  # fmt: skip
 
@@ -61,6 +61,8 @@ def save_model(
         if tokenizer is not None:
             tokenizer.save(new)
         _write_json(new / "config.json", values)
+        for path in new.glob("*.safetensors"):
+            path.chmod((new / "config.json").stat().st_mode)  # the library writes them for their owner alone
 
 
 def _split(tensors: dict[str, Tensor], max_bytes: int) -> list[dict[str, Tensor]]:
@@ -84,11 +86,12 @@ def replacing(folder: Path, replaced: tuple[str, ...]) -> Iterator[Path]:
         replaced: patterns of the files in ``folder`` that the new one does without; all else comes along.
 
     Raises:
-        FileExistsError: if ``folder`` is a file, or holds something other than a model.
+        FileExistsError: if ``folder`` is a file, holds something other than a model, or is the current folder.
     """
-    folder = folder.expanduser().absolute()
-    if folder.is_symlink() or folder.exists():
-        folder = folder.resolve()
+    folder = folder.expanduser().resolve()
+    if Path.cwd().is_relative_to(folder):
+        raise FileExistsError(f"{folder}: is, or holds, the current folder, which cannot be replaced. Name another.")
+    if folder.exists():
         if not folder.is_dir():
             raise FileExistsError(f"{folder}: expected a folder to save to, got a file. Name another.")
         if any(folder.iterdir()) and not (folder / "config.json").is_file():
@@ -103,7 +106,11 @@ def replacing(folder: Path, replaced: tuple[str, ...]) -> Iterator[Path]:
         yield new
         if folder.is_dir():
             skipped = shutil.ignore_patterns(*replaced, *(p.name for p in new.iterdir()))
-            shutil.copytree(folder, new, ignore=skipped, copy_function=_link, symlinks=True, dirs_exist_ok=True)
+
+            def skipped_here(directory: str, names: list[str]) -> set[str]:
+                return skipped(directory, names) if Path(directory) == folder else set()
+
+            shutil.copytree(folder, new, ignore=skipped_here, copy_function=_link, symlinks=True, dirs_exist_ok=True)
         for path in new.iterdir():
             _flush_to_disk(path)
         if folder.is_dir():

@@ -1,0 +1,121 @@
+"""Time and peak memory of loading an opt-125m-size checkpoint, minopt and transformers in turn.
+
+    python benchmarks/bench_load.py --hardware NAME [--samples 7]
+
+Each sample is a process of its own that loads once. Memory is resident (anonymous + file pages), read every
+millisecond, less what the process held before the load. Times are with the file in the page cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import common
+import torch
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--hardware", help="short name of the machine, for the result's file")
+    parser.add_argument("--samples", type=int, default=7)
+    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        print(json.dumps(load_once(*args.child)))
+        return
+    cases = []
+    with tempfile.TemporaryDirectory() as temporary:
+        folders = write_models(Path(temporary))
+        for name, folder, dtype in (
+            ("safetensors float32", folders["safetensors"], "float32"),
+            ("safetensors float32", folders["safetensors"], "bfloat16"),
+            (".bin float16", folders["bin"], "float16"),
+            (".bin float16", folders["bin"], "float32"),
+        ):
+            case = compare(name, folder, dtype, args.samples)
+            cases.append(case)
+            print(json.dumps(case), flush=True)
+    common.keep("load", args.hardware, {"topic": "load", **common.machine("cpu"), "cases": cases})
+
+
+def write_models(folder: Path) -> dict[str, Path]:
+    """One random model of opt-125m's shape, as float32 safetensors and as a float16 .bin (as the hub has it)."""
+    import transformers
+
+    model = transformers.OPTForCausalLM(transformers.OPTConfig())
+    model.save_pretrained(folder / "safetensors")
+    model.half().config.save_pretrained(folder / "bin")
+    torch.save(model.state_dict(), folder / "bin" / "pytorch_model.bin")
+    return {"safetensors": folder / "safetensors", "bin": folder / "bin"}
+
+
+def compare(name: str, folder: Path, dtype: str, count: int) -> dict[str, Any]:
+    """Alternating processes of both libraries."""
+    samples: dict[str, list[dict[str, float]]] = {"minopt": [], "transformers": []}
+    for _ in range(count):
+        for library, values in samples.items():
+            command = [sys.executable, __file__, "--child", library, str(folder), dtype]
+            child = subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ)
+            values.append(json.loads(child.stdout.splitlines()[-1]))
+    stored = sum(p.stat().st_size for p in folder.iterdir() if p.suffix in (".safetensors", ".bin"))
+    case: dict[str, Any] = {"file": name, "file_mb": round(stored / 1e6, 1), "dtype": dtype}
+    for library, values in samples.items():
+        case[library] = {key: round(statistics.median(v[key] for v in values), 3) for key in values[0]}
+    larger = max(case["file_mb"], case["minopt"]["weights_mb"])
+    case["peak_by_larger_of_file_and_weights"] = round(case["minopt"]["peak_mb"] / larger, 3)
+    case["seconds_ratio"] = round(case["transformers"]["load_seconds"] / case["minopt"]["load_seconds"], 2)
+    return case
+
+
+def load_once(library: str, folder: str, dtype: str) -> dict[str, float]:
+    """Loads, then runs three tokens, so that memory-mapped weights count."""
+    if library == "minopt":
+        from minopt import load_model
+    else:
+        from transformers import OPTForCausalLM
+    before = resident_mb()
+    peak = [before]
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.is_set():
+            peak[0] = max(peak[0], resident_mb())
+            time.sleep(0.001)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    begin = time.perf_counter()
+    model: Any
+    if library == "minopt":
+        model = load_model(folder, device="cpu", dtype=dtype)
+    else:
+        model = OPTForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+    load_seconds = time.perf_counter() - begin
+    begin = time.perf_counter()
+    with torch.inference_mode():
+        model(torch.tensor([[2, 100, 101]]))
+    first = time.perf_counter() - begin
+    done.set()
+    watcher.join()
+    weights = sum(p.nbytes for p in model.parameters()) / 1e6
+    values = {"load_seconds": load_seconds, "first_call_seconds": first, "peak_mb": peak[0] - before}
+    return values | {"before_mb": before, "weights_mb": weights}
+
+
+def resident_mb() -> float:
+    """Anonymous and file pages of this process."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""What the benchmarks share: the machine, its limits, paired samples, and how results are kept."""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def synchronize(device: str) -> None:
+    """Waits until the device has done all it was given."""
+    if device != "cpu":
+        torch.cuda.synchronize()
+
+
+def seconds(run: Callable[[], object], device: str = "cpu") -> float:
+    """Wall time of one call."""
+    synchronize(device)
+    begin = time.perf_counter()
+    run()
+    synchronize(device)
+    return time.perf_counter() - begin
+
+
+def summary(samples: list[float]) -> dict[str, float]:
+    """Median, 90th percentile and least of samples, in milliseconds."""
+    ordered = sorted(samples)
+    p90 = ordered[min(len(ordered) - 1, round(0.9 * (len(ordered) - 1)))]
+    return {
+        "median_ms": round(statistics.median(ordered) * 1e3, 3),
+        "p90_ms": round(p90 * 1e3, 3),
+        "min_ms": round(ordered[0] * 1e3, 3),
+    }
+
+
+def read_bytes_per_second(device: str) -> float:
+    """The speed of memory: summing 800 MB of float32, best of 10."""
+    data = torch.ones(200_000_000, device=device)
+    return data.nbytes / min(seconds(data.sum, device) for _ in range(10))
+
+
+def matmul_flops_per_second(dtype: torch.dtype, device: str) -> float:
+    """The rate of a large square product, best of 5."""
+    size = 4096 if device == "cpu" else 8192
+    a = torch.randn(size, size, dtype=dtype, device=device)
+    return 2 * size**3 / min(seconds(lambda: a @ a, device) for _ in range(5))
+
+
+def machine(device: str) -> dict[str, Any]:
+    """What a reader needs to know of where the figures come from."""
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
+    return {
+        "date": date.today().isoformat(),
+        "commit": commit.stdout.strip(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name() if device != "cpu" else _processor(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    match = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    features = "amx_bf16" if cpuinfo.exists() and "amx_bf16" in cpuinfo.read_text() else "no amx"
+    return f"{match.group(1) if match else platform.processor()} ({features})"
+
+
+def keep(topic: str, hardware: str, result: dict[str, Any]) -> None:
+    """Writes ``results/<topic>_<hardware>_<yyyymmdd>.json`` and prints it as the last line."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{topic}_{hardware}_{date.today():%Y%m%d}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"kept in {path}")
+    print(json.dumps(result))

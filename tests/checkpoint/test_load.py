@@ -1,0 +1,444 @@
+"""Loading: every Hugging Face layout, exact, typed, lean; and each way in which a folder can be wrong."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from minopt import OPT, CheckpointError, OPTConfig, load, load_model
+from tests.conftest import KINDS, build_reference
+
+Write = Callable[..., Path]
+
+
+def state_of(folder: Path) -> dict[str, torch.Tensor]:
+    """What transformers reads from a folder, under its names."""
+    return dict(transformers.OPTForCausalLM.from_pretrained(folder, dtype="auto").state_dict())
+
+
+def expect_same_logits(model: OPT, folder: Path) -> None:
+    reference = transformers.OPTForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    ids = torch.randint(3, 96, (2, 11), generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        expected, got = reference(ids).logits, model(ids)
+    assert (expected - got).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def rewrite_safetensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> None:
+    tensors = change(load_file(folder / "model.safetensors"))
+    save_file({key: t.clone() for key, t in tensors.items()}, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def as_pickle(folder: Path, legacy: bool = False) -> None:
+    """Replaces model.safetensors by the pytorch_model.bin that older versions wrote, tied head included."""
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.decoder.embed_tokens.weight"]
+    torch.save(tensors, folder / "pytorch_model.bin", _use_new_zipfile_serialization=not legacy)
+    (folder / "model.safetensors").unlink()
+
+
+def as_shards(folder: Path, suffix: str) -> None:
+    """Splits model.safetensors into three shards with an index."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    stem = "model" if suffix == "safetensors" else "pytorch_model"
+    weight_map = {}
+    for number in range(3):
+        part = dict(list(tensors.items())[number::3])
+        name = f"{stem}-{number + 1:05}-of-00003.{suffix}"
+        if suffix == "safetensors":
+            save_file(part, folder / name, metadata={"format": "pt"})
+        else:
+            torch.save(part, folder / name)
+        weight_map |= dict.fromkeys(part, name)
+    (folder / f"{stem}.{suffix}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+LAYOUTS = {
+    "safetensors": lambda folder: None,
+    "safetensors shards": lambda folder: as_shards(folder, "safetensors"),
+    "bin": as_pickle,
+    "legacy bin": lambda folder: as_pickle(folder, legacy=True),
+    "bin shards": lambda folder: as_shards(folder, "bin"),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_each_layout_gives_the_reference_weights_exactly(layout: str, kind: str, write_checkpoint: Write) -> None:
+    folder = write_checkpoint(kind)
+    expected = state_of(folder)
+    LAYOUTS[layout](folder)
+    model = load_model(folder, device="cpu")
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, expected[f"model.decoder.{name}"]), name
+    assert not model.training
+    expect_same_logits(model, folder)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16])
+def test_tensors_are_cast_as_they_are_read(
+    layout: str, dtype: str, stored: torch.dtype, write_checkpoint: Write
+) -> None:
+    folder = write_checkpoint("350m", dtype=stored)
+    expected = state_of(folder)
+    LAYOUTS[layout](folder)
+    model = load_model(folder, device="cpu", dtype=dtype)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, expected[f"model.decoder.{name}"].to(getattr(torch, dtype))), name
+
+
+def test_auto_is_float32_on_a_cpu_and_a_torch_dtype_works_too(write_checkpoint: Write) -> None:
+    folder = write_checkpoint(dtype=torch.float16)
+    assert load_model(folder, device="cpu").dtype == torch.float32
+    assert load_model(folder, device="cpu", dtype=torch.float64).dtype == torch.float64
+
+
+@pytest.mark.parametrize("layout", ["safetensors", "bin"])
+def test_norms_kept_in_float32_beside_float16_load(layout: str, write_checkpoint: Write) -> None:
+    """Mixed files exist (fp32 norms): each tensor is cast to the one dtype that was asked for."""
+    folder = write_checkpoint(dtype=torch.float16)
+    rewrite_safetensors(folder, lambda ts: {k: t.float() if "norm" in k else t for k, t in ts.items()})
+    LAYOUTS[layout](folder)
+    for dtype in (torch.float16, torch.float32):
+        assert {p.dtype for p in load_model(folder, device="cpu", dtype=dtype).parameters()} == {dtype}
+
+
+@pytest.mark.parametrize("prefix", ["decoder.", "model.decoder."])
+def test_keys_with_and_without_model_in_front(prefix: str, write_checkpoint: Write) -> None:
+    folder = write_checkpoint()
+    expected = load_model(folder, device="cpu").layers[1].fc1.weight.clone()
+    rewrite_safetensors(folder, lambda ts: {prefix + k.removeprefix("model.decoder."): t for k, t in ts.items()})
+    assert torch.equal(load_model(folder, device="cpu").layers[1].fc1.weight, expected)
+
+
+def test_a_stored_head_must_agree_with_the_embeddings(write_checkpoint: Write) -> None:
+    folder = write_checkpoint()
+    rewrite_safetensors(folder, lambda ts: ts | {"lm_head.weight": ts["model.decoder.embed_tokens.weight"]})
+    load_model(folder, device="cpu")
+    rewrite_safetensors(folder, lambda ts: ts | {"lm_head.weight": ts["lm_head.weight"] + 1})
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight differs from the token embeddings"):
+        load_model(folder, device="cpu")
+
+
+def test_a_table_stored_under_the_heads_name_alone_is_taken(write_checkpoint: Write) -> None:
+    folder = write_checkpoint()
+    expected = load_model(folder, device="cpu").embed_tokens.weight.clone()
+    key = "model.decoder.embed_tokens.weight"
+    rewrite_safetensors(folder, lambda ts: {"lm_head.weight" if k == key else k: t for k, t in ts.items()})
+    assert torch.equal(load_model(folder, device="cpu").embed_tokens.weight, expected)
+
+
+def test_the_only_model_in_a_folder_is_found(tmp_path: Path, write_checkpoint: Write) -> None:
+    write_checkpoint(name="run/checkpoint-1")
+    load_model(tmp_path / "run", device="cpu")
+    write_checkpoint(name="run/checkpoint-2")
+    with pytest.raises(ValueError, match=r"holds 2 models \(checkpoint-1, checkpoint-2\)\. Name one"):
+        load_model(tmp_path / "run", device="cpu")
+
+
+def test_weights_are_mapped_and_training_leaves_the_file_alone(write_checkpoint: Write) -> None:
+    folder = write_checkpoint()
+    before = (folder / "model.safetensors").read_bytes()
+    model = load_model(folder, device="cpu").train()
+    model(torch.tensor([[2, 5, 6]])).sum().backward()
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    assert (folder / "model.safetensors").read_bytes() == before
+
+
+def test_a_model_without_tokenizer_files_says_so_when_given_text(write_checkpoint: Write) -> None:
+    lm = load(write_checkpoint(), device="cpu")
+    assert lm.tokenizer is None
+    with pytest.raises(ValueError, match=r"tokenizer: the model's folder has none .* token ids"):
+        lm.generate("hello")
+
+
+def test_unknown_keys_of_config_json_are_kept_when_saved(tmp_path: Path, write_checkpoint: Write) -> None:
+    folder = write_checkpoint()
+    config = json.loads((folder / "config.json").read_text()) | {"prefix": "</s>", "made_up": [1, 2]}
+    (folder / "config.json").write_text(json.dumps(config))
+    load(folder, device="cpu").save(tmp_path / "saved")
+    saved = json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert saved["prefix"] == "</s>"
+    assert saved["made_up"] == [1, 2]
+
+
+# --- what can be wrong ---
+
+
+def truncate(path: Path, keep: float = 0.5) -> None:
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * keep)])
+
+
+class RunsCode:
+    """A pickle that would create a file when loaded."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple[object, tuple[str, str]]:
+        return open, (str(self.target), "w")
+
+
+def evil_pickle(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    torch.save({"model.decoder.embed_tokens.weight": RunsCode(folder / "ran")}, folder / "pytorch_model.bin")
+
+
+def change_config(folder: Path, **changes: object) -> None:
+    values = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps(values))
+
+
+def without_shard(folder: Path) -> None:
+    as_shards(folder, "safetensors")
+    (folder / "model-00002-of-00003.safetensors").unlink()
+
+
+def escaping_shard(folder: Path) -> None:
+    as_shards(folder, "safetensors")
+    index = folder / "model.safetensors.index.json"
+    index.write_text(index.read_text().replace("model-00002-of-00003", "../model-00002-of-00003"))
+
+
+def drop(*names: str) -> Callable[[Path], None]:
+    return lambda folder: rewrite_safetensors(
+        folder, lambda ts: {k: t for k, t in ts.items() if k.removeprefix("model.decoder.") not in names}
+    )
+
+
+BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
+    "empty folder": (
+        lambda f: [p.unlink() for p in f.iterdir()],
+        r"model: expected a model's folder \(config\.json and weights\), found nothing",
+    ),
+    "no weights": (
+        lambda f: (f / "model.safetensors").unlink(),
+        r"expected weights \(model\.safetensors, .*found config\.json, generation_config\.json\. Is this a model's",
+    ),
+    "truncated safetensors": (
+        lambda f: truncate(f / "model.safetensors"),
+        r"model\.safetensors: cut short or not safetensors .*Fetch the file again",
+    ),
+    "safetensors of a few bytes": (
+        lambda f: (f / "model.safetensors").write_bytes(b"abc"),
+        r"model\.safetensors: cut short or not safetensors",
+    ),
+    "truncated bin": (
+        lambda f: (as_pickle(f), truncate(f / "pytorch_model.bin")),
+        r"pytorch_model\.bin: cut short or not a torch file",
+    ),
+    "empty bin": (
+        lambda f: (as_pickle(f), (f / "pytorch_model.bin").write_bytes(b"")),
+        r"pytorch_model\.bin: cut short or not a torch file",
+    ),
+    "bin of a list": (
+        lambda f: ((f / "model.safetensors").unlink(), torch.save([1, 2], f / "pytorch_model.bin")),
+        r"pytorch_model\.bin: expected a dict of tensors, got something else",
+    ),
+    "shard missing": (without_shard, r"1 of the 3 files in .* are missing: model-00002-of-00003\.safetensors"),
+    "shard outside": (escaping_shard, r"shards must lie in the folder itself, got \.\./model-00002"),
+    "index not JSON": (
+        lambda f: (as_shards(f, "safetensors"), (f / "model.safetensors.index.json").write_text("{")),
+        r"index\.json: expected JSON with a weight_map",
+    ),
+    "index without map": (
+        lambda f: (as_shards(f, "safetensors"), (f / "model.safetensors.index.json").write_text("[]")),
+        r"index\.json: expected JSON with a weight_map",
+    ),
+    "tensor missing": (
+        drop("layers.1.fc1.weight"),
+        r"1 missing \(layers\.1\.fc1\.weight\).*belong together",
+    ),
+    "many missing": (
+        drop(*(f"layers.{i}.self_attn.{p}_proj.weight" for i in range(3) for p in "qkv")),
+        r"9 missing \(layers\.0\.self_attn\.k_proj\.weight, [^)]* and 4 more\)",
+    ),
+    "final norm missing": (
+        drop("final_layer_norm.weight", "final_layer_norm.bias"),
+        r'2 missing \(final_layer_norm.*"_remove_final_layer_norm": true',
+    ),
+    "tensor unexpected": (
+        lambda f: rewrite_safetensors(f, lambda ts: ts | {"score.weight": torch.zeros(2)}),
+        r"1 unexpected \(score\.weight\)",
+    ),
+    "tensor of integers": (
+        lambda f: rewrite_safetensors(f, lambda ts: {k: t.int() if "fc1.bias" in k else t for k, t in ts.items()}),
+        r"3 of the wrong shape or kind \(model\.decoder\.layers\.0\.fc1\.bias: expected floating point, got integers",
+    ),
+    "stored twice": (
+        lambda f: rewrite_safetensors(
+            f, lambda ts: ts | {"decoder.layers.0.fc1.bias": ts["model.decoder.layers.0.fc1.bias"]}
+        ),
+        r"1 stored twice \(decoder\.layers\.0\.fc1\.bias and model\.decoder\.layers\.0\.fc1\.bias\)",
+    ),
+    "config of another width": (
+        lambda f: change_config(f, ffn_dim=80),
+        r"of the wrong shape or kind \(.*fc1\.\w+: expected \[80.*\], got \[64.*and \d+ more\)",
+    ),
+    "config of fewer layers": (lambda f: change_config(f, num_hidden_layers=2), r"16 unexpected .*and 11 more"),
+    "config of more layers": (lambda f: change_config(f, num_hidden_layers=4), r"16 missing .*and 11 more"),
+    "config not JSON": (
+        lambda f: (f / "config.json").write_text("{'model_type': 'opt'}"),
+        r"config\.json: expected JSON",
+    ),
+    "config a list": (lambda f: (f / "config.json").write_text("[]"), r"config\.json: expected a JSON object"),
+    "config of another model": (
+        lambda f: change_config(f, model_type="gpt2"),
+        r'config\.json: model_type: expected "opt", got \'gpt2\'',
+    ),
+    "config that breaks rules": (
+        lambda f: change_config(f, num_attention_heads=5),
+        r"config\.json: .*hidden_size must be a multiple of num_attention_heads, got 32 and 5",
+    ),
+    "pickle that runs code": (
+        evil_pickle,
+        r"pytorch_model\.bin: the pickle holds more than tensors, and loading it could run code, so it was not",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", BROKEN)
+def test_a_broken_checkpoint_is_refused_in_one_clear_line(fault: str, write_checkpoint: Write) -> None:
+    folder = write_checkpoint()
+    break_it, message = BROKEN[fault]
+    break_it(folder)
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
+        load_model(folder, device="cpu")
+    assert "\n" not in str(caught.value)
+    assert str(folder) in str(caught.value)
+    assert not (folder / "ran").exists()
+
+
+def test_the_pickle_of_the_last_test_does_run_code_elsewhere(tmp_path: Path) -> None:
+    """The control: without the safe loader it would have made its file."""
+    pickle.loads(pickle.dumps(RunsCode(tmp_path / "ran"))).close()
+    assert (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("./nowhere", "no such folder"),
+        ("/nowhere/at/all", "no such folder"),
+        ("a/b/c", "no such folder, and not the name of a model on the hub"),
+        ("", "no such folder"),
+        ("white space", "no such folder"),
+    ],
+)
+def test_a_folder_that_is_not_there(name: str, message: str) -> None:
+    with pytest.raises(FileNotFoundError, match=message):
+        load_model(name)
+
+
+def test_a_file_in_place_of_a_folder(write_checkpoint: Write) -> None:
+    with pytest.raises(FileNotFoundError, match=r"config\.json: expected a model's folder, got a file"):
+        load_model(write_checkpoint() / "config.json")
+
+
+@pytest.mark.parametrize("device", ["cuda:77", "tpu", "nonsense:1", "xpu"])
+def test_a_device_that_is_not_there(device: str, write_checkpoint: Write) -> None:
+    with pytest.raises(ValueError, match=f"device: '{device}' is not to be had here") as caught:
+        load_model(write_checkpoint(), device=device)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", ["float8", "int8", torch.int64, "f32"])
+def test_a_dtype_that_is_none(dtype: object, write_checkpoint: Write) -> None:
+    with pytest.raises(ValueError, match="dtype: expected auto, float32, float16, bfloat16 or a floating"):
+        load_model(write_checkpoint(), device="cpu", dtype=dtype)  # type: ignore[arg-type]
+
+
+# --- a real size ---
+
+PEAK = """
+import os, sys, threading, time
+import torch
+from minopt import load_model
+
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+load_model(sys.argv[3], device="cpu", dtype=sys.argv[2])  # imports, allocator: the fixed base
+before, peak, done = resident(), 0, threading.Event()
+
+def watch():
+    global peak
+    while not done.is_set():
+        peak = max(peak, resident())
+        time.sleep(0.001)
+
+thread = threading.Thread(target=watch)
+thread.start()
+model = load_model(sys.argv[1], device="cpu", dtype=sys.argv[2])
+for parameter in model.parameters():
+    parameter.sum()  # pages of a mapping count once they are used
+done.set()
+thread.join()
+print(peak - before)
+"""
+
+
+@pytest.fixture(scope="module")
+def full_size(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model of opt-125m's shape, as transformers writes it, with a float16 .bin of it beside."""
+    folder = tmp_path_factory.mktemp("full") / "opt-125m"
+    torch.manual_seed(0)
+    model = transformers.OPTForCausalLM(transformers.OPTConfig())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    model.half().config.save_pretrained(folder / "bin16")
+    torch.save(model.state_dict(), folder / "bin16" / "pytorch_model.bin")
+    return folder
+
+
+def test_a_full_size_checkpoint_generates_the_reference_tokens(full_size: Path) -> None:
+    reference = transformers.OPTForCausalLM.from_pretrained(full_size, dtype=torch.float32).eval()
+    ids = torch.randint(10, 50000, (2, 12), generator=torch.Generator().manual_seed(3))
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+    expected = reference.generate(ids, attention_mask=mask, **options)
+    from minopt import generate
+
+    model = load_model(full_size, device="cpu")
+    got = generate(model, ids, mask, max_new_tokens=12, eos_token_id=()).sequences
+    assert torch.equal(got, expected)
+    assert OPTConfig.preset("opt-125m").hidden_size == model.config.hidden_size
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads resident memory from Linux's /proc")
+@pytest.mark.parametrize(
+    ("folder", "dtype"), [(".", "float32"), (".", "bfloat16"), ("bin16", "float16"), ("bin16", "float32")]
+)
+def test_peak_memory_of_a_load(folder: str, dtype: str, full_size: Path, write_checkpoint: Write) -> None:
+    """At most 1.15 times the larger of file and weights, anonymous and file pages together, plus 32 MB."""
+    small = write_checkpoint(dtype=torch.float16 if folder == "bin16" else torch.float32)
+    if folder == "bin16":
+        as_pickle(small)
+    source = full_size / folder
+    program = [sys.executable, "-c", PEAK, str(source), dtype, str(small)]
+    peak = int(subprocess.run(program, check=True, capture_output=True, text=True).stdout)
+    stored = next(p for p in source.iterdir() if p.suffix in (".safetensors", ".bin")).stat().st_size
+    weights = 125_239_296 * getattr(torch, dtype).itemsize
+    assert peak <= 1.15 * max(stored, weights) + 32e6
+
+
+def test_the_kinds_are_those_of_the_reference() -> None:
+    """The three kinds differ where they should, or the tests above would test one kind three times."""
+    names = {kind: {k.removeprefix("model.decoder.") for k in build_reference(kind).state_dict()} for kind in KINDS}
+    assert "project_in.weight" in names["350m"]
+    assert "final_layer_norm.weight" not in names["350m"]
+    assert "layers.0.fc1.bias" not in names["galactica"]

@@ -1,0 +1,472 @@
+"""Greedy decoding and sampling: against transformers' generate, against scripted logits, and what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from minopt import OPT, GenerationConfig, GenerationOutput, OPTConfig, generate
+from minopt.generation.decode import check_prompt, decode_steps
+from tests.conftest import SIZE, build_ours, build_reference
+
+NEW, PAD, V = 30, 1, SIZE["vocab_size"]
+
+
+def lively(kind: str, **changes: Any) -> Any:
+    """A float64 reference whose greedy texts do not settle on one token at once, as those of random models do."""
+    reference = build_reference(kind, dtype=torch.float64, **({"eos_token_id": None} | changes))
+    with torch.no_grad():
+        reference.model.decoder.embed_positions.weight.mul_(3)
+        if kind == "350m":  # each of its norms sets the residual stream back, and the branches' constant part wins
+            for layer in reference.model.decoder.layers:
+                layer.fc2.weight.mul_(0.1)
+                layer.self_attn.out_proj.weight.mul_(0.1)
+    return reference
+
+
+def random_prompts(count: int = 20, longest: int = 20, seed: int = 0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, longest + 1, (count,), generator=generator).tolist()
+    return [torch.randint(3, V, (length,), generator=generator) for length in lengths]
+
+
+def pad_left(rows: list[Tensor]) -> tuple[Tensor, Tensor]:
+    longest = max(map(len, rows))
+    ids = torch.stack([torch.cat([row.new_full((longest - len(row),), PAD), row]) for row in rows])
+    return ids, torch.stack([torch.arange(longest) >= longest - len(row) for row in rows]).long()
+
+
+def batches(prompts: list[Tensor], size: int) -> list[tuple[Tensor, Tensor]]:
+    return [pad_left(prompts[i : i + size]) for i in range(0, len(prompts), size)]
+
+
+def of_transformers(reference: Any, ids: Tensor, mask: Tensor, **options: Any) -> Any:
+    return reference.generate(
+        ids, attention_mask=mask, pad_token_id=PAD, return_dict_in_generate=True,
+        **({"max_new_tokens": NEW, "do_sample": False} | options),
+    )  # fmt: skip
+
+
+def frequent_token(reference: Any, prompts: list[Tensor]) -> int:
+    """The token that most rows generate, but not at once: as eos it ends rows early, and at different steps."""
+    ids, mask = pad_left(prompts)
+    new = of_transformers(reference, ids, mask).sequences[:, ids.shape[1] :]
+    first_seen = Counter(token for row in new.tolist() for token in set(row[4:]) - set(row[:4]))
+    return first_seen.most_common(1)[0][0]
+
+
+def error(ours: Tensor, theirs: Tensor) -> float:
+    """Largest difference relative to the largest number; where one is infinite, the other is too."""
+    assert ours.shape == theirs.shape
+    finite = theirs.isfinite()
+    assert torch.equal(finite, ours.isfinite())
+    return ((ours - theirs)[finite].abs().max() / theirs[finite].abs().max()).item()
+
+
+class Script:
+    """A decoder that says what is written, ``[N, B, V]``, and writes down what it is told."""
+
+    def __init__(self, logits: Tensor, **config: Any) -> None:
+        self.logits = logits
+        self.config = OPTConfig(**(SIZE | {"vocab_size": logits.shape[-1]} | config))
+        self.calls: list[tuple[Any, ...]] = []
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def new_cache(self, batch_size: int, capacity: int) -> list[int]:
+        self.calls.append(("new_cache", batch_size, capacity))
+        return []
+
+    def prefill(self, input_ids: Tensor, attention_mask: Tensor | None, cache: list[int]) -> Tensor:
+        return self._say("prefill", input_ids, attention_mask, cache)
+
+    def decode_step(self, input_ids: Tensor, attention_mask: Tensor | None, cache: list[int]) -> Tensor:
+        return self._say("decode_step", input_ids, attention_mask, cache)
+
+    def _say(self, name: str, input_ids: Tensor, attention_mask: Tensor | None, cache: list[int]) -> Tensor:
+        mask = None if attention_mask is None else attention_mask.long().tolist()
+        self.calls.append((name, input_ids.tolist(), mask))
+        cache.append(len(cache))
+        return self.logits[cache[-1]]
+
+
+def say(rows: list[list[int]], vocab_size: int = V, **config: Any) -> Script:
+    """A decoder whose most probable tokens are those of ``rows``."""
+    tokens = torch.tensor(rows).T  # [N, B]
+    return Script(5.0 * torch.nn.functional.one_hot(tokens, vocab_size), **config)
+
+
+# --- greedy decoding is transformers'
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_greedy_tokens_are_those_of_transformers(kind: str, batch_size: int) -> None:
+    reference, prompts = lively(kind), random_prompts()
+    ours, seen = build_ours(reference), set()
+    for ids, mask in batches(prompts, batch_size):
+        theirs = of_transformers(reference, ids, mask).sequences
+        found = generate(ours, ids, mask, max_new_tokens=NEW)
+        assert torch.equal(found.sequences, theirs)
+        assert found.sequences.dtype == torch.long
+        assert found.lengths == (NEW,) * len(ids)
+        assert found.stop_reasons == ("length",) * len(ids)
+        seen |= {tuple(row) for row in theirs[:, -NEW:].tolist()}
+        if batch_size == 1:
+            assert torch.equal(generate(ours, ids, max_new_tokens=NEW).sequences, theirs)
+    assert len({token for row in seen for token in row}) >= 10  # else this says little
+    assert len(seen) == len(prompts)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_rows_end_where_those_of_transformers_do(kind: str, batch_size: int) -> None:
+    """Padded tails and the width of the whole included."""
+    prompts = random_prompts()
+    eos = frequent_token(lively(kind), prompts)
+    reference = lively(kind, eos_token_id=eos)
+    ours = build_ours(reference)
+    assert ours.config.eos_token_ids == (eos,)
+    lengths: list[tuple[int, ...]] = []
+    for ids, mask in batches(prompts, batch_size):
+        found = generate(ours, ids, mask, max_new_tokens=NEW)
+        assert torch.equal(found.sequences, of_transformers(reference, ids, mask).sequences)
+        new = found.sequences[:, ids.shape[1] :].tolist()
+        assert max(found.lengths) == len(new[0])
+        for row, length, reason in zip(new, found.lengths, found.stop_reasons, strict=True):
+            assert eos not in row[: length - 1]
+            assert (row[length - 1] == eos) == (reason == "eos")
+            assert reason == "eos" or length == NEW
+            assert set(row[length:]) <= {PAD}
+        lengths.append(found.lengths)
+    assert any(max(some) < NEW for some in lengths)
+    assert batch_size == 1 or any(len(set(some)) > 1 for some in lengths)
+
+
+@pytest.mark.parametrize("name", ["min_new_tokens", "suppress_tokens", "several eos", "all"])
+def test_options_act_as_in_transformers(kind: str, name: str) -> None:
+    prompts = random_prompts(12)
+    plain = lively(kind)
+    eos = frequent_token(plain, prompts)
+    ids, mask = pad_left(prompts)
+    new = of_transformers(plain, ids, mask).sequences[:, ids.shape[1] :]
+    others = [token for token, _ in Counter(new.flatten().tolist()).most_common(4) if token != eos]
+    minimum, banned, several = {"min_new_tokens": 12}, {"suppress_tokens": others[:2]}, [eos, *others]
+    options: dict[str, Any] = {
+        "min_new_tokens": minimum,
+        "suppress_tokens": banned,
+        "several eos": {"eos_token_id": several},
+        "all": minimum | banned | {"eos_token_id": several},
+    }[name]
+    reference = lively(kind, eos_token_id=eos)
+    ours, changed = build_ours(reference), False
+    for ids, mask in batches(prompts, 4):
+        found = generate(ours, ids, mask, max_new_tokens=NEW, **options)
+        assert torch.equal(found.sequences, of_transformers(reference, ids, mask, **options).sequences)
+        without = generate(ours, ids, mask, max_new_tokens=NEW)
+        changed |= not torch.equal(found.sequences, without.sequences)
+    assert changed
+
+
+def test_several_eos_ids_may_stand_in_the_models_config(kind: str) -> None:
+    prompts = random_prompts(8)
+    eos = [frequent_token(lively(kind), prompts), 5]
+    reference = lively(kind, eos_token_id=eos)
+    for ids, mask in batches(prompts, 4):
+        found = generate(build_ours(reference), ids, mask, max_new_tokens=NEW)
+        assert torch.equal(found.sequences, of_transformers(reference, ids, mask).sequences)
+
+
+def test_a_left_padded_batch_is_each_prompt_alone(kind: str) -> None:
+    ours, prompts = build_ours(lively(kind)), random_prompts(4, seed=1)
+    ids, mask = pad_left(prompts)
+    for given in (mask, mask.bool(), mask.float()):
+        found = generate(ours, ids, given, max_new_tokens=NEW).sequences[:, ids.shape[1] :]
+        for prompt, row in zip(prompts, found, strict=True):
+            assert torch.equal(generate(ours, prompt[None], max_new_tokens=NEW).sequences[0, len(prompt) :], row)
+
+
+# --- scores and log-probabilities
+
+
+def test_scores_are_those_of_transformers(kind: str) -> None:
+    reference = lively(kind)
+    ids, mask = pad_left(random_prompts(4))
+    options: dict[str, Any] = {"max_new_tokens": 6, "min_new_tokens": 3, "suppress_tokens": [7, 8], "eos_token_id": [9]}
+    theirs = of_transformers(reference, ids, mask, output_scores=True, **options)
+    found = generate(build_ours(reference), ids, mask, output_scores=True, **options)
+    assert found.scores is not None
+    assert found.logprobs is None
+    assert (found.scores.shape, found.scores.dtype) == ((4, len(theirs.scores), V), torch.float32)
+    assert error(found.scores, torch.stack(theirs.scores, dim=1)) <= 1e-6
+    assert torch.equal(found.scores.argmax(-1), found.sequences[:, ids.shape[1] :])
+
+
+def test_the_first_scores_of_sampling_are_those_of_transformers(kind: str) -> None:
+    """Before anything is drawn, so that the order of all rules shows, as its ``generate`` has them."""
+    reference = lively(kind)
+    ids, mask = pad_left(random_prompts(4))
+    options: dict[str, Any] = {"max_new_tokens": 1, "min_new_tokens": 1, "suppress_tokens": [7, 8], "eos_token_id": [9],
+                               "do_sample": True, "temperature": 1.7, "top_k": 20, "top_p": 0.8}  # fmt: skip
+    theirs = of_transformers(reference, ids, mask, output_scores=True, **options)
+    found = generate(build_ours(reference), ids, mask, output_scores=True, **options)
+    assert found.scores is not None
+    assert 1 < found.scores.isfinite().sum() < 4 * 20
+    assert error(found.scores, torch.stack(theirs.scores, dim=1)) <= 1e-6
+
+
+@pytest.mark.parametrize("do_sample", [False, True], ids=["greedy", "sampling"])
+def test_logprobs_are_the_models_own_whatever_the_rules(kind: str, do_sample: bool) -> None:
+    """They are those of one pass over the whole text."""
+    ours = build_ours(lively(kind))
+    ids, mask = pad_left(random_prompts(4))
+    rules: dict[str, Any] = {"temperature": 2.0, "top_k": 10, "seed": 0} if do_sample else {}
+    found = generate(
+        ours, ids, mask, max_new_tokens=8, do_sample=do_sample, suppress_tokens=(7, 8), output_logprobs=True, **rules
+    )
+    assert found.logprobs is not None
+    assert found.scores is None
+    assert (found.logprobs.shape, found.logprobs.dtype) == ((4, 8), torch.float32)
+    with torch.no_grad():
+        logits = ours(found.sequences, torch.cat([mask, mask.new_ones(4, 8)], dim=1))
+    wanted = logits.log_softmax(-1)[:, -9:-1].gather(2, found.sequences[:, -8:, None])[..., 0]
+    assert error(found.logprobs.double(), wanted) <= 1e-6
+
+
+def test_logprobs_are_the_transition_scores_of_transformers(kind: str) -> None:
+    reference = lively(kind)
+    ids, mask = pad_left(random_prompts(4))
+    theirs = of_transformers(reference, ids, mask, output_logits=True, max_new_tokens=8)
+    wanted = reference.compute_transition_scores(theirs.sequences, theirs.logits, normalize_logits=True)
+    found = generate(build_ours(reference), ids, mask, max_new_tokens=8, output_logprobs=True)
+    assert found.logprobs is not None
+    assert error(found.logprobs, wanted) <= 1e-6
+
+
+# --- sampling
+
+
+def chi_square(counts: Tensor, probabilities: Tensor) -> float:
+    """Pearson's statistic of counts, in standard deviations above its mean (degrees of freedom: tokens - 1)."""
+    expected = probabilities * counts.sum()
+    assert expected.min() > 5
+    freedom = len(counts) - 1
+    return ((((counts - expected) ** 2 / expected).sum() - freedom) / (2 * freedom) ** 0.5).item()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6, 1.8])
+def test_draws_have_the_probabilities_of_the_scores(temperature: float) -> None:
+    """6,000 draws at each of two steps, the rows of two kinds."""
+    steps = torch.randn(2, 2, 12, generator=torch.Generator().manual_seed(0))
+    decoder = Script(steps.repeat(1, 6000, 1))  # [N, B, V]: rows of the two kinds alternate
+    options: dict[str, Any] = {"do_sample": True, "top_k": 0, "eos_token_id": (), "max_new_tokens": 2, "seed": 1}
+    found = generate(decoder, torch.ones(12000, 1).long(), temperature=temperature, **options).sequences[:, 1:]
+    for step in range(2):
+        for which in range(2):
+            counts = torch.bincount(found[which::2, step], minlength=12)
+            assert chi_square(counts, (steps[step, which] / temperature).softmax(0)) < 4
+            assert chi_square(counts, (steps[step, which] / (1.3 * temperature)).softmax(0)) > 4
+            assert chi_square(counts, (steps[step, 1 - which] / temperature).softmax(0)) > 4
+
+
+def test_excluded_tokens_are_never_drawn() -> None:
+    logits = torch.randn(1, 1, 12, generator=torch.Generator().manual_seed(0))
+    top = set(logits[0, 0].topk(5).indices.tolist())
+    options: dict[str, Any] = {"do_sample": True, "max_new_tokens": 1, "seed": 0}
+    found = generate(Script(logits.repeat(1, 4000, 1)), torch.ones(4000, 1).long(), top_k=5, **options).sequences[:, 1]
+    assert set(found.tolist()) == top
+    banned = tuple(sorted(top))[:2]
+    found = generate(
+        Script(logits.repeat(1, 4000, 1)), torch.ones(4000, 1).long(), top_k=5, suppress_tokens=banned, **options
+    ).sequences[:, 1]
+    assert not set(found.tolist()) & set(banned)
+    assert len(set(found.tolist())) == 5
+
+
+def test_the_same_seed_draws_the_same_tokens(kind: str) -> None:
+    ours = build_ours(lively(kind))
+    ids, mask = pad_left(random_prompts(4))
+
+    def draw(**options: Any) -> list[list[int]]:
+        return generate(ours, ids, mask, max_new_tokens=12, do_sample=True, **options).sequences.tolist()
+
+    state = torch.get_rng_state()
+    seeded = draw(seed=7)
+    assert torch.equal(torch.get_rng_state(), state)  # torch's own generator is left alone
+    assert draw(seed=7) == seeded == draw(generator=torch.Generator().manual_seed(7))
+    assert draw(seed=8) != seeded
+    generator = torch.Generator().manual_seed(7)
+    assert draw(generator=generator) == seeded
+    assert draw(generator=generator) != seeded  # it goes on where it was
+    torch.manual_seed(7)
+    unseeded = draw()
+    assert draw() != unseeded
+    torch.manual_seed(7)
+    assert draw() == unseeded
+
+
+def test_greedy_decoding_draws_nothing() -> None:
+    state = torch.get_rng_state()
+    generate(say([[5, 6], [7, 8]]), torch.ones(2, 1).long(), max_new_tokens=2)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+# --- the loop, seen by a decoder
+
+
+def test_any_decoder_can_be_driven() -> None:
+    """What it is told: a prompt, then a token a row, with the mask of all tokens so far; nothing after the last one."""
+    decoder = say([[10, 11, 12], [20, 21, 22]])
+    ids, mask = torch.tensor([[1, 5], [6, 7]]), torch.tensor([[0, 1], [1, 1]])
+    found = generate(decoder, ids, mask, max_new_tokens=3)
+    assert found.sequences.tolist() == [[1, 5, 10, 11, 12], [6, 7, 20, 21, 22]]
+    assert decoder.calls == [
+        ("new_cache", 2, 5),
+        ("prefill", [[1, 5], [6, 7]], [[0, 1], [1, 1]]),
+        ("decode_step", [[10], [20]], [[0, 1, 1], [1, 1, 1]]),
+        ("decode_step", [[11], [21]], [[0, 1, 1, 1], [1, 1, 1, 1]]),
+    ]
+    decoder.calls.clear()
+    generate(decoder, ids, max_new_tokens=3)
+    assert [call[2] for call in decoder.calls[1:]] == [None] * 3
+
+
+def test_rows_end_alone_and_all_together_stop() -> None:
+    decoder = say([[10, 2, 30, 31, 32], [20, 21, 22, 2, 33], [2, 40, 41, 42, 43]])
+    found = generate(decoder, torch.ones(3, 1).long(), max_new_tokens=5)
+    assert found.sequences.tolist() == [[1, 10, 2, 1, 1], [1, 20, 21, 22, 2], [1, 2, 1, 1, 1]]
+    assert (found.lengths, found.stop_reasons) == ((2, 4, 1), ("eos", "eos", "eos"))
+    assert [call[1] for call in decoder.calls[2:]] == [[[10], [20], [2]], [[2], [21], [1]], [[1], [22], [1]]]
+
+
+def test_an_eos_at_the_last_step_is_an_end_and_not_a_length() -> None:
+    found = generate(say([[10, 2], [20, 21]]), torch.ones(2, 1).long(), max_new_tokens=2)
+    assert (found.lengths, found.stop_reasons) == ((2, 2), ("eos", "length"))
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "tail"),
+    [
+        ({}, {}, [2, 1, 1]),
+        ({}, {"pad_token_id": 9}, [2, 9, 9]),
+        ({"pad_token_id": None}, {}, [2, 2, 2]),
+        ({"eos_token_id": (4, 2)}, {}, [2, 1, 1]),
+        ({"eos_token_id": None}, {}, [2, 30, 31]),
+        ({}, {"eos_token_id": ()}, [2, 30, 31]),
+        ({}, {"eos_token_id": []}, [2, 30, 31]),
+        ({}, {"eos_token_id": 30}, [2, 30, 1]),
+        ({"eos_token_id": 4, "pad_token_id": None}, {"eos_token_id": (30, 2)}, [2, 30, 30]),
+        ({"eos_token_id": 4, "pad_token_id": 2}, {"eos_token_id": 30}, [2, 30, 2]),
+    ],
+)
+def test_options_go_before_the_models_ids(model: dict[str, Any], options: dict[str, Any], tail: list[int]) -> None:
+    decoder = say([[10, 2, 30, 31], [20, 21, 22, 23]], **model)
+    found = generate(decoder, torch.ones(2, 1).long(), max_new_tokens=4, **options)
+    assert found.sequences[0].tolist() == [1, 10, *tail]
+    assert found.sequences[1].tolist() == [1, 20, 21, 22, 23]
+
+
+def test_a_config_and_single_options_go_together() -> None:
+    decoder, ids = say([[10] * 20, [11] * 20]), torch.ones(2, 1).long()
+    assert generate(decoder, ids).lengths == (20, 20)
+    config = GenerationConfig(max_new_tokens=5)
+    assert generate(decoder, ids, config=config).lengths == (5, 5)
+    assert generate(decoder, ids, config=config, max_new_tokens=3, output_scores=True).lengths == (3, 3)
+    assert config == GenerationConfig(max_new_tokens=5)
+
+
+def test_steps_come_as_they_are_made() -> None:
+    decoder, config = say([[10, 2, 30], [20, 21, 22]]), GenerationConfig(max_new_tokens=3)
+    ids, mask = check_prompt(decoder, torch.ones(2, 1).int(), None, config)
+    steps = decode_steps(decoder, ids, mask, config)
+    assert decoder.calls == []
+    for count, (tokens, ended) in enumerate([([10, 20], [False] * 2), ([2, 21], [True, False])]):
+        step = next(steps)
+        assert (step.tokens.tolist(), step.ended.tolist()) == (tokens, ended)
+        assert len(decoder.calls) == 2 + count
+    assert [step.tokens.tolist() for step in steps] == [[1, 22]]
+
+
+def test_the_outputs_can_be_worked_on() -> None:
+    """They come from inference mode, and are ordinary tensors."""
+    found = generate(say([[10, 11], [12, 13]]), torch.ones(2, 1).int(), max_new_tokens=2, output_scores=True,
+                     output_logprobs=True)  # fmt: skip
+    assert {field.name for field in dataclasses.fields(GenerationOutput)} == set(vars(found))
+    for tensor in (found.sequences, found.scores, found.logprobs):
+        assert tensor is not None
+        assert not tensor.is_inference()
+    assert found.sequences.dtype == torch.long
+
+
+# --- what is refused, before the decoder is called
+
+
+def test_the_last_position_may_be_used(kind: str) -> None:
+    """Prompt and new tokens fill the 64 positions exactly; padding takes none of them."""
+    reference = lively(kind)
+    ours = build_ours(reference)
+    prompts = [random_prompts(1, seed=seed)[0].repeat(64)[:length] for seed, length in enumerate((34, 20))]
+    ids, mask = pad_left(prompts)
+    theirs = of_transformers(reference, ids, mask).sequences
+    found = generate(ours, ids, mask, max_new_tokens=NEW).sequences
+    assert found.shape == (2, 64)
+    assert torch.equal(found, theirs)
+    wide = torch.cat([torch.full((2, 9), PAD), ids], dim=1), torch.cat([torch.zeros(2, 9).long(), mask], dim=1)
+    assert torch.equal(generate(ours, *wide, max_new_tokens=NEW).sequences[:, 9:], theirs)
+
+
+REFUSED: list[tuple[str, Tensor, Tensor | None, dict[str, Any], str]] = [
+    ("one token too many", torch.ones(2, 45), None, {},
+     r"prompt: 45 tokens \+ max_new_tokens 20 = 65 positions, the model has 64\. .*at most 19"),
+    ("one real token too many", torch.ones(2, 50), (torch.arange(50) > 4).repeat(2, 1), {},
+     r"prompt: 45 tokens \+ max_new_tokens 20 = 65 positions, the model has 64"),
+    ("a prompt longer than the model", torch.ones(2, 70), None, {}, r"prompt: 70 tokens .* = 90 .*at most 0"),
+    ("one new token too many", torch.ones(2, 60), None, {"max_new_tokens": 5}, "60 tokens .*= 65.*at most 4"),
+    ("id behind the vocabulary", torch.tensor([[5, 96], [4, 4]]), None, {}, "expected ids from 0 to 95, got 96"),
+    ("negative id", torch.tensor([[5, 4], [4, -1]]), None, {}, "expected ids from 0 to 95, got -1"),
+    ("float ids", torch.ones(2, 3).float(), None, {}, "input_ids: expected integers, got torch.float32"),
+    ("bool ids", torch.ones(2, 3).bool(), None, {}, "input_ids: expected integers, got torch.bool"),
+    ("no rows", torch.ones(0, 3), None, {}, r"expected \[batch, tokens\] with at least one of each, got \[0, 3\]"),
+    ("no tokens", torch.ones(2, 0), None, {}, r"expected \[batch, tokens\] with at least one of each, got \[2, 0\]"),
+    ("one dim", torch.ones(3), None, {}, r"expected \[batch, tokens\] with at least one of each, got \[3\]"),
+    ("right padding", torch.ones(2, 3), torch.tensor([[1, 1, 1], [1, 1, 0]]), {}, "expected padding on the left"),
+    ("a row of padding", torch.ones(2, 3), torch.tensor([[1, 1, 1], [0, 0, 0]]), {}, "expected padding on the left"),
+    ("mask of other width", torch.ones(2, 3), torch.ones(2, 4), {},
+     r"attention_mask: expected the shape of input_ids \[2, 3\], got \[2, 4\]"),
+    ("mask of one dim", torch.ones(2, 3), torch.ones(3), {}, r"expected the shape of input_ids \[2, 3\], got \[3\]"),
+    ("seed and generator", torch.ones(2, 3), None,
+     {"do_sample": True, "seed": 1, "generator": torch.Generator()}, "give a seed or a generator, not both"),
+    ("unknown option", torch.ones(2, 3), None, {"num_beans": 4}, "unknown option num_beans; there are max_new_tokens"),
+    ("nonsense option", torch.ones(2, 3), None, {"max_new_tokens": 0}, "max_new_tokens must be"),
+    *((f"{name} behind the vocabulary", torch.ones(2, 3), None, {name: value},
+       "generation: expected ids from 0 to 95 in options, got 96")
+      for name, value in (("suppress_tokens", (5, 96)), ("eos_token_id", 96), ("pad_token_id", 96))),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("ids", "mask", "options", "message"), [r[1:] for r in REFUSED], ids=[r[0] for r in REFUSED])
+def test_what_cannot_work_is_refused_before_anything_runs(
+    ids: Tensor, mask: Tensor | None, options: dict[str, Any], message: str, request: pytest.FixtureRequest
+) -> None:
+    decoder = say([[10] * 20, [11] * 20])
+    keep = request.node.callspec.id in ("float ids", "bool ids")
+    with pytest.raises(ValueError, match=message):
+        generate(decoder, ids if keep else ids.long(), mask, **options)
+    assert decoder.calls == []
+
+
+@pytest.mark.parametrize(("width", "new"), [(44, 20), (63, 1), (1, 63)])
+def test_just_fitting_is_allowed(width: int, new: int) -> None:
+    found = generate(say([[10] * new, [11] * new]), torch.ones(2, width).long(), max_new_tokens=new)
+    assert found.sequences.shape == (2, 64)
+
+
+def test_a_model_is_a_decoder_of_its_own_device() -> None:
+    model = OPT(OPTConfig(**SIZE)).eval()
+    found = generate(model, torch.ones(2, 3, dtype=torch.int32), max_new_tokens=2)
+    assert (found.sequences.dtype, found.sequences.device) == (torch.long, model.device)

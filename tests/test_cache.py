@@ -1,0 +1,154 @@
+"""KVCache: its size, and that moving rows and tokens about in it changes nothing that is computed from them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from minopt import OPT, KVCache, OPTConfig
+from tests.conftest import build_ours, build_reference
+
+CONFIG = OPTConfig(vocab_size=96, hidden_size=24, num_hidden_layers=3, num_attention_heads=4, ffn_dim=32)
+B, CAPACITY = 2, 7
+
+
+@pytest.fixture
+def model(kind: str) -> OPT:
+    """A float64 model of each kind."""
+    return build_ours(build_reference(kind, dtype=torch.float64))
+
+
+def fill(cache: KVCache, tokens: int, seed: int = 0) -> list[tuple[Tensor, Tensor]]:
+    """Appends random keys and values to every layer; returns what each layer was told to attend."""
+    generator = torch.Generator().manual_seed(seed)
+    rows, heads, _, head_dim = cache.keys[0].shape
+    attended = []
+    for layer in range(len(cache.keys)):
+        key, value = torch.randn(2, rows, heads, tokens, head_dim, generator=generator)
+        attended.append(cache.append(layer, key, value))
+    cache.length += tokens
+    return attended
+
+
+def ids_of(rows: int, tokens: int, seed: int = 0) -> Tensor:
+    return torch.randint(3, 96, (rows, tokens), generator=torch.Generator().manual_seed(seed))
+
+
+def error(ours: Tensor, theirs: Tensor) -> float:
+    """Largest difference, relative to the largest number."""
+    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
+
+
+@pytest.mark.parametrize(("dtype", "itemsize"), [(torch.float32, 4), (torch.bfloat16, 2), (torch.float16, 2)])
+def test_it_takes_the_bytes_of_its_keys_and_values_and_not_one_more(dtype: torch.dtype, itemsize: int) -> None:
+    cache = KVCache(CONFIG, B, CAPACITY, dtype=dtype)
+    expected = 2 * CONFIG.num_hidden_layers * B * CAPACITY * CONFIG.hidden_size * itemsize
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in (*cache.keys, *cache.values)}
+    assert cache.nbytes == sum(storages.values()) == expected
+    assert (cache.batch_size, cache.capacity, cache.length) == (B, CAPACITY, 0)
+    fill(cache, CAPACITY)
+    assert cache.nbytes == expected
+
+
+def test_a_model_makes_a_cache_of_its_own_dtype(model: OPT) -> None:
+    cache = model.new_cache(B, CAPACITY)
+    assert cache.nbytes == 2 * 3 * B * CAPACITY * 32 * 8
+    assert {t.dtype for t in (*cache.keys, *cache.values)} == {torch.float64}
+
+
+@pytest.mark.parametrize("chunks", [(3, 1, 2), (1, 1, 1), (7,)])
+def test_a_position_in_a_tensor_writes_what_an_int_writes(chunks: tuple[int, ...]) -> None:
+    by_int, by_tensor = KVCache(CONFIG, B, CAPACITY), KVCache(CONFIG, B, CAPACITY)
+    by_tensor.length = torch.tensor(0)
+    for seed, tokens in enumerate(chunks):
+        for filled, whole in zip(fill(by_int, tokens, seed), fill(by_tensor, tokens, seed), strict=True):
+            for some, all_ in zip(filled, whole, strict=True):
+                assert some.shape[2] == by_int.length
+                assert all_.shape[2] == CAPACITY
+                assert torch.equal(some, all_[:, :, : by_int.length])
+                assert not all_[:, :, by_int.length :].any()
+    assert by_int.length == int(by_tensor.length) == sum(chunks)
+
+
+def test_what_is_attended_is_what_was_written() -> None:
+    """In order, each layer apart, and without a copy."""
+    cache = KVCache(CONFIG, B, CAPACITY)
+    for layer in range(3):
+        for start in (0, 2):
+            cache.length = start
+            key = torch.full((B, 4, 2, 6), 10.0 * layer + start)
+            keys, values = cache.append(layer, key, -key)
+        assert keys[0, 0, :, 0].tolist() == [10.0 * layer] * 2 + [10.0 * layer + 2] * 2
+        assert torch.equal(values, -keys)
+        assert keys.data_ptr() == cache.keys[layer].data_ptr()
+
+
+def test_a_truncated_cache_goes_on_like_a_fresh_one(model: OPT) -> None:
+    ids, other = ids_of(B, 6), ids_of(B, 3, seed=1)
+    cache, fresh = model.new_cache(B, 8), model.new_cache(B, 8)
+    with torch.no_grad():
+        model(ids, cache=cache)
+        cache.truncate(4)
+        ours = model(other, cache=cache)
+        model(ids[:, :4], cache=fresh)
+        theirs = model(other, cache=fresh)
+    assert cache.length == fresh.length == 7
+    assert error(ours, theirs) <= 1e-12
+
+
+def reorder(cache: KVCache, rows: Tensor) -> None:
+    cache.reorder(rows)
+
+
+def expand(cache: KVCache, rows: Tensor) -> None:
+    cache.expand(len(rows) // cache.batch_size)
+
+
+@pytest.mark.parametrize(
+    ("move", "rows"), [(reorder, [2, 0, 0]), (reorder, [1, 1, 1]), (expand, [0, 0, 1, 1, 2, 2]), (expand, [0, 1, 2])]
+)
+@pytest.mark.parametrize("on_device", [False, True], ids=["int length", "tensor length"])
+def test_moved_rows_decode_as_if_they_had_been_read_there(
+    model: OPT, move: Callable[[KVCache, Tensor], None], rows: list[int], on_device: bool
+) -> None:
+    ids, index = ids_of(3, 5), torch.tensor(rows)
+    cache, fresh = model.new_cache(3, 7), model.new_cache(len(rows), 7)
+    if on_device:
+        cache.length, fresh.length = torch.tensor(0), torch.tensor(0)
+    with torch.no_grad():
+        model(ids, cache=cache)
+        kept = [t.clone() for t in (*cache.keys, *cache.values)]
+        move(cache, index)
+        for before, after in zip(kept, (*cache.keys, *cache.values), strict=True):
+            assert torch.equal(after, before.index_select(0, index))
+        model(ids[index], cache=fresh)
+        for step in range(2):
+            token = ids_of(len(rows), 1, seed=step + 1)
+            assert error(model.decode_step(token, None, cache), model.decode_step(token, None, fresh)) <= 1e-12
+    assert cache.batch_size == len(rows)
+
+
+@pytest.mark.parametrize(("rows", "capacity"), [(0, 5), (2, 0), (-1, 5), (2, -3)])
+def test_a_cache_of_no_size_is_refused(rows: int, capacity: int) -> None:
+    with pytest.raises(ValueError, match=f"batch_size and capacity must be positive, got {rows} and {capacity}"):
+        KVCache(CONFIG, rows, capacity)
+
+
+@pytest.mark.parametrize("length", [-1, 4])
+def test_truncating_to_more_than_is_filled_is_refused(length: int) -> None:
+    cache = KVCache(CONFIG, B, CAPACITY)
+    fill(cache, 3)
+    with pytest.raises(ValueError, match=f"expected a length from 0 to 3, got {length}"):
+        cache.truncate(length)
+    assert cache.length == 3
+
+
+@pytest.mark.parametrize("length", [0, 3])
+def test_truncating_to_what_is_filled_is_allowed(length: int) -> None:
+    cache = KVCache(CONFIG, B, CAPACITY)
+    fill(cache, 3)
+    cache.truncate(length)
+    assert cache.length == length

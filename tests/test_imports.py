@@ -1,0 +1,183 @@
+"""Imports run one way, cost nothing before they are needed, and the public names are there."""
+
+from __future__ import annotations
+
+import ast
+import graphlib
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import minopt
+
+PACKAGE = Path(minopt.__file__).parent
+FILES = {
+    ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in sorted(PACKAGE.rglob("*.py"))
+}
+
+# A room imports from those before it. Rooms of one line do not import each other.
+ORDER = (
+    ("config",),
+    ("cache",),
+    ("model",),
+    ("tokenizer",),
+    ("generation",),
+    ("checkpoint", "inference", "parallel"),
+    ("evaluation",),
+    ("training", "export"),
+    ("language_model",),
+    ("cli",),
+    ("__main__",),
+)
+RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
+
+# What a function may import: heavy or optional things, and in the command line the library itself.
+LAZY = {
+    "minopt.checkpoint.hub": {"huggingface_hub"},
+    "minopt.checkpoint.save": {"safetensors"},
+    "minopt.cli": {"minopt"},
+}
+FORBIDDEN = {"transformers", "fairseq", "metaseq"}
+
+
+def room_of(module: str) -> str:
+    """``minopt.checkpoint.save`` is in the room ``checkpoint``; the package itself is in none: ``""``."""
+    return module.partition(".")[2].partition(".")[0]
+
+
+def targets(node: ast.Import | ast.ImportFrom) -> Iterator[str]:
+    """The modules that a statement imports; a public name of ``minopt`` counts as the module that has it."""
+    if isinstance(node, ast.Import):
+        yield from (alias.name for alias in node.names)
+        return
+    source = "." * node.level + (node.module or "")
+    for alias in node.names:
+        if source == "minopt" and alias.name in minopt._HOME:
+            yield minopt._HOME[alias.name]
+        else:
+            yield f"{source}.{alias.name}" if f"{source}.{alias.name}" in FILES else source
+
+
+def imports(source: str) -> Iterator[tuple[str, bool]]:
+    """Each imported module of a source, and whether that stands inside a function."""
+    tree = ast.parse(source)
+    functions = [n for n in ast.walk(tree) if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    inside = {id(node) for function in functions for node in ast.walk(function)}
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            yield from ((target, id(node) in inside) for target in targets(node))
+
+
+def problems(module: str, source: str) -> list[str]:
+    """What is wrong with the imports of one module."""
+    found = []
+    here = room_of(module)
+    if here and here not in RANK:
+        found.append(f"{module} has no place in ORDER")
+    for target, lazy in imports(source):
+        top, there = target.split(".")[0], room_of(target)
+        if not top:
+            found.append(f"{module} imports {target}, which is relative")
+        if top in FORBIDDEN:
+            found.append(f"{module} imports {target}")
+        if lazy and top not in LAZY.get(module, ()):
+            found.append(f"{module} imports {target} inside a function")
+        if top == "minopt" and here and there and here != there and RANK.get(there, 99) >= RANK.get(here, 99):
+            found.append(f"{module} imports {target}, which does not come before it")
+    return found
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_imports_run_one_way(module: str) -> None:
+    assert problems(module, FILES[module].read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "message"),
+    [
+        ("minopt.cache", "from minopt.model import OPT", "does not come before it"),
+        ("minopt.cache", "import minopt.generation.decode", "does not come before it"),
+        ("minopt.model", "from minopt import Tokenizer", "minopt.tokenizer, which does not come before it"),
+        ("minopt.model", "from minopt.checkpoint import names", "does not come before it"),
+        ("minopt.checkpoint.load", "from minopt.language_model import load", "does not come before it"),
+        ("minopt.parallel", "from minopt.checkpoint.names import from_hf", "does not come before it"),
+        ("minopt.generation.decode", "def f():\n    import numpy", "inside a function"),
+        ("minopt.model", "class A:\n    def f(self):\n        from minopt.cache import KVCache", "inside a function"),
+        ("minopt.checkpoint.load", "def f():\n    import huggingface_hub", "inside a function"),
+        ("minopt.cli", "def f():\n    import torch", "inside a function"),
+        ("minopt.cli", "import transformers", "minopt.cli imports transformers"),
+        ("minopt.checkpoint.hub", "from transformers.utils import hub", "minopt.checkpoint.hub imports transformers"),
+        ("minopt.model", "from .cache import KVCache", "relative"),
+        ("minopt.attic", "import torch", "minopt.attic has no place in ORDER"),
+    ],
+)
+def test_a_break_of_the_rules_is_found(module: str, source: str, message: str) -> None:
+    assert any(message in problem for problem in problems(module, source))
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("minopt.model", "import torch\nfrom minopt.cache import KVCache\nfrom minopt import OPTConfig"),
+        ("minopt.checkpoint.load", "from minopt.checkpoint.names import from_hf\nfrom minopt import OPT, Tokenizer"),
+        ("minopt.checkpoint.hub", "def f():\n    from huggingface_hub.errors import HfHubHTTPError"),
+        ("minopt.cli", "from minopt import DEMO\ndef f():\n    from minopt.language_model import load"),
+    ],
+)
+def test_what_the_rules_allow_is_let_be(module: str, source: str) -> None:
+    assert problems(module, source) == []
+
+
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    graph = {module: {t for t, _ in imports(path.read_text(encoding="utf-8")) if t in FILES and t != "minopt"}
+             for module, path in FILES.items() if module != "minopt"}  # fmt: skip
+    assert graph["minopt.model"] >= {"minopt.cache", "minopt.config"}
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError
+    graph["minopt.config"].add("minopt.model")
+    with pytest.raises(graphlib.CycleError):
+        graphlib.TopologicalSorter(graph).prepare()
+
+
+def loaded_by(statement: str) -> set[str]:
+    """The packages that a fresh interpreter has loaded after a statement."""
+    code = f"{statement}\nimport sys, json\nprint(json.dumps(sorted({{name.split('.')[0] for name in sys.modules}})))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(json.loads(result.stdout.splitlines()[-1]))
+
+
+@pytest.mark.parametrize("statement", ["import minopt", "import minopt; minopt.OPTConfig.preset('opt-175b')",
+                                       "import minopt.cli"])  # fmt: skip
+def test_importing_the_package_loads_nothing_heavy(statement: str) -> None:
+    third_party = {"torch", "numpy", "transformers", "huggingface_hub", "tokenizers", "safetensors", "tqdm"}
+    assert not loaded_by(statement) & third_party
+
+
+def test_loading_models_needs_neither_transformers_nor_the_hubs_client() -> None:
+    loaded = loaded_by("import minopt; minopt.load")
+    assert {"torch", "tokenizers"} <= loaded
+    assert not loaded & {"transformers", "huggingface_hub"}
+
+
+@pytest.mark.parametrize("name", minopt.__all__)
+def test_every_public_name_is_there(name: str) -> None:
+    assert getattr(minopt, name) is not None
+    assert name in dir(minopt)
+
+
+def test_public_names_are_declared_alike_everywhere() -> None:
+    """In ``__all__``, in the table that resolves them, and in the imports that type checkers read."""
+    tree = ast.parse(FILES["minopt"].read_text(encoding="utf-8"))
+    typed = {alias.name: node.module for block in tree.body if isinstance(block, ast.If)
+             for node in block.body if isinstance(node, ast.ImportFrom) for alias in node.names}  # fmt: skip
+    assert typed == minopt._HOME
+    assert set(minopt.__all__) == {*minopt._HOME, "DEMO"}
+
+
+def test_a_name_that_is_not_there_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="module 'minopt' has no attribute 'Bert'"):
+        minopt.Bert  # noqa: B018

@@ -1,0 +1,844 @@
+"""The tokenizer gives transformers' ids and text for every form of its files, and streams what it decodes."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tokenizers
+import torch
+import transformers
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+
+from minopt import Tokenizer
+from minopt.tokenizer import _BYTE_OF_CHARACTER, pad_left
+from tests.conftest import SHARED_DATA
+from tests.texts import EMOJI, SPECIAL_TOKENS, varied_texts
+
+OPT_FOLDER = SHARED_DATA / "opt-tokenizer"
+CORPUS = (
+    "A photo of a cat, and of the other cats.",
+    "Hello world: it's 1234.",
+    "caf\u00e9 \U0001f600 \u6f22\u5b57",
+) * 9
+CHARACTER_OF_BYTE = {byte: character for character, byte in _BYTE_OF_CHARACTER.items()}
+FEW_TEXTS = random.Random(1).sample(varied_texts(), 300)
+
+# What OPT's own tokenizer_config.json says, each token as an object, as transformers 4.19 wrote it.
+_PLAIN = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": True}
+_EOS, _PAD = _PLAIN | {"content": "</s>"}, _PLAIN | {"content": "<pad>"}
+OPT_SETTINGS: dict[str, Any] = {
+    "errors": "replace",
+    "unk_token": _EOS | {"__type": "AddedToken"},
+    "bos_token": _EOS | {"__type": "AddedToken"},
+    "eos_token": _EOS | {"__type": "AddedToken"},
+    "pad_token": _PAD | {"__type": "AddedToken"},
+    "add_prefix_space": False,
+    "add_bos_token": True,
+    "tokenizer_class": "GPT2Tokenizer",
+}
+TOKENS_MAP = {"bos_token": _EOS, "eos_token": _EOS, "unk_token": _EOS, "pad_token": _PAD}
+
+# Tokens that the forms below add, where they matter: with spaces to strip, side by side, and one inside another.
+NEW_TOKENS = ("<ent1>", "<ent2>", "<new>", "<wide>", "<image>", "[CLS]", "x<p", "\u00e9t\u00e9", "\u6f22 \u5b57")
+NEW_TOKEN_TEXTS = [
+    text
+    for token in NEW_TOKENS
+    for text in (token, f"a{token}b", f"a  {token}  b", token * 2, f" {token} {token} ", f"\n{token}\t", token[:-1])
+] + [a + b for a in NEW_TOKENS for b in (*NEW_TOKENS, "</s>", " <pad> ")]
+NEW_TOKEN_TEXTS += ["x<pad>", "x<p <pad>", "x<pa", "x<mask>"]
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes a JSON file as the hub has them: UTF-8, not escaped."""
+    path.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+
+
+def byte_level_bpe(specials: Sequence[str]) -> tokenizers.Tokenizer:
+    """A small byte-level BPE trained on a few lines, its special tokens numbered from 0."""
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=330, special_tokens=list(specials), initial_alphabet=alphabet, show_progress=False
+    )
+    backend.train_from_iterator(CORPUS, trainer)
+    return backend
+
+
+@pytest.fixture(scope="module")
+def small_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """vocab.json, merges.txt and tokenizer_config.json like OPT's, of some three hundred tokens."""
+    folder = tmp_path_factory.mktemp("small")
+    byte_level_bpe(["<s>", "<pad>", "</s>", "<unk>"]).model.save(str(folder))
+    vocab = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+    write_json(folder / "vocab.json", vocab | {"<mask>": len(vocab)})
+    write_json(folder / "tokenizer_config.json", OPT_SETTINGS)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def opt_folder() -> Path:
+    """The real files of OPT."""
+    if not OPT_FOLDER.is_dir():
+        pytest.skip("needs ../shared/data/opt-tokenizer beside the project")
+    return OPT_FOLDER
+
+
+@pytest.fixture(scope="module", params=["small", "opt"])
+def published(request: pytest.FixtureRequest) -> Path:
+    """The published files: of a small vocabulary, then the real ones where they are."""
+    return request.getfixturevalue(f"{request.param}_folder")
+
+
+@pytest.fixture(scope="module")
+def pair(published: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Tokenizer, Any]:
+    """Ours and transformers' tokenizer of the published files, opened once."""
+    return Tokenizer.load(published), open_reference(published, tmp_path_factory.mktemp("reference"))
+
+
+@pytest.fixture(scope="module")
+def small(small_folder: Path) -> Tokenizer:
+    """Our tokenizer of the small vocabulary."""
+    return Tokenizer.load(small_folder)
+
+
+def open_reference(folder: Path, scratch: Path) -> Any:
+    """transformers' tokenizer of a folder's files, copied beside a config.json that says opt."""
+    for file in folder.iterdir():
+        shutil.copy(file, scratch / file.name)
+    write_json(scratch / "config.json", {"model_type": "opt"})
+    return transformers.AutoTokenizer.from_pretrained(scratch)
+
+
+def reference_ids(reference: Any, texts: Sequence[str]) -> list[list[int]]:
+    """transformers' ids of each text."""
+    return reference(list(texts), return_attention_mask=False)["input_ids"]
+
+
+def assert_same_ids(ours: Tokenizer, reference: Any, texts: Sequence[str]) -> None:
+    """Fails on the first text whose ids differ, and names it."""
+    for text, expected in zip(texts, reference_ids(reference, texts), strict=True):
+        assert ours.encode(text) == expected, repr(text)
+
+
+def assert_same_text(ours: Tokenizer, reference: Any, rows: Sequence[Sequence[int]]) -> None:
+    """Fails on the first row of ids that decodes to another text, special tokens kept or skipped."""
+    for row in rows:
+        for skip in (True, False):
+            expected = reference.decode(row, skip_special_tokens=skip, clean_up_tokenization_spaces=False)
+            assert ours.decode(row, skip_special_tokens=skip) == expected, (row, skip)
+
+
+def assert_same_tokenizer(ours: Tokenizer, reference: Any, texts: Sequence[str]) -> None:
+    """Fails unless both give the same ids, the same text of them and of random ids, and the same size."""
+    assert_same_ids(ours, reference, texts)
+    rows = reference_ids(reference, texts)
+    assert_same_text(
+        ours, reference, [*rows, *random_rows(len(ours), 50), *([i] for i in range(len(ours) - 12, len(ours)))]
+    )
+    assert len(ours) == len(reference)
+
+
+def random_rows(size: int, count: int) -> list[list[int]]:
+    """Rows of ids drawn from all below ``size``, specials more often than their share."""
+    rng = random.Random(size)
+    draw = [lambda: rng.randrange(size), lambda: rng.randrange(min(size, 5))]
+    return [[rng.choices(draw, (9, 1))[0]() for _ in range(rng.randint(1, 30))] for _ in range(count)]
+
+
+# --- The published files -------------------------------------------------------------------------------------------
+
+
+def test_a_photo_of_a_cat_has_the_published_ids(opt_folder: Path) -> None:
+    """The example of OPT's documentation; a lone ``</s>`` for an empty text."""
+    ours = Tokenizer.load(opt_folder)
+    assert ours.encode("A photo of a cat") == [2, 250, 1345, 9, 10, 4758]
+    assert ours.encode("") == [2]
+    assert (ours.bos_token_id, ours.eos_token_id, ours.pad_token_id, len(ours)) == (2, 2, 1, 50265)
+    assert (ours.encode("I", add_bos=False), ours.encode("Hello", add_bos=False)) == ([100], [31414])
+
+
+def test_ids_of_every_kind_of_text_are_those_of_transformers(pair: tuple[Tokenizer, Any]) -> None:
+    """All scripts, emoji, marks, controls, white space, code and special tokens written out."""
+    ours, reference = pair
+    texts = varied_texts()
+    assert len(set(texts)) >= 2000
+    assert_same_ids(ours, reference, texts)
+
+
+def test_decoded_text_is_that_of_transformers(pair: tuple[Tokenizer, Any]) -> None:
+    """The ids of every kind of text, random ids, and each id alone, special tokens kept and skipped."""
+    ours, reference = pair
+    assert_same_text(ours, reference, reference_ids(reference, varied_texts()))
+    assert_same_text(ours, reference, random_rows(len(ours), 500))
+    assert_same_text(ours, reference, [[i] for i in range(0, len(ours) + 9, max(1, len(ours) // 5000))])
+
+
+def test_decoding_undoes_encoding(pair: tuple[Tokenizer, Any]) -> None:
+    """Byte-level BPE loses nothing: all but the ``</s>`` in front comes back."""
+    ours, _ = pair
+    for text in varied_texts():
+        assert ours.decode(ours.encode(text, add_bos=False), skip_special_tokens=False) == text
+        if not any(token in text for token in SPECIAL_TOKENS):
+            assert ours.decode(ours.encode(text)) == text
+
+
+def test_ids_of_whole_books_are_those_of_transformers(opt_folder: Path, shared_data: Path, tmp_path: Path) -> None:
+    """Some lines and one long passage of each book."""
+    ours, reference = Tokenizer.load(opt_folder), open_reference(opt_folder, tmp_path)
+    books = sorted((shared_data / "books").glob("*.txt"))
+    assert books
+    for book in books:
+        text = book.read_text(encoding="utf-8")
+        assert_same_ids(ours, reference, [*text.splitlines(keepends=True)[100:200], text[20_000:50_000]])
+
+
+# --- Every form that the files come in -----------------------------------------------------------------------------
+
+Form = Callable[[Path, Path], None]
+
+
+def published_form(*, without: Sequence[str] = (), files: dict[str, Any] | None = None, **changes: Any) -> Form:
+    """A form that changes the published settings, leaves files or settings out, and writes others beside them."""
+
+    def write(source: Path, folder: Path) -> None:
+        for name in ("vocab.json", "merges.txt"):
+            shutil.copy(source / name, folder / name)
+        base = json.loads((source / "tokenizer_config.json").read_text(encoding="utf-8")) | changes
+        write_json(folder / "tokenizer_config.json", {key: v for key, v in base.items() if key not in without})
+        size = len(json.loads((source / "vocab.json").read_text(encoding="utf-8")))
+        for name, content in numbered(files or {}, size).items():
+            write_json(folder / name, content)
+        if "added_tokens_decoder" in changes:
+            write_json(folder / "tokenizer_config.json", numbered(base, size))
+
+    return write
+
+
+def numbered(content: Any, size: int) -> Any:
+    """Content in which ``"+0"``, ``"+1"``, ... stand for the first ids after the vocabulary, as key or value."""
+    if isinstance(content, dict):
+        return {numbered(key, size): numbered(value, size) for key, value in content.items()}
+    if isinstance(content, str) and content[:1] == "+" and content[1:].isdigit():
+        return size + int(content[1:])
+    return content
+
+
+def saved_form(prepare: Callable[[Any], Any] | None = None, **changes: Any) -> Form:
+    """A form that transformers saves, after something was done to its tokenizer."""
+
+    def write(source: Path, folder: Path) -> None:
+        scratch = folder / "scratch"
+        scratch.mkdir()
+        reference = open_reference(source, scratch)
+        shutil.rmtree(scratch)
+        if prepare is not None:
+            prepare(reference)
+        reference.save_pretrained(folder)
+        path = folder / "tokenizer_config.json"
+        write_json(path, json.loads(path.read_text(encoding="utf-8")) | changes)
+
+    return write
+
+
+def add_new_tokens(reference: Any) -> None:
+    """Two special tokens and three others, some of which swallow the spaces beside them."""
+    wide = tokenizers.AddedToken("<ent2>", lstrip=True, rstrip=True)
+    reference.add_special_tokens({"extra_special_tokens": ["<ent1>", wide]})
+    reference.add_tokens(["<new>", tokenizers.AddedToken("<wide>", lstrip=True, rstrip=True), "\u6f22 \u5b57"])
+
+
+def version_4_form(source: Path, folder: Path) -> None:
+    """All six files, as transformers 4 wrote them after new tokens came in."""
+    saved_form(add_new_tokens)(source, folder)
+    backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    declared = backend.get_added_tokens_decoder()
+    flags = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
+    decoder = {str(i): {flag: getattr(token, flag) for flag in flags} for i, token in declared.items()}
+    extra = {"additional_special_tokens": ["<ent1>", "<ent2>"]}
+    config = OPT_SETTINGS | extra | {"added_tokens_decoder": decoder, "clean_up_tokenization_spaces": True}
+    write_json(folder / "tokenizer_config.json", config)
+    write_json(folder / "special_tokens_map.json", TOKENS_MAP | extra)
+    write_json(folder / "added_tokens.json", {token.content: i for i, token in declared.items() if i > 9})
+    for name in ("vocab.json", "merges.txt"):
+        shutil.copy(source / name, folder / name)
+
+
+def tokenizer_json_and_added_tokens_json(source: Path, folder: Path) -> None:
+    """A tokenizer.json whose tokens strip spaces, and an added_tokens.json that gives their numbers alone."""
+    saved_form(add_new_tokens)(source, folder)
+    declared = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")).get_added_tokens_decoder()
+    write_json(folder / "added_tokens.json", {token.content: i for i, token in declared.items() if i > 9})
+
+
+def truncate_and_pad(reference: Any) -> None:
+    """Leaves truncation and padding switched on, which a save writes into tokenizer.json."""
+    reference("a " * 50, truncation=True, max_length=4, padding="max_length")
+
+
+def drop_bos(reference: Any) -> None:
+    """Takes the beginning-of-text token out of what the tokenizer adds."""
+    reference.add_bos_token = False
+
+
+def frame(reference: Any) -> None:
+    """Puts a token after each text as well."""
+    reference.add_eos_token = True
+
+
+_ADDED = {"added_tokens.json": {"<ent1>": "+0", "<ent2>": "+1"}}
+_DECODER: dict[str, Any] = {
+    "1": _PAD | {"special": True},
+    "2": _EOS | {"special": True},
+    "+0": _PLAIN | {"content": "<ent1>", "lstrip": True, "normalized": False, "special": True},
+    "+1": _PLAIN | {"content": "<ent2>", "rstrip": True, "special": False},
+    "+2": _PLAIN | {"content": "\u00e9t\u00e9", "special": False},
+    "+3": _PLAIN | {"content": "<new>", "single_word": True, "special": False},
+}
+_STRIPPING = {"content": "<mask>", "lstrip": True, "rstrip": False, "single_word": False, "normalized": False}
+
+FORMS: dict[str, Form] = {
+    "published": published_form(),
+    "saved by transformers": saved_form(),
+    "saved with new tokens": saved_form(add_new_tokens),
+    "saved with new tokens, no class of its own": saved_form(add_new_tokens, tokenizer_class="PreTrainedTokenizerFast"),
+    "saved by transformers 4 with new tokens": version_4_form,
+    "saved after truncation and padding": saved_form(truncate_and_pad),
+    "saved without bos": saved_form(drop_bos),
+    "saved with eos": saved_form(frame),
+    "saved with more named tokens": saved_form(
+        lambda reference: reference.add_special_tokens({"mask_token": "<mask>", "cls_token": "[CLS]"})
+    ),
+    "added_tokens.json": published_form(files=_ADDED),
+    "added_tokens.json of special tokens": published_form(files=_ADDED, extra_special_tokens=["<ent2>", "<new>"]),
+    "added_tokens.json of tokens inside others": published_form(
+        files={"added_tokens.json": {"x<p": "+0", "\u6f22 \u5b57": "+1"}}, pad_token="<pad>"
+    ),
+    "added_tokens.json beside tokenizer.json": tokenizer_json_and_added_tokens_json,
+    "special_tokens_map.json alone names them": published_form(
+        without=list(TOKENS_MAP), files={"special_tokens_map.json": TOKENS_MAP}
+    ),
+    "special_tokens_map.json contradicts": published_form(
+        files={"special_tokens_map.json": TOKENS_MAP | {"pad_token": "<unk>", "extra_special_tokens": ["<ent1>"]}}
+    ),
+    "added_tokens_decoder": published_form(added_tokens_decoder=_DECODER),
+    "added_tokens_decoder makes older files void": published_form(
+        added_tokens_decoder=_DECODER,
+        files={
+            "special_tokens_map.json": TOKENS_MAP | {"pad_token": "<unk>", "bos_token": "<ent1>"},
+            "added_tokens.json": {"<wide>": "+4"},
+        },
+    ),
+    "additional_special_tokens": published_form(additional_special_tokens=["<ent1>", "<ent2>"]),
+    "extra_special_tokens before additional ones": published_form(
+        extra_special_tokens=["<ent1>"], additional_special_tokens=["<ent2>"]
+    ),
+    "extra_special_tokens by name": published_form(extra_special_tokens={"image_token": "<image>"}),
+    "more named tokens, new ones in their order": published_form(
+        cls_token="[CLS]", image_token="<image>", sep_token="<ent1>", extra_special_tokens=["<ent2>"]
+    ),
+    "a named token that strips": published_form(mask_token=_STRIPPING | {"__type": "AddedToken"}),
+    "add_eos_token": published_form(add_eos_token=True),
+    "add_eos_token alone": published_form(add_eos_token=True, add_bos_token=False),
+    "add_bos_token false": published_form(add_bos_token=False),
+    "add_prefix_space": published_form(add_prefix_space=True),
+}
+FORMS_OF_THE_REAL_FILES = (
+    "saved by transformers", "saved with new tokens", "saved by transformers 4 with new tokens", "added_tokens.json",
+    "special_tokens_map.json alone names them", "added_tokens_decoder", "additional_special_tokens",
+)  # fmt: skip
+VOCABULARY_AND_FORM = [("small", form) for form in FORMS] + [("opt", form) for form in FORMS_OF_THE_REAL_FILES]
+
+
+@pytest.fixture(scope="module", params=VOCABULARY_AND_FORM, ids="-".join)
+def form_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of each form in turn, with a config.json that lets transformers open it."""
+    vocabulary, form = request.param
+    source = request.getfixturevalue(f"{vocabulary}_folder")
+    folder = tmp_path_factory.mktemp("form")
+    FORMS[form](source, folder)
+    write_json(folder / "config.json", {"model_type": "opt"})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def form_reference(form_folder: Path) -> Any:
+    """transformers' tokenizer of the folder."""
+    return transformers.AutoTokenizer.from_pretrained(form_folder)
+
+
+def test_every_form_gives_the_ids_and_the_text_of_transformers(form_folder: Path, form_reference: Any) -> None:
+    """Ids, text, size and named ids of the same folder, on texts with the tokens that the form adds."""
+    ours = Tokenizer.load(form_folder)
+    assert_same_tokenizer(ours, form_reference, [*FEW_TEXTS, *NEW_TOKEN_TEXTS])
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    assert [getattr(ours, name) for name in names] == [getattr(form_reference, name) for name in names]
+
+
+def test_a_saved_tokenizer_gives_the_same_ids_here_and_in_transformers(
+    form_folder: Path, form_reference: Any, tmp_path: Path
+) -> None:
+    """Save and load; transformers opens the folder beside a config.json."""
+    Tokenizer.load(form_folder).save(tmp_path / "new" / "folder")
+    ours = Tokenizer.load(tmp_path / "new" / "folder")
+    write_json(tmp_path / "new" / "folder" / "config.json", {"model_type": "opt"})
+    reopened = transformers.AutoTokenizer.from_pretrained(tmp_path / "new" / "folder")
+    texts = [*FEW_TEXTS[:100], *NEW_TOKEN_TEXTS]
+    assert_same_tokenizer(ours, form_reference, texts)
+    assert_same_tokenizer(ours, reopened, texts)
+
+
+def test_files_without_settings_mean_opt(pair: tuple[Tokenizer, Any], published: Path, tmp_path: Path) -> None:
+    """vocab.json and merges.txt alone are OPT's; transformers would take GPT-2's tokens and put none in front."""
+    for name in ("vocab.json", "merges.txt"):
+        shutil.copy(published / name, tmp_path / name)
+    alone = Tokenizer.load(tmp_path)
+    assert_same_tokenizer(alone, pair[1], [*FEW_TEXTS, *NEW_TOKEN_TEXTS])
+    assert (alone.bos_token_id, alone.eos_token_id, alone.pad_token_id) == (2, 2, 1)
+    alone.save(tmp_path / "saved")
+    write_json(tmp_path / "saved" / "config.json", {"model_type": "opt"})
+    assert_same_tokenizer(
+        alone, transformers.AutoTokenizer.from_pretrained(tmp_path / "saved"), [*FEW_TEXTS, *NEW_TOKEN_TEXTS]
+    )
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json"])
+def test_bos_comes_first_where_settings_are_silent(small_folder: Path, tmp_path: Path, name: str) -> None:
+    """transformers takes silence for GPT-2's false, but every OPT has ``</s>`` before its texts."""
+    for file in ("vocab.json", "merges.txt"):
+        shutil.copy(small_folder / file, tmp_path / file)
+    write_json(tmp_path / name, TOKENS_MAP)
+    assert Tokenizer.load(tmp_path).encode("cat")[0] == 2
+
+
+def test_add_bos_token_holds_where_tokenizer_json_forgot_it(small_folder: Path, tmp_path: Path) -> None:
+    """Early conversions left ``</s>`` out of tokenizer.json; transformers 5 ignores the setting that asks for it."""
+    saved_form(drop_bos, add_bos_token=True)(small_folder, tmp_path)
+    assert Tokenizer.load(tmp_path).encode("cat")[0] == 2
+
+
+def test_a_list_of_special_tokens_in_the_map_may_hold_objects(small_folder: Path, tmp_path: Path) -> None:
+    """transformers 4 wrote them so into special_tokens_map.json; transformers 5 fails to read its own old file."""
+    extra = [_PLAIN | {"content": "<ent1>", "lstrip": True, "normalized": False}, "<ent2>"]
+    published_form(files={"special_tokens_map.json": TOKENS_MAP | {"additional_special_tokens": extra}})(
+        small_folder, tmp_path
+    )
+    ours = Tokenizer.load(tmp_path)
+    size = len(Tokenizer.load(small_folder))
+    assert ours.encode("  <ent1><ent2>", add_bos=False) == [size, size + 1]
+    assert ours.decode([size, size + 1]) == ""
+
+
+# --- Galactica, which adds nothing ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def galactica_folder(tmp_path: Path) -> Path:
+    """tokenizer.json as Galactica has it: digits apart, no post-processor, and settings that name no token."""
+    backend = byte_level_bpe(["<s>", "<pad>", "</s>", "<unk>"])
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    backend.save(str(tmp_path / "tokenizer.json"))
+    write_json(tmp_path / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"})
+    write_json(tmp_path / "special_tokens_map.json", {})
+    write_json(tmp_path / "config.json", {"model_type": "opt"})
+    return tmp_path
+
+
+def test_galactica_adds_nothing(galactica_folder: Path) -> None:
+    """The same ids as transformers, and none for an empty text."""
+    ours = Tokenizer.load(galactica_folder)
+    reference = transformers.AutoTokenizer.from_pretrained(galactica_folder)
+    assert_same_tokenizer(ours, reference, varied_texts())
+    assert ours.encode("") == []
+    assert ours.encode("cat") == ours.encode("cat", add_bos=False)
+    assert len(ours.encode("1234")) == 4
+    assert (ours.bos_token_id, ours.eos_token_id, ours.pad_token_id) == (None, None, None)
+
+
+def test_add_bos_without_a_bos_token_is_refused(galactica_folder: Path) -> None:
+    """One line that says which files lack what."""
+    ours = Tokenizer.load(galactica_folder)
+    message = r"^add_bos: the tokenizer's files name no bos_token\. Leave add_bos out\.$"
+    with pytest.raises(ValueError, match=message):
+        ours.encode("cat", add_bos=True)
+    with pytest.raises(ValueError, match=message):
+        ours.encode_batch(["cat"], add_bos=True)
+
+
+def test_galactica_with_a_named_bos_adds_it_when_asked(galactica_folder: Path) -> None:
+    """Named in the settings, it still is not added unasked."""
+    write_json(galactica_folder / "tokenizer_config.json", {"bos_token": "<s>", "pad_token": "<pad>"})
+    ours = Tokenizer.load(galactica_folder)
+    plain = ours.encode("cat")
+    assert 0 not in plain
+    assert ours.encode("cat", add_bos=True) == [0, *plain]
+    assert ours.encode("<s>cat", add_bos=True) == [0, *plain]
+    assert ours.encode("", add_bos=True) == [0]
+
+
+def test_a_padding_token_without_a_name_is_zero(galactica_folder: Path) -> None:
+    """Padding is masked, so any row of the table will do."""
+    ids, mask = Tokenizer.load(galactica_folder).encode_batch(["cat", "the other cats"])
+    assert mask is not None
+    assert set(ids[mask == 0].tolist()) == {0}
+
+
+# --- add_bos, batches ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", ["cat", "", "</s>", "</s>cat", " </s>cat", "cat</s>", "<s>cat", "<pad></s>"])
+def test_add_bos_is_never_twice_and_false_adds_nothing(pair: tuple[Tokenizer, Any], text: str) -> None:
+    """``None`` does as transformers does; ``True`` leaves a text that begins with ``</s>`` as it is."""
+    ours, reference = pair
+    own = reference(text, add_special_tokens=False)["input_ids"]
+    assert ours.encode(text, add_bos=False) == own
+    assert ours.encode(text, add_bos=True) == (own if text.startswith("</s>") else [2, *own])
+    assert ours.encode(text) == [2, *own] == reference(text)["input_ids"]
+
+
+@pytest.mark.parametrize("add_bos", [None, True, False])
+def test_a_batch_is_each_text_padded_on_the_left(pair: tuple[Tokenizer, Any], add_bos: bool | None) -> None:
+    """Each row ends with its text's own ids; the mask is 0 on the padding and 1 on them."""
+    ours, _ = pair
+    texts = ["cat", "A photo of a cat", "x", EMOJI[2] * 3]
+    ids, mask = ours.encode_batch(texts, add_bos)
+    assert mask is not None
+    assert ids.dtype == mask.dtype == torch.int64
+    assert ids.shape == mask.shape == (4, max(len(ours.encode(text, add_bos)) for text in texts))
+    for row, row_mask, text in zip(ids.tolist(), mask.tolist(), texts, strict=True):
+        own = ours.encode(text, add_bos)
+        padding = len(row) - len(own)
+        assert row == [ours.pad_token_id] * padding + own
+        assert row_mask == [0] * padding + [1] * len(own)
+
+
+def test_a_batch_is_that_of_transformers(pair: tuple[Tokenizer, Any]) -> None:
+    """With its padding side set to the left, as generation needs."""
+    ours, reference = pair
+    texts = [text for text in FEW_TEXTS if len(text) < 100]
+    ids, mask = ours.encode_batch(texts)
+    expected = reference(texts, padding=True, padding_side="left", return_tensors="pt")
+    assert torch.equal(ids, expected["input_ids"])
+    assert mask is not None
+    assert torch.equal(mask, expected["attention_mask"])
+
+
+@pytest.mark.parametrize("texts", [["cat"], [""], ["cat", "cat"], ["</s>", "<pad>"]])
+def test_a_batch_without_padding_has_no_mask(pair: tuple[Tokenizer, Any], texts: list[str]) -> None:
+    """Also where a text holds the padding token itself, which is then real."""
+    ours, _ = pair
+    ids, mask = ours.encode_batch(texts)
+    assert mask is None
+    assert ids.tolist() == [ours.encode(text) for text in texts]
+
+
+def test_a_padding_token_in_the_text_is_not_masked(pair: tuple[Tokenizer, Any]) -> None:
+    """The mask comes from lengths, not from ids."""
+    ours, _ = pair
+    ids, mask = ours.encode_batch(["<pad><pad>", "<pad>"])
+    assert mask is not None
+    assert ids.tolist() == [[2, 1, 1], [1, 2, 1]]
+    assert mask.tolist() == [[1, 1, 1], [0, 1, 1]]
+
+
+@pytest.mark.parametrize(("pad", "expected"), [(None, 0), (0, 0), (1, 1), (7, 7)])
+def test_rows_are_padded_with_the_id_given(pad: int | None, expected: int) -> None:
+    """And with 0 where there is none."""
+    ids, mask = pad_left([[5, 6, 7], [8]], pad)
+    assert ids.tolist() == [[5, 6, 7], [expected, expected, 8]]
+    assert mask is not None
+    assert mask.tolist() == [[1, 1, 1], [0, 0, 1]]
+
+
+def test_a_tensor_of_ids_decodes_like_a_list(small: Tokenizer) -> None:
+    """A row of what ``generate`` returns."""
+    ids = small.encode("A photo of a cat")
+    assert small.decode(torch.tensor(ids)) == small.decode(ids) == "A photo of a cat"
+
+
+def test_ids_without_a_token_give_no_text(pair: tuple[Tokenizer, Any]) -> None:
+    """OPT's table has 50,272 rows for 50,265 tokens."""
+    ours, _ = pair
+    ids = ours.encode("cat")
+    beyond = [len(ours), len(ours) + 6]
+    assert ours.decode([*beyond, *ids, *beyond]) == "cat"
+    assert streamed(ours, [*beyond, *ids, *beyond], True) == "cat"
+
+
+# --- Streaming -----------------------------------------------------------------------------------------------------
+
+
+def pieces(tokenizer: Tokenizer, ids: Sequence[int], skip_special_tokens: bool = True) -> Iterator[str]:
+    """What a stream gives for each id, then for its end."""
+    stream = tokenizer.stream_decoder(skip_special_tokens)
+    for token_id in ids:
+        yield stream.push(token_id)
+    yield stream.finish()
+
+
+def streamed(tokenizer: Tokenizer, ids: Sequence[int], skip_special_tokens: bool) -> str:
+    """All pieces of a stream together."""
+    return "".join(pieces(tokenizer, ids, skip_special_tokens))
+
+
+SEARCH = settings(
+    max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+VALID_TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\ufffd"))
+
+
+@SEARCH
+@given(ids=st.lists(st.integers(0, 4) | st.integers(0, 400) | st.integers(0, 50_280)), skip=st.booleans())
+def test_a_stream_adds_up_to_decode(pair: tuple[Tokenizer, Any], ids: list[int], skip: bool) -> None:
+    """For any ids at all, ids without a token and special ones among them."""
+    ours, _ = pair
+    assert streamed(ours, ids, skip) == ours.decode(ids, skip_special_tokens=skip)
+
+
+def test_long_streams_add_up_to_decode(pair: tuple[Tokenizer, Any]) -> None:
+    """Random rows of ids, and the ids of every kind of text."""
+    ours, _ = pair
+    for row in [*random_rows(len(ours), 1000), *map(ours.encode, varied_texts())]:
+        for skip in (True, False):
+            assert streamed(ours, row, skip) == ours.decode(row, skip_special_tokens=skip)
+
+
+def test_a_stream_with_added_tokens_adds_up_to_decode(small_folder: Path, tmp_path: Path) -> None:
+    """Added tokens stand for themselves, in and out of the byte alphabet, amid unfinished characters too."""
+    words = ["\u6f22 \u5b57", "caf\u00e8", "<new>", "\u00e8\u00ea", "\U0001f601"]
+    added = {word: f"+{n}" for n, word in enumerate(words)}
+    published_form(files={"added_tokens.json": added}, extra_special_tokens=["<new>"])(small_folder, tmp_path)
+    ours = Tokenizer.load(tmp_path)
+    first = len(Tokenizer.load(small_folder))
+    assert ours.encode("".join(words), add_bos=False) == list(range(first, first + 5))
+    half = byte_ids(ours, "\u6f22".encode()[:2])
+    for token_id in range(first, first + 5):
+        for row in ([token_id], [*half, token_id, *half], [token_id, 2, token_id], [2, *half, 2, token_id]):
+            for skip in (True, False):
+                assert streamed(ours, row, skip) == ours.decode(row, skip_special_tokens=skip), row
+    assert streamed(ours, [first, first + 2], True) == words[0]
+
+
+@SEARCH
+@given(text=VALID_TEXT)
+@example(text="".join(EMOJI))
+@example(text="\u6f22\u5b57 caf\u00e9")
+def test_no_piece_of_a_stream_holds_half_a_character(pair: tuple[Tokenizer, Any], text: str) -> None:
+    """Pieces of valid text never hold U+FFFD, and together are always a beginning of it."""
+    ours, _ = pair
+    so_far = ""
+    for piece in pieces(ours, ours.encode(text), skip_special_tokens=True):
+        assert "\ufffd" not in piece
+        so_far += piece
+        assert text.startswith(so_far)
+    assert so_far == text
+
+
+@pytest.mark.parametrize("text", EMOJI)
+def test_a_character_of_several_tokens_comes_with_the_last_of_them(small: Tokenizer, text: str) -> None:
+    """Byte by byte: nothing until the last byte of a character, then the character at once, nothing left at the end."""
+    ids = byte_ids(small, text.encode())
+    assert len(ids) == len(text.encode())
+    expected = [piece for character in text for piece in [""] * (len(character.encode()) - 1) + [character]]
+    assert list(pieces(small, ids)) == [*expected, ""]
+
+
+def byte_ids(tokenizer: Tokenizer, data: bytes) -> list[int]:
+    """One id for each byte."""
+    ids = [tokenizer.backend.token_to_id(CHARACTER_OF_BYTE[byte]) for byte in data]
+    assert None not in ids
+    return [i for i in ids if i is not None]
+
+
+def test_the_byte_alphabet_is_that_of_the_library() -> None:
+    """256 characters, each for the byte that the library's own pre-tokenizer puts it for."""
+    assert set(_BYTE_OF_CHARACTER) == set(pre_tokenizers.ByteLevel.alphabet())
+    assert sorted(_BYTE_OF_CHARACTER.values()) == list(range(256))
+    split = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    for character in map(chr, (*range(1, 0x800), *range(0x800, 0xD800, 97), *range(0x10000, 0x110000, 997))):
+        [(token, _)] = split.pre_tokenize_str(character)
+        assert bytes(_BYTE_OF_CHARACTER[c] for c in token) == character.encode()
+
+
+@SEARCH
+@given(
+    data=st.one_of(
+        st.binary(),
+        st.lists(st.sampled_from([*"a\u00e9\u6f22\U0001f600".encode(), 0xED, 0xA0, 0xC0, 0xF5, 0xFF])).map(bytes),
+    )
+)
+@example(data=b"\xf0\x9f\x98A")
+@example(data=b"\xed\xa0\x80")
+@example(data=b"\xc0\x80\xf5\x80\x80\x80\xff")
+@example(data=b"ok \xe6\xbc")
+def test_bytes_that_are_not_utf8_give_the_replacement_character(pair: tuple[Tokenizer, Any], data: bytes) -> None:
+    """As many as Python's own decoder gives, in ``decode`` and in a stream, whose end gives up what is unfinished."""
+    ours, _ = pair
+    ids, expected = byte_ids(ours, data), data.decode("utf-8", errors="replace")
+    assert ours.decode(ids) == expected
+    assert streamed(ours, ids, True) == expected
+
+
+def test_a_stream_is_finished_once(small: Tokenizer) -> None:
+    """Half a character gives one U+FFFD, and only at the end."""
+    stream = small.stream_decoder()
+    assert [stream.push(i) for i in byte_ids(small, "\U0001f600".encode()[:3])] == ["", "", ""]
+    assert stream.finish() == "\ufffd"
+    assert stream.finish() == ""
+
+
+# --- What is refused -----------------------------------------------------------------------------------------------
+
+GPT2_MESSAGE = r"this is GPT-2's vocabulary \(<\|endoftext\|> is 50256, there is no </s>\); OPT numbers the same"
+
+
+def write_bpe(folder: Path, vocab: dict[str, int], merges: str) -> None:
+    """Writes vocab.json and merges.txt."""
+    write_json(folder / "vocab.json", vocab)
+    (folder / "merges.txt").write_text(merges, encoding="utf-8")
+
+
+def gpt2_like_vocab() -> dict[str, int]:
+    """As many tokens as GPT-2 has, the last one its own."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = [*alphabet, *(f"word{n}" for n in range(50256 - len(alphabet))), "<|endoftext|>"]
+    return {word: n for n, word in enumerate(words)}
+
+
+def test_a_vocabulary_of_gpt2_is_refused_with_the_reason(tmp_path: Path) -> None:
+    """In both forms, and with OPT's settings beside it."""
+    write_bpe(tmp_path, gpt2_like_vocab(), "#version: 0.2\n")
+    with pytest.raises(ValueError, match=GPT2_MESSAGE):
+        Tokenizer.load(tmp_path)
+    write_json(tmp_path / "tokenizer_config.json", OPT_SETTINGS)
+    with pytest.raises(ValueError, match=GPT2_MESSAGE):
+        Tokenizer.load(tmp_path)
+    backend = tokenizers.Tokenizer(models.BPE(gpt2_like_vocab(), []))
+    backend.decoder = decoders.ByteLevel()
+    backend.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ValueError, match=GPT2_MESSAGE):
+        Tokenizer.load(tmp_path)
+
+
+def test_the_real_merges_under_the_numbers_of_gpt2_are_refused(opt_folder: Path, tmp_path: Path) -> None:
+    """OPT's own file without its special tokens and fillers, numbered anew, has GPT-2's size and its last token."""
+    vocab = json.loads((opt_folder / "vocab.json").read_text(encoding="utf-8"))
+    own = [token for token in vocab if token not in ("<s>", "<pad>", "</s>", "<unk>", "<mask>")]
+    own = [token for token in sorted(own, key=vocab.__getitem__) if not token.startswith("madeupword")]
+    assert own.index("<|endoftext|>") == 50256
+    merges = (opt_folder / "merges.txt").read_text(encoding="utf-8")
+    write_bpe(tmp_path, {token: n for n, token in enumerate(own)}, merges)
+    with pytest.raises(ValueError, match=GPT2_MESSAGE):
+        Tokenizer.load(tmp_path)
+
+
+def test_the_same_vocabulary_with_the_tokens_of_opt_is_accepted(tmp_path: Path) -> None:
+    """What is refused is GPT-2's numbering, not its size."""
+    vocab = gpt2_like_vocab()
+    vocab["</s>"] = vocab.pop("word0")
+    write_bpe(tmp_path, vocab, "#version: 0.2\n")
+    assert Tokenizer.load(tmp_path).bos_token_id == vocab["</s>"]
+
+
+def assert_one_line(error: pytest.ExceptionInfo[Exception], *words: str) -> None:
+    """Fails unless the message is one line that holds the words."""
+    message = str(error.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+
+
+def test_a_folder_without_tokenizer_files_is_refused_with_what_is_there(tmp_path: Path) -> None:
+    """Half of a pair is none; a missing folder and a file say that they are no folder."""
+    for name in ("vocab.json", "model.safetensors"):
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(FileNotFoundError) as error:
+        Tokenizer.load(tmp_path)
+    assert_one_line(error, str(tmp_path), "expected tokenizer.json, or vocab.json and merges.txt", "vocab.json")
+    assert_one_line(error, "found ['model.safetensors', 'vocab.json']")
+    for path in (tmp_path / "missing", tmp_path / "vocab.json"):
+        with pytest.raises(FileNotFoundError) as error:
+            Tokenizer.load(path)
+        assert_one_line(error, str(path), "no such folder")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("vocab.json", "<html>not found</html>", "expected JSON"),
+        ("vocab.json", "[1, 2]", "expected a JSON object, got list"),
+        ("vocab.json", "", "expected JSON"),
+        ("merges.txt", "#version: 0.2\none two three\n", "not a tokenizer file"),
+        ("merges.txt", "#version: 0.2\nno such\n", "not a tokenizer file"),
+        ("tokenizer_config.json", "{", "expected JSON"),
+        ("tokenizer_config.json", "[]", "expected a JSON object, got list"),
+        ("special_tokens_map.json", "nothing", "expected JSON"),
+        ("added_tokens.json", '"text"', "expected a JSON object, got str"),
+        ("tokenizer.json", "", "not a tokenizer file"),
+        ("tokenizer.json", "version https://git-lfs.github.com/spec/v1\n", "not a tokenizer file"),
+    ],
+)
+def test_a_broken_file_is_named(small_folder: Path, tmp_path: Path, name: str, content: str, reason: str) -> None:
+    """Each by its own name, with what is wrong and what to do."""
+    published_form()(small_folder, tmp_path)
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=reason) as error:
+        Tokenizer.load(tmp_path)
+    assert_one_line(error, f"{tmp_path / name}: ", "Fetch the file again.")
+
+
+def test_a_truncated_tokenizer_json_is_named(small_folder: Path, tmp_path: Path) -> None:
+    """As an interrupted download leaves it."""
+    Tokenizer.load(small_folder).save(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    content = path.read_bytes()
+    for share in (0.1, 0.5, 0.9):
+        path.write_bytes(content[: int(len(content) * share)])
+        with pytest.raises(ValueError, match="not a tokenizer file") as error:
+            Tokenizer.load(tmp_path)
+        assert_one_line(error, f"{path}: ")
+
+
+def test_an_added_token_of_another_vocabulary_is_refused(small_folder: Path, tmp_path: Path) -> None:
+    """transformers would number it anew, and the model would read another row of its table."""
+    published_form(files={"added_tokens.json": {"<ent1>": 50265}})(small_folder, tmp_path)
+    with pytest.raises(ValueError, match=r"added token '<ent1>' should have id 50265, but got 3\d\d\.") as error:
+        Tokenizer.load(tmp_path)
+    assert_one_line(error, str(tmp_path), "of different models")
+
+
+@pytest.mark.parametrize(("text", "place"), [("\ud800", 0), ("ab\udfffc", 2), ("\U0001f600\udc00", 1)])
+def test_a_lone_surrogate_is_refused(small: Tokenizer, text: str, place: int) -> None:
+    """One line with its place, alone and in a batch."""
+    message = rf"^text: not valid Unicode at character {place} \(surrogates not allowed\)\.$"
+    with pytest.raises(ValueError, match=message):
+        small.encode(text)
+    with pytest.raises(ValueError, match=message):
+        small.encode_batch(["cat", text])
+
+
+def test_a_tokenizer_of_another_kind_is_refused() -> None:
+    """Streaming counts on bytes."""
+    backend = tokenizers.Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
+    with pytest.raises(ValueError, match="expected byte-level BPE, got the decoder NoneType"):
+        Tokenizer(backend, {})
+
+
+def test_settings_given_by_hand_name_the_tokens() -> None:
+    """A tokenizer can be built without files, and keeps the post-processor of its backend."""
+    backend = byte_level_bpe(["<s>", "<pad>", "</s>", "<unk>"])
+    backend.post_processor = processors.TemplateProcessing("</s> $A", "</s> $A </s> $B:1", [("</s>", 2)])
+    ours = Tokenizer(backend, {"bos_token": "</s>", "pad_token": {"content": "<pad>"}})
+    assert (ours.bos_token_id, ours.eos_token_id, ours.pad_token_id) == (2, None, 1)
+    assert ours.encode("cat") == [2, *ours.encode("cat", add_bos=False)]
