@@ -152,3 +152,22 @@ def test_truncating_to_what_is_filled_is_allowed(length: int) -> None:
     fill(cache, 3)
     cache.truncate(length)
     assert cache.length == length
+
+
+def test_truncating_keeps_a_length_on_the_device_there() -> None:
+    cache = KVCache(CONFIG, B, CAPACITY)
+    cache.length = length = torch.tensor(3)
+    cache.truncate(1)
+    assert cache.length is length
+    assert int(length) == 1
+
+
+def test_reordering_wants_an_index_for_each_row() -> None:
+    cache = KVCache(CONFIG, B, CAPACITY)
+    with pytest.raises(ValueError, match=rf"KVCache\.reorder: expected {B} indices, got shape \[1\]"):
+        cache.reorder(torch.tensor([0]))
+
+
+def test_expanding_to_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"KVCache\.expand: copies must be positive, got 0"):
+        KVCache(CONFIG, B, CAPACITY).expand(0)

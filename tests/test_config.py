@@ -206,3 +206,11 @@ def test_a_file_that_is_no_opt_configuration_is_named_in_one_line(
 def test_a_missing_file_is_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=re.escape("config.json")):
         OPTConfig.load(tmp_path)
+
+
+def test_a_configuration_equals_and_hashes_by_what_the_model_reads() -> None:
+    config = OPTConfig.preset("opt-350m")
+    again = OPTConfig.from_dict(config.to_dict())
+    assert again == config
+    assert hash(again) == hash(config)
+    assert again != OPTConfig.preset("opt-125m")

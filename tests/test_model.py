@@ -541,6 +541,12 @@ REFUSED: list[tuple[str, dict[str, Any], int, str]] = [
      r"attention_mask: expected \[2, 1, 3, 7\].*got \[2, 1, 3, 3\]"),
     ("mask with heads", {"input_ids": ids_of(2, 3), "attention_mask": torch.ones(2, 4, 3, 3).bool()}, 0,
      r"attention_mask: expected \[2, 1, 3, 3\].*got \[2, 4, 3, 3\]"),
+    ("additive mask", {"input_ids": ids_of(2, 3), "attention_mask": torch.zeros(2, 1, 3, 3)}, 0,
+     r"attention_mask: expected booleans where it has 4 dims .*got torch\.float32"),
+    ("positions of another length", {"input_ids": ids_of(2, 3), "position_ids": ids_of(2, 7)}, 4,
+     r"position_ids: expected \[2, 3\] or \[3\], got \[2, 7\]"),
+    ("negative logits_to_keep", {"input_ids": ids_of(2, 3), "logits_to_keep": -1}, 4,
+     r"logits_to_keep: expected 0 \(all\) or more, got -1"),
     ("batch of another size", {"input_ids": ids_of(3, 2)}, 4, "cache: made for 2 rows, got input_ids of 3"),
     ("ids of one dim", {"input_ids": ids_of(1, 2)[0]}, 4, r"input_ids: expected \[batch, tokens\].*got \[2\]"),
     ("ids of three dims", {"input_ids": ids_of(2, 2)[None]}, 4, r"input_ids: expected .*got \[1, 2, 2\]"),
@@ -590,3 +596,19 @@ def test_padding_may_make_a_batch_wider_than_the_positions(kind: str) -> None:
     for logits in (model(ids, mask), read_in_chunks(model, ids, mask, (66, 3, 1), cache)):
         for row, of_row, real in zip(ids, logits, mask, strict=True):
             assert error(of_row[real], model(row[None, real])[0]) <= 1e-10
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_token_decoded_alone_in_bfloat16_is_as_exact_as_in_a_batch(kind: str) -> None:
+    """In inference mode a single token takes the product of matrix and vector; float64 tells how far each is off."""
+    model = build_ours(build_reference(kind)).bfloat16()
+    exact = build_ours(build_reference(kind)).bfloat16().double()
+    ids = ids_of(1, 30)
+    with torch.inference_mode():
+        cache, twice = model.new_cache(1, 30), model.new_cache(2, 30)
+        steps = [ids[:, position : position + 1] for position in range(30)]
+        alone = torch.cat([model(step, cache=cache) for step in steps], dim=1)
+        both = torch.cat([model(step.repeat(2, 1), cache=twice)[:1] for step in steps], dim=1)
+        expected = exact(ids)
+    error, usual = (alone - expected).norm(), (both - expected).norm()
+    assert 0 < error <= 1.5 * usual <= 0.1 * expected.norm()

@@ -88,19 +88,30 @@ class KVCache:
         """
         if not 0 <= length <= int(self.length):
             raise ValueError(f"KVCache.truncate: expected a length from 0 to {int(self.length)}, got {length}.")
-        self.length = length
+        self.length = self.length.fill_(length) if isinstance(self.length, Tensor) else length
 
     def reorder(self, rows: Tensor) -> None:
         """Makes row ``i`` what row ``rows[i]`` was (beam search). In place.
 
         Args:
             rows: ``[B]`` integer indices; a row may be taken more than once.
+
+        Raises:
+            ValueError: if there is not one index for each row.
         """
+        if rows.shape != (self.batch_size,):
+            raise ValueError(f"KVCache.reorder: expected {self.batch_size} indices, got shape {list(rows.shape)}.")
         filled = self.capacity if isinstance(self.length, Tensor) else self.length
         for tensor in (*self.keys, *self.values):
             tensor[:, :, :filled] = tensor[:, :, :filled].index_select(0, rows)
 
     def expand(self, copies: int) -> None:
-        """Repeats each row ``copies`` times, copies side by side: ``[B, ...]`` becomes ``[B * copies, ...]``."""
+        """Repeats each row ``copies`` times, copies side by side: ``[B, ...]`` becomes ``[B * copies, ...]``.
+
+        Raises:
+            ValueError: if ``copies`` is not positive.
+        """
+        if copies < 1:
+            raise ValueError(f"KVCache.expand: copies must be positive, got {copies}.")
         self.keys = [t.repeat_interleave(copies, dim=0) for t in self.keys]
         self.values = [t.repeat_interleave(copies, dim=0) for t in self.values]

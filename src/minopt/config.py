@@ -43,7 +43,7 @@ class OPTConfig:
         tie_word_embeddings: kept as published; the output head is always the token table.
         _remove_final_layer_norm: the decoder's last norm is missing (fine-tunes made before
             transformers 4.20.1).
-        extra: keys of the file that mean nothing here, kept so that saving loses nothing.
+        extra: keys of the file that mean nothing here, kept so that saving loses nothing; not compared.
 
     Raises:
         ValueError: naming each rule that the values break.
@@ -69,7 +69,7 @@ class OPTConfig:
     layer_norm_elementwise_affine: bool = True
     tie_word_embeddings: bool = True
     _remove_final_layer_norm: bool = False
-    extra: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    extra: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.word_embed_proj_dim is None:

@@ -21,11 +21,27 @@ from minopt.config import OPTConfig
 POSITION_OFFSET = 2
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``F.linear``; for a single token in bfloat16 on a CPU, the product of matrix and vector that it then is.
+
+    torch's general product leaves much of the memory's bandwidth unused there (benchmarks/README.md). In inference
+    mode only, so that training, tracing and export see the one plain operator.
+    """
+    one_token = x.numel() == x.shape[-1]
+    if one_token and x.dtype == torch.bfloat16 and x.device.type == "cpu" and torch.is_inference_mode_enabled():
+        y = torch.mv(weight, x.view(-1)) if bias is None else torch.addmv(bias, weight, x.view(-1))
+        return y.view(*x.shape[:-1], -1)
+    return F.linear(x, weight, bias)
+
+
 class Linear(nn.Linear):
     """``nn.Linear`` left unfilled: OPT draws all weights itself, and loading replaces them anyway."""
 
     def reset_parameters(self) -> None:
         pass
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
 
 
 class Embedding(nn.Embedding):
@@ -175,6 +191,8 @@ class OPT(nn.Module):
         Returns:
             Logits ``[B, T or logits_to_keep, V]`` in the model's dtype.
         """
+        if logits_to_keep < 0:
+            raise ValueError(f"logits_to_keep: expected 0 (all) or more, got {logits_to_keep}.")
         h = self.hidden_states(input_ids, attention_mask, position_ids, cache)
         return self.head(h[:, -logits_to_keep:])
 
@@ -193,7 +211,8 @@ class OPT(nn.Module):
                 ``None`` says that none is padding, and is the fast path. Positions count real tokens only, so
                 that a padded row gives what it gives alone. A boolean ``[B, 1, T, S]`` is used as it is.
                 Where ``cache.length`` is a tensor, S is the cache's capacity.
-            position_ids: ``[B, T]`` or ``[T]``, from 0; derived from ``attention_mask`` if ``None``.
+            position_ids: ``[B, T]`` or ``[T]``, from 0 and below ``max_position_embeddings`` (not checked: reading
+                them would wait for a GPU); derived from ``attention_mask`` if ``None``.
             cache: filled tokens to go on from; the new ones are appended to it.
 
         Returns:
@@ -227,7 +246,7 @@ class OPT(nn.Module):
 
     def head(self, h: Tensor) -> Tensor:
         """Logits ``[..., V]`` of hidden states ``[..., E]``: the product with the token table."""
-        return F.linear(h, self.embed_tokens.weight)
+        return linear(h, self.embed_tokens.weight)
 
     def new_cache(self, batch_size: int, capacity: int) -> KVCache:
         """An empty cache for ``batch_size`` rows of up to ``capacity`` tokens, in the model's dtype and place."""
@@ -260,6 +279,12 @@ class OPT(nn.Module):
         expected = ([B, S],) if mask is None or mask.ndim != 4 else ([B, 1, T, S], [1, 1, T, S])
         if mask is not None and list(mask.shape) not in expected:
             raise ValueError(f"attention_mask: expected {expected[0]} (cached and new tokens), got {list(mask.shape)}.")
+        if mask is not None and mask.ndim == 4 and mask.dtype != torch.bool:
+            raise ValueError(
+                f"attention_mask: expected booleans where it has 4 dims (True = attend), got {mask.dtype}."
+            )
+        if position_ids is not None and list(position_ids.shape) not in ([B, T], [T]):
+            raise ValueError(f"position_ids: expected {[B, T]} or {[T]}, got {list(position_ids.shape)}.")
         limit = self.config.max_position_embeddings
         if position_ids is None and S > limit and not on_device:
             # Padding takes no position; counting it synchronises a GPU, so only where it can matter.
@@ -298,7 +323,7 @@ def causal_mask(
         divides by zero.
     """
     if attention_mask is not None and attention_mask.ndim == 4:
-        return attention_mask.bool()
+        return attention_mask
     if attention_mask is None and not isinstance(past, Tensor) and (T in (1, S)):
         return None
     query = (torch.arange(T, device=device) + past)[:, None]  # [T, 1]

@@ -443,6 +443,8 @@ REFUSED: list[tuple[str, Tensor, Tensor | None, dict[str, Any], str]] = [
      {"do_sample": True, "seed": 1, "generator": torch.Generator()}, "give a seed or a generator, not both"),
     ("unknown option", torch.ones(2, 3), None, {"num_beans": 4}, "unknown option num_beans; there are max_new_tokens"),
     ("nonsense option", torch.ones(2, 3), None, {"max_new_tokens": 0}, "max_new_tokens must be"),
+    ("nothing left to generate", torch.ones(2, 3), None, {"suppress_tokens": range(96)},
+     "suppress_tokens holds all 96 ids, which leaves nothing to generate"),
     *((f"{name} behind the vocabulary", torch.ones(2, 3), None, {name: value},
        "generation: expected ids from 0 to 95 in options, got 96")
       for name, value in (("suppress_tokens", (5, 96)), ("eos_token_id", 96), ("pad_token_id", 96))),

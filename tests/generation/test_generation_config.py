@@ -37,7 +37,10 @@ NONSENSE: list[tuple[dict[str, Any], str]] = [
         ({"do_sample": True, "top_p": value}, f"top_p must be above 0 and at most 1, got {value!r}")
         for value in (0.0, 2, 1.0001, -0.1, math.nan, None)
     ),
-    *(({"seed": value}, f"seed must be an integer of at least 0, or None, got {value!r}") for value in (-1, 0.5)),
+    *(
+        ({"seed": value}, f"seed must be an integer from 0 to 2**64 - 1, or None, got {value!r}")
+        for value in (-1, 0.5, 2**64)
+    ),
     *(
         ({"eos_token_id": value}, f"eos_token_id must be an id, several, or None, got {value!r}")
         for value in (-1, (2, -1), "</s>", 2.0)
@@ -70,8 +73,8 @@ def test_all_nonsense_is_named_at_once() -> None:
     with pytest.raises(ValueError, match="generation") as error:
         GenerationConfig(max_new_tokens=0, temperature=0.5, seed=-1)
     assert str(error.value) == (
-        "generation: max_new_tokens must be an integer of at least 1, got 0; seed must be an integer of at least 0, "
-        "or None, got -1; temperature acts on sampling only, and do_sample is off."
+        "generation: max_new_tokens must be an integer of at least 1, got 0; seed must be an integer from 0 to "
+        "2**64 - 1, or None, got -1; temperature acts on sampling only, and do_sample is off."
     )
 
 

@@ -64,7 +64,11 @@ class GenerationConfig:
               "token at each step leave do_sample off)")  # fmt: skip
         check("top_k", _is_count(self.top_k), "an integer of at least 0 (0 = no limit)")
         check("top_p", _is_number(self.top_p) and 0 < self.top_p <= 1, "above 0 and at most 1")
-        check("seed", self.seed is None or _is_count(self.seed), "an integer of at least 0, or None")
+        check(
+            "seed",
+            self.seed is None or (_is_count(self.seed) and self.seed < 2**64),
+            "an integer from 0 to 2**64 - 1, or None",
+        )
         check("eos_token_id", self.eos_token_id is None or _are_ids(self.eos_token_id), "an id, several, or None")
         check("pad_token_id", self.pad_token_id is None or _is_count(self.pad_token_id), "an id, or None")
         check("suppress_tokens", isinstance(self.suppress_tokens, tuple) and _are_ids(self.suppress_tokens), "ids")

@@ -193,6 +193,8 @@ def check_prompt(
     outside = [i for i in named if i >= rows]
     if outside:
         raise ValueError(f"generation: expected ids from 0 to {rows - 1} in options, got {outside[0]}.")
+    if len(set(config.suppress_tokens)) == rows:
+        raise ValueError(f"generation: suppress_tokens holds all {rows} ids, which leaves nothing to generate.")
     mask = None if attention_mask is None else attention_mask.to(decoder.device)
     return input_ids.to(decoder.device, torch.long), mask
 
