@@ -45,9 +45,10 @@ def test_hyphens_and_underscores_are_alike(flag: str, capsys: pytest.CaptureFixt
     assert capsys.readouterr().out == expected + "\n"
 
 
-def test_an_underscore_in_the_prompt_stays(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["generate", "a_b", "--echo", "--max-new-tokens", "1"]) == 0
-    assert capsys.readouterr().out.startswith("a_b")
+@pytest.mark.parametrize("arguments", [["a_b"], ["--", "--a_b=c_d"]])
+def test_an_underscore_in_the_prompt_stays(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "--echo", "--max_new_tokens", "1", *arguments]) == 0
+    assert capsys.readouterr().out.startswith(arguments[-1])
 
 
 def test_each_option_reaches_the_library(capsys: pytest.CaptureFixture[str]) -> None:

@@ -137,3 +137,14 @@ def test_generation_leaves_nothing_behind_on_the_model(lm: minopt.LanguageModel)
     lm.generate("The", max_new_tokens=3)
     assert {name: value for name, value in vars(lm.model).items() if not name.startswith("_")} == before
     assert all(p.requires_grad for p in lm.model.parameters())
+
+
+def test_files_that_name_different_tokens_are_pointed_out(
+    lm: minopt.LanguageModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = dataclasses.replace(lm.model.config, bos_token_id=0, eos_token_id=(2, 7), pad_token_id=None)
+    model = minopt.OPT(config)
+    minopt.LanguageModel(model, lm.tokenizer).save(tmp_path / "saved")
+    minopt.load(tmp_path / "saved", device="cpu")
+    (message,) = caplog.messages
+    assert "bos_token_id is 0 in config.json and 2 in the tokenizer's files" in message

@@ -20,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0; 2 for what the user can mend (one line on stderr says what); 130 if interrupted.
     """
-    args = build_parser().parse_args([_hyphenated(a) for a in (sys.argv[1:] if argv is None else argv)])
+    args = build_parser().parse_args(_hyphenated(sys.argv[1:] if argv is None else argv))
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal without UTF-8 shows "?", not a traceback
     try:
@@ -53,12 +53,12 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _hyphenated(argument: str) -> str:
-    """``--max_new_tokens=3`` as ``--max-new-tokens=3``: either spelling works."""
-    if not argument.startswith("--"):
-        return argument
-    flag, equals, value = argument.partition("=")
-    return flag.replace("_", "-") + equals + value
+def _hyphenated(arguments: Sequence[str]) -> list[str]:
+    """``--max_new_tokens=3`` as ``--max-new-tokens=3``: either spelling works, up to a ``--``."""
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    flags = (argument.partition("=") for argument in arguments[:end])
+    spelt = [(f.replace("_", "-") if f.startswith("--") else f) + equals + value for f, equals, value in flags]
+    return spelt + list(arguments[end:])
 
 
 def _add_generate(verbs: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,10 +14,13 @@ import torch
 from minopt.checkpoint.hub import find_model
 from minopt.checkpoint.load import load_folder, resolve_device, resolve_dtype
 from minopt.checkpoint.save import save_model
+from minopt.config import OPTConfig
 from minopt.generation.config import GenerationConfig
 from minopt.generation.decode import check_prompt, decode_steps, generate
 from minopt.model import OPT
 from minopt.tokenizer import Tokenizer, pad_left
+
+logger = logging.getLogger(__name__)
 
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt")
 
@@ -198,4 +202,23 @@ def load(
     folder = find_model(name_or_path, revision=revision, local_files_only=local_files_only)
     has_tokenizer = any((folder / name).is_file() for name in _TOKENIZER_FILES)
     tokenizer = Tokenizer.load(folder) if has_tokenizer else None
-    return LanguageModel(load_folder(folder, target, number_type), tokenizer)
+    model = load_folder(folder, target, number_type)
+    if tokenizer is not None:
+        _warn_of_conflicts(model.config, tokenizer, folder)
+    return LanguageModel(model, tokenizer)
+
+
+def _warn_of_conflicts(config: OPTConfig, tokenizer: Tokenizer, folder: Path) -> None:
+    """Config files that name another token than the tokenizer does have been published (transformers issue 17431)."""
+    for name, known in (
+        ("bos", (config.bos_token_id,)),
+        ("eos", config.eos_token_ids),
+        ("pad", (config.pad_token_id,)),
+    ):
+        token_id = getattr(tokenizer, f"{name}_token_id")
+        if token_id is not None and known not in ((), (None,)) and token_id not in known:
+            logger.warning(
+                "%s: %s_token_id is %s in config.json and %s in the tokenizer's files. Texts begin as the tokenizer "
+                "says; padding and the end of generation follow config.json.",
+                folder, name, known[0], token_id,
+            )  # fmt: skip

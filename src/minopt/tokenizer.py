@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import codecs
 import json
-import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,6 @@ import tokenizers
 import torch
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 from torch import Tensor
-
-logger = logging.getLogger(__name__)
 
 # What OPT's own files declare (bos, eos and unk are one token), for a folder with vocab.json and merges.txt alone.
 _OPT_TOKENS = {"bos_token": "</s>", "eos_token": "</s>", "unk_token": "</s>", "pad_token": "<pad>"}
@@ -191,7 +188,12 @@ def pad_left(rows: Sequence[Sequence[int]], pad_token_id: int | None) -> tuple[T
 
     Returns:
         ``input_ids [B, T]`` and ``attention_mask [B, T]``, int64, 1 = real; ``None`` for a mask without padding.
+
+    Raises:
+        ValueError: if there is no row, or an empty one.
     """
+    if not all(rows) or not rows:
+        raise ValueError("texts: expected at least one, each of at least one token.")
     width = max(map(len, rows))
     pad = 0 if pad_token_id is None else pad_token_id
     input_ids = torch.tensor([[pad] * (width - len(row)) + list(row) for row in rows], dtype=torch.long)
@@ -261,7 +263,8 @@ def _add_tokens(
     numbered |= {int(i): _added_token(token) for i, token in settings.get("added_tokens_decoder", {}).items()}
     for token_id, token in sorted(numbered.items()):
         token.special = token.special or token.content in names
-        backend.add_special_tokens([token]) if token.special else backend.add_tokens([token])
+        add = backend.add_special_tokens if token.special else backend.add_tokens
+        add([token])
         if backend.token_to_id(token.content) != token_id:
             raise ValueError(
                 f"{folder}: added token {token.content!r} should have id {token_id}, but got "
