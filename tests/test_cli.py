@@ -69,6 +69,7 @@ def test_each_option_reaches_the_library(capsys: pytest.CaptureFixture[str]) -> 
     [
         (["x", "--model", "/nowhere"], "/nowhere: no such folder"),
         (["x", "--temperature", "0", "--do-sample"], "temperature must be above 0"),
+        (["x", "--seed", "1"], "seed acts on sampling only, and do_sample is off"),
         (["x", "--temperature", "0.5"], "temperature acts on sampling only, and do_sample is off"),
         (["x", "--top-p", "2", "--do-sample"], "top_p must be above 0 and at most 1, got 2.0"),
         (["x", "--max-new-tokens", "-1"], "max_new_tokens must be an integer of at least 1, got -1"),
@@ -121,3 +122,10 @@ def test_a_terminal_without_unicode_shows_question_marks() -> None:
     result = run("generate", "“Naïve”", "--echo", "--max-new-tokens", "1", PYTHONIOENCODING="ascii")
     assert result.returncode == 0
     assert result.stdout.startswith("?Na?ve?")
+
+
+def test_without_stderr_nothing_but_the_text_is_on_stdout() -> None:
+    command = f"{sys.executable} -m minopt generate 'The sea' --max-new-tokens 2 --device cpu 2>&-"
+    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert result.returncode == 0
+    assert "minopt:" not in result.stdout

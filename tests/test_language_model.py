@@ -96,6 +96,15 @@ def test_a_stream_refuses_before_the_first_piece(lm: minopt.LanguageModel) -> No
         lm.stream("x", beams=3)
     with pytest.raises(ValueError, match="max_new_tokens 2000"):
         lm.stream("x", max_new_tokens=2000)
+    with pytest.raises(ValueError, match="give a seed or a generator, not both"):
+        lm.stream("x", do_sample=True, seed=1, generator=torch.Generator())
+
+
+def test_what_would_be_ignored_is_refused(lm: minopt.LanguageModel) -> None:
+    with pytest.raises(ValueError, match="output_scores: there is no place for them beside texts"):
+        lm.generate("x", output_scores=True)
+    with pytest.raises(ValueError, match="a generator acts on sampling only, and do_sample is off"):
+        lm.generate("x", generator=torch.Generator())
 
 
 def test_rows_without_a_token_are_never_generated(lm: minopt.LanguageModel) -> None:

@@ -612,3 +612,17 @@ def test_a_token_decoded_alone_in_bfloat16_is_as_exact_as_in_a_batch(kind: str) 
         expected = exact(ids)
     error, usual = (alone - expected).norm(), (both - expected).norm()
     assert 0 < error <= 1.5 * usual <= 0.1 * expected.norm()
+
+
+def test_one_token_in_bfloat16_compiles_exports_and_runs_under_autocast() -> None:
+    """The short cut for it must not be in the way of any of them."""
+    model = OPT(config_of("125m")).eval()
+    ids = ids_of(1, 1)
+    with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.allclose(model(ids).float(), model(ids.repeat(2, 1))[:1].float(), atol=1e-2)
+    model.bfloat16()
+    torch.export.export(model, (ids,), strict=True)
+    with torch.inference_mode():
+        expected = model(ids)
+        model.compile(backend="eager", fullgraph=True)
+        assert torch.allclose(model(ids), expected, atol=1e-2)

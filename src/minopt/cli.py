@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -19,29 +20,35 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0; 2 for what the user can mend (one line on stderr says what); 130 if interrupted.
+
+    Raises:
+        SystemExit: with 2 for wrong usage, with 0 for ``--help`` and ``--version``.
     """
     args = build_parser().parse_args(_hyphenated(sys.argv[1:] if argv is None else argv))
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal without UTF-8 shows "?", not a traceback
     try:
         args.run(args)
-    except BrokenPipeError:  # the reader has had enough: `| head`
-        sys.stderr.close()
+    except BrokenPipeError:  # the reader has had enough: `| head`. What is left to flush goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:
         return 130
     except (ValueError, OSError) as error:
-        print(f"minopt: error: {error}", file=sys.stderr)
+        _tell(f"error: {error}")
         return 2
     except RuntimeError as error:
         if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
             raise
-        print(
-            "minopt: error: not enough memory for this model here. Try --dtype bfloat16, or a smaller one.",
-            file=sys.stderr,
-        )
+        _tell("error: not enough memory for this model. Try --dtype bfloat16.")
         return 2
     return 0
+
+
+def _tell(text: str) -> None:
+    """One line on stderr, if there is one: where it is closed, print would take stdout."""
+    if sys.stderr is not None:
+        print(f"minopt: {text}", file=sys.stderr)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -88,7 +95,7 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype",
         default="auto",
-        help="auto, float32, float16 or bfloat16 (auto: float32 on a CPU, elsewhere the file's own)",
+        help="auto, float32, bfloat16, float16 or float64 (auto: float32 on a CPU, elsewhere the file's own)",
     )
 
 
@@ -100,7 +107,7 @@ def _generate(args: argparse.Namespace) -> None:
     options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     GenerationConfig().replace(**options)  # complain before a model is loaded or fetched
     if args.model is None:
-        print("minopt: no --model given, using the small demo model (see --help)", file=sys.stderr)
+        _tell("no --model given, using the small demo model (see --help)")
     lm = load(
         args.model or DEMO,
         device=args.device,

@@ -6,12 +6,15 @@ Imports no torch, so that a configuration can be read and planned with anywhere.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 ACTIVATIONS = ("relu", "gelu")
+
+_LARGEST = 2**31 - 1  # of a size: products of two of them still are sizes of tensors
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,7 @@ class OPTConfig:
         flags = ("do_layer_norm_before", "enable_bias", "layer_norm_elementwise_affine", "tie_word_embeddings",
                  "_remove_final_layer_norm")  # fmt: skip
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        bad_sizes = [n for n in sizes if not _is_int(values[n]) or values[n] < 1]
+        bad_sizes = [n for n in sizes if not is_int(values[n]) or not 1 <= values[n] <= _LARGEST]
         problems = [f"{n} must be a positive integer, got {values[n]!r}" for n in bad_sizes]
         if not {"hidden_size", "num_attention_heads"} & set(bad_sizes) and self.hidden_size % self.num_attention_heads:
             problems.append(
@@ -96,16 +99,16 @@ class OPTConfig:
         problems += [
             f"{n} must be in [0, 1), got {values[n]!r}"
             for n in ("dropout", "attention_dropout", "layerdrop")
-            if not _is_number(values[n]) or not 0 <= values[n] < 1
+            if not is_number(values[n]) or not 0 <= values[n] < 1
         ]
-        if not _is_number(self.init_std) or not 0 < self.init_std < float("inf"):
+        if not is_number(self.init_std) or self.init_std <= 0:
             problems.append(f"init_std must be positive, got {self.init_std!r}")
         if self.activation_function not in ACTIVATIONS:
             problems.append(f"activation_function must be one of {list(ACTIVATIONS)}, got {self.activation_function!r}")
         rows = self.vocab_size if "vocab_size" not in bad_sizes else float("inf")
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
             ids = values[name] if name == "eos_token_id" and isinstance(values[name], tuple) else (values[name],)
-            if values[name] is not None and not all(_is_int(i) and 0 <= i < rows for i in ids):
+            if values[name] is not None and not all(is_int(i) and 0 <= i < rows for i in ids):
                 problems.append(
                     f"{name} must be a row of the vocabulary (0 to {rows - 1}) or null, got {values[name]!r}"
                 )
@@ -175,24 +178,37 @@ class OPTConfig:
         """
         path = Path(path)
         path = path / "config.json" if path.is_dir() else path
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:  # JSON and UTF-8 errors alike
-            raise ValueError(f"{path}: expected JSON, {error}. Fetch the file again.") from None
-        if not isinstance(values, dict):
-            raise ValueError(f"{path}: expected a JSON object, got {type(values).__name__}. Fetch the file again.")
+        values = read_json(path)
         try:
             return cls.from_dict(values)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
 
 
-def _is_int(value: object) -> bool:
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it holds anything else; the file is named.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # JSON and UTF-8 errors alike
+        raise ValueError(f"{path}: expected JSON, {error}. Fetch the file again.") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}. Fetch the file again.")
+    return content
+
+
+def is_int(value: object) -> bool:
+    """Whether a value is an integer; True and False are none."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+def is_number(value: object) -> bool:
+    """Whether a value is a finite number; True and False are none."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _presets() -> dict[str, dict[str, Any]]:

@@ -104,7 +104,7 @@ class LanguageModel:
         tokenizer, config = self._text_tools(options)
         if not texts:
             return []
-        input_ids, mask = pad_left([self._encode(text, add_bos) for text in texts], self._pad_token_id)
+        input_ids, mask = pad_left([self._encode(text, add_bos) for text in texts], self.model.config.pad_token_id)
         config = config.replace(output_logprobs=return_details)
         output = generate(self.model, input_ids, mask, config, generator=generator)
         results: list[Any] = []
@@ -135,8 +135,8 @@ class LanguageModel:
             ValueError: as ``generate`` does, before the first piece is asked for.
         """
         tokenizer, config = self._text_tools(options)
-        input_ids, _ = pad_left([self._encode(prompt, add_bos)], self._pad_token_id)
-        input_ids, _ = check_prompt(self.model, input_ids, None, config)
+        input_ids = torch.tensor([self._encode(prompt, add_bos)])
+        input_ids, _ = check_prompt(self.model, input_ids, None, config, generator)
 
         def pieces() -> Iterator[str]:
             decoder = tokenizer.stream_decoder()
@@ -159,10 +159,6 @@ class LanguageModel:
         used = set(self.tokenizer.backend.get_vocab(with_added_tokens=True).values())
         return tuple(i for i in range(self.model.config.vocab_size) if i not in used)
 
-    @property
-    def _pad_token_id(self) -> int | None:
-        return self.model.config.pad_token_id
-
     def _text_tools(self, options: dict[str, Any]) -> tuple[Tokenizer, GenerationConfig]:
         if self.tokenizer is None:
             raise ValueError(
@@ -170,6 +166,8 @@ class LanguageModel:
                 "Copy its files there, or call minopt.generate with token ids."
             )
         config = GenerationConfig().replace(**options)
+        if config.output_scores:
+            raise ValueError("output_scores: there is no place for them beside texts. Call minopt.generate with ids.")
         return self.tokenizer, config.replace(suppress_tokens=config.suppress_tokens + self._rows_without_token)
 
     def _encode(self, text: str, add_bos: bool | None) -> list[int]:

@@ -27,8 +27,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     torch's general product leaves much of the memory's bandwidth unused there (benchmarks/README.md). In inference
     mode only, so that training, tracing and export see the one plain operator.
     """
-    one_token = x.numel() == x.shape[-1]
-    if one_token and x.dtype == torch.bfloat16 and x.device.type == "cpu" and torch.is_inference_mode_enabled():
+    one_token = x.numel() == x.shape[-1] and not torch.compiler.is_compiling()
+    bfloat16 = x.dtype == weight.dtype == torch.bfloat16  # autocast mixes dtypes
+    if one_token and bfloat16 and x.device.type == "cpu" and torch.is_inference_mode_enabled():
         y = torch.mv(weight, x.view(-1)) if bias is None else torch.addmv(bias, weight, x.view(-1))
         return y.view(*x.shape[:-1], -1)
     return F.linear(x, weight, bias)
@@ -190,6 +191,9 @@ class OPT(nn.Module):
 
         Returns:
             Logits ``[B, T or logits_to_keep, V]`` in the model's dtype.
+
+        Raises:
+            ValueError: as ``hidden_states`` does, or if ``logits_to_keep`` is negative.
         """
         if logits_to_keep < 0:
             raise ValueError(f"logits_to_keep: expected 0 (all) or more, got {logits_to_keep}.")

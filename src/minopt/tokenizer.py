@@ -13,6 +13,8 @@ import torch
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 from torch import Tensor
 
+from minopt.config import read_json
+
 # What OPT's own files declare (bos, eos and unk are one token), for a folder with vocab.json and merges.txt alone.
 _OPT_TOKENS = {"bos_token": "</s>", "eos_token": "</s>", "unk_token": "</s>", "pad_token": "<pad>"}
 
@@ -87,7 +89,13 @@ class Tokenizer:
                 "Copy the tokenizer's files there."
             )
         _refuse_gpt2(backend, folder)
-        _add_tokens(backend, settings, added, folder)
+        try:
+            _add_tokens(backend, settings, added, folder)
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{folder}: its tokenizer's settings name tokens in a form that is none ({error}). "
+                "Fetch tokenizer_config.json, special_tokens_map.json and added_tokens.json again."
+            ) from None
         bos = _content(settings.get("bos_token")) if settings.get("add_bos_token") else None
         if bos is not None and backend.encode("a").ids[:1] == [backend.token_to_id(bos)]:
             bos = None  # the tokenizer.json puts it there itself, and maybe more
@@ -106,7 +114,7 @@ class Tokenizer:
 
     def __len__(self) -> int:
         """One more than the highest id that has a token: OPT's 50,265, where the model's table has 50,272 rows."""
-        return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
+        return max(self.backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
     def encode(self, text: str, add_bos: bool | None = None) -> list[int]:
         """Ids of a text.
@@ -284,15 +292,7 @@ def _refuse_gpt2(backend: tokenizers.Tokenizer, folder: Path) -> None:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: expected JSON, {error}. Fetch the file again.") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}. Fetch the file again.")
-    return content
+    return read_json(path) if path.is_file() else {}
 
 
 def _open(path: Path, read: Any) -> Any:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from safetensors import SafetensorError
 
 from minopt import OPT, OPTConfig, load_model, save_model
 from minopt.checkpoint import save
@@ -71,14 +72,17 @@ def test_shards_keep_to_their_size_and_transformers_opens_them(tmp_path: Path) -
 def test_saving_over_a_model_leaves_nothing_of_the_old_weights(tmp_path: Path) -> None:
     folder = tmp_path / "saved"
     save_model(small_model(0), folder, max_shard_bytes=20_000)
-    (folder / "pytorch_model.bin").write_bytes(b"old")
+    (folder / "pytorch_model-00001-of-00002.bin").write_bytes(b"old")
     (folder / "notes.txt").write_text("keep me")
+    (folder / "model_old.safetensors").write_text("mine")
     (folder / "logs").mkdir()
     (folder / "logs" / "a.txt").write_text("me too")
     save_model(small_model(2), folder / "checkpoint-1")
     save_model(small_model(1), folder)
     inner = ["checkpoint-1/config.json", "checkpoint-1/model.safetensors", "logs/a.txt"]
-    assert sorted(content(folder)) == sorted([*inner, "config.json", "model.safetensors", "notes.txt"])
+    assert sorted(content(folder)) == sorted(
+        [*inner, "config.json", "model.safetensors", "model_old.safetensors", "notes.txt"]
+    )
     assert torch.equal(load_model(folder, device="cpu").embed_tokens.weight, small_model(1).embed_tokens.weight)
     assert [p.name for p in tmp_path.iterdir()] == ["saved"]
 
@@ -172,3 +176,69 @@ def test_the_current_folder_is_not_pulled_away(tmp_path: Path, monkeypatch: pyte
     for name in ("..", "."):
         with pytest.raises(FileExistsError, match="is, or holds, the current folder"):
             save_model(small_model(), name)
+
+
+@pytest.mark.parametrize("after", ["old", "saved"])
+def test_an_interrupt_between_the_renames_keeps_a_model(
+    after: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "saved"
+    save_model(small_model(0), folder)
+    (folder / "notes.txt").write_text("precious")
+    rename = os.rename
+
+    def interrupted(source: str, target: str) -> None:
+        rename(source, target)
+        if Path(target).name == after and Path(source).name != "old":
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(os, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        save_model(small_model(1), folder)
+    monkeypatch.undo()
+    assert (folder / "notes.txt").read_text() == "precious"
+    expected = small_model(0 if after == "old" else 1)
+    assert torch.equal(load_model(folder, device="cpu").embed_tokens.weight, expected.embed_tokens.weight)
+    assert [p.name for p in tmp_path.iterdir()] == ["saved"]
+
+
+def test_a_head_that_was_stored_apart_is_saved_as_the_tied_one_it_is(tmp_path: Path) -> None:
+    reference = build_reference("125m", tie_word_embeddings=False)
+    reference.lm_head.weight.data.copy_(reference.model.decoder.embed_tokens.weight)
+    reference.save_pretrained(tmp_path / "apart")
+    save_model(load_model(tmp_path / "apart", device="cpu"), tmp_path / "tied")
+    again = transformers.OPTForCausalLM.from_pretrained(tmp_path / "tied").eval()
+    ids = torch.tensor([[2, 7, 9], [2, 8, 50]])
+    with torch.no_grad():
+        assert torch.allclose(again(ids).logits, reference(ids).logits, atol=1e-5)
+
+
+def test_a_compiled_model_is_saved_as_the_model_it_wraps(tmp_path: Path) -> None:
+    save_model(torch.compile(small_model(), backend="eager"), tmp_path / "saved")  # type: ignore[arg-type]
+    again = load_model(tmp_path / "saved", device="cpu")
+    assert torch.equal(again.embed_tokens.weight, small_model().embed_tokens.weight)
+
+
+def test_a_model_that_was_changed_is_not_written_as_an_opt(tmp_path: Path) -> None:
+    save_model(small_model(), tmp_path / "saved")
+    before = content(tmp_path / "saved")
+    normed, shared = small_model(), small_model()
+    torch.nn.utils.parametrizations.weight_norm(normed.layers[0].fc1)
+    shared.layers[1].fc1 = shared.layers[0].fc1
+    for model, name in ((normed, "layers.0.fc1.parametrizations"), (shared, "layers.1.fc1.bias")):
+        with pytest.raises(ValueError, match=f"expected an OPT's own parameters, these differ: {name}"):
+            save_model(model, tmp_path / "saved")
+    assert content(tmp_path / "saved") == before
+
+
+def test_a_mount_point_and_a_full_disk_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path).name == "volume")
+    with pytest.raises(FileExistsError, match="volume: is a mount point, which cannot be replaced"):
+        save_model(small_model(), tmp_path / "volume")
+
+    def full(*args: object, **options: object) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    with pytest.raises(OSError, match=r"saved: cannot write model\.safetensors \(I/O error.*Is the disk full"):
+        save_model(small_model(), tmp_path / "saved")

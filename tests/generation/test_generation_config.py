@@ -74,7 +74,8 @@ def test_all_nonsense_is_named_at_once() -> None:
         GenerationConfig(max_new_tokens=0, temperature=0.5, seed=-1)
     assert str(error.value) == (
         "generation: max_new_tokens must be an integer of at least 1, got 0; seed must be an integer from 0 to "
-        "2**64 - 1, or None, got -1; temperature acts on sampling only, and do_sample is off."
+        "2**64 - 1, or None, got -1; temperature acts on sampling only, and do_sample is off; "
+        "seed acts on sampling only, and do_sample is off."
     )
 
 

@@ -6,15 +6,13 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from minopt.checkpoint.read import LAYOUTS, some
+from minopt.checkpoint.read import LAYOUTS, PICKLES, SAFETENSORS, some
 
 if TYPE_CHECKING:
     from huggingface_hub.errors import HfHubHTTPError
 
 _TEXT_FILES = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json",
                "merges.txt", "added_tokens.json", "special_tokens_map.json"]  # fmt: skip
-_SAFETENSORS = ["model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors"]
-_PICKLES = ["pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*-of-*.bin"]
 
 # "owner/name", or the name alone of one of the hub's oldest models.
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
@@ -30,13 +28,18 @@ def find_model(name_or_path: str | Path, *, revision: str | None = None, local_f
 
     Raises:
         FileNotFoundError: if there is no such folder or repository, or no model in it.
-        ValueError: if a folder holds several models.
+        ValueError: if a folder holds several models, or is asked for a revision.
         PermissionError: if the hub wants another login.
         ConnectionError: if the hub cannot be reached and the cache has no copy, or a download breaks off.
     """
-    path = Path(name_or_path).expanduser()
     if name_or_path == "":
         raise FileNotFoundError("model: no such folder: expected a folder or a name on the hub, got an empty text.")
+    try:
+        path = Path(name_or_path).expanduser()
+    except RuntimeError:  # ~name of nobody
+        path = Path(name_or_path)
+    if path.is_dir() and revision is not None:
+        raise ValueError(f"{path}: a folder on this machine has no revisions, got {revision!r}. Leave revision out.")
     if path.is_dir():
         return _model_folder(path)
     if path.exists():
@@ -63,9 +66,9 @@ def _model_folder(path: Path) -> Path:
 
 def _download(name: str, revision: str | None, local_files_only: bool) -> Path:
     """Fetches safetensors if the repository has them, else pickles, and never another framework's weights."""
-    folder = _snapshot(name, revision, local_files_only, _TEXT_FILES + _SAFETENSORS)
+    folder = _snapshot(name, revision, local_files_only, [*_TEXT_FILES, *SAFETENSORS])
     if not _has_weights(folder):
-        folder = _snapshot(name, revision, local_files_only, _TEXT_FILES + _PICKLES)
+        folder = _snapshot(name, revision, local_files_only, [*_TEXT_FILES, *PICKLES])
     if not (folder / "config.json").is_file() or not _has_weights(folder):
         found = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
         raise FileNotFoundError(

@@ -13,7 +13,7 @@ from minopt.checkpoint.read import CheckpointError, WeightFiles, some
 from minopt.config import OPTConfig
 from minopt.model import OPT
 
-_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
 def load_model(
@@ -33,8 +33,8 @@ def load_model(
         name_or_path: a model's folder, a folder that holds exactly one model's folder, or a name on the hub
             such as ``"facebook/opt-125m"``.
         device: ``None`` is the GPU if there is one, else the CPU.
-        dtype: ``"float32"``, ``"float16"``, ``"bfloat16"`` or the torch dtype; ``"auto"`` is float32 on a CPU
-            and the file's own elsewhere. Tensors are cast as they are read.
+        dtype: ``"float32"``, ``"bfloat16"``, ``"float16"``, ``"float64"`` or the torch dtype; ``"auto"`` is float32
+            on a CPU and the file's own elsewhere. Tensors are cast as they are read.
         revision: branch, tag or commit on the hub.
         local_files_only: use what the hub's cache holds, ask nobody.
 
@@ -63,10 +63,15 @@ def load_folder(folder: Path, device: torch.device, dtype: torch.dtype | None) -
     if HF_HEAD in files.shapes and HF_HEAD not in source.values():
         _check_head(folder, source["embed_tokens.weight"])
     state: dict[str, Tensor] = {}
+    taken: set[int] = set()
     # All or none: one tensor that is kept keeps the mapping of its whole file, with all that was read through it.
     keep = device.type == "cpu" and all(files.dtypes[key] == dtype for key in source.values())
     for name, key in source.items():
-        state[name] = files.read(key, keep=keep).to(device=device, dtype=dtype, copy=not keep)
+        tensor = files.read(key, keep=keep)
+        if not tensor.is_contiguous() or tensor.data_ptr() in taken:  # a view, or one tensor under two names
+            tensor = tensor.clone(memory_format=torch.contiguous_format)
+        taken.add(tensor.data_ptr() if keep else 0)
+        state[name] = tensor.to(device=device, dtype=dtype, copy=not keep)
     model.load_state_dict(state, assign=True)
     return model.eval()
 
@@ -91,9 +96,9 @@ def _match(model: OPT, files: WeightFiles, folder: Path) -> dict[str, str]:
         elif shape != tuple(parameters[name].shape):
             source[name] = key
             shapes.append(f"{key}: expected {list(parameters[name].shape)}, got {list(shape)}")
-        elif (stored := files.dtypes[key]) is None or not stored.is_floating_point:
+        elif files.dtypes[key] not in _DTYPES.values():
             source[name] = key
-            shapes.append(f"{key}: expected floating point, got integers")
+            shapes.append(f"{key}: expected float64, float32, float16 or bfloat16, got another kind")
         else:
             source[name] = key
     if "embed_tokens.weight" not in source and files.shapes.get(HF_HEAD) == tuple(model.embed_tokens.weight.shape):
@@ -143,8 +148,8 @@ def resolve_device(device: torch.device | str | None) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(device)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, ImportError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0].split(". ")[0]
         raise ValueError(f'device: {str(device)!r} is not to be had here ({reason}). Try "cpu".') from None
     return device
@@ -154,11 +159,11 @@ def resolve_dtype(dtype: torch.dtype | str) -> torch.dtype | None:
     """The dtype asked for, ``None`` for ``"auto"``.
 
     Raises:
-        ValueError: if it is no floating dtype.
+        ValueError: if it is none that an OPT computes in.
     """
     if dtype == "auto":
         return None
     resolved = _DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if not isinstance(resolved, torch.dtype) or not resolved.is_floating_point:
-        raise ValueError(f"dtype: expected auto, {', '.join(_DTYPES)} or a floating torch.dtype, got {dtype!r}.")
+    if resolved not in _DTYPES.values():
+        raise ValueError(f"dtype: expected auto, {', '.join(_DTYPES)} or the torch.dtype, got {dtype!r}.")
     return resolved

@@ -5,8 +5,8 @@ Nothing in a file is executed: safetensors holds plain data, and pickles go thro
 
 from __future__ import annotations
 
-import json
 import pickle
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,14 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from minopt.config import read_json
+
+# Every name that weights have: what is downloaded, and what a save replaces.
+SAFETENSORS = ("model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors")
+PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*-of-*.bin")
+
 # In the order of preference where a folder holds several.
-LAYOUTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+LAYOUTS = (*SAFETENSORS[:2], *PICKLES[:2])
 
 _REMAP_BYTES = 64_000_000  # a mapping is renewed after that much was copied out of it
 
@@ -86,11 +92,13 @@ class PickleFile:
                 f"{self.path}: the pickle holds more than tensors, and loading it could run code, so it was not "
                 f"loaded. {reason} Use a safetensors file, or save the tensors alone."
             ) from None
-        except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        except Exception as error:  # a damaged pickle fails in whatever way its bytes happen to spell
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise CheckpointError(f"{self.path}: cut short or not a torch file ({reason}). Fetch it again.") from None
-        if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
-            raise CheckpointError(f"{self.path}: expected a dict of tensors, got something else. Is it a state dict?")
+        if not isinstance(content, dict) or not all(isinstance(k, str) and _is_plain(v) for k, v in content.items()):
+            raise CheckpointError(
+                f"{self.path}: expected a dict from names to ordinary tensors, got something else. Is it a state dict?"
+            )
         return content
 
     def read(self, key: str, *, keep: bool) -> Tensor:
@@ -118,6 +126,9 @@ class WeightFiles:
 
     def __init__(self, folder: Path) -> None:
         self.files = [_open_file(path) for path in find_weight_files(folder)]
+        counts = Counter(key for file in self.files for key in file.shapes)
+        if twice := sorted(key for key, count in counts.items() if count > 1):
+            raise CheckpointError(f"{folder}: stored in several of its files: {some(twice)}. Fetch the files again.")
         self.shapes = {key: shape for file in self.files for key, shape in file.shapes.items()}
         self.dtypes = {key: dtype for file in self.files for key, dtype in file.dtypes.items()}
         self._file_of = {key: file for file in self.files for key in file.shapes}
@@ -166,11 +177,20 @@ def find_weight_files(folder: Path) -> list[Path]:
 
 
 def _shard_names(index: Path) -> list[str]:
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        return sorted({str(name) for name in weight_map.values()})
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise CheckpointError(f"{index}: expected JSON with a weight_map from keys to files. Fetch it again.") from None
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise CheckpointError(f"{index}: expected a weight_map from keys to files. Fetch it again.")
+    return sorted({str(name) for name in weight_map.values()})
+
+
+def _is_plain(value: object) -> bool:
+    """Whether a value is a tensor that holds its numbers, one by one."""
+    return (
+        isinstance(value, Tensor)
+        and value.layout == torch.strided
+        and value.device.type == "cpu"
+        and not (value.is_nested or value.is_quantized)
+    )
 
 
 def _open_file(path: Path) -> SafetensorsFile | PickleFile:

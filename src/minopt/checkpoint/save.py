@@ -10,16 +10,18 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
 from torch import Tensor
 
 from minopt.checkpoint.names import to_hf
+from minopt.checkpoint.read import PICKLES, SAFETENSORS, some
 from minopt.model import OPT
 from minopt.tokenizer import Tokenizer
 
 MAX_SHARD_BYTES = 5_000_000_000  # what transformers 4 splits at
 
 # What a save replaces: weights of every layout, lest an old file shadow the new one.
-_REPLACED = ("model*.safetensors*", "pytorch_model*.bin*", "config.json")
+_REPLACED = (*SAFETENSORS, *PICKLES, "config.json")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json",
                     "special_tokens_map.json")  # fmt: skip
 
@@ -30,7 +32,8 @@ def save_model(
     """Writes config.json, safetensors (several with an index, if large) and the tokenizer's files.
 
     Everything is written to a folder beside ``folder`` that then takes its place, together with any other file
-    that ``folder`` held.
+    that ``folder`` held. A process killed in the moment between the two renames leaves the old model as ``old`` in
+    the hidden ``.NAME.*.saving`` beside.
 
     Args:
         model: saved in its own dtype.
@@ -39,20 +42,28 @@ def save_model(
         max_shard_bytes: the most that one file holds, unless a single tensor is larger.
 
     Raises:
-        FileExistsError: if ``folder`` is a file, or holds something other than a model.
+        FileExistsError: if ``folder`` is a file, a mount point or the current folder, or holds something other than
+            a model.
+        ValueError: if the model was changed: wrapped, parametrised, layers shared.
+        OSError: if it cannot be written; the old folder is as it was.
     """
     from safetensors.torch import save_file
 
     folder = Path(folder)
-    tensors = {to_hf(name): parameter.detach() for name, parameter in model.named_parameters()}
+    tensors = _tensors(model)
     shards = _split(tensors, max_shard_bytes)
-    values = model.config.to_dict() | {"torch_dtype": str(model.dtype).removeprefix("torch.")}
+    # The head is the token table, whatever the file said that the model came from (loading has compared the two).
+    values = model.config.to_dict() | {"tie_word_embeddings": True}
+    values["torch_dtype"] = str(model.dtype).removeprefix("torch.")
     values.pop("dtype", None)  # the newer name of the same key, from the file that was loaded
     with replacing(folder, _REPLACED + (_TOKENIZER_FILES if tokenizer else ())) as new:
         weight_map: dict[str, str] = {}
         for number, shard in enumerate(shards, start=1):
             name = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
-            save_file({key: t.contiguous() for key, t in shard.items()}, new / name, metadata={"format": "pt"})
+            try:
+                save_file({key: t.contiguous() for key, t in shard.items()}, new / name, metadata={"format": "pt"})
+            except SafetensorError as error:
+                raise OSError(f"{folder}: cannot write {name} ({error}). Is the disk full?") from None
             weight_map |= dict.fromkeys(shard, name)
         if len(shards) > 1:
             total = sum(t.nbytes for t in tensors.values())
@@ -63,6 +74,20 @@ def save_model(
         _write_json(new / "config.json", values)
         for path in new.glob("*.safetensors"):
             path.chmod((new / "config.json").stat().st_mode)  # the library writes them for their owner alone
+
+
+def _tensors(model: OPT) -> dict[str, Tensor]:
+    """The model's parameters under Hugging Face's names.
+
+    Raises:
+        ValueError: if they are not just those of an OPT of its configuration.
+    """
+    model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
+    parameters = dict(model.named_parameters())
+    expected = OPT(model.config, device="meta").state_dict()
+    if wrong := sorted(parameters.keys() ^ expected.keys()):
+        raise ValueError(f"model: expected an OPT's own parameters, these differ: {some(wrong)}. Merge or unwrap it.")
+    return {to_hf(name): parameter.detach() for name, parameter in parameters.items()}
 
 
 def _split(tensors: dict[str, Tensor], max_bytes: int) -> list[dict[str, Tensor]]:
@@ -89,6 +114,8 @@ def replacing(folder: Path, replaced: tuple[str, ...]) -> Iterator[Path]:
         FileExistsError: if ``folder`` is a file, holds something other than a model, or is the current folder.
     """
     folder = folder.expanduser().resolve()
+    if os.path.ismount(folder):
+        raise FileExistsError(f"{folder}: is a mount point, which cannot be replaced. Name a folder in it.")
     if Path.cwd().is_relative_to(folder):
         raise FileExistsError(f"{folder}: is, or holds, the current folder, which cannot be replaced. Name another.")
     if folder.exists():
@@ -100,8 +127,8 @@ def replacing(folder: Path, replaced: tuple[str, ...]) -> Iterator[Path]:
             )
     folder.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".saving", dir=folder.parent))
+    new, old = beside / "new", beside / "old"
     try:
-        new, old = beside / "new", beside / "old"
         new.mkdir()
         yield new
         if folder.is_dir():
@@ -115,13 +142,11 @@ def replacing(folder: Path, replaced: tuple[str, ...]) -> Iterator[Path]:
             _flush_to_disk(path)
         if folder.is_dir():
             folder.rename(old)
-        try:
-            new.rename(folder)
-        except BaseException:
-            if old.is_dir():
-                old.rename(folder)
-            raise
+        new.rename(folder)
     finally:
+        # Here, not in an except around the renames: an interrupt may come as soon as the first one is done.
+        if old.is_dir() and not folder.exists():
+            old.rename(folder)
         shutil.rmtree(beside, ignore_errors=True)
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
+
+from minopt.config import is_int, is_number
 
 
 @dataclass(frozen=True)
@@ -60,10 +61,10 @@ class GenerationConfig:
 
         check("max_new_tokens", _is_count(self.max_new_tokens) and self.max_new_tokens > 0, "an integer of at least 1")
         check("min_new_tokens", _is_count(self.min_new_tokens), "an integer of at least 0")
-        check("temperature", _is_number(self.temperature) and self.temperature > 0, "above 0 (for the most probable "
+        check("temperature", is_number(self.temperature) and self.temperature > 0, "above 0 (for the most probable "
               "token at each step leave do_sample off)")  # fmt: skip
         check("top_k", _is_count(self.top_k), "an integer of at least 0 (0 = no limit)")
-        check("top_p", _is_number(self.top_p) and 0 < self.top_p <= 1, "above 0 and at most 1")
+        check("top_p", is_number(self.top_p) and 0 < self.top_p <= 1, "above 0 and at most 1")
         check(
             "seed",
             self.seed is None or (_is_count(self.seed) and self.seed < 2**64),
@@ -96,15 +97,11 @@ class GenerationConfig:
         return GenerationConfig(**(known | options))
 
 
-_SAMPLING_DEFAULTS = {"temperature": 1.0, "top_k": 50, "top_p": 1.0}
+_SAMPLING_DEFAULTS = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "seed": None}
 
 
 def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return is_int(value) and value >= 0  # type: ignore[operator]
 
 
 def _are_ids(value: object) -> bool:

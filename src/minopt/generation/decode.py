@@ -75,7 +75,7 @@ def generate(
     generator: torch.Generator | None = None,
     **options: Any,
 ) -> GenerationOutput:
-    """Continues each row of ``input_ids``.
+    """Continues each row of ``input_ids``. A model in ``train()`` mode drops out here too: call ``eval()`` first.
 
     Args:
         decoder: usually an ``OPT``.
@@ -90,10 +90,11 @@ def generate(
 
     Raises:
         ValueError: if an option is unknown or makes no sense, ids are outside of the vocabulary, the prompt and
-            ``max_new_tokens`` exceed the model's positions, or padding is not on the left. Nothing has run then.
+            ``max_new_tokens`` exceed the model's positions, padding is not on the left, or there is a generator
+            beside a seed or without sampling. Nothing has run then.
     """
     config = (config or GenerationConfig()).replace(**options)
-    input_ids, attention_mask = check_prompt(decoder, input_ids, attention_mask, config)
+    input_ids, attention_mask = check_prompt(decoder, input_ids, attention_mask, config, generator)
     steps = list(decode_steps(decoder, input_ids, attention_mask, config, generator))
     tokens = torch.stack([step.tokens for step in steps], dim=1)
     ended = torch.stack([step.ended for step in steps], dim=1)
@@ -133,7 +134,7 @@ def decode_steps(
     sequences = torch.cat([input_ids, input_ids.new_full((B, N), pad)], dim=1)
     mask = None
     if attention_mask is not None:
-        mask = torch.cat([attention_mask.bool(), attention_mask.new_ones((B, N), dtype=torch.bool)], dim=1)
+        mask = torch.cat([attention_mask, attention_mask.new_ones((B, N))], dim=1)
     cache = decoder.new_cache(B, T + N)
     ended = torch.zeros(B, dtype=torch.bool, device=decoder.device)
     logits = decoder.prefill(input_ids, attention_mask, cache)
@@ -155,13 +156,21 @@ def decode_steps(
 
 
 def check_prompt(
-    decoder: Decoder, input_ids: Tensor, attention_mask: Tensor | None, config: GenerationConfig
+    decoder: Decoder,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    config: GenerationConfig,
+    generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Prompt and mask on the decoder's device.
+    """Prompt (int64) and mask (bool) on the decoder's device.
 
     Raises:
         ValueError: as ``generate`` says.
     """
+    if generator is not None and config.seed is not None:
+        raise ValueError("generation: give a seed or a generator, not both.")
+    if generator is not None and not config.do_sample:
+        raise ValueError("generation: a generator acts on sampling only, and do_sample is off.")
     if input_ids.ndim != 2 or 0 in input_ids.shape:
         raise ValueError(f"input_ids: expected [batch, tokens] with at least one of each, got {list(input_ids.shape)}.")
     if input_ids.is_floating_point() or input_ids.dtype == torch.bool:
@@ -193,9 +202,10 @@ def check_prompt(
     outside = [i for i in named if i >= rows]
     if outside:
         raise ValueError(f"generation: expected ids from 0 to {rows - 1} in options, got {outside[0]}.")
-    if len(set(config.suppress_tokens)) == rows:
+    excluded = {*config.suppress_tokens, *(_eos_token_ids(decoder, config) if config.min_new_tokens > 0 else ())}
+    if len(excluded) == rows:
         raise ValueError(f"generation: suppress_tokens holds all {rows} ids, which leaves nothing to generate.")
-    mask = None if attention_mask is None else attention_mask.to(decoder.device)
+    mask = None if attention_mask is None else attention_mask.bool().to(decoder.device)
     return input_ids.to(decoder.device, torch.long), mask
 
 
@@ -206,8 +216,6 @@ def _draw(scores: Tensor, generator: torch.Generator | None) -> Tensor:
 def _generator(decoder: Decoder, config: GenerationConfig, generator: torch.Generator | None) -> torch.Generator | None:
     if config.seed is None:
         return generator
-    if generator is not None:
-        raise ValueError("generation: give a seed or a generator, not both.")
     return torch.Generator(decoder.device).manual_seed(config.seed)
 
 
