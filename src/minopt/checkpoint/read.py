@@ -24,7 +24,8 @@ PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*
 # In the order of preference where a folder holds several.
 LAYOUTS = (*SAFETENSORS[:2], *PICKLES[:2])
 
-_REMAP_BYTES = 64_000_000  # a mapping is renewed after that much was copied out of it
+# Pages that were read stay in memory as long as their mapping, so that is renewed after so much was copied out of it.
+_REMAP_BYTES = 64_000_000
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -34,7 +35,7 @@ class CheckpointError(ValueError):
 
 
 class SafetensorsFile:
-    """The tensors of a .safetensors file; opening reads its header only.
+    """The tensors of a .safetensors file, memory-mapped; opening reads its header only.
 
     Attributes:
         shapes: by key.
@@ -43,31 +44,35 @@ class SafetensorsFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._handles: dict[str, Any] = {}
-        handle = self._open("mmap")
-        slices = {key: handle.get_slice(key) for key in handle.keys()}  # noqa: SIM118 (no mapping)
+        self._handle = self._open()
+        self._bytes_read = 0
+        slices = {key: self._handle.get_slice(key) for key in self._handle.keys()}  # noqa: SIM118 (no mapping)
         self.shapes = {key: tuple(s.get_shape()) for key, s in slices.items()}
         self.dtypes = {key: _DTYPES.get(s.get_dtype()) for key, s in slices.items()}
 
-    def _open(self, backend: str) -> Any:
-        if backend not in self._handles:
-            try:
-                self._handles[backend] = safetensors.safe_open(self.path, framework="pt", backend=backend)
-            except (SafetensorError, OSError) as error:
-                raise CheckpointError(
-                    f"{self.path}: cut short or not safetensors ({error}). Fetch the file again."
-                ) from None
-        return self._handles[backend]
+    def _open(self) -> Any:
+        try:
+            return safetensors.safe_open(self.path, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(
+                f"{self.path}: cut short or not safetensors ({error}). Fetch the file again."
+            ) from None
 
     def read(self, key: str, *, keep: bool) -> Tensor:
-        """One tensor on the CPU.
+        """One tensor on the CPU, in the file's own pages.
 
         Args:
             key: one of ``shapes``.
-            keep: True maps the file: nothing is read until it is used, and the pages stay the file's. False is for a
-                tensor that is copied and dropped at once: the memory it took goes with it, or soon after.
+            keep: True for a tensor that stays: nothing is read until it is used. False for one that is copied and
+                dropped at once: the memory it took goes with it, or soon after.
         """
-        return self._open("mmap" if keep else "pread").get_tensor(key)
+        if not keep and self._bytes_read > _REMAP_BYTES:
+            self._handle = None
+            self._handle = self._open()
+            self._bytes_read = 0
+        tensor = self._handle.get_tensor(key)
+        self._bytes_read += tensor.nbytes
+        return tensor
 
 
 class PickleFile:
@@ -102,9 +107,8 @@ class PickleFile:
         return content
 
     def read(self, key: str, *, keep: bool) -> Tensor:
-        """One tensor on the CPU, as ``SafetensorsFile.read`` gives it; one that is not kept must be dropped at once."""
+        """One tensor on the CPU, as ``SafetensorsFile.read`` gives it."""
         if not keep and self._is_zip and self._bytes_read > _REMAP_BYTES:
-            # Pages that were read stay in memory as long as their mapping, so that is renewed now and then.
             self._tensors = {}
             self._tensors = self._load()
             self._bytes_read = 0
