@@ -1,6 +1,6 @@
 """What ``import minopt`` costs over ``import torch``, and what the first use of ``load`` adds.
 
-python benchmarks/bench_import.py --hardware NAME [--samples 11]
+python benchmarks/bench_import.py [--hardware NAME] [--samples 11]
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ STATEMENTS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hardware", required=True, help="short name of the machine, for the result's file")
+    parser.add_argument("--hardware", default="local", help="short name of the machine, for the result's file")
     parser.add_argument("--samples", type=int, default=11)
     args = parser.parse_args()
     samples: dict[str, list[float]] = {name: [] for name in STATEMENTS}
@@ -40,6 +40,7 @@ def main() -> None:
     result = {
         "topic": "import",
         **common.machine("cpu"),
+        "samples": args.samples,
         "milliseconds_over_import_torch": {n: round(statistics.median(v) * 1e3, 1) for n, v in samples.items()},
     }
     common.keep("import", args.hardware, result)

@@ -1,6 +1,6 @@
 """Time and peak memory of loading an opt-125m-size checkpoint, minopt and transformers in turn.
 
-    python benchmarks/bench_load.py --hardware NAME [--samples 7]
+    python benchmarks/bench_load.py [--hardware NAME] [--samples 7]
 
 Each sample is a process of its own that loads once. Memory is resident (anonymous + file pages), read every
 millisecond, less what the process held before the load. Times are with the file in the page cache.
@@ -26,7 +26,7 @@ import torch
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hardware", help="short name of the machine, for the result's file")
+    parser.add_argument("--hardware", default="local", help="short name of the machine, for the result's file")
     parser.add_argument("--samples", type=int, default=7)
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -45,7 +45,9 @@ def main() -> None:
             case = compare(name, folder, dtype, args.samples)
             cases.append(case)
             print(json.dumps(case), flush=True)
-    common.keep("load", args.hardware, {"topic": "load", **common.machine("cpu"), "cases": cases})
+    common.keep(
+        "load", args.hardware, {"topic": "load", **common.machine("cpu"), "samples": args.samples, "cases": cases}
+    )
 
 
 def write_models(folder: Path) -> dict[str, Path]:
@@ -73,7 +75,8 @@ def compare(name: str, folder: Path, dtype: str, count: int) -> dict[str, Any]:
         case[library] = {key: round(statistics.median(v[key] for v in values), 3) for key in values[0]}
     larger = max(case["file_mb"], case["minopt"]["weights_mb"])
     case["peak_by_larger_of_file_and_weights"] = round(case["minopt"]["peak_mb"] / larger, 3)
-    case["seconds_ratio"] = round(case["transformers"]["load_seconds"] / case["minopt"]["load_seconds"], 2)
+    medians = {name: statistics.median(v["load_seconds"] for v in values) for name, values in samples.items()}
+    case["seconds_ratio"] = round(medians["transformers"] / medians["minopt"], 2)
     return case
 
 

@@ -10,6 +10,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from datetime import date
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,7 @@ def machine(device: str) -> dict[str, Any]:
         "commit": commit.stdout.strip(),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "transformers": version("transformers"),
         "device": torch.cuda.get_device_name() if device != "cpu" else _processor(),
         "threads": torch.get_num_threads(),
     }

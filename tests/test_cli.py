@@ -27,7 +27,7 @@ def test_the_program_streams_the_text_to_stdout_and_all_else_to_stderr() -> None
     expected = minopt.load(minopt.DEMO, device="cpu").generate("The old house", max_new_tokens=12)
     assert result.returncode == 0
     assert result.stdout == expected + "\n"
-    assert result.stderr == "minopt: no --model given, using the small demo model (see --help)\n"
+    assert result.stderr == "minopt: no --model given, using the small demo model (see minopt generate --help)\n"
 
 
 def test_the_installed_script_is_the_same_program() -> None:
@@ -75,8 +75,9 @@ def test_each_option_reaches_the_library(capsys: pytest.CaptureFixture[str]) -> 
         (["x", "--max-new-tokens", "-1"], "max_new_tokens must be an integer of at least 1, got -1"),
         (["x", "--max-new-tokens", "1024"], "positions, the model has 1024. Shorten the prompt, or ask for at most"),
         (["x " * 2000], "tokens + max_new_tokens 30 = "),
-        (["x", "--device", "cuda:99"], "device: 'cuda:99' is not to be had here"),
+        (["x", "--device", "cuda:99"], "device: 'cuda:99' is not available here"),
         (["x", "--dtype", "int4"], "dtype: expected auto, float32"),
+        (["x", "--revision", "main"], "--revision needs --model"),
         (["\udcff"], "text: not valid Unicode at character 0"),
     ],
 )

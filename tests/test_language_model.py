@@ -103,6 +103,8 @@ def test_a_stream_refuses_before_the_first_piece(lm: minopt.LanguageModel) -> No
 def test_what_would_be_ignored_is_refused(lm: minopt.LanguageModel) -> None:
     with pytest.raises(ValueError, match="output_scores: there is no place for them beside texts"):
         lm.generate("x", output_scores=True)
+    with pytest.raises(ValueError, match=r"output_logprobs: there is no place .* Use return_details=True"):
+        lm.generate("x", output_logprobs=True)
     with pytest.raises(ValueError, match="a generator acts on sampling only, and do_sample is off"):
         lm.generate("x", generator=torch.Generator())
 
@@ -157,3 +159,16 @@ def test_files_that_name_different_tokens_are_pointed_out(
     minopt.load(tmp_path / "saved", device="cpu")
     (message,) = caplog.messages
     assert "bos_token_id is 0 in config.json and 2 in the tokenizer's files" in message
+
+
+def test_what_is_no_text_is_refused(lm: minopt.LanguageModel) -> None:
+    for prompt in (None, 5, [["a"]], [None]):
+        with pytest.raises(ValueError, match="prompt: expected a text"):
+            lm.generate(prompt)  # type: ignore[call-overload]
+    with pytest.raises(ValueError, match=r"got list\. A list of texts goes to generate"):
+        lm.stream(["a", "b"])  # type: ignore[arg-type]
+    assert lm.tokenizer is not None
+    with pytest.raises(ValueError, match="texts: expected a list of texts, got one"):
+        lm.tokenizer.encode_batch("abc")
+    with pytest.raises(ValueError, match="texts: expected at least one"):
+        lm.tokenizer.encode_batch([])

@@ -1,4 +1,4 @@
-"""``python -m minopt``, for torchrun and for environments without the script."""
+"""``python -m minopt``, for environments without the script."""
 
 import sys
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from minopt.config import OPTConfig
 
-# Shapes: B batch, T tokens this call, S capacity or filled length, H heads, D head_dim, L layers.
+# Shapes: B batch, T tokens this call, S capacity or filled length, H heads, D head_dim, C = H * D, L layers.
 
 
 class KVCache:
@@ -63,7 +63,8 @@ class KVCache:
         return sum(t.nbytes for t in (*self.keys, *self.values))
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Writes one layer's new keys and values ``[B, H, T, D]`` behind the filled part.
+        """Writes one layer's new keys and values ``[B, H, T, D]`` behind the filled part, where the model has made sure
+        that there is room.
 
         Returns:
             Keys and values to attend: views ``[B, H, length + T, D]``, or the whole capacity where ``length``

@@ -69,17 +69,21 @@ def _hyphenated(arguments: Sequence[str]) -> list[str]:
 
 
 def _add_generate(verbs: Any) -> None:
-    parser = verbs.add_parser("generate", help="continue a text", description="Continues a text, written as it comes.")
+    parser = verbs.add_parser(
+        "generate", help="continue a text", description="Continues a text, written as it comes.", allow_abbrev=False
+    )
     parser.set_defaults(run=_generate)
-    parser.add_argument("prompt", help='the text to continue; "" starts from nothing')
+    parser.add_argument("prompt", help='the text to continue, in quotes; "" starts from nothing')
     _add_model_arguments(parser)
     parser.add_argument("--max-new-tokens", type=int, default=30, metavar="N", help="the most tokens to add (30)")
     parser.add_argument("--min-new-tokens", type=int, metavar="N", help="do not end before that many (0)")
     parser.add_argument("--do-sample", action="store_true", help="draw tokens instead of taking the most probable")
     parser.add_argument("--temperature", type=float, metavar="X", help="divide logits by it before drawing (1.0)")
     parser.add_argument("--top-k", type=int, metavar="N", help="draw from that many most probable tokens (50)")
-    parser.add_argument("--top-p", type=float, metavar="X", help="draw from the most probable tokens that make X (1.0)")
-    parser.add_argument("--seed", type=int, metavar="N", help="of the draws")
+    parser.add_argument(
+        "--top-p", type=float, metavar="X", help="draw from the fewest tokens that together have probability X (1.0)"
+    )
+    parser.add_argument("--seed", type=int, metavar="N", help="seed of the draws")
     parser.add_argument("--echo", action="store_true", help="write the prompt first")
 
 
@@ -106,8 +110,10 @@ def _generate(args: argparse.Namespace) -> None:
     names = ("max_new_tokens", "min_new_tokens", "do_sample", "temperature", "top_k", "top_p", "seed")
     options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     GenerationConfig().replace(**options)  # complain before a model is loaded or fetched
+    if args.model is None and args.revision is not None:
+        raise ValueError("--revision needs --model: the small demo model has no revisions.")
     if args.model is None:
-        _tell("no --model given, using the small demo model (see --help)")
+        _tell("no --model given, using the small demo model (see minopt generate --help)")
     lm = load(
         args.model or DEMO,
         device=args.device,

@@ -14,7 +14,7 @@ from typing import Any
 
 ACTIVATIONS = ("relu", "gelu")
 
-_LARGEST = 2**31 - 1  # of a size: products of two of them still are sizes of tensors
+_LARGEST = 2**31 - 1  # of any size; the product of two fits in 64 bits
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class OPTConfig:
             with ``</s>`` (2), its ``bos`` and ``eos`` alike. ``eos_token_id`` may be a tuple.
         enable_bias: whether linear layers have biases (Galactica: no).
         layer_norm_elementwise_affine: whether norms have weight and bias (Galactica: no).
-        tie_word_embeddings: kept as published; the output head is always the token table.
+        tie_word_embeddings: as the file has it; the output head is always the token table, and saved as such.
         _remove_final_layer_norm: the decoder's last norm is missing (fine-tunes made before
             transformers 4.20.1).
         extra: keys of the file that mean nothing here, kept so that saving loses nothing; not compared.

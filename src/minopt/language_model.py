@@ -100,6 +100,8 @@ class LanguageModel:
         Raises:
             ValueError: as ``minopt.generate`` does, or if there is no tokenizer.
         """
+        if not isinstance(prompt, Sequence):
+            raise ValueError(f"prompt: expected a text or several, got {type(prompt).__name__}.")
         texts = [prompt] if isinstance(prompt, str) else list(prompt)
         tokenizer, config = self._text_tools(options)
         if not texts:
@@ -149,7 +151,7 @@ class LanguageModel:
         return pieces()
 
     def save(self, folder: str | Path) -> None:
-        """Writes model and tokenizer as a folder that transformers opens too; see ``minopt.save_model``."""
+        """Writes a folder that transformers opens too; see ``minopt.save_model``, also for what it raises."""
         save_model(self.model, folder, self.tokenizer)
 
     @cached_property
@@ -168,10 +170,14 @@ class LanguageModel:
         config = GenerationConfig().replace(**options)
         if config.output_scores:
             raise ValueError("output_scores: there is no place for them beside texts. Call minopt.generate with ids.")
+        if config.output_logprobs:
+            raise ValueError("output_logprobs: there is no place for them beside texts. Use return_details=True.")
         return self.tokenizer, config.replace(suppress_tokens=config.suppress_tokens + self._rows_without_token)
 
     def _encode(self, text: str, add_bos: bool | None) -> list[int]:
         assert self.tokenizer is not None
+        if not isinstance(text, str):
+            raise ValueError(f"prompt: expected a text, got {type(text).__name__}. A list of texts goes to generate.")
         ids = self.tokenizer.encode(text, add_bos)
         if ids:
             return ids
@@ -191,7 +197,7 @@ def load(
 ) -> LanguageModel:
     """Loads a model with its tokenizer: ``minopt.load("facebook/opt-125m").generate("Today is")``.
 
-    Args and Raises: see ``minopt.load_model``.
+    Args and Raises: see ``minopt.load_model``; and ``ValueError`` if the tokenizer's files cannot be read.
 
     Returns:
         A ``LanguageModel``; its ``tokenizer`` is ``None`` where the checkpoint has no tokenizer files.

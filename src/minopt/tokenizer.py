@@ -150,7 +150,12 @@ class Tokenizer:
         Returns:
             ``input_ids [B, T]`` and ``attention_mask [B, T]``, int64 on the CPU, 1 = real; the mask is ``None``
             where nothing had to be padded. See ``pad_left``.
+
+        Raises:
+            ValueError: as ``encode`` does, or if there is no text, or one without any token.
         """
+        if isinstance(texts, str):
+            raise ValueError("texts: expected a list of texts, got one. Put it into a list.")
         return pad_left(self._encode(texts, add_bos), self.pad_token_id)
 
     def decode(self, ids: Sequence[int] | Tensor, skip_special_tokens: bool = True) -> str:

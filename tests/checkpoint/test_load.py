@@ -414,7 +414,7 @@ def test_a_file_in_place_of_a_folder(write_checkpoint: Write) -> None:
 
 @pytest.mark.parametrize("device", ["cuda:77", "tpu", "nonsense:1", "xpu", "hpu", "meta"])
 def test_a_device_that_is_not_there(device: str, write_checkpoint: Write) -> None:
-    with pytest.raises(ValueError, match=f"device: '{device}' is not to be had here") as caught:
+    with pytest.raises(ValueError, match=f"device: '{device}' is not available here") as caught:
         load_model(write_checkpoint(), device=device)
     assert "\n" not in str(caught.value)
 

@@ -239,6 +239,6 @@ def test_a_mount_point_and_a_full_disk_are_told(tmp_path: Path, monkeypatch: pyt
     def full(*args: object, **options: object) -> None:
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr("safetensors.torch.save_file", full)
+    monkeypatch.setattr(save, "save_file", full)
     with pytest.raises(OSError, match=r"saved: cannot write model\.safetensors \(I/O error.*Is the disk full"):
         save_model(small_model(), tmp_path / "saved")

@@ -70,7 +70,8 @@ def load_folder(folder: Path, device: torch.device, dtype: torch.dtype | None) -
         tensor = files.read(key, keep=keep)
         if not tensor.is_contiguous() or tensor.data_ptr() in taken:  # a view, or one tensor under two names
             tensor = tensor.clone(memory_format=torch.contiguous_format)
-        taken.add(tensor.data_ptr() if keep else 0)
+        if keep:
+            taken.add(tensor.data_ptr())
         state[name] = tensor.to(device=device, dtype=dtype, copy=not keep)
     model.load_state_dict(state, assign=True)
     return model.eval()
@@ -151,7 +152,7 @@ def resolve_device(device: torch.device | str | None) -> torch.device:
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, ImportError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0].split(". ")[0]
-        raise ValueError(f'device: {str(device)!r} is not to be had here ({reason}). Try "cpu".') from None
+        raise ValueError(f'device: {str(device)!r} is not available here ({reason}). Try "cpu".') from None
     return device
 
 

@@ -1,4 +1,4 @@
-"""The one table of names: minopt's parameters and the keys of published files, both ways."""
+"""The rule between the names of minopt's parameters and the keys of published files, both ways."""
 
 from __future__ import annotations
 

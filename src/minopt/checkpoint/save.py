@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
 
 from minopt.checkpoint.names import to_hf
@@ -47,8 +48,6 @@ def save_model(
         ValueError: if the model was changed: wrapped, parametrised, layers shared.
         OSError: if it cannot be written; the old folder is as it was.
     """
-    from safetensors.torch import save_file
-
     folder = Path(folder)
     tensors = _tensors(model)
     shards = _split(tensors, max_shard_bytes)
@@ -111,7 +110,8 @@ def replacing(folder: Path, replaced: tuple[str, ...]) -> Iterator[Path]:
         replaced: patterns of the files in ``folder`` that the new one does without; all else comes along.
 
     Raises:
-        FileExistsError: if ``folder`` is a file, holds something other than a model, or is the current folder.
+        FileExistsError: if ``folder`` is a file, a mount point or the current folder, or holds something other than
+            a model.
     """
     folder = folder.expanduser().resolve()
     if os.path.ismount(folder):
