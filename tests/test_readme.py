@@ -36,12 +36,34 @@ def test_every_file_and_result_that_is_named_exists() -> None:
 
 
 def test_figures_are_those_of_the_results() -> None:
-    """Each table row ends with the file it comes from; its ratios stand in that file."""
-    rows = [line for line in README.splitlines() if line.startswith("|") and "benchmarks/results/" in line]
-    assert rows
-    for row in rows:
-        path = re.search(r"benchmarks/results/[\w.-]+\.json", row)
-        assert path is not None
-        kept = json.dumps(json.loads((ROOT / path[0]).read_text()))
-        for figure in re.findall(r"\*\*([\d.]+)x?\*\*", row):
-            assert re.search(rf"[: ]{re.escape(figure)}", kept), (row, figure)
+    """Each table has a row for each case of its file, in order, with that case's ratio and medians."""
+    for topic, medians, ratio in (
+        ("generate", lambda case, who: f"{case[who]['median_ms']:.1f} ms", "ratio"),
+        (
+            "load",
+            lambda case, who: f"{case[who]['load_seconds']:.3f} s, {case[who]['peak_mb']:.0f} MB",
+            "seconds_ratio",
+        ),
+    ):
+        rows = re.findall(rf"^\|.*\((benchmarks/results/{topic}_[\w.]+)\) \|$", README, re.M)
+        cases = json.loads((ROOT / rows[0]).read_text())["cases"]
+        lines = [line for line in README.splitlines() if line.startswith("|") and f"({rows[0]})" in line]
+        assert len(lines) == len(rows) == len(cases)
+        for line, case in zip(lines, cases, strict=True):
+            cells = [cell.strip() for cell in line.strip("|").split("|")]
+            assert case["dtype"] in cells[0]
+            assert cells[1].startswith(medians(case, "minopt")), line
+            assert cells[2].startswith(medians(case, "transformers")), line
+            assert cells[3] == f"**{case[ratio]}x**", line
+
+
+def test_figures_in_the_text_are_those_of_the_results() -> None:
+    (kept,) = (ROOT / "benchmarks" / "results").glob("import_*.json")
+    cost = json.loads(kept.read_text())["milliseconds_over_import_torch"]
+    assert f"`import minopt` takes {cost['import minopt']} ms over `import torch`" in README
+    assert f"`minopt.load` {cost['import minopt; minopt.load']} ms" in README
+    (kept,) = (ROOT / "benchmarks" / "results").glob("parity_*.json")
+    rows = json.loads(kept.read_text())["rows"]
+    assert {difference for row in rows for difference in row["logits"].values()} == {0.0}
+    assert [row["greedy_tokens_equal"] for row in rows if "greedy_tokens_equal" in row] == ["40 of 40 rows"] * 4
+    assert "160 of 160 greedy continuations" in README
