@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from minopt.cache import KVCache
+    from minopt.checkpoint.errors import CheckpointError
     from minopt.checkpoint.load import load_model
-    from minopt.checkpoint.read import CheckpointError
     from minopt.checkpoint.save import save_model
     from minopt.config import OPTConfig
     from minopt.generation.config import GenerationConfig
@@ -30,7 +30,7 @@ DEMO = str(Path(__file__).parent / "demo")
 _HOME = {
     "KVCache": "minopt.cache",
     "load_model": "minopt.checkpoint.load",
-    "CheckpointError": "minopt.checkpoint.read",
+    "CheckpointError": "minopt.checkpoint.errors",
     "save_model": "minopt.checkpoint.save",
     "OPTConfig": "minopt.config",
     "GenerationConfig": "minopt.generation.config",

@@ -14,6 +14,11 @@ from typing import Any
 
 ACTIVATIONS = ("relu", "gelu")
 
+# The fields by which published sizes differ, but for the vocabulary, which fine-tunes resize.
+_SHAPE = ("hidden_size", "num_hidden_layers", "num_attention_heads", "ffn_dim", "word_embed_proj_dim",
+          "max_position_embeddings", "do_layer_norm_before", "activation_function", "enable_bias",
+          "layer_norm_elementwise_affine")  # fmt: skip
+
 _LARGEST = 2**31 - 1  # of any size; the product of two fits in 64 bits
 
 
@@ -148,6 +153,15 @@ class OPTConfig:
             raise ValueError(f"OPTConfig.preset: unknown name {name!r}, expected one of {', '.join(_PRESETS)}.")
         return cls(**_PRESETS[name])
 
+    @property
+    def preset_name(self) -> str | None:
+        """The published size of this shape, whatever its vocabulary; ``None`` where there is none."""
+        for name in PRESETS:
+            preset = OPTConfig.preset(name)
+            if all(getattr(self, field) == getattr(preset, field) for field in _SHAPE):
+                return name
+        return None
+
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> OPTConfig:
         """Builds a configuration from the content of a config.json; keys it does not know go to ``extra``.
@@ -232,3 +246,6 @@ def _presets() -> dict[str, dict[str, Any]]:
 
 
 _PRESETS = _presets()
+
+PRESETS = tuple(_PRESETS)
+"""The names that ``OPTConfig.preset`` knows."""

@@ -12,8 +12,9 @@ from typing import Any, Literal, overload
 import torch
 
 from minopt.checkpoint.hub import find_model
-from minopt.checkpoint.load import load_folder, resolve_device, resolve_dtype
+from minopt.checkpoint.load import load_checkpoint, resolve_device, resolve_dtype
 from minopt.checkpoint.save import save_model
+from minopt.checkpoint.source import find_tokenizer, open_checkpoint
 from minopt.config import OPTConfig
 from minopt.generation.config import GenerationConfig
 from minopt.generation.decode import check_prompt, decode_steps, generate
@@ -21,8 +22,6 @@ from minopt.model import OPT
 from minopt.tokenizer import Tokenizer, pad_left
 
 logger = logging.getLogger(__name__)
-
-_TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt")
 
 
 @dataclass(frozen=True)
@@ -194,22 +193,28 @@ def load(
     dtype: torch.dtype | str = "auto",
     revision: str | None = None,
     local_files_only: bool = False,
+    model_config: OPTConfig | str | Path | None = None,
+    tokenizer: str | Path | None = None,
 ) -> LanguageModel:
     """Loads a model with its tokenizer: ``minopt.load("facebook/opt-125m").generate("Today is")``.
 
     Args and Raises: see ``minopt.load_model``; and ``ValueError`` if the tokenizer's files cannot be read.
 
+    Args:
+        tokenizer: the folder of its files; ``None`` looks beside the weights, then one folder up.
+
     Returns:
         A ``LanguageModel``; its ``tokenizer`` is ``None`` where the checkpoint has no tokenizer files.
     """
     target, number_type = resolve_device(device), resolve_dtype(dtype)
-    folder = find_model(name_or_path, revision=revision, local_files_only=local_files_only)
-    has_tokenizer = any((folder / name).is_file() for name in _TOKENIZER_FILES)
-    tokenizer = Tokenizer.load(folder) if has_tokenizer else None
-    model = load_folder(folder, target, number_type)
-    if tokenizer is not None:
-        _warn_of_conflicts(model.config, tokenizer, folder)
-    return LanguageModel(model, tokenizer)
+    path = find_model(name_or_path, revision=revision, local_files_only=local_files_only)
+    checkpoint = open_checkpoint(path, model_config)
+    folder = find_tokenizer(checkpoint) if tokenizer is None else Path(tokenizer)
+    reader = None if folder is None else Tokenizer.load(folder)
+    model = load_checkpoint(checkpoint, target, number_type)
+    if reader is not None:
+        _warn_of_conflicts(model.config, reader, checkpoint.found.folder)
+    return LanguageModel(model, reader)
 
 
 def _warn_of_conflicts(config: OPTConfig, tokenizer: Tokenizer, folder: Path) -> None:

@@ -22,6 +22,11 @@ _OPT_TOKENS = {"bos_token": "</s>", "eos_token": "</s>", "unk_token": "</s>", "p
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
+# The files that a tokenizer is read from, in the order of preference; the last two are metaseq's names.
+_FORMS = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("gpt2-unified.json",),
+          ("gpt2-vocab.json", "gpt2-merges.txt"))  # fmt: skip
+
+
 class Tokenizer:
     """A byte-level BPE tokenizer with the special tokens and the post-processing of its files.
 
@@ -57,28 +62,31 @@ class Tokenizer:
         """Reads ``tokenizer.json``, or ``vocab.json`` and ``merges.txt``, with the files beside them.
 
         Those are ``tokenizer_config.json``, ``special_tokens_map.json`` and ``added_tokens.json``, all optional; as in
-        transformers, a config with ``added_tokens_decoder`` stands alone, else the other two add to it.
+        transformers, a config with ``added_tokens_decoder`` stands alone, else the other two add to it. metaseq's names
+        are known too: ``gpt2-unified.json``, and ``gpt2-vocab.json`` with ``gpt2-merges.txt``.
 
         Raises:
-            FileNotFoundError: if neither form is there.
+            FileNotFoundError: if no form is there.
             ValueError: if a file cannot be read, or the vocabulary is GPT-2's.
         """
         folder = Path(folder)
+        files = next((form for form in _FORMS if all((folder / name).is_file() for name in form)), ())
         settings, added = _read_json(folder / "tokenizer_config.json"), {}
         if "added_tokens_decoder" not in settings:
             settings |= _read_json(folder / "special_tokens_map.json")
             added = _read_json(folder / "added_tokens.json")
+        if files != ("tokenizer.json",):
+            settings = _OPT_TOKENS | {"add_bos_token": True} | settings
         eos = None
-        if (folder / "tokenizer.json").is_file():
-            backend = _open(folder / "tokenizer.json", lambda path: tokenizers.Tokenizer.from_file(path))
+        if len(files) == 1:
+            backend = _open(folder / files[0], lambda path: tokenizers.Tokenizer.from_file(path))
             backend.no_truncation()  # transformers writes those of its last call into the file
             backend.no_padding()
-        elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-            settings = _OPT_TOKENS | {"add_bos_token": True} | settings
+        elif files:
             eos = _content(settings.get("eos_token")) if settings.get("add_eos_token") else None
-            vocab = str(folder / "vocab.json")
-            _read_json(folder / "vocab.json")  # an error names it; what is left then lies in the other file
-            backend = tokenizers.Tokenizer(_open(folder / "merges.txt", lambda path: models.BPE.from_file(vocab, path)))
+            vocab = str(folder / files[0])
+            _read_json(folder / files[0])  # an error names it; what is left then lies in the other file
+            backend = tokenizers.Tokenizer(_open(folder / files[1], lambda path: models.BPE.from_file(vocab, path)))
             prefix_space = bool(settings.get("add_prefix_space", False))
             backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix_space)
             backend.decoder = decoders.ByteLevel()
@@ -102,6 +110,11 @@ class Tokenizer:
         if bos is not None or eos is not None:
             backend.post_processor = _frame(backend, bos, eos)
         return cls(backend, settings)
+
+    @staticmethod
+    def is_in(folder: Path) -> bool:
+        """Whether a folder has files that ``load`` reads."""
+        return any(all((folder / name).is_file() for name in form) for form in _FORMS)
 
     def save(self, folder: str | Path) -> None:
         """Writes ``tokenizer.json`` and ``tokenizer_config.json``, which transformers reads too."""

@@ -260,8 +260,8 @@ def test_the_revision_asked_for_is_loaded(published: Published, label: str) -> N
         ("private", "FileNotFoundError", ["private", "hf auth login"]),
         ("gated", "PermissionError", ["Accept the terms", "hf auth login"]),
         ("revision", "FileNotFoundError", ["no revision 'no-such-branch'"]),
-        ("no-model", "FileNotFoundError", ["expected config.json and weights", "got neither"]),
-        ("no-weights", "FileNotFoundError", ["expected config.json and weights", "got config.json from"]),
+        ("no-model", "FileNotFoundError", ["expected weights (model.safetensors,", "got nothing from"]),
+        ("no-weights", "FileNotFoundError", ["expected weights (model.safetensors,", "got config.json from"]),
         ("forbidden", "PermissionError", ["another login", "403", "hf auth login"]),
         ("out-of-order", "ConnectionError", ["the hub refused", "500", "Try again"]),
         ("silent", "ConnectionError", ["the connection to the hub failed", "Try again"]),
@@ -317,7 +317,7 @@ def test_offline_a_cache_that_another_program_filled_in_part_is_used(published: 
     weights.assert_logits_of(published.references["all-formats"])
     (config,) = call_load_model(published.hub.url, tmp_path / "config", call)
     config.assert_error(
-        "FileNotFoundError", "tester/all-formats", "expected config.json and weights", "got config.json"
+        "FileNotFoundError", "tester/all-formats", "expected weights (model.safetensors,", "got config.json"
     )
 
 

@@ -97,7 +97,7 @@ def test_a_loaded_model_can_be_saved_over_its_own_folder(write_checkpoint: Write
     assert torch.equal(load_model(folder, device="cpu").layers[0].fc1.weight, expected)
 
 
-@pytest.mark.parametrize("fails_at", ["_write_json", "_flush_to_disk", "rename"])
+@pytest.mark.parametrize("fails_at", ["write_json", "_flush_to_disk", "rename"])
 def test_an_error_while_saving_leaves_the_old_folder_as_it_was(
     fails_at: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -240,5 +240,5 @@ def test_a_mount_point_and_a_full_disk_are_told(tmp_path: Path, monkeypatch: pyt
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
     monkeypatch.setattr(save, "save_file", full)
-    with pytest.raises(OSError, match=r"saved: cannot write model\.safetensors \(I/O error.*Is the disk full"):
+    with pytest.raises(OSError, match=r"saved: cannot be written \(I/O error.*Is the disk full"):
         save_model(small_model(), tmp_path / "saved")

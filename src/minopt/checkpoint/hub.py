@@ -6,20 +6,22 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from minopt.checkpoint.read import LAYOUTS, PICKLES, SAFETENSORS, some
+from minopt.checkpoint.errors import MissingFileError, first_line, some
+from minopt.checkpoint.source import LAYOUTS, METASEQ, PICKLES, SAFETENSORS
 
 if TYPE_CHECKING:
     from huggingface_hub.errors import HfHubHTTPError
 
 _TEXT_FILES = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json",
-               "merges.txt", "added_tokens.json", "special_tokens_map.json"]  # fmt: skip
+               "merges.txt", "added_tokens.json", "special_tokens_map.json", "gpt2-vocab.json", "gpt2-merges.txt",
+               "gpt2-unified.json"]  # fmt: skip
 
 # "owner/name", or the name alone of one of the hub's oldest models.
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
 def find_model(name_or_path: str | Path, *, revision: str | None = None, local_files_only: bool = False) -> Path:
-    """The folder of a model: a local one, or the hub's cache of one, filled first if need be.
+    """Where a model lies: a local folder or file, or the folder of it in the hub's cache, filled first if need be.
 
     Args:
         name_or_path: see ``minopt.load_model``.
@@ -43,7 +45,7 @@ def find_model(name_or_path: str | Path, *, revision: str | None = None, local_f
     if path.is_dir():
         return _model_folder(path)
     if path.exists():
-        raise FileNotFoundError(f"{path}: expected a model's folder, got a file. Name the folder that it lies in.")
+        return path
     if isinstance(name_or_path, Path) or not _HUB_NAME.fullmatch(name_or_path):
         raise FileNotFoundError(f"{name_or_path}: no such folder, and not the name of a model on the hub (owner/name).")
     return _download(name_or_path, revision, local_files_only)
@@ -51,31 +53,38 @@ def find_model(name_or_path: str | Path, *, revision: str | None = None, local_f
 
 def _model_folder(path: Path) -> Path:
     """``path`` if it is a model's folder, else the only one in it (a training run's parent, say)."""
-    if (path / "config.json").is_file():
+    if _is_model(path):
         return path
-    inner = sorted(p.parent for p in path.glob("[!.]*/config.json"))
+    inner = [p for p in sorted(path.glob("[!.]*/")) if _is_model(p)]
     if len(inner) > 1:
         raise ValueError(f"{path}: holds {len(inner)} models ({some([p.name for p in inner])}). Name one of them.")
     if not inner:
         found = sorted(p.name for p in path.iterdir())
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"{path}: expected a model's folder (config.json and weights), found {some(found) or 'nothing'}."
         )
     return inner[0]
 
 
+def _is_model(folder: Path) -> bool:
+    return (folder / "config.json").is_file() or _has_weights(folder) or any(folder.glob(METASEQ[0]))
+
+
 def _download(name: str, revision: str | None, local_files_only: bool) -> Path:
-    """Fetches safetensors if the repository has them, else pickles, and never another framework's weights."""
-    folder = _snapshot(name, revision, local_files_only, [*_TEXT_FILES, *SAFETENSORS])
-    if not _has_weights(folder):
-        folder = _snapshot(name, revision, local_files_only, [*_TEXT_FILES, *PICKLES])
-    if not (folder / "config.json").is_file() or not _has_weights(folder):
-        found = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
-        raise FileNotFoundError(
-            f"{name}: expected config.json and weights ({', '.join(LAYOUTS)}), got {some(found) or 'neither'} from "
-            "the hub. Is it a model that transformers opens?"
-        )
-    return folder
+    """Fetches safetensors if the repository has them, else pickles, else metaseq's files; nothing else's weights."""
+    for patterns in (SAFETENSORS, PICKLES):
+        folder = _snapshot(name, revision, local_files_only, [*_TEXT_FILES, *patterns])
+        if _has_weights(folder):
+            break
+    else:
+        folder = _snapshot(name, revision, local_files_only, [*_TEXT_FILES, *METASEQ, f"*/{METASEQ[0]}"])
+    if _has_weights(folder) or list(folder.glob(METASEQ[0])) or list(folder.glob(f"*/{METASEQ[0]}")):
+        return _model_folder(folder)
+    found = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
+    raise MissingFileError(
+        f"{name}: expected weights ({', '.join((*LAYOUTS, *METASEQ))}), got {some(found) or 'nothing'} from the hub. "
+        "Is it a model that transformers or metaseq opens?"
+    )
 
 
 def _has_weights(folder: Path) -> bool:
@@ -124,13 +133,13 @@ def _snapshot(name: str, revision: str | None, local_files_only: bool, patterns:
     except (http_error, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise  # the disk's: full, or not to be written
-        raise ConnectionError(f"{name}: the connection to the hub failed ({_reason(error)}). Try again.") from None
+        raise ConnectionError(f"{name}: the connection to the hub failed ({first_line(error)}). Try again.") from None
 
 
 def _refusal(name: str, error: HfHubHTTPError) -> OSError:
     """What the hub's "no" means: another login at 401 and 403, its own trouble otherwise."""
     status = error.response.status_code
-    reason = f"{status}: {(error.server_message or _reason(error)).splitlines()[0]}"
+    reason = f"{status}: {(error.server_message or first_line(error)).splitlines()[0]}"
     if status in (401, 403):
         return PermissionError(f"{name}: the hub wants another login ({reason}). Log in: hf auth login.")
     return ConnectionError(f"{name}: the hub refused ({reason}). Try again later.")
@@ -141,10 +150,5 @@ def _unreachable(name: str, local_files_only: bool, error: Exception) -> str:
 
     if local_files_only or constants.HF_HUB_OFFLINE:
         return f"{name}: not in the hub's cache, and asking the hub is switched off. Load it once with a connection."
-    reason = _reason(error.__cause__ or error)
+    reason = first_line(error.__cause__ or error)
     return f"{name}: the hub cannot be reached ({reason}), and the cache has no copy. Check the connection."
-
-
-def _reason(error: BaseException) -> str:
-    """The first line of an error's message."""
-    return (str(error).splitlines() or [type(error).__name__])[0]

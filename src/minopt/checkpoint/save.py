@@ -6,24 +6,27 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from minopt.checkpoint.errors import first_line, some
 from minopt.checkpoint.names import to_hf
-from minopt.checkpoint.read import PICKLES, SAFETENSORS, some
+from minopt.checkpoint.source import PICKLES, SAFETENSORS
+from minopt.config import OPTConfig
 from minopt.model import OPT
 from minopt.tokenizer import Tokenizer
 
 MAX_SHARD_BYTES = 5_000_000_000  # what transformers 4 splits at
 
 # What a save replaces: weights of every layout, lest an old file shadow the new one.
-_REPLACED = (*SAFETENSORS, *PICKLES, "config.json")
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json",
+REPLACED = (*SAFETENSORS, *PICKLES, "config.json")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json",
                     "special_tokens_map.json")  # fmt: skip
 
 
@@ -50,29 +53,48 @@ def save_model(
     """
     folder = Path(folder)
     tensors = _tensors(model)
-    shards = _split(tensors, max_shard_bytes)
-    # The head is the token table, whatever the file said that the model came from (loading has compared the two).
-    values = model.config.to_dict() | {"tie_word_embeddings": True}
-    values["torch_dtype"] = str(model.dtype).removeprefix("torch.")
-    values.pop("dtype", None)  # the newer name of the same key, from the file that was loaded
-    with replacing(folder, _REPLACED + (_TOKENIZER_FILES if tokenizer else ())) as new:
-        weight_map: dict[str, str] = {}
-        for number, shard in enumerate(shards, start=1):
-            name = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
-            try:
-                save_file({key: t.contiguous() for key, t in shard.items()}, new / name, metadata={"format": "pt"})
-            except SafetensorError as error:
-                raise OSError(f"{folder}: cannot write {name} ({error}). Is the disk full?") from None
-            weight_map |= dict.fromkeys(shard, name)
-        if len(shards) > 1:
-            total = sum(t.nbytes for t in tensors.values())
-            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            _write_json(new / "model.safetensors.index.json", index)
+    with replacing(folder, REPLACED + (TOKENIZER_FILES if tokenizer else ())) as new:
+        write_safetensors(new, {key: t.nbytes for key, t in tensors.items()}, tensors.__getitem__, max_shard_bytes)
         if tokenizer is not None:
             tokenizer.save(new)
-        _write_json(new / "config.json", values)
-        for path in new.glob("*.safetensors"):
-            path.chmod((new / "config.json").stat().st_mode)  # the library writes them for their owner alone
+        write_config(new, model.config, model.dtype)
+
+
+def write_config(folder: Path, config: OPTConfig, dtype: torch.dtype) -> None:
+    """Writes config.json, for weights of ``dtype``."""
+    # The head is the token table, whatever the file said that the model came from (loading has compared the two).
+    values = config.to_dict() | {"tie_word_embeddings": True, "torch_dtype": str(dtype).removeprefix("torch.")}
+    values.pop("dtype", None)  # the newer name of the same key, from the file that was loaded
+    write_json(folder / "config.json", values)
+
+
+def write_safetensors(
+    folder: Path, sizes: Mapping[str, int], read: Callable[[str], Tensor], max_shard_bytes: int
+) -> None:
+    """Writes tensors to one file, or to several with an index; at most one file's are in memory.
+
+    Args:
+        folder: that is filled.
+        sizes: bytes of each tensor, by its key in the files, in their order.
+        read: gives the tensor of a key; called once for each, in order.
+        max_shard_bytes: the most that one file holds, unless a single tensor is larger.
+    """
+    shards = _split(sizes, max_shard_bytes)
+    weight_map: dict[str, str] = {}
+    for number, keys in enumerate(shards, start=1):
+        name = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
+        save_file({key: read(key).contiguous() for key in keys}, folder / name, metadata={"format": "pt"})
+        (folder / name).chmod(0o666 & ~_umask())  # the library writes them for their owner alone
+        weight_map |= dict.fromkeys(keys, name)
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+        write_json(folder / "model.safetensors.index.json", index)
+
+
+def _umask() -> int:
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
 
 
 def _tensors(model: OPT) -> dict[str, Tensor]:
@@ -89,15 +111,15 @@ def _tensors(model: OPT) -> dict[str, Tensor]:
     return {to_hf(name): parameter.detach() for name, parameter in parameters.items()}
 
 
-def _split(tensors: dict[str, Tensor], max_bytes: int) -> list[dict[str, Tensor]]:
-    shards: list[dict[str, Tensor]] = [{}]
-    size = 0
-    for key, tensor in tensors.items():
-        if shards[-1] and size + tensor.nbytes > max_bytes:
-            shards.append({})
-            size = 0
-        shards[-1][key] = tensor
-        size += tensor.nbytes
+def _split(sizes: Mapping[str, int], max_bytes: int) -> list[list[str]]:
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for key, size in sizes.items():
+        if shards[-1] and filled + size > max_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(key)
+        filled += size
     return shards
 
 
@@ -130,7 +152,12 @@ def replacing(folder: Path, replaced: tuple[str, ...]) -> Iterator[Path]:
     new, old = beside / "new", beside / "old"
     try:
         new.mkdir()
-        yield new
+        try:
+            yield new
+        except (SafetensorError, RuntimeError) as error:  # what the libraries' writers raise
+            if isinstance(error, RuntimeError) and "inline_container" not in str(error):
+                raise
+            raise OSError(f"{folder}: cannot be written ({first_line(error)[:200]}). Is the disk full?") from None
         if folder.is_dir():
             skipped = shutil.ignore_patterns(*replaced, *(p.name for p in new.iterdir()))
 
@@ -164,5 +191,6 @@ def _flush_to_disk(path: Path) -> None:
             os.fsync(file.fileno())
 
 
-def _write_json(path: Path, content: Mapping[str, object]) -> None:
+def write_json(path: Path, content: Mapping[str, object]) -> None:
+    """Writes an object as indented JSON."""
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

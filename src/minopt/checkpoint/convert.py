@@ -1,0 +1,223 @@
+"""From any kind of checkpoint to a Hugging Face folder or to metaseq's parts, one tensor at a time."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from minopt.checkpoint.errors import CheckpointError, some
+from minopt.checkpoint.load import resolve_dtype
+from minopt.checkpoint.names import FUSED, fused_key, shard_dim, to_hf, to_metaseq
+from minopt.checkpoint.pieces import SourceTensor, main_dtype
+from minopt.checkpoint.save import REPLACED, TOKENIZER_FILES, replacing, write_config, write_json, write_safetensors
+from minopt.checkpoint.source import Checkpoint, find_tokenizer, open_checkpoint
+from minopt.config import OPTConfig, read_json
+from minopt.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+FORMATS = ("hf", "metaseq")
+MAX_SHARD_BYTES = 2_000_000_000
+
+_METASEQ_FILES = ("reshard.pt", "reshard-model_part-*.pt", "gpt2-vocab.json", "gpt2-merges.txt")
+
+
+def convert(
+    source: str | Path,
+    destination: str | Path,
+    *,
+    format: str = "hf",
+    parts: int = 1,
+    dtype: torch.dtype | str = "auto",
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    model_config: OPTConfig | str | Path | None = None,
+    tokenizer: str | Path | None = None,
+    force: bool = False,
+    show_progress: bool = False,
+) -> None:
+    """Writes a checkpoint of any kind anew, as a Hugging Face folder or as metaseq's model parallel parts.
+
+    One output file's tensors are in memory at a time, whatever the size of the whole. The destination appears when all
+    is written; if anything fails, it is as it was.
+
+    Args:
+        source: a folder, or any one file of a checkpoint.
+        destination: a folder, made if missing.
+        format: ``"hf"``: safetensors, config.json, generation_config.json and the tokenizer's files, which
+            transformers opens; or ``"metaseq"``: reshard.pt, or reshard-model_part-N.pt, with fused projections.
+        parts: of metaseq's format; more than 1 needs a model without projections, whose heads, ffn_dim and
+            vocab_size it divides.
+        dtype: of all tensors; ``"auto"`` keeps each as it is stored.
+        max_shard_bytes: the most that one safetensors file holds, unless a single tensor is larger.
+        model_config: see ``minopt.load_model``.
+        tokenizer: the folder of its files; ``None`` looks beside the weights, then one folder up.
+        force: replace a model that is there.
+        show_progress: draw a bar on stderr.
+
+    Raises:
+        FileNotFoundError: if there is no such source.
+        FileExistsError: if the destination holds something and ``force`` is not given, or something other than a model.
+        ValueError: (``CheckpointError`` where it is the files) if source or options do not fit.
+        OSError: if it cannot be written.
+    """
+    source, destination = Path(source).expanduser(), Path(destination).expanduser()
+    number_type = resolve_dtype(dtype)
+    if format not in FORMATS:
+        raise ValueError(f"format: expected {' or '.join(FORMATS)}, got {format!r}.")
+    if format == "hf" and parts != 1:
+        raise ValueError(f"parts: metaseq's format has them, got {parts} with hf. Add --format metaseq.")
+    if max_shard_bytes < 1:
+        raise ValueError(f"max_shard_bytes: expected a positive number, got {max_shard_bytes}.")
+    if not source.exists():
+        raise FileNotFoundError(f"{source}: no such file or folder.")
+    checkpoint = open_checkpoint(source, model_config)
+    _check_destination(checkpoint, source, destination, force)
+    if format == "metaseq":
+        _check_parts(checkpoint.config, parts)
+    checkpoint.check_head()
+    folder = find_tokenizer(checkpoint) if tokenizer is None else Path(tokenizer)
+    reader = None if folder is None else Tokenizer.load(folder)
+    if reader is None:
+        logger.warning("%s: no tokenizer's files beside the weights, so none are written.", checkpoint.found.folder)
+    total = sum(t.numel * (number_type or t.dtype or torch.float32).itemsize for t in checkpoint.tensors.values())
+    _check_space(destination, total)
+    # A bar of bytes would be finer, but a tensor is what is read and written as one.
+    with (
+        tqdm(total=len(checkpoint.tensors) * (parts if format == "metaseq" else 1), unit=" tensors", file=sys.stderr,
+             disable=not show_progress, desc=destination.name) as bar,
+        replacing(destination, (*REPLACED, *TOKENIZER_FILES, *_METASEQ_FILES, "generation_config.json")) as new,
+    ):  # fmt: skip
+        if format == "hf":
+            _write_hf(new, checkpoint, number_type, max_shard_bytes, bar.update)
+            _write_generation_config(new, checkpoint)
+        else:
+            _write_parts(new, checkpoint, number_type, parts, bar.update)
+        write_config(new, checkpoint.config, number_type or main_dtype(checkpoint.tensors.values()))
+        if reader is not None:
+            reader.save(new) if format == "hf" else _write_vocabulary(new, reader)
+
+
+def _check_destination(checkpoint: Checkpoint, source: Path, destination: Path, force: bool) -> None:
+    here, there = checkpoint.found.folder.resolve(), destination.resolve()
+    if here == there or here.is_relative_to(there):
+        raise ValueError(f"{destination}: is, or holds, the source {source}. Name another destination.")
+    if destination.exists() and not destination.is_dir():
+        raise FileExistsError(f"{destination}: expected a folder to write to, got a file. Name another.")
+    if not force and destination.is_dir() and any(destination.iterdir()):
+        raise FileExistsError(f"{destination}: is there already. Name another folder, or replace it with --force.")
+
+
+def _check_parts(config: OPTConfig, parts: int) -> None:
+    if parts < 1:
+        raise ValueError(f"parts: expected 1 or more, got {parts}.")
+    if parts > 1 and config.embed_dim != config.hidden_size:
+        raise ValueError(f"parts: a model with projections (word_embed_proj_dim {config.embed_dim}, hidden_size "
+                         f"{config.hidden_size}) has one part in metaseq, got {parts}.")  # fmt: skip
+    sizes = {name: getattr(config, name) for name in ("num_attention_heads", "ffn_dim", "vocab_size")}
+    wrong = [f"{name} is {size}" for name, size in sizes.items() if size % parts]
+    if wrong:
+        fitting = [n for n in range(1, 65) if not any(size % n for size in sizes.values())]
+        raise ValueError(f"parts: expected a divisor of heads, ffn_dim and vocab_size, got {parts} ({some(wrong)})."
+                         f" {', '.join(map(str, fitting))} would do.")  # fmt: skip
+
+
+def _check_space(destination: Path, total_bytes: int) -> None:
+    place = next(p for p in (destination.absolute(), *destination.absolute().parents) if p.exists())
+    free = shutil.disk_usage(place).free
+    if free < total_bytes:
+        raise OSError(f"{destination}: {total_bytes / 1e9:.1f} GB are to be written, and {free / 1e9:.1f} GB are free. "
+                      "Make room, or name a folder on another disk.")  # fmt: skip
+
+
+def _write_hf(
+    new: Path, checkpoint: Checkpoint, dtype: torch.dtype | None, max_bytes: int, update: Callable[[], object]
+) -> None:
+    sources = {to_hf(name): tensor for name, tensor in checkpoint.tensors.items()}
+
+    def read(key: str) -> Tensor:
+        update()
+        return sources[key].read(dtype)
+
+    sizes = {key: t.numel * (dtype or t.dtype or torch.float32).itemsize for key, t in sources.items()}
+    write_safetensors(new, sizes, read, max_bytes)
+
+
+def _write_generation_config(new: Path, checkpoint: Checkpoint) -> None:
+    path, config = checkpoint.found.folder / "generation_config.json", checkpoint.config
+    eos = list(config.eos_token_id) if isinstance(config.eos_token_id, tuple) else config.eos_token_id
+    own = {"_from_model_config": True, "bos_token_id": config.bos_token_id, "eos_token_id": eos,
+           "pad_token_id": config.pad_token_id}  # fmt: skip
+    write_json(new / "generation_config.json", read_json(path) if path.is_file() else own)
+
+
+def _write_parts(
+    new: Path, checkpoint: Checkpoint, dtype: torch.dtype | None, parts: int, update: Callable[[], object]
+) -> None:
+    cfg = {"model": argparse.Namespace(**_metaseq_settings(checkpoint.config, parts))}  # as metaseq's own files have it
+    for part in range(parts):
+        state: dict[str, Tensor] = {"decoder.version": torch.tensor([3.0])}
+        for name, tensor in checkpoint.tensors.items():
+            _fill_part(state, name, tensor, part, parts, dtype)
+            update()
+        file = "reshard.pt" if parts == 1 else f"reshard-model_part-{part}.pt"
+        torch.save({"cfg": cfg, "model": state, "args": None, "extra_state": {}}, new / file)
+
+
+def _fill_part(
+    state: dict[str, Tensor], name: str, tensor: SourceTensor, part: int, parts: int, dtype: torch.dtype | None
+) -> None:
+    """Puts one part's share of a tensor into its state dict; keys, values and queries into one fused tensor."""
+    dim, fused = shard_dim(name), fused_key(name)
+    shape = list(tensor.shape)
+    if dim is not None:
+        shape[dim] //= parts
+    if fused is None:
+        if dim == 0:
+            state[to_metaseq(name)] = torch.empty(shape, dtype=dtype or tensor.dtype)
+            tensor.read_into(state[to_metaseq(name)].view(-1), part * math.prod(shape))
+        else:
+            whole = tensor.read(dtype)
+            state[to_metaseq(name)] = whole if dim is None else whole.chunk(parts, dim)[part].clone()
+        return
+    if fused not in state:
+        state[fused] = torch.empty([3 * shape[0], *shape[1:]], dtype=dtype or tensor.dtype)
+    elif state[fused].dtype != (dtype or tensor.dtype):
+        raise CheckpointError(f"{name}: is {tensor.dtype}, and {fused} holds {state[fused].dtype}. Name a --dtype.")
+    order = next(i for i, projection in enumerate(FUSED) if f".{projection}." in name)
+    tensor.read_into(state[fused].view(3, -1)[order], part * math.prod(shape))
+
+
+def _metaseq_settings(config: OPTConfig, parts: int) -> dict[str, object]:
+    """The configuration under metaseq's names (models/transformer_lm.py)."""
+    return {
+        "_name": "transformer_lm_megatron", "arch": "transformer_lm_megatron",
+        "activation_fn": config.activation_function, "dropout": config.dropout,
+        "attention_dropout": config.attention_dropout, "decoder_embed_dim": config.hidden_size,
+        "decoder_ffn_embed_dim": config.ffn_dim, "decoder_layers": config.num_hidden_layers,
+        "decoder_attention_heads": config.num_attention_heads, "decoder_input_dim": config.embed_dim,
+        "decoder_output_dim": config.embed_dim, "decoder_normalize_before": config.do_layer_norm_before,
+        "decoder_learned_pos": True, "decoder_learned_sinusoidal": False, "no_scale_embedding": True,
+        "no_emb_dropout": True, "share_decoder_input_output_embed": True, "alibi": False,
+        "disable_bias": not config.enable_bias, "disable_affine_ln": not config.layer_norm_elementwise_affine,
+        "max_target_positions": config.max_position_embeddings, "tokens_per_sample": config.max_position_embeddings,
+        "model_parallel_size": parts,
+    }  # fmt: skip
+
+
+def _write_vocabulary(new: Path, tokenizer: Tokenizer) -> None:
+    """Writes the two files that metaseq reads a tokenizer from."""
+    model = json.loads(tokenizer.backend.to_str())["model"]
+    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
+    vocabulary = json.dumps(model["vocab"], ensure_ascii=False)
+    (new / "gpt2-vocab.json").write_text(vocabulary + "\n", encoding="utf-8")
+    (new / "gpt2-merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n", encoding="utf-8")

@@ -1,0 +1,285 @@
+"""What a checkpoint is: its kind, files and configuration, and on request its values and their digests."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from minopt.checkpoint.errors import CheckpointError
+from minopt.checkpoint.pieces import Run, SourceTensor
+from minopt.checkpoint.source import Checkpoint, find_files, find_tokenizer, open_checkpoint
+from minopt.config import OPTConfig
+
+# A shard of 175B that was damaged at its source held weights up to 5e4 (metaseq issue 122); sound ones stay far below.
+_LARGEST_WEIGHT = 100.0
+
+_CHUNK_NUMBERS = 4_000_000
+
+
+@dataclass(frozen=True)
+class TensorReport:
+    """One tensor of a model.
+
+    Attributes:
+        name: minopt's, which is Hugging Face's without "model.decoder.".
+        shape: of the whole.
+        dtype: as stored.
+        findings: what is suspicious in its values, in words; ``None`` if they were not looked at.
+        digest: SHA-256 in hexadecimal; ``None`` if it was not asked for.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    findings: tuple[str, ...] | None = None
+    digest: str | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """What ``inspect_checkpoint`` found.
+
+    Attributes:
+        path: that was asked about.
+        kind: in words.
+        files: the weight files' names and bytes, in order.
+        parts, shards: model parallel parts, and FSDP shards or files of each.
+        missing: names of weight files that are not there.
+        problem: why it cannot be loaded; ``None`` if it can. The fields below are then empty.
+        config: the content of a config.json for it.
+        config_source: where that comes from.
+        preset: the published size of this shape.
+        parameters: how many numbers the model has.
+        dtypes: how many of them by dtype.
+        tokenizer: the folder of its files.
+        tensors: in the model's order.
+        digest: of all tensors.
+    """
+
+    path: str
+    kind: str
+    files: dict[str, int]
+    parts: int
+    shards: int
+    missing: tuple[str, ...] = ()
+    problem: str | None = None
+    config: dict[str, Any] | None = None
+    config_source: str | None = None
+    preset: str | None = None
+    parameters: int = 0
+    dtypes: dict[str, int] = field(default_factory=dict)
+    tokenizer: str | None = None
+    tensors: tuple[TensorReport, ...] = ()
+    digest: str | None = None
+
+    @property
+    def findings(self) -> list[str]:
+        """What ``check`` found, one line a tensor."""
+        return [f"{t.name}: {'; '.join(t.findings)}" for t in self.tensors if t.findings]
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether it can be loaded, and nothing suspicious was found in it."""
+        return self.problem is None and not self.findings
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as plain values, for JSON."""
+        return asdict(self) | {"is_sound": self.is_sound}
+
+    def to_text(self, *, tensors: bool = False) -> str:
+        """All of it for a reader; ``tensors`` lists them."""
+        return _render(self, tensors)
+
+
+def inspect_checkpoint(
+    path: str | Path,
+    *,
+    check: bool = False,
+    digest: bool = False,
+    model_config: OPTConfig | str | Path | None = None,
+    show_progress: bool = False,
+) -> Report:
+    """Describes a checkpoint of any kind, also one that is damaged or incomplete.
+
+    Args:
+        path: a folder, or any one file of a checkpoint.
+        check: read all values and look for numbers that are not finite or beyond 100, and for tensors of zeros.
+        digest: read all values and compute SHA-256 digests that do not depend on how the file was saved: of each
+            tensor, over its name, dtype and shape as three lines (``layers.0.fc1.weight``, ``float16``, ``3072,768``)
+            and then its little-endian bytes in row-major order; and of the whole, over the lines
+            ``<name> <digest>`` sorted by name. Each line ends with a newline.
+        model_config: see ``minopt.load_model``.
+        show_progress: draw a bar on stderr while values are read.
+
+    Raises:
+        FileNotFoundError: if there is no such path, or no weights in it.
+        CheckpointError: if it holds several checkpoints.
+        ValueError: if ``model_config`` is none.
+    """
+    path = Path(path).expanduser()
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file or folder.")
+    found = find_files(path)
+    parts, shards = (found.metaseq.parts, found.metaseq.shards) if found.metaseq else (1, len(found.files))
+    files = {file.name: file.stat().st_size for file in found.files if file.is_file()}
+    base = Report(str(path), found.kind, files, parts, shards, found.missing)
+    try:
+        checkpoint = open_checkpoint(path, model_config)
+    except (CheckpointError, OSError) as error:
+        return replace(base, problem=str(error))
+    return _describe(base, checkpoint, check, digest, show_progress)
+
+
+def _describe(base: Report, checkpoint: Checkpoint, check: bool, digest: bool, show_progress: bool) -> Report:
+    dtypes: dict[str, int] = {}
+    reports, problem = [], None
+    disable = not (show_progress and (check or digest))
+    for tensor in tqdm(checkpoint.tensors.values(), unit=" tensors", file=sys.stderr, disable=disable, leave=False):
+        dtypes[_name(tensor.dtype)] = dtypes.get(_name(tensor.dtype), 0) + tensor.numel
+        try:
+            findings = tuple(check_values(tensor)) if check else None
+            own = digest_of(tensor) if digest else None
+        except CheckpointError as error:
+            findings, own, problem = None, None, problem or str(error)
+        reports.append(TensorReport(tensor.name, tensor.shape, _name(tensor.dtype), findings, own))
+    if problem is None and check:
+        try:
+            checkpoint.check_head()
+        except CheckpointError as error:
+            problem = str(error)
+    folder = find_tokenizer(checkpoint)
+    return replace(
+        base,
+        problem=problem,
+        config=checkpoint.config.to_dict(),
+        config_source=checkpoint.config_source,
+        preset=checkpoint.config.preset_name,
+        parameters=sum(t.numel for t in checkpoint.tensors.values()),
+        dtypes=dtypes,
+        tokenizer=None if folder is None else str(folder),
+        tensors=tuple(reports),
+        digest=digest_of_all({r.name: r.digest for r in reports}) if digest and problem is None else None,
+    )
+
+
+def check_values(tensor: SourceTensor) -> list[str]:
+    """What is suspicious in a tensor's values, in words that name the file and place of the first of each kind."""
+    counts, largest, any_nonzero = {"nan": 0, "large": 0}, 0.0, False
+    places: dict[str, str] = {}
+    for piece in tensor.slices:
+        for run in piece.runs:
+            for begin in range(run.start, run.stop, _CHUNK_NUMBERS):
+                numbers = torch.empty(min(_CHUNK_NUMBERS, run.stop - begin), dtype=torch.float32)
+                run.file.read_into(numbers, run.key, begin)
+                sizes = numbers.abs()
+                bad = {"nan": ~sizes.isfinite(), "large": sizes.isfinite() & (sizes > _LARGEST_WEIGHT)}
+                for kind, where in bad.items():
+                    if count := int(where.sum()):
+                        counts[kind] += count
+                        places.setdefault(kind, _place(run, begin + int(where.nonzero()[0])))
+                finite = sizes[~bad["nan"]]
+                largest = max(largest, float(finite.max()) if finite.numel() else 0.0)
+                any_nonzero |= bool(numbers.count_nonzero())
+    findings = []
+    if counts["nan"]:
+        findings.append(f"{counts['nan']:,} not finite, first at {places['nan']}")
+    if counts["large"]:
+        findings.append(f"{counts['large']:,} beyond {_LARGEST_WEIGHT:g} (up to {largest:.4g}), "
+                        f"first at {places['large']}")  # fmt: skip
+    if not any_nonzero and tensor.numel:
+        findings.append(f"all {tensor.numel:,} are zero")
+    return findings
+
+
+def _place(run: Run, index: int) -> str:
+    return f"{run.file.path.name}: {run.key}[{index}]"
+
+
+def digest_of(tensor: SourceTensor) -> str:
+    """SHA-256 of a tensor, as ``inspect_checkpoint`` defines it.
+
+    Raises:
+        CheckpointError: if parts hold different numbers where each should hold the same.
+    """
+    shape = ",".join(map(str, tensor.shape))
+    state = hashlib.sha256(f"{tensor.name}\n{_name(tensor.dtype)}\n{shape}\n".encode())
+    if len(tensor.slices) > 1 and tensor.dim != 0:
+        _update(state, tensor.read().view(-1))
+        return state.hexdigest()
+    for begin in range(0, math.prod(tensor.shape), _CHUNK_NUMBERS):
+        numbers = torch.empty(min(_CHUNK_NUMBERS, tensor.numel - begin), dtype=tensor.dtype)
+        tensor.read_into(numbers, begin)
+        _update(state, numbers)
+    return state.hexdigest()
+
+
+def _update(state: Any, numbers: torch.Tensor) -> None:
+    data: Any = numbers.view(torch.uint8).numpy()
+    state.update(memoryview(data))
+
+
+def digest_of_all(digests: Mapping[str, str | None]) -> str:
+    """SHA-256 of a whole checkpoint, from its tensors'."""
+    lines = "".join(f"{name} {digests[name]}\n" for name in sorted(digests))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def _name(dtype: torch.dtype | None) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _render(report: Report, tensors: bool) -> str:
+    count, size = len(report.files), sum(report.files.values())
+    rows = [("path", report.path), ("kind", report.kind)]
+    if report.parts > 1 or report.kind.startswith("metaseq"):
+        rows.append(("parts x shards", f"{report.parts} x {report.shards}"))
+    names = list(report.files)
+    listed = ", ".join(names) if count <= 4 else f"{names[0]} ... {names[-1]}"
+    rows.append(("files", f"{count}, {_bytes(size)} ({listed})"))
+    if report.missing:
+        shown = ", ".join(report.missing[:8])
+        more = f" and {len(report.missing) - 8} more" if len(report.missing) > 8 else ""
+        rows.append(("missing", f"{len(report.missing)}: {shown}{more}"))
+    if report.config is not None:
+        c = report.config
+        rows.append(("preset", report.preset or "none of the published sizes"))
+        rows.append(("config", f"from {report.config_source}: {c['num_hidden_layers']} layers, hidden_size "
+                     f"{c['hidden_size']}, {c['num_attention_heads']} heads, ffn_dim {c['ffn_dim']}"))  # fmt: skip
+        norm = "pre-norm" if c["do_layer_norm_before"] else "post-norm"
+        rows.append(("", f"vocab_size {c['vocab_size']} x {c['word_embed_proj_dim']}, "
+                     f"{c['max_position_embeddings']} positions, {norm}, "
+                     f"{c['activation_function']}{'' if c['enable_bias'] else ', no biases'}"))  # fmt: skip
+        rows.append(("parameters", f"{report.parameters:,}"))
+        rows.append(("dtypes", ", ".join(f"{name} ({count:,})" for name, count in report.dtypes.items())))
+        rows.append(("tokenizer", report.tokenizer or "none beside the weights or one folder up"))
+    if report.digest is not None:
+        rows.append(("sha256", report.digest))
+    lines = [f"{name:<15} {value}".rstrip() for name, value in rows]
+    if tensors and report.tensors:
+        width = max(len(t.name) for t in report.tensors)
+        lines += ["", *(_line(t, width) for t in report.tensors)]
+    if any(t.findings is not None for t in report.tensors):
+        lines += ["", *(report.findings or ["values: all finite, none beyond 100, no tensor of zeros"])]
+    lines += ["", f"problem: {report.problem}"] if report.problem else []
+    return "\n".join(lines)
+
+
+def _line(tensor: TensorReport, width: int) -> str:
+    shape = " x ".join(map(str, tensor.shape))
+    return f"{tensor.name:<{width}}  {tensor.dtype:<9} {shape:<16}  {tensor.digest or ''}".rstrip()
+
+
+def _bytes(count: int) -> str:
+    size, units = float(count), iter(("bytes", "kB", "MB", "GB"))
+    unit = next(units)
+    while size >= 1000 and unit != "GB":
+        size, unit = size / 1000, next(units)
+    return f"{size:.1f} {unit}" if unit != "bytes" else f"{count} bytes"

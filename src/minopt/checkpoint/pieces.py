@@ -1,0 +1,192 @@
+"""A model's tensor as it lies in files: whole, or in runs of numbers over many files, to be put together when read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from minopt.checkpoint.errors import CheckpointError
+from minopt.checkpoint.read import TensorFile
+
+# metaseq's scripts/reshard_mp.py: what its parts hold alike may differ by so much.
+_TOLERANCE = 1e-8
+
+_CHUNK_NUMBERS = 1_000_000
+
+
+@dataclass(frozen=True)
+class Run:
+    """Numbers ``start`` to ``stop``, in row-major order, of one tensor in a file."""
+
+    file: TensorFile
+    key: str
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Slice:
+    """A tensor made of runs, one after another in row-major order: all of a model's tensor, or one part's share."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype | None
+    runs: tuple[Run, ...]
+
+    @classmethod
+    def whole(cls, file: TensorFile, key: str) -> Slice:
+        """A tensor of a file as it is."""
+        shape = file.shapes[key]
+        return cls(shape, file.dtypes[key], (Run(file, key, 0, math.prod(shape)),))
+
+    def part(self, start: int, shape: tuple[int, ...]) -> Slice:
+        """The tensor of ``shape`` whose numbers begin at number ``start`` of this one."""
+        runs, begin, stop = [], 0, start + math.prod(shape)
+        for run in self.runs:
+            end = begin + run.stop - run.start
+            low, high = max(start, begin), min(stop, end)
+            if low < high:
+                runs.append(replace(run, start=run.start + low - begin, stop=run.start + high - begin))
+            begin = end
+        return Slice(shape, self.dtype, tuple(runs))
+
+    def map(self) -> Tensor | None:
+        """The tensor in its file's pages, ``None`` if it lies in several runs."""
+        if len(self.runs) != 1:
+            return None
+        run = self.runs[0]
+        tensor = run.file.map(run.key)
+        if tensor.shape == self.shape:
+            return tensor
+        return tensor.reshape(-1)[run.start : run.stop].view(self.shape)
+
+    def read_into(self, out: Tensor, start: int = 0) -> None:
+        """Fills ``out`` (one dim) with numbers from number ``start`` on, cast to its dtype."""
+        filled = 0
+        for run in self.part(start, (out.numel(),)).runs:
+            count = run.stop - run.start
+            run.file.read_into(out[filled : filled + count], run.key, run.start)
+            filled += count
+
+    def __str__(self) -> str:
+        return ", ".join(dict.fromkeys(str(run.file.path) for run in self.runs))
+
+
+@dataclass(frozen=True)
+class SourceTensor:
+    """A model's tensor in a checkpoint.
+
+    Attributes:
+        name: the model's.
+        shape: of the whole.
+        dtype: as stored; ``None`` for one that no OPT has (integers).
+        slices: one for each model parallel part.
+        dim: along which the slices follow one another; ``None`` where each holds the whole.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype | None
+    slices: tuple[Slice, ...]
+    dim: int | None = None
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * (self.dtype.itemsize if self.dtype is not None else 0)
+
+    def map(self) -> Tensor | None:
+        """The tensor in its file's pages, where nothing is read until it is used; ``None`` if it has to be joined."""
+        return self.slices[0].map() if len(self.slices) == 1 else None
+
+    def read(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The tensor in memory of its own, on the CPU.
+
+        Args:
+            dtype: to cast to while reading; ``None`` keeps the stored one.
+
+        Raises:
+            CheckpointError: if parts hold different numbers where each should hold the same.
+        """
+        out = torch.empty(self.shape, dtype=dtype or self.dtype)
+        if self.dim == 1 and len(self.slices) > 1:
+            column = 0
+            for piece in self.slices:
+                share = torch.empty(piece.shape, dtype=out.dtype)
+                piece.read_into(share.view(-1))
+                out[:, column : column + piece.shape[1]] = share
+                column += piece.shape[1]
+        else:
+            self.read_into(out.view(-1))
+        if self.dim is None:
+            for other in self.slices[1:]:
+                if not same_numbers(self.slices[0], other):
+                    raise CheckpointError(
+                        f"{self.name}: every model parallel part holds it, and {self.slices[0]} and {other} hold "
+                        "different numbers. Are the parts of one model?"
+                    )
+        return out
+
+    def read_into(self, out: Tensor, start: int = 0) -> None:
+        """Fills ``out`` (one dim) with numbers from number ``start`` on; not for tensors joined along dim 1."""
+        slices = self.slices if self.dim == 0 else self.slices[:1]
+        assert self.dim != 1 or len(slices) == 1 or len(self.slices) == 1
+        begins = [0, *accumulate(math.prod(s.shape) for s in slices)]
+        for begin, end, piece in zip(begins, begins[1:], slices, strict=False):
+            low, high = max(start, begin), min(start + out.numel(), end)
+            if low < high:
+                piece.read_into(out[low - start : high - start], low - begin)
+
+
+def same_numbers(one: Slice | SourceTensor, other: Slice, start: int = 0) -> bool:
+    """Whether ``other`` holds the numbers of ``one`` from number ``start`` on, up to 1e-8."""
+    numel = math.prod(other.shape)
+    for begin in range(0, numel, _CHUNK_NUMBERS):
+        a, b = (torch.empty(min(_CHUNK_NUMBERS, numel - begin), dtype=torch.float32) for _ in range(2))
+        one.read_into(a, start + begin)
+        other.read_into(b, begin)
+        if not torch.allclose(a, b, rtol=0, atol=_TOLERANCE, equal_nan=True):
+            return False
+    return True
+
+
+def main_dtype(tensors: Iterable[SourceTensor]) -> torch.dtype:
+    """The floating dtype that most numbers are stored in (norms may be kept in float32 beside float16)."""
+    numbers: dict[torch.dtype, int] = {}
+    for tensor in tensors:
+        if tensor.dtype is not None:
+            numbers[tensor.dtype] = numbers.get(tensor.dtype, 0) + tensor.numel
+    return max(numbers, key=lambda dtype: numbers[dtype], default=torch.float32)
+
+
+def check_distinct(files: Mapping[Path, Sequence[Run]]) -> None:
+    """Compares samples of what files hold, so that one copied over another is found.
+
+    Args:
+        files: runs that each file alone has.
+
+    Raises:
+        CheckpointError: naming two files that hold the same numbers.
+    """
+    seen: dict[bytes, Path] = {}
+    for path, runs in files.items():
+        sample = torch.cat([_beginning(run) for run in runs])
+        if len(set(sample.tolist())) < 16:  # too few to tell, or constants
+            continue
+        first = seen.setdefault(sample.numpy().tobytes(), path)
+        if first != path:
+            raise CheckpointError(f"{path}: holds the same numbers as {first.name}. Was one copied over the other?")
+
+
+def _beginning(run: Run, numbers: int = 1024) -> Tensor:
+    sample = torch.empty(min(numbers, run.stop - run.start), dtype=torch.float32)
+    run.file.read_into(sample, run.key, run.start)
+    return sample

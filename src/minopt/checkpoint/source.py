@@ -1,0 +1,355 @@
+"""Opens a checkpoint of any kind: what it is follows from what its files hold."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from minopt.checkpoint.errors import CheckpointError, MissingFileError, some
+from minopt.checkpoint.metaseq import FileSet, group_files, open_metaseq
+from minopt.checkpoint.metaseq_config import facts_of, infer_config
+from minopt.checkpoint.names import HF_HEAD, from_hf, from_metaseq, is_metaseq, looks_like
+from minopt.checkpoint.pieces import Slice, SourceTensor, same_numbers
+from minopt.checkpoint.read import SafetensorsFile, TensorFile, TorchFile
+from minopt.config import OPTConfig, read_json
+from minopt.model import OPT
+from minopt.tokenizer import Tokenizer
+
+# Every name that weights have in a Hugging Face folder: what is downloaded, and what a save replaces.
+SAFETENSORS = ("model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors")
+PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*-of-*.bin")
+METASEQ = ("*.pt",)
+
+# In the order of preference where a folder holds several.
+LAYOUTS = (*SAFETENSORS[:2], *PICKLES[:2])
+
+
+@dataclass(frozen=True)
+class Found:
+    """The weight files that a path leads to, before they are all opened.
+
+    Attributes:
+        kind: in words.
+        folder: that they lie in.
+        files: all of them, in order.
+        metaseq: as parts and shards, where it is a metaseq checkpoint.
+        missing: names of files that ought to be there.
+    """
+
+    kind: str
+    folder: Path
+    files: tuple[Path, ...]
+    metaseq: FileSet | None = None
+    missing: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened checkpoint: its configuration and where each of the model's tensors lies.
+
+    Attributes:
+        found: its files.
+        config: of the model.
+        config_source: where that comes from, in words.
+        tensors: by minopt's names: those of ``OPT(config)``, all of them and no others, in its order.
+        heads: a stored head, piece by piece, with the row of the token table at which each begins.
+    """
+
+    found: Found
+    config: OPTConfig
+    config_source: str
+    tensors: dict[str, SourceTensor]
+    heads: tuple[tuple[Slice, int], ...]
+
+    def check_head(self) -> None:
+        """Compares a stored head with the token table, to which OPT's is tied.
+
+        Raises:
+            CheckpointError: if they differ.
+        """
+        table = self.tensors["embed_tokens.weight"]
+        for head, row in self.heads:
+            rows_fit = len(head.shape) == 2 and head.shape[1:] == table.shape[1:]
+            if not rows_fit or row + head.shape[0] > table.shape[0] or head.dtype is None:
+                raise CheckpointError(f"{self.found.folder}: the stored head has shape {list(head.shape)}, "
+                                      f"the token embeddings {list(table.shape)}.")  # fmt: skip
+            if not same_numbers(table, head, row * table.shape[1]):
+                raise CheckpointError(
+                    f"{self.found.folder}: {head.runs[0].key} differs from the token embeddings; OPT's head is tied to "
+                    "them, and an untied one cannot be kept. Was the model trained with tie_word_embeddings false?"
+                )
+
+
+def find_files(path: Path) -> Found:
+    """The weight files of a folder, or of the checkpoint that one file belongs to.
+
+    Raises:
+        MissingFileError: if there are none.
+        CheckpointError: if there are several checkpoints, or an index or link leads out of the folder.
+    """
+    if path.is_dir():
+        return _in_folder(path)
+    if path.name.endswith(".index.json"):
+        return _indexed(path)
+    if path.suffix in (".json", ".txt"):
+        return _in_folder(path.parent)
+    for index in (path.parent / layout for layout in LAYOUTS):
+        if index.name.endswith(".index.json") and index.is_file() and path.name in _shard_names(index):
+            return _indexed(index)
+    if path.suffix != ".safetensors":
+        for files in group_files([p for p in path.parent.iterdir() if p.suffix == path.suffix and p.is_file()]):
+            if path in files.files.values() and _is_metaseq(TorchFile(path)):
+                return _as_metaseq(files)
+    return _single(path)
+
+
+def _in_folder(folder: Path) -> Found:
+    layout = next((name for name in LAYOUTS if (folder / name).is_file()), None)
+    errors: list[CheckpointError] = []
+    sets = [files for files in group_files(list(folder.glob("*.pt"))) if _holds_decoder(files, errors)]
+    found = [f"{layout}"] if layout else []
+    found += sorted(next(iter(files.files.values())).name for files in sets)
+    if len(found) > 1:
+        raise CheckpointError(f"{folder}: holds {len(found)} checkpoints ({some(found)}). Name the file of one.")
+    if layout is not None:
+        return _indexed(folder / layout) if layout.endswith(".index.json") else _single(folder / layout)
+    if sets:
+        path = next(iter(sets[0].files.values()))
+        return _as_metaseq(sets[0]) if _is_metaseq(TorchFile(path)) else _single(path)
+    if errors:
+        raise errors[0]
+    names = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
+    raise MissingFileError(
+        f"{folder}: expected weights ({', '.join((*LAYOUTS, *METASEQ))}), found {some(names) or 'nothing'}. "
+        "Is this a model's folder, and did its download finish?"
+    )
+
+
+def _holds_decoder(files: FileSet, errors: list[CheckpointError]) -> bool:
+    """Whether files that are called like a checkpoint are one; a training run has an optimizer.pt too."""
+    path = next(iter(files.files.values()))
+    _check_link(path)
+    try:
+        file = TorchFile(path)
+    except CheckpointError as error:
+        errors.append(error)
+        return False
+    return is_metaseq(list(file.shapes)) or any(
+        name not in (None, key) for key in file.shapes for name in (from_hf(key), *from_metaseq(key))
+    )
+
+
+def _is_metaseq(file: TorchFile) -> bool:
+    keys = list(file.shapes)
+    return is_metaseq(keys) or (file.wrapped and not any(key.startswith("model.decoder.") for key in keys))
+
+
+def _as_metaseq(files: FileSet) -> Found:
+    for path in files.files.values():
+        _check_link(path)
+    kind = "metaseq, one file" if len(files.files) == 1 else "metaseq, model parallel parts"
+    if files.shards > 1:
+        kind = "metaseq, FSDP shards"
+    paths = tuple(files.files[key] for key in sorted(files.files))
+    return Found(kind, files.folder, paths, files, tuple(files.missing))
+
+
+def _single(path: Path) -> Found:
+    _check_link(path)
+    kind = "Hugging Face, safetensors" if path.suffix == ".safetensors" else "Hugging Face, pickle"
+    return Found(kind, path.parent, (path,))
+
+
+def _indexed(index: Path) -> Found:
+    names = _shard_names(index)
+    for name in names:
+        if Path(name).name != name or name in ("", ".", ".."):
+            raise CheckpointError(f"{index}: shards must lie in the folder itself, got {some(names)}.")
+        _check_link(index.parent / name)
+    kind = f"Hugging Face, {'safetensors' if 'safetensors' in index.name else 'pickle'} in {len(names)} shards"
+    missing = tuple(name for name in names if not (index.parent / name).is_file())
+    return Found(kind, index.parent, tuple(index.parent / name for name in names), missing=missing)
+
+
+def _shard_names(index: Path) -> list[str]:
+    try:
+        weight_map = read_json(index).get("weight_map")
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None
+    if not isinstance(weight_map, dict):
+        raise CheckpointError(f"{index}: expected a weight_map from keys to files. Fetch it again.")
+    return sorted({str(name) for name in weight_map.values()})
+
+
+def _check_link(path: Path) -> None:
+    """Refuses a link that leads out of its folder; in the hub's cache each file is one, to the ``blobs`` beside."""
+    if not path.is_symlink():
+        return
+    target, folder = path.resolve(), path.parent.resolve()
+    blobs = next((p.parent / "blobs" for p in folder.parents if p.name == "snapshots"), None)
+    if not target.is_relative_to(folder) and (blobs is None or not target.is_relative_to(blobs)):
+        raise CheckpointError(f"{path}: a link that leads out of its folder, to {target}. Name the file it leads to.")
+
+
+def open_checkpoint(path: Path, model_config: OPTConfig | str | Path | None = None) -> Checkpoint:
+    """Opens all files of a checkpoint and checks that they are exactly a model's; no numbers are read but samples.
+
+    Args:
+        path: a folder that holds one checkpoint, or any one file of it.
+        model_config: instead of what the files say: a configuration, the name of a preset, or a config.json.
+
+    Raises:
+        MissingFileError: if a file is not there.
+        CheckpointError: if files cannot be read, do not belong together, or are not an OPT's.
+        ValueError: if ``model_config`` is none.
+    """
+    override = resolve_config(model_config)
+    found = find_files(path)
+    if found.metaseq is not None:
+        content = open_metaseq(found.metaseq, override)
+        _compare_config_json(found.folder, content.config, content.config_source)
+        checkpoint = Checkpoint(found, content.config, content.config_source, content.tensors, tuple(content.heads))
+    else:
+        checkpoint = _open_hf(found, override)
+    return _matched(checkpoint)
+
+
+def find_tokenizer(checkpoint: Checkpoint) -> Path | None:
+    """The folder of a checkpoint's tokenizer: beside the weights, or one up; ``None`` where there is none."""
+    folder = checkpoint.found.folder
+    return next((place for place in (folder, folder.resolve().parent) if Tokenizer.is_in(place)), None)
+
+
+def _open_hf(found: Found, override: OPTConfig | None) -> Checkpoint:
+    if found.missing:
+        raise MissingFileError(f"{found.folder}: {len(found.missing)} of the {len(found.files)} files in its index are "
+                               f"missing: {some(found.missing)}. Fetch them again.")  # fmt: skip
+    files = [_open(path) for path in found.files]
+    counts = Counter(key for file in files for key in file.shapes)
+    if twice := sorted(key for key, count in counts.items() if count > 1):
+        raise CheckpointError(f"{found.folder}: stored in several of its files: {some(twice)}. Fetch the files again.")
+    where = found.files[0] if len(files) == 1 else found.folder
+    pieces = {key: Slice.whole(file, key) for file in files for key in file.shapes}
+    named: dict[str, tuple[str, Slice]] = {}
+    twice, strange = [], []
+    for key, piece in pieces.items():
+        name = from_hf(key)
+        if name is None or key == HF_HEAD:
+            continue
+        if name == key:
+            strange.append(key)
+        elif name in named:
+            twice.append(f"{named[name][0]} and {key}")
+        named.setdefault(name, (key, piece))
+    if (other := looks_like(strange)) and "embed_tokens.weight" not in named:
+        raise CheckpointError(f"{where}: this looks like {other}, not an OPT. minopt opens OPT and Galactica.")
+    if twice:
+        raise CheckpointError(f"{where}: {len(twice)} stored twice ({some(twice)}). Keep one of each.")
+    head = pieces.get(HF_HEAD)
+    if "embed_tokens.weight" not in named and head is not None:
+        named["embed_tokens.weight"], head = (HF_HEAD, head), None  # tied, written once under the head's name
+    config, source = _hf_config(
+        found.folder, override, {name: piece.shape for name, (_, piece) in named.items()}, where
+    )
+    tensors = {name: SourceTensor(name, p.shape, p.dtype, (p,)) for name, (_, p) in named.items()}
+    return Checkpoint(found, config, source, tensors, () if head is None else ((head, 0),))
+
+
+def _open(path: Path) -> TensorFile:
+    return SafetensorsFile(path) if path.suffix == ".safetensors" else TorchFile(path)
+
+
+def _hf_config(
+    folder: Path, override: OPTConfig | None, shapes: dict[str, tuple[int, ...]], where: Path
+) -> tuple[OPTConfig, str]:
+    if override is not None:
+        return override, "as given"
+    if (folder / "config.json").is_file():
+        return _read_config(folder / "config.json"), "config.json"
+    return infer_config(facts_of(shapes, where), where), "its tensors"
+
+
+def _read_config(path: Path) -> OPTConfig:
+    try:
+        return OPTConfig.load(path)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None
+
+
+def _compare_config_json(folder: Path, config: OPTConfig, source: str) -> None:
+    """A config.json beside metaseq's files may not contradict them."""
+    path = folder / "config.json"
+    if source == "as given" or not path.is_file():
+        return
+    other = _read_config(path)
+    fields = ("hidden_size", "num_hidden_layers", "num_attention_heads", "ffn_dim", "word_embed_proj_dim", "vocab_size",
+              "max_position_embeddings", "do_layer_norm_before", "activation_function")  # fmt: skip
+    wrong = [f"{name} is {getattr(other, name)} there and {getattr(config, name)} in {source}"
+             for name in fields if getattr(other, name) != getattr(config, name)]  # fmt: skip
+    if wrong:
+        raise CheckpointError(f"{path}: {'; '.join(wrong)}. Name the right one with --model-config.")
+
+
+def resolve_config(model_config: OPTConfig | str | Path | None) -> OPTConfig | None:
+    """A configuration, from itself, the name of a preset ("opt-125m", "facebook/opt-125m", "125m") or a config.json.
+
+    Raises:
+        ValueError: if there is no such preset or file, or the file is none.
+    """
+    if model_config is None or isinstance(model_config, OPTConfig):
+        return model_config
+    if Path(model_config).exists():
+        return OPTConfig.load(model_config)
+    name = str(model_config).rpartition("/")[2].lower()
+    try:
+        return OPTConfig.preset(name if "-" in name else f"opt-{name}")
+    except ValueError as error:
+        raise ValueError(f"model_config: {model_config}: no such file, and {error}") from None
+
+
+def _matched(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint with its tensors in the model's order, all there.
+
+    Raises:
+        CheckpointError: naming what is missing, unexpected or of the wrong shape, all at once.
+    """
+    found, config, tensors = checkpoint.found, checkpoint.config, checkpoint.tensors
+    where = found.folder if len(found.files) > 1 or found.metaseq is None else found.files[0]
+    layers = {name.split(".")[1] for name in tensors if name.startswith("layers.")}
+    if config.num_hidden_layers > len(layers):  # before so many are built
+        raise CheckpointError(
+            f"{where}: num_hidden_layers is {config.num_hidden_layers} in {_of(checkpoint)}, the tensors are of "
+            f"{len(layers)} layers. Do config and weights belong together?"
+        )
+    expected = {name: tuple(p.shape) for name, p in OPT(config, device="meta").state_dict().items()}
+    wrong = [f"{n}: expected {list(expected[n])}, got {list(t.shape)}"
+             for n, t in tensors.items() if n in expected and t.shape != expected[n]]  # fmt: skip
+    wrong += [f"{n}: expected float64, float32, float16 or bfloat16, got another kind"
+              for n, t in tensors.items() if expected.get(n) == t.shape and t.dtype is None]  # fmt: skip
+    missing = [name for name in expected if name not in tensors]
+    unexpected = [_key(tensor) for name, tensor in tensors.items() if name not in expected]
+    problems = [
+        f"{len(names)} {what} ({some(names)})"
+        for what, names in (("missing", missing), ("unexpected", unexpected), ("of the wrong shape or kind", wrong))
+        if names
+    ]
+    if problems:
+        hint = "Do config and weights belong together?"
+        if set(missing) & {"final_layer_norm.weight", "final_layer_norm.bias"}:
+            hint = (
+                "A fine-tune made before transformers 4.20.1 has no final_layer_norm: if this is one, set "
+                '"_remove_final_layer_norm": true in its config.json.'
+            )
+        raise CheckpointError(f"{where}: the tensors are not those of {_of(checkpoint)}: {'; '.join(problems)}. {hint}")
+    return Checkpoint(
+        found, config, checkpoint.config_source, {name: tensors[name] for name in expected}, checkpoint.heads
+    )
+
+
+def _of(checkpoint: Checkpoint) -> str:
+    return "the given configuration" if checkpoint.config_source == "as given" else checkpoint.config_source
+
+
+def _key(tensor: SourceTensor) -> str:
+    return tensor.slices[0].runs[0].key if tensor.slices[0].runs else tensor.name
