@@ -191,7 +191,9 @@ def _foreign(path: str, **members: Any) -> type:
 
 _ModelConfig = _foreign("metaseq.models.transformer_lm.TransformerLanguageModelConfig")
 _LockingArray = _foreign(  # pickles as bytes and a count, which only its own __setstate__ could take
-    "metaseq.data.document_to_sequence.LockingArray", __getstate__=lambda self: (bytes(range(250, 254)), 4)
+    "metaseq.data.document_to_sequence.LockingArray",
+    __getstate__=lambda self: (bytes(range(250, 254)), 4),
+    __setstate__=lambda self, state: None,
 )
 _DictConfig = _foreign("omegaconf.dictconfig.DictConfig")
 _AnyNode = _foreign("omegaconf.nodes.AnyNode")

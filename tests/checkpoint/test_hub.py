@@ -19,6 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.checkpoint.metaseq_files import write_metaseq
 from tests.conftest import build_reference
 from tests.hub_server import Hub
 
@@ -165,6 +166,8 @@ LOADED: dict[str, dict[str, Any]] = {
     "old-name": {"name_or_path": "old-name"},
     "branch": {"name_or_path": "tester/history", "revision": "tries/second"},
     "commit": {"name_or_path": "tester/history", "revision": "(set below)"},
+    "metaseq": {"name_or_path": "tester/metaseq"},
+    "metaseq-parts": {"name_or_path": "tester/metaseq-parts"},
 }
 REFUSED: dict[str, dict[str, Any]] = {
     "unknown": {"name_or_path": "tester/unknown"},
@@ -194,7 +197,10 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Published]:
     }
     assert sum(name.endswith(".safetensors") for name in files["shards"]) > 2
     references |= {"old-name": references["all-formats"], "pickled-shards": references["shards"]}
+    references |= {"metaseq": references["pickle"], "metaseq-parts": references["commit"]}
     wrong_pickle = {"pytorch_model.bin": b"not wanted"}
+    (singleton,) = write_metaseq(folder / "singleton", references["metaseq"], stem="restored")
+    parts = write_metaseq(folder / "parts", references["metaseq-parts"], parts=2)
     with Hub() as hub:
         hub.add("tester/all-formats", files["all-formats"] | wrong_pickle | tokenizer_files() | OTHER_FILES)
         hub.add("tester/pickle", as_pickles(files["pickle"], folder / "pickle") | tokenizer_files() | OTHER_FILES)
@@ -208,6 +214,8 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Published]:
         hub.add("tester/gated", files["all-formats"], token=TOKEN, gated=True)
         hub.add("tester/no-model", {"README.md": b"", "data.csv": b""})
         hub.add("tester/no-weights", {"config.json": files["pickle"]["config.json"]} | OTHER_FILES)
+        hub.add("tester/metaseq", {"model/restored.pt": singleton.read_bytes(), "dict.txt": b""} | tokenizer_files())
+        hub.add("tester/metaseq-parts", {path.name: path.read_bytes() for path in parts} | {"README.md": b""})
         hub.answer_only("tester/forbidden", 403)
         hub.answer_only("tester/out-of-order", 500)
         hub.answer_only("tester/silent", 0)
@@ -238,6 +246,13 @@ def test_all_shards_are_fetched(published: Published, label: str, stem: str) -> 
     weights = [name for name in repository.commits[repository.refs["main"]] if name.startswith(stem)]
     assert len(weights) > 3
     assert published.fetched[f"tester/{label}"] == sorted([*weights, "config.json", "generation_config.json"])
+
+
+@pytest.mark.parametrize("label", ["metaseq", "metaseq-parts"])
+def test_repositories_of_metaseqs_files_are_loaded(published: Published, label: str) -> None:
+    """One with its file in a folder beside the tokenizer's, as tutorials of 2022 clone; one with parts."""
+    published.assert_loaded(label)
+    assert not {"dict.txt", "README.md"} & set(published.fetched[f"tester/{label}"])
 
 
 def test_a_name_without_owner_is_one_of_the_hub(published: Published) -> None:

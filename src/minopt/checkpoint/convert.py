@@ -182,12 +182,13 @@ def _fill_part(
     if dim is not None:
         shape[dim] //= parts
     if fused is None:
-        if dim == 0:
-            state[to_metaseq(name)] = torch.empty(shape, dtype=dtype or tensor.dtype)
-            tensor.read_into(state[to_metaseq(name)].view(-1), part * math.prod(shape))
+        share = state[to_metaseq(name)] = torch.empty(shape, dtype=dtype or tensor.dtype)
+        if dim == 1:
+            tensor.read_columns(share, part * shape[1])
+        elif dim == 0 or part > 0:
+            tensor.read_into(share.view(-1), part * math.prod(shape) if dim == 0 else 0)
         else:
-            whole = tensor.read(dtype)
-            state[to_metaseq(name)] = whole if dim is None else whole.chunk(parts, dim)[part].clone()
+            share.copy_(tensor.read(dtype))  # compares what the source's parts hold alike, once
         return
     if fused not in state:
         state[fused] = torch.empty([3 * shape[0], *shape[1:]], dtype=dtype or tensor.dtype)

@@ -122,7 +122,9 @@ def open_metaseq(files: FileSet, override: OPTConfig | None) -> MetaseqTensors:
     named = [_named(share, part[0].path) for share, part in zip(shares, parts, strict=True)]
     heads = [share.pop(METASEQ_HEAD, None) for share in shares]
     _check_alike(named, parts)
-    check_distinct(_samples(named))
+    for shards in parts:
+        check_distinct(_flat_runs(shards))
+    check_distinct(_split_runs(named))
     tensors = {name: _join(name, [part[name] for part in named]) for name in named[0]}
     _check_count(tensors, files)
     facts = facts_of({name: tensor.shape for name, tensor in tensors.items()}, parts[0][0].path)
@@ -325,7 +327,7 @@ def _named(share: dict[str, Slice], path: Path) -> dict[str, Slice]:
     if strange:
         other = looks_like(strange)
         raise CheckpointError(f"{path}: {len(strange)} tensors are not an OPT's: {some(strange)}. "
-                              + (f"This looks like {other}." if other else "Is it an OPT's checkpoint?"))  # fmt: skip
+                              + (f"To judge by them, this looks like {other}." if other else "Is it an OPT?"))  # fmt: skip
     return named
 
 
@@ -342,8 +344,17 @@ def _check_alike(named: list[dict[str, Slice]], parts: list[list[TorchFile]]) ->
                                       f"{one.dtype} in {first.name}. Are the parts of one model?")  # fmt: skip
 
 
-def _samples(named: list[dict[str, Slice]]) -> dict[Path, list[Run]]:
-    """Some of what each file alone has: of the tensors that parts split, not of those that each holds."""
+def _flat_runs(part: list[TorchFile]) -> dict[Path, list[Run]]:
+    """Flat tensors of each shard of a part: no two shards hold the same numbers."""
+    runs: dict[Path, list[Run]] = {}
+    for file in part:
+        flat = [key for key in file.shapes if _FLAT.fullmatch(key) and file.dtypes[key] is not None]
+        runs[file.path] = [Run(file, key, 0, math.prod(file.shapes[key])) for key in flat[:4]]
+    return runs
+
+
+def _split_runs(named: list[dict[str, Slice]]) -> dict[Path, list[Run]]:
+    """Some runs of each file of tensors that parts split: no two parts hold the same numbers of those."""
     samples: dict[Path, list[Run]] = {}
     for share in named:
         for name, piece in share.items():

@@ -117,13 +117,8 @@ class SourceTensor:
             CheckpointError: if parts hold different numbers where each should hold the same.
         """
         out = torch.empty(self.shape, dtype=dtype or self.dtype)
-        if self.dim == 1 and len(self.slices) > 1:
-            column = 0
-            for piece in self.slices:
-                share = torch.empty(piece.shape, dtype=out.dtype)
-                piece.read_into(share.view(-1))
-                out[:, column : column + piece.shape[1]] = share
-                column += piece.shape[1]
+        if self.dim == 1:
+            self.read_columns(out, 0)
         else:
             self.read_into(out.view(-1))
         if self.dim is None:
@@ -134,6 +129,22 @@ class SourceTensor:
                         "different numbers. Are the parts of one model?"
                     )
         return out
+
+    def read_columns(self, out: Tensor, first: int) -> None:
+        """Fills ``out``, as high as the tensor, with its columns from column ``first`` on, cast to its dtype."""
+        begin = 0
+        for piece in self.slices if self.dim == 1 else self.slices[:1]:
+            height, width = piece.shape
+            low, high = max(first, begin), min(first + out.shape[1], begin + width)
+            if out.shape[1] == width and low == first == begin:
+                piece.read_into(out.view(-1))
+                return
+            step = max(1, _CHUNK_NUMBERS // max(1, width))
+            for row in range(0, height if low < high else 0, step):
+                rows = torch.empty(min(step, height - row), width, dtype=out.dtype)
+                piece.read_into(rows.view(-1), row * width)
+                out[row : row + len(rows), low - first : high - first] = rows[:, low - begin : high - begin]
+            begin += width
 
     def read_into(self, out: Tensor, start: int = 0) -> None:
         """Fills ``out`` (one dim) with numbers from number ``start`` on; not for tensors joined along dim 1."""
@@ -178,7 +189,7 @@ def check_distinct(files: Mapping[Path, Sequence[Run]]) -> None:
     """
     seen: dict[bytes, Path] = {}
     for path, runs in files.items():
-        sample = torch.cat([_beginning(run) for run in runs])
+        sample = torch.cat([torch.empty(0), *(_beginning(run) for run in runs)])
         if len(set(sample.tolist())) < 16:  # too few to tell, or constants
             continue
         first = seen.setdefault(sample.numpy().tobytes(), path)
