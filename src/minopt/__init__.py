@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from minopt.cache import KVCache
+    from minopt.checkpoint.convert import convert
     from minopt.checkpoint.errors import CheckpointError
+    from minopt.checkpoint.inspect import inspect_checkpoint
     from minopt.checkpoint.load import load_model
     from minopt.checkpoint.save import save_model
     from minopt.config import OPTConfig
@@ -30,7 +32,9 @@ DEMO = str(Path(__file__).parent / "demo")
 _HOME = {
     "KVCache": "minopt.cache",
     "load_model": "minopt.checkpoint.load",
+    "convert": "minopt.checkpoint.convert",
     "CheckpointError": "minopt.checkpoint.errors",
+    "inspect_checkpoint": "minopt.checkpoint.inspect",
     "save_model": "minopt.checkpoint.save",
     "OPTConfig": "minopt.config",
     "GenerationConfig": "minopt.generation.config",
@@ -54,7 +58,9 @@ __all__ = [
     "LanguageModel",
     "OPTConfig",
     "Tokenizer",
+    "convert",
     "generate",
+    "inspect_checkpoint",
     "load",
     "load_model",
     "save_model",

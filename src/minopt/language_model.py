@@ -219,6 +219,11 @@ def load(
 
 def _warn_of_conflicts(config: OPTConfig, tokenizer: Tokenizer, folder: Path) -> None:
     """Config files that name another token than the tokenizer does have been published (transformers issue 17431)."""
+    if len(tokenizer) > config.vocab_size:
+        logger.warning(
+            "%s: the tokenizer has %d tokens, the model %d rows for them. Is it this model's?",
+            folder, len(tokenizer), config.vocab_size,
+        )  # fmt: skip
     for name, known in (
         ("bos", (config.bos_token_id,)),
         ("eos", config.eos_token_ids),

@@ -327,7 +327,7 @@ def _named(share: dict[str, Slice], path: Path) -> dict[str, Slice]:
     if strange:
         other = looks_like(strange)
         raise CheckpointError(f"{path}: {len(strange)} tensors are not an OPT's: {some(strange)}. "
-                              + (f"To judge by them, this looks like {other}." if other else "Is it an OPT?"))  # fmt: skip
+                              + (f"To judge by them, this looks like {other}." if other else "Is it one?"))  # fmt: skip
     return named
 
 
