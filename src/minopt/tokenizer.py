@@ -75,7 +75,7 @@ class Tokenizer:
         if "added_tokens_decoder" not in settings:
             settings |= _read_json(folder / "special_tokens_map.json")
             added = _read_json(folder / "added_tokens.json")
-        if files != ("tokenizer.json",):
+        if len(files) == 2 or (files == ("gpt2-unified.json",) and not (folder / "tokenizer_config.json").is_file()):
             settings = _OPT_TOKENS | {"add_bos_token": True} | settings
         eos = None
         if len(files) == 1:

@@ -8,7 +8,7 @@ import logging
 import math
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -19,7 +19,7 @@ from minopt.checkpoint.errors import CheckpointError, some
 from minopt.checkpoint.load import resolve_dtype
 from minopt.checkpoint.names import FUSED, fused_key, shard_dim, to_hf, to_metaseq
 from minopt.checkpoint.pieces import SourceTensor, main_dtype
-from minopt.checkpoint.save import REPLACED, TOKENIZER_FILES, replacing, write_config, write_json, write_safetensors
+from minopt.checkpoint.save import TOKENIZER_FILES, replacing, write_config, write_json, write_safetensors
 from minopt.checkpoint.source import Checkpoint, find_tokenizer, open_checkpoint
 from minopt.config import OPTConfig, read_json
 from minopt.tokenizer import Tokenizer
@@ -28,8 +28,6 @@ logger = logging.getLogger(__name__)
 
 FORMATS = ("hf", "metaseq")
 MAX_SHARD_BYTES = 2_000_000_000
-
-_METASEQ_FILES = ("reshard.pt", "reshard-model_part-*.pt", "gpt2-vocab.json", "gpt2-merges.txt")
 
 
 def convert(
@@ -89,17 +87,18 @@ def convert(
     reader = None if folder is None else Tokenizer.load(folder)
     if reader is None:
         logger.warning("%s: no tokenizer's files beside the weights, so none are written.", checkpoint.found.folder)
+    generation = _generation_config(checkpoint)
     total = sum(t.numel * (number_type or t.dtype or torch.float32).itemsize for t in checkpoint.tensors.values())
     _check_space(destination, total)
     # A bar of bytes would be finer, but a tensor is what is read and written as one.
     with (
         tqdm(total=len(checkpoint.tensors) * (parts if format == "metaseq" else 1), unit=" tensors", file=sys.stderr,
              disable=not show_progress, desc=destination.name) as bar,
-        replacing(destination, (*REPLACED, *TOKENIZER_FILES, *_METASEQ_FILES, "generation_config.json")) as new,
+        replacing(destination, (*TOKENIZER_FILES, "generation_config.json")) as new,
     ):  # fmt: skip
         if format == "hf":
             _write_hf(new, checkpoint, number_type, max_shard_bytes, bar.update)
-            _write_generation_config(new, checkpoint)
+            write_json(new / "generation_config.json", generation)
         else:
             _write_parts(new, checkpoint, number_type, parts, bar.update)
         write_config(new, checkpoint.config, number_type or main_dtype(checkpoint.tensors.values()))
@@ -111,8 +110,9 @@ def _check_destination(checkpoint: Checkpoint, source: Path, destination: Path, 
     here, there = checkpoint.found.folder.resolve(), destination.resolve()
     if here == there or here.is_relative_to(there):
         raise ValueError(f"{destination}: is, or holds, the source {source}. Name another destination.")
-    if destination.exists() and not destination.is_dir():
-        raise FileExistsError(f"{destination}: expected a folder to write to, got a file. Name another.")
+    file = next((p for p in (destination, *destination.parents) if p.exists() and not p.is_dir()), None)
+    if file is not None:
+        raise FileExistsError(f"{destination}: expected a folder to write to, {file} is a file. Name another.")
     if not force and destination.is_dir() and any(destination.iterdir()):
         raise FileExistsError(f"{destination}: is there already. Name another folder, or replace it with --force.")
 
@@ -152,12 +152,13 @@ def _write_hf(
     write_safetensors(new, sizes, read, max_bytes)
 
 
-def _write_generation_config(new: Path, checkpoint: Checkpoint) -> None:
+def _generation_config(checkpoint: Checkpoint) -> Mapping[str, object]:
+    """The content of the source's generation_config.json, or of one made from its configuration."""
     path, config = checkpoint.found.folder / "generation_config.json", checkpoint.config
     eos = list(config.eos_token_id) if isinstance(config.eos_token_id, tuple) else config.eos_token_id
     own = {"_from_model_config": True, "bos_token_id": config.bos_token_id, "eos_token_id": eos,
            "pad_token_id": config.pad_token_id}  # fmt: skip
-    write_json(new / "generation_config.json", read_json(path) if path.is_file() else own)
+    return read_json(path) if path.is_file() else own
 
 
 def _write_parts(
@@ -216,7 +217,9 @@ def _metaseq_settings(config: OPTConfig, parts: int) -> dict[str, object]:
 
 
 def _write_vocabulary(new: Path, tokenizer: Tokenizer) -> None:
-    """Writes the two files that metaseq reads a tokenizer from."""
+    """Writes what metaseq reads a tokenizer from: one file, or in older versions two, which lack added tokens."""
+    tokenizer.save(new)
+    (new / "tokenizer.json").rename(new / "gpt2-unified.json")
     model = json.loads(tokenizer.backend.to_str())["model"]
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
     vocabulary = json.dumps(model["vocab"], ensure_ascii=False)

@@ -13,6 +13,10 @@ class MissingFileError(CheckpointError, FileNotFoundError):
     """A checkpoint of which a file is not there."""
 
 
+class AmbiguousPathError(CheckpointError):
+    """A path that leads to several checkpoints."""
+
+
 def some(names: Sequence[object], most: int = 5) -> str:
     """The first few of several names, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from minopt.checkpoint.errors import CheckpointError
+from minopt.checkpoint.errors import AmbiguousPathError, CheckpointError, MissingFileError
 from minopt.checkpoint.pieces import Run, SourceTensor
-from minopt.checkpoint.source import Checkpoint, find_files, find_tokenizer, open_checkpoint
+from minopt.checkpoint.source import Checkpoint, find_files, find_tokenizer, open_checkpoint, weight_files
 from minopt.config import OPTConfig
 
 # A shard of 175B that was damaged at its source held weights up to 5e4 (metaseq issue 122); sound ones stay far below.
@@ -121,13 +121,21 @@ def inspect_checkpoint(
 
     Raises:
         FileNotFoundError: if there is no such path, or no weights in it.
-        CheckpointError: if it holds several checkpoints.
+        AmbiguousPathError: if it holds several checkpoints.
         ValueError: if ``model_config`` is none.
     """
     path = Path(path).expanduser()
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder.")
-    found = find_files(path)
+    try:
+        found = find_files(path)
+    except (AmbiguousPathError, MissingFileError):
+        raise
+    except CheckpointError as error:
+        folder = path if path.is_dir() else path.parent
+        names = [name for name in weight_files(folder) if path.is_dir() or name == path.name]
+        files = {name: (folder / name).stat().st_size for name in names}
+        return Report(str(path), "cannot be told", files, 1, len(files), problem=str(error))
     parts, shards = (found.metaseq.parts, found.metaseq.shards) if found.metaseq else (1, len(found.files))
     files = {file.name: file.stat().st_size for file in found.files if file.is_file()}
     base = Report(str(path), found.kind, files, parts, shards, found.missing)
@@ -145,6 +153,8 @@ def _describe(base: Report, checkpoint: Checkpoint, check: bool, digest: bool, s
     for tensor in tqdm(checkpoint.tensors.values(), unit=" tensors", file=sys.stderr, disable=disable, leave=False):
         dtypes[_name(tensor.dtype)] = dtypes.get(_name(tensor.dtype), 0) + tensor.numel
         try:
+            if check:
+                tensor.check_copies()
             findings = tuple(check_values(tensor)) if check else None
             own = digest_of(tensor) if digest else None
         except CheckpointError as error:
@@ -243,7 +253,7 @@ def _render(report: Report, tensors: bool) -> str:
         rows.append(("parts x shards", f"{report.parts} x {report.shards}"))
     names = list(report.files)
     listed = ", ".join(names) if count <= 4 else f"{names[0]} ... {names[-1]}"
-    rows.append(("files", f"{count}, {_bytes(size)} ({listed})"))
+    rows.append(("files", f"{count}, {_bytes(size)} ({listed})" if names else "none that can be read"))
     if report.missing:
         shown = ", ".join(report.missing[:8])
         more = f" and {len(report.missing) - 8} more" if len(report.missing) > 8 else ""

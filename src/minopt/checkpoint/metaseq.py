@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from minopt.checkpoint.errors import CheckpointError, MissingFileError, some
-from minopt.checkpoint.metaseq_config import config_of, facts_of, settings_of
+from minopt.checkpoint.metaseq_config import check_agreement, config_of, facts_of, settings_of
 from minopt.checkpoint.names import METASEQ_HEAD, from_metaseq, looks_like, shard_dim
 from minopt.checkpoint.pieces import Run, Slice, SourceTensor, check_distinct
 from minopt.checkpoint.read import TorchFile
@@ -101,12 +101,13 @@ class MetaseqTensors:
     heads: list[tuple[Slice, int]]
 
 
-def open_metaseq(files: FileSet, override: OPTConfig | None) -> MetaseqTensors:
+def open_metaseq(files: FileSet, override: OPTConfig | None, beside: OPTConfig | None) -> MetaseqTensors:
     """Opens all files of a set, and puts together what they hold; no numbers are read but a sample of each.
 
     Args:
         files: the set.
         override: a configuration that goes before the one in the files.
+        beside: of a config.json beside them, which may not contradict them.
 
     Raises:
         MissingFileError: naming the parts and shards that are not there.
@@ -118,7 +119,7 @@ def open_metaseq(files: FileSet, override: OPTConfig | None) -> MetaseqTensors:
     opened = {key: TorchFile(path) for key, path in sorted(files.files.items())}
     parts = [[opened[part, shard] for shard in range(files.shards)] for part in range(files.parts)]
     settings = settings_of(parts[0][0].content)
-    shares = [_share(part, settings, override, len(parts)) for part in parts]
+    shares = [_share(part, settings, override or beside, len(parts)) for part in parts]
     named = [_named(share, part[0].path) for share, part in zip(shares, parts, strict=True)]
     heads = [share.pop(METASEQ_HEAD, None) for share in shares]
     _check_alike(named, parts)
@@ -128,7 +129,13 @@ def open_metaseq(files: FileSet, override: OPTConfig | None) -> MetaseqTensors:
     tensors = {name: _join(name, [part[name] for part in named]) for name in named[0]}
     _check_count(tensors, files)
     facts = facts_of({name: tensor.shape for name, tensor in tensors.items()}, parts[0][0].path)
-    config, source = (override, "as given") if override else config_of(settings, facts, parts[0][0].path)
+    if override is not None:
+        config, source = override, "as given"
+    elif beside is not None:
+        check_agreement(beside, settings, files.folder / "config.json")
+        config, source = beside, "config.json"
+    else:
+        config, source = config_of(settings, facts, parts[0][0].path)
     row, placed = 0, []
     for head, part in zip(heads, named, strict=True):
         if head is not None:
@@ -139,7 +146,7 @@ def open_metaseq(files: FileSet, override: OPTConfig | None) -> MetaseqTensors:
 
 
 def _share(
-    files: list[TorchFile], settings: Mapping[str, Any], override: OPTConfig | None, parts: int
+    files: list[TorchFile], settings: Mapping[str, Any], known: OPTConfig | None, parts: int
 ) -> dict[str, Slice]:
     """One part's tensors under metaseq's keys, from its shards."""
     first = files[0]
@@ -151,7 +158,7 @@ def _share(
     metadata = [file.content.get("shard_metadata") for file in files]
     share = {key: Slice.whole(first, key) for key in first.shapes if key not in flat}
     if all(data is None for data in metadata):
-        groups = _documented_groups(files, settings, override, parts)
+        groups = _documented_groups(files, settings, known, parts)
     else:
         groups = [_groups(data, file.path) for data, file in zip(metadata, files, strict=True)]
     for file, own in zip(files, groups, strict=True):

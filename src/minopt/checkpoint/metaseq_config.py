@@ -91,10 +91,34 @@ def config_of(settings: Mapping[str, Any], facts: Mapping[str, Any], path: objec
     return _build({**facts, **copied, "num_attention_heads": settings["decoder_attention_heads"]}, path), "its cfg"
 
 
+def check_agreement(config: OPTConfig, settings: Mapping[str, Any], path: object) -> None:
+    """A config.json beside metaseq's files says more than their ``cfg``, but nothing else.
+
+    Raises:
+        CheckpointError: naming the fields in which they differ.
+    """
+    shared = {**_CONFIRMED, "num_attention_heads": "decoder_attention_heads", "activation_function": "activation_fn"}
+    wrong = [f"{ours} is {getattr(config, ours)} there and {settings[theirs]} in the cfg of the weights"
+             for ours, theirs in shared.items()
+             if settings.get(theirs) is not None and settings[theirs] != getattr(config, ours)]  # fmt: skip
+    if wrong:
+        raise CheckpointError(f"{path}: {'; '.join(wrong)}. Name the right one with --model-config.")
+
+
 def settings_of(content: Mapping[str, Any]) -> dict[str, Any]:
     """The plain values of ``cfg["model"]``, or of ``args`` in older files, whatever classes they were objects of."""
     of_model = _fields(_fields(content.get("cfg")).get("model")) or _fields(content.get("args"))
-    return {str(key): _plain(value) for key, value in of_model.items()}
+    plain = ((str(key), _plain(value)) for key, value in of_model.items())
+    return {key: value for key, value in plain if _is_setting(value)}
+
+
+def _is_setting(value: Any) -> bool:
+    """Whether a value is a number or a word: what a configuration consists of, and an error can show."""
+    return (
+        (is_int(value) and abs(value) < 2**63)
+        or isinstance(value, (bool, float))
+        or (isinstance(value, str) and len(value) < 100)
+    )
 
 
 def _fields(value: Any) -> Mapping[Any, Any]:

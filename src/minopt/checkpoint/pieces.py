@@ -130,14 +130,21 @@ class SourceTensor:
             self.read_columns(out, 0)
         else:
             self.read_into(out.view(-1))
-        if self.dim is None:
-            for other in self.slices[1:]:
-                if not same_numbers(self.slices[0], other):
-                    raise CheckpointError(
-                        f"{self.name}: every model parallel part holds it, and {self.slices[0]} and {other} hold "
-                        "different numbers. Are the parts of one model?"
-                    )
+        self.check_copies()
         return out
+
+    def check_copies(self) -> None:
+        """Compares what every part holds.
+
+        Raises:
+            CheckpointError: if parts hold different numbers where each should hold the same.
+        """
+        for other in self.slices[1:] if self.dim is None else ():
+            if not same_numbers(self.slices[0], other):
+                raise CheckpointError(
+                    f"{self.name}: every model parallel part holds it, and {self.slices[0]} and {other} hold different "
+                    "numbers. Are the parts of one model?"
+                )
 
     def read_columns(self, out: Tensor, first: int) -> None:
         """Fills ``out``, as high as the tensor, with its columns from column ``first`` on, cast to its dtype."""

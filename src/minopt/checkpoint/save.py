@@ -17,17 +17,15 @@ from torch import Tensor
 
 from minopt.checkpoint.errors import first_line, some
 from minopt.checkpoint.names import to_hf
-from minopt.checkpoint.source import PICKLES, SAFETENSORS
+from minopt.checkpoint.source import weight_files
 from minopt.config import OPTConfig
 from minopt.model import OPT
 from minopt.tokenizer import Tokenizer
 
 MAX_SHARD_BYTES = 5_000_000_000  # what transformers 4 splits at
 
-# What a save replaces: weights of every layout, lest an old file shadow the new one.
-REPLACED = (*SAFETENSORS, *PICKLES, "config.json")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json",
-                    "special_tokens_map.json")  # fmt: skip
+                    "special_tokens_map.json", "gpt2-vocab.json", "gpt2-merges.txt", "gpt2-unified.json")  # fmt: skip
 
 
 def save_model(
@@ -53,7 +51,7 @@ def save_model(
     """
     folder = Path(folder)
     tensors = _tensors(model)
-    with replacing(folder, REPLACED + (TOKENIZER_FILES if tokenizer else ())) as new:
+    with replacing(folder, TOKENIZER_FILES if tokenizer else ()) as new:
         write_safetensors(new, {key: t.nbytes for key, t in tensors.items()}, tensors.__getitem__, max_shard_bytes)
         if tokenizer is not None:
             tokenizer.save(new)
@@ -129,7 +127,7 @@ def replacing(folder: Path, replaced: tuple[str, ...]) -> Iterator[Path]:
 
     Args:
         folder: what to replace; made, with its parents, if missing.
-        replaced: patterns of the files in ``folder`` that the new one does without; all else comes along.
+        replaced: names of files in ``folder`` that the new one does without, beside weights; all else comes along.
 
     Raises:
         FileExistsError: if ``folder`` is a file, a mount point or the current folder, or holds something other than
@@ -159,10 +157,11 @@ def replacing(folder: Path, replaced: tuple[str, ...]) -> Iterator[Path]:
                 raise
             raise OSError(f"{folder}: cannot be written ({first_line(error)[:200]}). Is the disk full?") from None
         if folder.is_dir():
-            skipped = shutil.ignore_patterns(*replaced, *(p.name for p in new.iterdir()))
+            # Weights of every kind, lest an old file shadow a new one.
+            skipped = {*replaced, "config.json", *weight_files(folder), *(p.name for p in new.iterdir())}
 
             def skipped_here(directory: str, names: list[str]) -> set[str]:
-                return skipped(directory, names) if Path(directory) == folder else set()
+                return skipped & set(names) if Path(directory) == folder else set()
 
             shutil.copytree(folder, new, ignore=skipped_here, copy_function=_link, symlinks=True, dirs_exist_ok=True)
         for path in new.iterdir():

@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from minopt.checkpoint.errors import CheckpointError, MissingFileError, some
+from minopt.checkpoint.errors import AmbiguousPathError, CheckpointError, MissingFileError, some
 from minopt.checkpoint.metaseq import FileSet, group_files, open_metaseq
 from minopt.checkpoint.metaseq_config import facts_of, infer_config
 from minopt.checkpoint.names import HF_HEAD, from_hf, from_metaseq, is_metaseq, looks_like
@@ -86,7 +86,8 @@ def find_files(path: Path) -> Found:
 
     Raises:
         MissingFileError: if there are none.
-        CheckpointError: if there are several checkpoints, or an index or link leads out of the folder.
+        AmbiguousPathError: if there are several checkpoints.
+        CheckpointError: if a file cannot be read, or an index or link leads out of the folder.
     """
     if path.is_dir():
         return _in_folder(path)
@@ -99,7 +100,7 @@ def find_files(path: Path) -> Found:
             return _indexed(index)
     if path.suffix != ".safetensors":
         for files in group_files([p for p in path.parent.iterdir() if p.suffix == path.suffix and p.is_file()]):
-            if path in files.files.values() and _is_metaseq(TorchFile(path)):
+            if path in files.files.values() and _looks_metaseq(path):
                 return _as_metaseq(files)
     return _single(path)
 
@@ -107,16 +108,19 @@ def find_files(path: Path) -> Found:
 def _in_folder(folder: Path) -> Found:
     layout = next((name for name in LAYOUTS if (folder / name).is_file()), None)
     errors: list[CheckpointError] = []
-    sets = [files for files in group_files(list(folder.glob("*.pt"))) if _holds_decoder(files, errors)]
+    groups = group_files(list(folder.glob("*.pt")))
+    sets = [files for files in groups if _holds_decoder(files, errors)]
     found = [f"{layout}"] if layout else []
     found += sorted(next(iter(files.files.values())).name for files in sets)
     if len(found) > 1:
-        raise CheckpointError(f"{folder}: holds {len(found)} checkpoints ({some(found)}). Name the file of one.")
+        raise AmbiguousPathError(f"{folder}: holds {len(found)} checkpoints ({some(found)}). Name the file of one.")
     if layout is not None:
         return _indexed(folder / layout) if layout.endswith(".index.json") else _single(folder / layout)
     if sets:
         path = next(iter(sets[0].files.values()))
         return _as_metaseq(sets[0]) if _is_metaseq(TorchFile(path)) else _single(path)
+    if errors and len(groups) == 1:  # damaged: opening it says how
+        return _as_metaseq(groups[0])
     if errors:
         raise errors[0]
     names = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
@@ -124,6 +128,15 @@ def _in_folder(folder: Path) -> Found:
         f"{folder}: expected weights ({', '.join((*LAYOUTS, *METASEQ))}), found {some(names) or 'nothing'}. "
         "Is this a model's folder, and did its download finish?"
     )
+
+
+def weight_files(folder: Path) -> list[str]:
+    """The names of all files in a folder that hold weights, of whatever checkpoints: what a new one replaces."""
+    names = {path.name for pattern in (*SAFETENSORS, *PICKLES) for path in folder.glob(pattern)}
+    for files in group_files(list(folder.glob("*.pt"))):
+        if _holds_decoder(files, []):
+            names |= {path.name for path in files.files.values()}
+    return sorted(names)
 
 
 def _holds_decoder(files: FileSet, errors: list[CheckpointError]) -> bool:
@@ -138,6 +151,14 @@ def _holds_decoder(files: FileSet, errors: list[CheckpointError]) -> bool:
     return is_metaseq(list(file.shapes)) or any(
         name not in (None, key) for key in file.shapes for name in (from_hf(key), *from_metaseq(key))
     )
+
+
+def _looks_metaseq(path: Path) -> bool:
+    """Whether a file is metaseq's; of a damaged one its name tells."""
+    try:
+        return _is_metaseq(TorchFile(path))
+    except CheckpointError:
+        return path.suffix == ".pt"
 
 
 def _is_metaseq(file: TorchFile) -> bool:
@@ -207,8 +228,9 @@ def open_checkpoint(path: Path, model_config: OPTConfig | str | Path | None = No
     override = resolve_config(model_config)
     found = find_files(path)
     if found.metaseq is not None:
-        content = open_metaseq(found.metaseq, override)
-        _compare_config_json(found.folder, content.config, content.config_source)
+        path = found.folder / "config.json"
+        beside = _read_config(path) if override is None and path.is_file() else None
+        content = open_metaseq(found.metaseq, override, beside)
         checkpoint = Checkpoint(found, content.config, content.config_source, content.tensors, tuple(content.heads))
     else:
         checkpoint = _open_hf(found, override)
@@ -275,20 +297,6 @@ def _read_config(path: Path) -> OPTConfig:
         return OPTConfig.load(path)
     except ValueError as error:
         raise CheckpointError(str(error)) from None
-
-
-def _compare_config_json(folder: Path, config: OPTConfig, source: str) -> None:
-    """A config.json beside metaseq's files may not contradict them."""
-    path = folder / "config.json"
-    if source == "as given" or not path.is_file():
-        return
-    other = _read_config(path)
-    fields = ("hidden_size", "num_hidden_layers", "num_attention_heads", "ffn_dim", "word_embed_proj_dim", "vocab_size",
-              "max_position_embeddings", "do_layer_norm_before", "activation_function")  # fmt: skip
-    wrong = [f"{name} is {getattr(other, name)} there and {getattr(config, name)} in {source}"
-             for name in fields if getattr(other, name) != getattr(config, name)]  # fmt: skip
-    if wrong:
-        raise CheckpointError(f"{path}: {'; '.join(wrong)}. Name the right one with --model-config.")
 
 
 def resolve_config(model_config: OPTConfig | str | Path | None) -> OPTConfig | None:
