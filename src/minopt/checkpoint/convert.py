@@ -112,7 +112,8 @@ def _check_destination(checkpoint: Checkpoint, source: Path, destination: Path, 
         raise ValueError(f"{destination}: is, or holds, the source {source}. Name another destination.")
     file = next((p for p in (destination, *destination.parents) if p.exists() and not p.is_dir()), None)
     if file is not None:
-        raise FileExistsError(f"{destination}: expected a folder to write to, {file} is a file. Name another.")
+        above = "" if file == destination else f" above it, {file}"
+        raise FileExistsError(f"{destination}: expected a folder to write to, got a file{above}. Name another.")
     if not force and destination.is_dir() and any(destination.iterdir()):
         raise FileExistsError(f"{destination}: is there already. Name another folder, or replace it with --force.")
 

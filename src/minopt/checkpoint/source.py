@@ -142,8 +142,8 @@ def weight_files(folder: Path) -> list[str]:
 def _holds_decoder(files: FileSet, errors: list[CheckpointError]) -> bool:
     """Whether files that are called like a checkpoint are one; a training run has an optimizer.pt too."""
     path = next(iter(files.files.values()))
-    _check_link(path)
     try:
+        _check_link(path)
         file = TorchFile(path)
     except CheckpointError as error:
         errors.append(error)
