@@ -223,7 +223,7 @@ def test_a_config_json_beside_may_not_contradict(tmp_path: Path) -> None:
     expect_equal(load_model(tmp_path, device="cpu"), "125m")
     config = (tmp_path / "config.json").read_text()
     (tmp_path / "config.json").write_text(config.replace('"num_attention_heads": 4', '"num_attention_heads": 8'))
-    with pytest.raises(CheckpointError, match=r"config\.json: num_attention_heads is 8 there and 4 in its cfg"):
+    with pytest.raises(CheckpointError, match=r"config\.json: num_attention_heads is 8 there and 4 in the cfg"):
         load_model(tmp_path)
 
 
