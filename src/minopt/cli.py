@@ -155,7 +155,7 @@ def _size(text: str) -> int:
     units = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
     number = text.rstrip("KMGBkmgb ")
     unit = text[len(number) :].strip().upper()
-    if not number.replace(".", "", 1).isdigit() or unit not in units:
+    if not number.replace(".", "", 1).isdecimal() or unit not in units:
         raise argparse.ArgumentTypeError(f"expected a size such as 2GB or 500MB, got {text!r}")
     return int(float(number) * units[unit])
 

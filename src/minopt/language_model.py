@@ -209,7 +209,7 @@ def load(
     target, number_type = resolve_device(device), resolve_dtype(dtype)
     path = find_model(name_or_path, revision=revision, local_files_only=local_files_only)
     checkpoint = open_checkpoint(path, model_config)
-    folder = find_tokenizer(checkpoint) if tokenizer is None else Path(tokenizer)
+    folder = find_tokenizer(checkpoint) if tokenizer is None else Path(tokenizer).expanduser()
     reader = None if folder is None else Tokenizer.load(folder)
     model = load_checkpoint(checkpoint, target, number_type)
     if reader is not None:

@@ -66,10 +66,11 @@ class Tokenizer:
         are known too: ``gpt2-unified.json``, and ``gpt2-vocab.json`` with ``gpt2-merges.txt``.
 
         Raises:
-            FileNotFoundError: if no form is there.
+            FileNotFoundError: if no form is there (any one of the files leads to all).
             ValueError: if a file cannot be read, or the vocabulary is GPT-2's.
         """
         folder = Path(folder)
+        folder = folder.parent if folder.is_file() else folder
         files = next((form for form in _FORMS if all((folder / name).is_file() for name in form)), ())
         settings, added = _read_json(folder / "tokenizer_config.json"), {}
         if "added_tokens_decoder" not in settings:

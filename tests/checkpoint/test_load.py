@@ -352,7 +352,10 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
         r"of the wrong shape or kind \(.*fc1\.\w+: expected \[80.*\], got \[64.*and \d+ more\)",
     ),
     "config of fewer layers": (lambda f: change_config(f, num_hidden_layers=2), r"16 unexpected .*and 11 more"),
-    "config of more layers": (lambda f: change_config(f, num_hidden_layers=4), r"num_hidden_layers is 4 in config\.json, the tensors are of 3 layers"),
+    "config of more layers": (
+        lambda f: change_config(f, num_hidden_layers=4),
+        r"num_hidden_layers is 4 in config\.json, the tensors are of 3 layers",
+    ),
     "config not JSON": (
         lambda f: (f / "config.json").write_text("{'model_type': 'opt'}"),
         r"config\.json: expected JSON",

@@ -21,6 +21,9 @@ _LEGACY_MAGIC, _LEGACY_VERSION = 0x1950A86A20F9469CFC6C, 1001
 # Of the objects beside the tensors; a 175B checkpoint's take a tenth of a megabyte.
 _MOST_PICKLE_BYTES = 256_000_000
 
+# A record a storage, each of about 100 bytes.
+_MOST_DIRECTORY_BYTES = 10_000_000
+
 _LOCAL_HEADER = b"PK\x03\x04"
 _ENCRYPTED = 0x1
 
@@ -46,10 +49,12 @@ def open_container(path: Path) -> tuple[Any, dict[str, int]]:
 
 def _open_zip(file: Any) -> tuple[Any, dict[str, int]]:
     try:
-        entries = zipfile.ZipFile(file).infolist()
+        _check_directory(file)
+        records = _records(file, zipfile.ZipFile(file).infolist())
+    except UnpickleError:
+        raise
     except Exception as error:  # a damaged archive fails in several ways
         raise UnpickleError(f"damaged zip archive, {first_line(error)[:100]}") from None
-    records = _records(file, entries)
     pickles = [name for name in records if name.endswith("/data.pkl")]
     if len(pickles) != 1:
         raise UnpickleError(f"a zip archive with {len(pickles)} files data.pkl, a checkpoint has one")
@@ -69,8 +74,22 @@ def _open_zip(file: Any) -> tuple[Any, dict[str, int]]:
     return content, begin
 
 
+def _check_directory(file: Any) -> None:
+    """Bounds what zipfile reads at once: the archive's directory, whose size its last record tells."""
+    length = file.seek(0, io.SEEK_END)
+    file.seek(max(0, length - 70_000))  # the record, and a comment of up to 65,535 bytes
+    tail = file.read()
+    for mark, position, size in ((b"PK\5\6", 12, 4), (b"PK\6\6", 40, 8)):
+        found = tail.rfind(mark)
+        count = int.from_bytes(tail[found + position : found + position + size], "little") if found >= 0 else 0
+        if count > _MOST_DIRECTORY_BYTES and not (size == 4 and count == 2**32 - 1):
+            raise UnpickleError(f"a zip directory of {count:,} bytes, no checkpoint has so many files in it")
+
+
 def _records(file: Any, entries: list[zipfile.ZipInfo]) -> dict[str, tuple[int, int]]:
     """Where each file of an archive begins, and its bytes. They are stored as they are, and do not overlap."""
+    if not entries:
+        raise UnpickleError("an empty zip archive")
     records: dict[str, tuple[int, int]] = {}
     for entry in entries:
         name = entry.filename
@@ -113,7 +132,7 @@ def _open_legacy(mapped: mmap.mmap) -> tuple[Any, dict[str, int]]:
     content = read_pickle(file, storages)
     keys = read_pickle(file)
     by_key = {storage.key: storage for storage in storages}
-    if not isinstance(keys, list) or sorted(map(str, keys)) != sorted(by_key):
+    if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys) or sorted(keys) != sorted(by_key):
         raise UnpickleError("its list of storages is not that of its tensors")
     begin, position = {}, mapped.tell()
     for key in keys:

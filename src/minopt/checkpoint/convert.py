@@ -74,6 +74,8 @@ def convert(
         raise ValueError(f"format: expected {' or '.join(FORMATS)}, got {format!r}.")
     if format == "hf" and parts != 1:
         raise ValueError(f"parts: metaseq's format has them, got {parts} with hf. Add --format metaseq.")
+    if format == "metaseq" and max_shard_bytes != MAX_SHARD_BYTES:
+        raise ValueError("max_shard_bytes: metaseq's files are its parts. Leave it out, or name more parts.")
     if max_shard_bytes < 1:
         raise ValueError(f"max_shard_bytes: expected a positive number, got {max_shard_bytes}.")
     if not source.exists():
@@ -83,7 +85,7 @@ def convert(
     if format == "metaseq":
         _check_parts(checkpoint.config, parts)
     checkpoint.check_head()
-    folder = find_tokenizer(checkpoint) if tokenizer is None else Path(tokenizer)
+    folder = find_tokenizer(checkpoint) if tokenizer is None else Path(tokenizer).expanduser()
     reader = None if folder is None else Tokenizer.load(folder)
     if reader is None:
         logger.warning("%s: no tokenizer's files beside the weights, so none are written.", checkpoint.found.folder)

@@ -4,9 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+_MOST_CHARACTERS = 2000
+
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be used: the message names the file, what was expected and what to do."""
+    """A checkpoint that cannot be used: the message names the file, what was expected and what to do.
+
+    It is one line that a terminal can show, whatever names a file holds.
+    """
+
+    def __init__(self, message: str) -> None:
+        message = message if len(message) <= _MOST_CHARACTERS else f"{message[:_MOST_CHARACTERS]} ..."
+        super().__init__("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message))
 
 
 class MissingFileError(CheckpointError, FileNotFoundError):
@@ -20,7 +29,8 @@ class AmbiguousPathError(CheckpointError):
 def some(names: Sequence[object], most: int = 5) -> str:
     """The first few of several names, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(map(str, names[:most])) + more
+    shown = (text if len(text) <= 120 else f"{text[:120]}..." for text in map(str, names[:most]))
+    return ", ".join(shown) + more
 
 
 def first_line(error: BaseException) -> str:

@@ -184,7 +184,7 @@ def check_values(tensor: SourceTensor) -> list[str]:
     """What is suspicious in a tensor's values, in words that name the file and place of the first of each kind."""
     counts, largest, any_nonzero = {"nan": 0, "large": 0}, 0.0, False
     places: dict[str, str] = {}
-    for piece in tensor.slices:
+    for piece in tensor.slices if tensor.dim is not None else tensor.slices[:1]:
         for run in piece.runs:
             for begin in range(run.start, run.stop, _CHUNK_NUMBERS):
                 numbers = torch.empty(min(_CHUNK_NUMBERS, run.stop - begin), dtype=torch.float32)

@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from minopt.checkpoint.read import TorchFile
 from minopt.config import PRESETS, OPTConfig, is_int
 
 # "reshard-model_part-3.pt", "checkpoint_last-model_part-3-shard17.pt", "checkpoint_1_6000.pt-model_part-0.pt"
-_NAME = re.compile(r"(?P<stem>.+?)(?:-model_part-(?P<part>\d+))?(?:-shard(?P<shard>\d+))?(?P<suffix>\.\w+)")
+_NAME = re.compile(r"(?P<stem>.+?)(?:-model_part-(?P<part>\d{1,4}))?(?:-shard(?P<shard>\d{1,4}))?(?P<suffix>\.\w+)")
 
 _FLAT = re.compile(r"(?:(?P<path>.*)\.)?flat_param_\d+")
 
@@ -52,9 +53,9 @@ class FileSet:
 
     @property
     def missing(self) -> list[str]:
-        """What is not there of the parts and shards that the other files' names imply."""
-        wanted = [(part, shard) for part in range(self.parts) for shard in range(self.shards)]
-        absent = [key for key in wanted if key not in self.files]
+        """What is not there of the parts and shards that the other files' names imply, the first hundred of it."""
+        wanted = ((part, shard) for part in range(self.parts) for shard in range(self.shards))
+        absent = islice((key for key in wanted if key not in self.files), 100)
         return [self.name_of(part, shard) for part, shard in absent]
 
     def name_of(self, part: int, shard: int) -> str:
@@ -114,7 +115,8 @@ def open_metaseq(files: FileSet, override: OPTConfig | None, beside: OPTConfig |
         CheckpointError: if files do not belong together or do not add up.
     """
     if files.missing:
-        raise MissingFileError(f"{files.folder}: {len(files.missing)} of the {files.parts * files.shards} files of "
+        count = files.parts * files.shards
+        raise MissingFileError(f"{files.folder}: {count - len(files.files)} of the {count} files of "
                                f"{files.stem} are missing: {some(files.missing)}. Fetch them again.")  # fmt: skip
     opened = {key: TorchFile(path) for key, path in sorted(files.files.items())}
     parts = [[opened[part, shard] for shard in range(files.shards)] for part in range(files.parts)]
@@ -192,13 +194,15 @@ def _groups(metadata: Any, path: Path) -> list[_Group]:
     found: list[_Group] = []
     try:
         for group in metadata["param_metadata"]:
+            if not isinstance(group["fsdp_path"], str):
+                raise ValueError("an fsdp_path that is no text")
             prefix = f"{group['fsdp_path']}." if group["fsdp_path"] else ""
             for flat, about in group["params"].items():
                 names = tuple(prefix + name for name in about["names"])
                 shapes = tuple(tuple(shape) for shape in about["shapes"])
                 numels, padding = tuple(about["numels"]), about["padding"]
                 sizes = (*(size for shape in shapes for size in shape), *numels, padding)
-                if not all(is_int(size) and size >= 0 for size in sizes) or not len(names) == len(shapes):
+                if not all(is_int(size) and 0 <= size < 2**48 for size in sizes) or not len(names) == len(shapes):
                     raise ValueError("a size that is none")
                 if numels != tuple(math.prod(shape) for shape in shapes):
                     raise ValueError("sizes that are not those of its shapes")
@@ -393,9 +397,9 @@ def _check_count(tensors: Mapping[str, SourceTensor], files: FileSet) -> None:
     width, there = table.shape[1], rows.shape[0]
     if there != width:
         needed = width * files.parts // there if width * files.parts % there == 0 else None
+        absent = [files.name_of(part, 0) for part in range(files.parts, min(needed or 0, files.parts + 9))]
         raise MissingFileError(
             f"{files.folder}: the {files.parts} parts of {files.stem} have {there} of the model's {width} rows of "
             f"attention, so there are {needed or 'not the right number of'} parts in all"
-            + (f"; missing: {some([files.name_of(part, 0) for part in range(files.parts, needed)])}"
-               if needed and needed > files.parts else "") + ". Fetch them again."
+            + (f"; missing: {some(absent)}" if absent else "") + ". Fetch them again."
         )  # fmt: skip

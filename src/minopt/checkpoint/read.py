@@ -15,7 +15,7 @@ from torch import Tensor
 
 from minopt.checkpoint.container import open_container
 from minopt.checkpoint.errors import CheckpointError, first_line, some
-from minopt.checkpoint.unpickle import Placeholder, StoredTensor, UnpickleError
+from minopt.checkpoint.unpickle import NOT_TEXT, Placeholder, StoredTensor, UnpickleError
 
 # What is read at a time where it is cast: small enough to stay in the processor's cache, and for torch to cast it in
 # the calling thread (it shares out from 32,768 on), which is faster for so little.
@@ -131,7 +131,7 @@ class TorchFile(TensorFile):
             self.content = {key: value for key, value in tensors.items() if key != "model"}
             tensors = tensors["model"]
         strange = [f"{str(key)[:80]}: {_kind(t)}" for key, t in tensors.items()
-                   if not isinstance(key, str) or not isinstance(t, StoredTensor)]  # fmt: skip
+                   if key.endswith(NOT_TEXT) or not isinstance(t, StoredTensor)]  # fmt: skip
         if strange or not tensors:
             found = some(strange) or _kind(content)
             raise CheckpointError(
@@ -185,7 +185,7 @@ def _check_overlaps(content: Any) -> None:
     dicts = [content, content.get("model")] if isinstance(content, dict) else []
     for tensors in dicts:
         for tensor in tensors.values() if isinstance(tensors, dict) else ():
-            if isinstance(tensor, StoredTensor) and tensor.numel and tensor.is_contiguous:
+            if isinstance(tensor, StoredTensor) and tensor.numel:
                 spans.setdefault(tensor.storage.key, set()).add((tensor.offset, tensor.end))
     for ranges in spans.values():
         ordered = sorted(ranges)

@@ -141,7 +141,7 @@ def replacing(folder: Path, replaced: tuple[str, ...]) -> Iterator[Path]:
     if folder.exists():
         if not folder.is_dir():
             raise FileExistsError(f"{folder}: expected a folder to save to, got a file. Name another.")
-        if any(folder.iterdir()) and not (folder / "config.json").is_file():
+        if any(folder.iterdir()) and not (folder / "config.json").is_file() and not weight_files(folder):
             raise FileExistsError(
                 f"{folder}: holds files that are not a model's (no config.json). Name another folder."
             )

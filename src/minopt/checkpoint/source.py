@@ -25,6 +25,9 @@ METASEQ = ("*.pt",)
 LAYOUTS = (*SAFETENSORS[:2], *PICKLES[:2])
 
 
+_MOST_LAYERS = 1000  # the largest OPT has 96
+
+
 @dataclass(frozen=True)
 class Found:
     """The weight files that a path leads to, before they are all opened.
@@ -91,6 +94,8 @@ def find_files(path: Path) -> Found:
     """
     if path.is_dir():
         return _in_folder(path)
+    if not path.is_file():
+        raise MissingFileError(f"{path}: expected a folder or a file of a checkpoint, got neither.")
     if path.name.endswith(".index.json"):
         return _indexed(path)
     if path.suffix in (".json", ".txt"):
@@ -108,7 +113,7 @@ def find_files(path: Path) -> Found:
 def _in_folder(folder: Path) -> Found:
     layout = next((name for name in LAYOUTS if (folder / name).is_file()), None)
     errors: list[CheckpointError] = []
-    groups = group_files(list(folder.glob("*.pt")))
+    groups = group_files(_files(folder, "*.pt"))
     sets = [files for files in groups if _holds_decoder(files, errors)]
     found = [f"{layout}"] if layout else []
     found += sorted(next(iter(files.files.values())).name for files in sets)
@@ -133,10 +138,15 @@ def _in_folder(folder: Path) -> Found:
 def weight_files(folder: Path) -> list[str]:
     """The names of all files in a folder that hold weights, of whatever checkpoints: what a new one replaces."""
     names = {path.name for pattern in (*SAFETENSORS, *PICKLES) for path in folder.glob(pattern)}
-    for files in group_files(list(folder.glob("*.pt"))):
-        if _holds_decoder(files, []):
-            names |= {path.name for path in files.files.values()}
+    names |= {
+        path.name for path in _files(folder, "*.pt") for files in group_files([path]) if _holds_decoder(files, [])
+    }
     return sorted(names)
+
+
+def _files(folder: Path, pattern: str) -> list[Path]:
+    """Files alone: a pipe would wait for somebody to write to it."""
+    return [path for path in folder.glob(pattern) if path.is_file()]
 
 
 def _holds_decoder(files: FileSet, errors: list[CheckpointError]) -> bool:
@@ -185,7 +195,7 @@ def _single(path: Path) -> Found:
 def _indexed(index: Path) -> Found:
     names = _shard_names(index)
     for name in names:
-        if Path(name).name != name or name in ("", ".", ".."):
+        if Path(name).name != name or name in ("", ".", "..") or len(name.encode(errors="replace")) > 255:
             raise CheckpointError(f"{index}: shards must lie in the folder itself, got {some(names)}.")
         _check_link(index.parent / name)
     kind = f"Hugging Face, {'safetensors' if 'safetensors' in index.name else 'pickle'} in {len(names)} shards"
@@ -207,7 +217,10 @@ def _check_link(path: Path) -> None:
     """Refuses a link that leads out of its folder; in the hub's cache each file is one, to the ``blobs`` beside."""
     if not path.is_symlink():
         return
-    target, folder = path.resolve(), path.parent.resolve()
+    try:
+        target, folder = path.resolve(), path.parent.resolve()
+    except (OSError, RuntimeError):
+        raise CheckpointError(f"{path}: a link that leads to itself.") from None
     blobs = next((p.parent / "blobs" for p in folder.parents if p.name == "snapshots"), None)
     if not target.is_relative_to(folder) and (blobs is None or not target.is_relative_to(blobs)):
         raise CheckpointError(f"{path}: a link that leads out of its folder, to {target}. Name the file it leads to.")
@@ -330,6 +343,8 @@ def _matched(checkpoint: Checkpoint) -> Checkpoint:
             f"{where}: num_hidden_layers is {config.num_hidden_layers} in {_of(checkpoint)}, the tensors are of "
             f"{len(layers)} layers. Do config and weights belong together?"
         )
+    if config.num_hidden_layers > _MOST_LAYERS:
+        raise CheckpointError(f"{where}: {config.num_hidden_layers} layers, expected at most {_MOST_LAYERS}.")
     expected = {name: tuple(p.shape) for name, p in OPT(config, device="meta").state_dict().items()}
     wrong = [f"{n}: expected {list(expected[n])}, got {list(t.shape)}"
              for n, t in tensors.items() if n in expected and t.shape != expected[n]]  # fmt: skip

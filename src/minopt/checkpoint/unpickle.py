@@ -19,8 +19,11 @@ from minopt.config import is_int
 
 # Bounds on what a file may ask for. The largest OPT has 2e11 parameters, and a checkpoint's pickle some 1e5 operations.
 _MOST_NUMBERS = 2**48
-_MOST_OPERATIONS = 5_000_000
+_MOST_OPERATIONS = 1_000_000
 _MOST_DIMS = 8
+
+# How a key ends that stands for one that is not text.
+NOT_TEXT = " as a key)"
 
 _DTYPES = {
     "DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
@@ -98,7 +101,7 @@ def read_pickle(file: BinaryIO, storages: list[Storage] | None = None) -> Any:
 
     Returns:
         None, booleans, numbers, strings, bytes, tuples, lists, sets (as lists), dicts, and ``StoredTensor``,
-        ``Storage``, ``Global`` and ``Placeholder``. A dict lacks entries whose keys are not plain values.
+        ``Storage``, ``Global`` and ``Placeholder``. Of keys that are not text, only their kind is kept.
 
     Raises:
         UnpickleError: if it is damaged, or describes a tensor that does not lie within its storage.
@@ -151,6 +154,8 @@ class _Machine:
         return taken
 
     def remember(self, index: int) -> None:
+        if not 0 <= index < 2**32:  # what the binary operations can say; larger ones can be chosen to collide
+            raise UnpickleError("damaged pickle, a number to remember by that is out of range")
         self.memo[index] = self.stack[-1]
 
     def call(self, function: Any, arguments: Any) -> None:
@@ -177,8 +182,8 @@ class _Machine:
         if not isinstance(entries, dict):
             raise UnpickleError(f"damaged pickle, items set on a {type(target).__name__}")
         for key, value in zip(pairs[::2], pairs[1::2], strict=True):
-            if key is None or isinstance(key, (str, bytes, int, float)):
-                entries[key] = value
+            # Only text: numbers can be chosen so that they collide in a dict, which then takes quadratic time.
+            entries[key if isinstance(key, str) else f"({type(key).__name__}{NOT_TEXT}"] = value
 
     def extend(self, values: list[Any]) -> None:
         target = self.stack[-1]

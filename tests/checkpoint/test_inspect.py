@@ -1,0 +1,654 @@
+"""Inspecting: what a checkpoint is, what is wrong with it and where, and digests of nothing but the weights."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import math
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from minopt import OPT, CheckpointError, OPTConfig, convert, inspect_checkpoint
+from minopt.checkpoint import inspect as inspecting
+from minopt.checkpoint.inspect import Report, digest_of
+from minopt.checkpoint.pieces import Slice, SourceTensor
+from minopt.checkpoint.read import SafetensorsFile
+from minopt.config import PRESETS
+from tests.checkpoint.metaseq_files import write_metaseq
+from tests.checkpoint.sources import (
+    KINDS_AND_SOURCES,
+    METASEQ,
+    SOURCES,
+    change_tensor,
+    content,
+    expected_tensors,
+    fits,
+    place_of,
+    reference,
+    write_source,
+)
+from tests.checkpoint.test_load import change_config, drop, truncate
+from tests.conftest import KINDS
+
+WORDS = {
+    "safetensors": ("Hugging Face, safetensors", 1, 1),
+    "safetensors shards": ("Hugging Face, safetensors in 3 shards", 1, 3),
+    "bin": ("Hugging Face, pickle", 1, 1),
+    "legacy bin": ("Hugging Face, pickle", 1, 1),
+    "bin shards": ("Hugging Face, pickle in 3 shards", 1, 3),
+    "singleton": ("metaseq, one file", 1, 1),
+    "singleton, unfused": ("metaseq, one file", 1, 1),
+    "singleton, legacy": ("metaseq, one file", 1, 1),
+    "2 parts": ("metaseq, model parallel parts", 2, 1),
+    "4 parts": ("metaseq, model parallel parts", 4, 1),
+    "3 shards": ("metaseq, FSDP shards", 1, 3),
+    "2 parts x 3 shards": ("metaseq, FSDP shards", 2, 3),
+}
+
+
+@pytest.fixture
+def hf(tmp_path: Path) -> Path:
+    """A Hugging Face folder of the 125m style."""
+    return write_source("safetensors", tmp_path / "hf")
+
+
+def weight_files(folder: Path) -> dict[str, int]:
+    return {p.name: p.stat().st_size for p in sorted(folder.iterdir()) if p.suffix in (".safetensors", ".bin", ".pt")}
+
+
+def named(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key.removeprefix("model.decoder."): tensor for key, tensor in tensors.items()}
+
+
+# --- what it is ---
+
+
+@pytest.mark.parametrize(("kind", "source"), KINDS_AND_SOURCES)
+def test_each_kind_is_described(kind: str, source: str, tmp_path: Path) -> None:
+    folder = write_source(source, tmp_path / "source", kind)
+    before = content(folder)
+    report = inspect_checkpoint(folder)
+    tensors = named(expected_tensors(kind))
+    assert (report.kind, report.parts, report.shards) == WORDS[source]
+    assert (report.path, report.files) == (str(folder), weight_files(folder))
+    assert (report.missing, report.problem, report.findings, report.is_sound) == ((), None, [], True)
+    assert report.config_source == ("its cfg" if source in METASEQ else "config.json")
+    assert (report.preset, report.tokenizer, report.digest) == (None, None, None)
+    count = sum(t.numel() for t in tensors.values())
+    assert (report.parameters, report.dtypes) == (count, {"float32": count})
+    assert {t.name: t.shape for t in report.tensors} == {name: tuple(t.shape) for name, t in tensors.items()}
+    assert {(t.dtype, t.findings, t.digest) for t in report.tensors} == {("float32", None, None)}
+    assert report.config is not None
+    config, expected = OPTConfig.from_dict(report.config), reference(kind).config
+    for name in ("hidden_size", "num_attention_heads", "do_layer_norm_before", "word_embed_proj_dim", "enable_bias",
+                 "layer_norm_elementwise_affine", "activation_function", "vocab_size", "ffn_dim"):  # fmt: skip
+        assert getattr(config, name) == getattr(expected, name)
+    assert content(folder) == before
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_any_file_of_a_checkpoint_stands_for_it(source: str, tmp_path: Path) -> None:
+    folder = write_source(source, tmp_path / "source")
+    whole = inspect_checkpoint(folder).to_dict() | {"path": ""}
+    for path in folder.iterdir():
+        assert inspect_checkpoint(path).to_dict() | {"path": ""} == whole, path
+
+
+def test_the_tensors_are_in_the_models_order(tmp_path: Path) -> None:
+    order = list(OPT(OPTConfig.from_dict(reference().config.to_dict()), device="meta").state_dict())
+    for source in ("safetensors shards", "2 parts x 3 shards"):
+        report = inspect_checkpoint(write_source(source, tmp_path / source))
+        assert [t.name for t in report.tensors] == order
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_dtypes_are_counted_in_numbers(dtype: torch.dtype, tmp_path: Path) -> None:
+    write_metaseq(tmp_path / "mixed", reference(), parts=2, dtype=dtype, mixed_norms=True)
+    report = inspect_checkpoint(tmp_path / "mixed")
+    tensors = named(expected_tensors())
+    norms = sum(t.numel() for name, t in tensors.items() if "layer_norm" in name)
+    others = sum(t.numel() for t in tensors.values()) - norms
+    name = str(dtype).removeprefix("torch.")
+    assert report.dtypes == {name: others, "float32": norms}
+    assert f"dtypes          {name} ({others:,}), float32 ({norms:,})\n" in report.to_text()
+    assert {t.name for t in report.tensors if t.dtype == "float32"} == {n for n in tensors if "layer_norm" in n}
+
+
+def test_a_configuration_that_is_given_is_the_one_that_is_told(hf: Path, tmp_path: Path) -> None:
+    write_metaseq(tmp_path / "flat", reference(), parts=2, shards=3, metadata=False, config=None)
+    refused = inspect_checkpoint(tmp_path / "flat")
+    assert refused.problem is not None
+    assert "flattened without shard_metadata" in refused.problem
+    for given in (OPTConfig.load(hf), hf / "config.json", str(hf)):
+        report = inspect_checkpoint(tmp_path / "flat", model_config=given)
+        assert (report.problem, report.config_source) == (None, "as given")
+    report = inspect_checkpoint(hf, model_config="opt-125m")
+    assert report.problem is not None
+    assert "num_hidden_layers is 12 in the given configuration" in report.problem
+
+
+def sparse_safetensors(path: Path, config: OPTConfig) -> None:
+    """A float16 file of zeros that are nowhere on the disk."""
+    header, end = {}, 0
+    for name, tensor in OPT(config, device="meta").state_dict().items():
+        begin, end = end, end + 2 * tensor.numel()
+        header[f"model.decoder.{name}"] = {"dtype": "F16", "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+
+
+@pytest.mark.parametrize(("preset", "parameters"), [("opt-125m", 125_239_296), ("opt-350m", 331_196_416),
+                                                    ("galactica-125m", 124_909_056)])  # fmt: skip
+@pytest.mark.parametrize("added", [0, 8])
+def test_published_sizes_are_known_by_their_tensors_whatever_the_vocabulary(
+    preset: str, parameters: int, added: int, tmp_path: Path
+) -> None:
+    config = OPTConfig.preset(preset)
+    values = config.to_dict() | {"vocab_size": config.vocab_size + added}
+    config = OPTConfig.from_dict(values)
+    sparse_safetensors(tmp_path / "model.safetensors", config)
+    report = inspect_checkpoint(tmp_path)
+    assert (report.problem, report.preset, report.config_source) == (None, preset, "its tensors")
+    assert report.parameters == parameters + added * config.embed_dim
+    assert report.dtypes == {"float16": report.parameters}
+    assert report.config is not None
+    assert OPTConfig.from_dict(report.config).num_attention_heads == config.num_attention_heads
+    assert f"preset          {preset}\n" in report.to_text()
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_each_preset_knows_its_name_and_no_other_shape_has_it(preset: str) -> None:
+    values = OPTConfig.preset(preset).to_dict()
+    for same in ({}, {"vocab_size": 51_000}, {"dropout": 0.0}, {"bos_token_id": 5}, {"made_up": 1}):
+        assert OPTConfig.from_dict(values | same).preset_name == preset
+    for field, value in {
+        "num_hidden_layers": values["num_hidden_layers"] + 1,
+        "num_attention_heads": values["num_attention_heads"] // 2,
+        "ffn_dim": values["ffn_dim"] + 8,
+        "word_embed_proj_dim": 64,
+        "max_position_embeddings": 1024,
+        "do_layer_norm_before": not values["do_layer_norm_before"],
+        "enable_bias": not values["enable_bias"],
+        "layer_norm_elementwise_affine": not values["layer_norm_elementwise_affine"],
+        "activation_function": {"relu": "gelu", "gelu": "relu"}[values["activation_function"]],
+    }.items():
+        assert OPTConfig.from_dict(values | {field: value}).preset_name is None, field
+
+
+TEXT = """\
+path            {folder}
+kind            metaseq, FSDP shards
+parts x shards  2 x 3
+files           6, {size} kB (checkpoint_last-model_part-0-shard0.pt ... checkpoint_last-model_part-1-shard2.pt)
+preset          none of the published sizes
+config          from its cfg: 3 layers, hidden_size 32, 4 heads, ffn_dim 64
+                vocab_size 96 x 32, 64 positions, pre-norm, relu
+parameters      30,880
+dtypes          float32 (30,880)
+tokenizer       none beside the weights or one folder up"""
+
+
+def test_the_text_says_all_of_it(tmp_path: Path) -> None:
+    folder = write_source("2 parts x 3 shards", tmp_path / "source")
+    size = f"{sum(weight_files(folder).values()) / 1000:.1f}"
+    report = inspect_checkpoint(folder)
+    assert report.to_text() == TEXT.format(folder=folder, size=size)
+    lines = report.to_text(tensors=True).removeprefix(report.to_text()).splitlines()
+    assert lines[:2] == ["", ""]
+    assert [line.split() for line in lines[2:]] == [
+        [t.name, "float32", *" x ".join(map(str, t.shape)).split()] for t in report.tensors
+    ]
+    text = inspect_checkpoint(write_source("safetensors", tmp_path / "g", "galactica")).to_text()
+    assert "parts x shards" not in text
+    assert "1, " in text
+    assert "(model.safetensors)\n" in text
+    assert "pre-norm, gelu, no biases\n" in text
+    text = inspect_checkpoint(write_source("3 shards", tmp_path / "p", "350m")).to_text()
+    assert "vocab_size 96 x 16, 64 positions, post-norm, relu\n" in text
+
+
+def test_a_report_is_plain_json(tmp_path: Path) -> None:
+    folder = write_source("4 parts", tmp_path / "source")
+    report = inspect_checkpoint(folder, check=True, digest=True)
+    values = json.loads(json.dumps(report.to_dict()))
+    assert values["files"] == weight_files(folder)
+    assert (values["parts"], values["shards"], values["missing"], values["is_sound"]) == (4, 1, [], True)
+    assert (values["parameters"], values["digest"]) == (report.parameters, report.digest)
+    assert OPTConfig.from_dict(values["config"]).hidden_size == 32
+    assert values["tensors"][0] == {
+        "name": "embed_tokens.weight",
+        "shape": [96, 32],
+        "dtype": "float32",
+        "findings": [],
+        "digest": report.tensors[0].digest,
+    }
+
+
+def test_the_tokenizers_folder_is_told(tmp_path: Path) -> None:
+    folder = write_source("singleton", tmp_path / "up" / "source")
+    (tmp_path / "up" / "gpt2-unified.json").write_text("{}")
+    assert inspect_checkpoint(folder).tokenizer == str(tmp_path / "up")
+    (folder / "gpt2-vocab.json").write_text("{}")
+    (folder / "gpt2-merges.txt").write_text("")
+    report = inspect_checkpoint(folder)
+    assert report.tokenizer == str(folder)
+    assert f"tokenizer       {folder}" in report.to_text()
+
+
+# --- what is missing or damaged ---
+
+
+def described(path: Path, problem: str, **options: Any) -> Report:
+    """The report on a checkpoint that cannot be loaded: what is known of its files, and why."""
+    report = inspect_checkpoint(path, **options)
+    assert report.problem is not None
+    assert problem in report.problem
+    assert "\n" not in report.problem
+    assert not report.is_sound
+    assert json.loads(json.dumps(report.to_dict()))["problem"] == report.problem
+    assert report.to_text(tensors=True).endswith(f"\n\nproblem: {report.problem}")
+    return report
+
+
+@pytest.mark.parametrize("options", [{}, {"check": True, "digest": True}])
+@pytest.mark.parametrize(
+    ("source", "absent"),
+    [
+        ("safetensors shards", ["model-00002-of-00003.safetensors"]),
+        ("bin shards", ["pytorch_model-00001-of-00003.bin", "pytorch_model-00003-of-00003.bin"]),
+        ("4 parts", ["reshard-model_part-0.pt", "reshard-model_part-2.pt"]),
+        ("3 shards", ["checkpoint_last-model_part-0-shard1.pt"]),
+        ("2 parts x 3 shards", [f"checkpoint_last-model_part-{i}.pt" for i in ("0-shard0", "0-shard2", "1-shard1")]),
+    ],
+)
+def test_missing_files_are_named(source: str, absent: list[str], options: dict[str, Any], tmp_path: Path) -> None:
+    folder = write_source(source, tmp_path / "source")
+    for name in absent:
+        (folder / name).unlink()
+    report = described(folder, f"missing: {', '.join(absent)}", **options)
+    assert report.missing == tuple(absent)
+    assert (report.kind, report.parts, report.shards) == WORDS[source]
+    assert report.files == weight_files(folder)
+    assert (report.config, report.tensors, report.digest, report.parameters) == (None, (), None, 0)
+    assert f"\nmissing         {len(absent)}: {', '.join(absent)}\n" in report.to_text()
+
+
+def test_many_missing_files_are_counted(tmp_path: Path) -> None:
+    folder = tmp_path / "source"
+    paths = write_metaseq(folder, reference(), parts=2, shards=12)
+    for path in paths[1:12]:
+        path.unlink()
+    text = described(folder, "missing").to_text()
+    first = ", ".join(path.name for path in paths[1:9])
+    assert f"\nmissing         11: {first} and 3 more\n" in text
+
+
+def test_a_last_part_that_is_missing_shows_in_the_shapes(tmp_path: Path) -> None:
+    folder = write_source("4 parts", tmp_path / "source")
+    (folder / "reshard-model_part-3.pt").unlink()
+    report = described(folder, "reshard-model_part-3.pt")
+    assert (report.parts, report.missing) == (3, ())
+
+
+def corrupt(*names: str) -> Callable[[Path], None]:
+    return lambda folder: [truncate(folder / name) for name in names]  # type: ignore[return-value]
+
+
+DAMAGED: dict[str, tuple[str, Callable[[Path], object], str]] = {
+    "safetensors": ("safetensors", corrupt("model.safetensors"), "model.safetensors: cut short"),
+    "safetensors shard": (
+        "safetensors shards",
+        corrupt("model-00002-of-00003.safetensors"),
+        "model-00002-of-00003.safetensors: cut short",
+    ),
+    "bin": ("bin", corrupt("pytorch_model.bin"), "pytorch_model.bin: cut short"),
+    "legacy bin": ("legacy bin", corrupt("pytorch_model.bin"), "pytorch_model.bin: cut short"),
+    "empty bin": ("bin", lambda f: (f / "pytorch_model.bin").write_bytes(b""), "pytorch_model.bin: cut short"),
+    "singleton": ("singleton", corrupt("reshard.pt"), "reshard.pt: cut short"),
+    "legacy singleton": ("singleton, legacy", corrupt("reshard.pt"), "reshard.pt: cut short"),
+    "the first part": ("2 parts", corrupt("reshard-model_part-0.pt"), "reshard-model_part-0.pt: cut short"),
+    "the last part": ("2 parts", corrupt("reshard-model_part-1.pt"), "reshard-model_part-1.pt: cut short"),
+    "a shard": (
+        "2 parts x 3 shards",
+        corrupt("checkpoint_last-model_part-1-shard1.pt"),
+        "checkpoint_last-model_part-1-shard1.pt: cut short",
+    ),
+    "a shard's copy": (
+        "2 parts x 3 shards",
+        lambda f: shutil.copy(*(f / f"checkpoint_last-model_part-1-shard{i}.pt" for i in (0, 1))),
+        "shard1.pt: holds the same numbers as checkpoint_last-model_part-1-shard0.pt",
+    ),
+    "no config.json": ("safetensors", lambda f: (f / "config.json").unlink(), "of no published size (hidden_size 32"),
+    "config.json": ("safetensors", lambda f: (f / "config.json").write_text("{"), "config.json: expected JSON"),
+    "another config": ("bin", lambda f: change_config(f, ffn_dim=72), "expected [72, 32], got [64, 32]"),
+    "a tensor too few": ("safetensors", drop("layers.1.fc1.weight"), "1 missing (layers.1.fc1.weight)"),
+    "a config.json that contradicts": (
+        "2 parts",
+        lambda f: (reference().config.save_pretrained(f), change_config(f, num_attention_heads=8)),
+        "num_attention_heads is 8 there and 4 in ",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+@pytest.mark.parametrize("options", [{}, {"check": True, "digest": True}])
+def test_a_damaged_checkpoint_is_described(case: str, options: dict[str, Any], tmp_path: Path) -> None:
+    source, damage, problem = DAMAGED[case]
+    folder = write_source(source, tmp_path / "source")
+    damage(folder)
+    report = described(folder, problem, **options)
+    assert (report.kind, report.parts, report.shards) == WORDS[source]
+    assert report.files == weight_files(folder)
+    assert (report.config, report.tensors, report.digest) == (None, (), None)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": {"a": "../b.bin"}}'])
+def test_a_damaged_index_is_described(text: str, tmp_path: Path) -> None:
+    folder = write_source("bin shards", tmp_path / "source")
+    (folder / "pytorch_model.bin.index.json").write_text(text)
+    report = described(folder, "pytorch_model.bin.index.json: ", check=True, digest=True)
+    assert report.files.items() >= weight_files(folder).items()
+
+
+def test_a_file_that_shrinks_meanwhile_is_described(hf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begins_at = SafetensorsFile.begins_at
+    monkeypatch.setattr(SafetensorsFile, "begins_at", lambda self, key: begins_at(self, key) + 120_000)
+    for options in ({"check": True}, {"digest": True}):
+        report = described(hf, "model.safetensors: ends in the middle of its tensors", **options)
+        assert report.digest is None
+        assert len(report.tensors) == len(expected_tensors())
+
+
+def test_what_is_no_checkpoint_raises(hf: Path, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"nowhere: no such file or folder\.$"):
+        inspect_checkpoint(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"empty: expected weights .*found nothing"):
+        inspect_checkpoint(tmp_path / "empty")
+    write_source("singleton", hf)
+    write_metaseq(hf, reference(), stem="restored")
+    with pytest.raises(CheckpointError, match=r"holds 3 checkpoints \(model\.safetensors, reshard\.pt, restored\.pt\)"):
+        inspect_checkpoint(hf)
+    for name in ("model.safetensors", "reshard.pt", "restored.pt"):
+        assert inspect_checkpoint(hf / name).is_sound
+    with pytest.raises(ValueError, match=r"model_config: opt-9b: no such file, and .*opt-125m"):
+        inspect_checkpoint(hf / "reshard.pt", model_config="opt-9b")
+
+
+# --- --check ---
+
+
+PLANTED = [
+    ("layers.1.fc1.weight", 77, math.nan, "1 not finite"),
+    ("layers.2.self_attn.k_proj.bias", 5, 5e4, "1 beyond 100 (up to 5e+04)"),
+    ("layers.0.self_attn.v_proj.weight", 0, -math.inf, "1 not finite"),
+    ("layers.1.self_attn.q_proj.weight", 255, -5e4, "1 beyond 100 (up to 5e+04)"),
+    ("layers.2.fc2.weight", 100, -100.25, "1 beyond 100 (up to 100.2)"),
+]
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_values_of_a_sound_checkpoint_are_sound(source: str, tmp_path: Path) -> None:
+    report = inspect_checkpoint(write_source(source, tmp_path / "source", dtype=torch.float16), check=True)
+    assert report.is_sound
+    assert {t.findings for t in report.tensors} == {()}
+    assert report.to_text().endswith("\n\nvalues: all finite, none beyond 100, no tensor of zeros")
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize(("name", "index", "value", "words"), PLANTED)
+def test_a_strange_value_is_found_at_its_place(
+    source: str, name: str, index: int, value: float, words: str, tmp_path: Path
+) -> None:
+    folder = write_source(source, tmp_path / "source")
+    path, key, there = place_of(source, folder, name, index)
+    change_tensor(path, key, lambda tensor: tensor.view(-1)[there].fill_(value))
+    report = inspect_checkpoint(folder, check=True)
+    assert report.findings == [f"{name}: {words}, first at {path.name}: {key}[{there}]"]
+    assert report.problem is None
+    assert not report.is_sound
+    assert report.to_text().endswith("\n\n" + report.findings[0])
+    assert inspect_checkpoint(folder).is_sound, "without check no value is read"
+
+
+@pytest.mark.parametrize("source", ["safetensors", "2 parts", "2 parts x 3 shards"])
+def test_values_of_both_kinds_are_counted_apart(source: str, tmp_path: Path) -> None:
+    folder = write_source(source, tmp_path / "source")
+    name = "layers.1.fc1.weight"
+    path, key, start = place_of(source, folder, name, 40)
+
+    def plant(tensor: Tensor) -> None:
+        values = [math.nan, 101.0, -7e3, 100.0, math.inf, 250.0]
+        tensor.view(-1)[start : start + 6] = torch.tensor(values)
+
+    change_tensor(path, key, plant)
+    (finding,) = inspect_checkpoint(folder, check=True).findings
+    at = f"first at {path.name}: {key}"
+    assert finding == f"{name}: 2 not finite, {at}[{start}]; 3 beyond 100 (up to 7000), {at}[{start + 1}]"
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_a_tensor_of_zeros_is_found_and_one_parts_zeros_are_not(source: str, tmp_path: Path) -> None:
+    model = copy.deepcopy(reference())
+    layers = model.model.decoder.layers
+    with torch.no_grad():
+        layers[2].fc1.bias.zero_()
+        layers[0].self_attn.v_proj.weight.zero_()
+        layers[0].fc1.weight[16:].zero_()  # all of most parts' shares
+        layers[1].fc1.weight[:48].zero_()
+    report = inspect_checkpoint(write_source(source, tmp_path / "source", model=model), check=True)
+    assert report.findings == [
+        "layers.0.self_attn.v_proj.weight: all 1,024 are zero",
+        "layers.2.fc1.bias: all 64 are zero",
+    ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_values_are_looked_at_in_every_dtype(dtype: torch.dtype, tmp_path: Path) -> None:
+    folder = write_source("2 parts x 3 shards", tmp_path / "source", dtype=dtype)
+    for value, words in ((49_152.0, "1 beyond 100 (up to 4.915e+04)"), (math.nan, "1 not finite")):
+        path, key, there = place_of("2 parts x 3 shards", folder, "layers.1.fc1.weight", 9)
+        change_tensor(path, key, lambda tensor, at=there, to=value: tensor[at].fill_(to))
+        assert inspect_checkpoint(folder, check=True).findings == [
+            f"layers.1.fc1.weight: {words}, first at {path.name}: {key}[{there}]"
+        ]
+
+
+def test_values_are_found_wherever_they_lie_in_a_long_tensor(hf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Values are read some at a time: the index counts all of them."""
+    monkeypatch.setattr(inspecting, "_CHUNK_NUMBERS", 100)
+    key = "model.decoder.layers.0.fc2.weight"
+    for index in (0, 99, 100, 1_234, 2_047):
+        change_tensor(hf / "model.safetensors", key, lambda tensor, at=index: tensor.view(-1)[at].fill_(math.inf))
+    for index, count in ((0, 5), (99, 4), (100, 3), (1_234, 2), (2_047, 1)):
+        (finding,) = inspect_checkpoint(hf, check=True).findings
+        assert finding == f"layers.0.fc2.weight: {count} not finite, first at model.safetensors: {key}[{index}]"
+        change_tensor(hf / "model.safetensors", key, lambda tensor, at=index: tensor.view(-1)[at].zero_())
+
+
+def test_a_head_that_differs_is_a_problem(hf: Path) -> None:
+    tensors = load_file(hf / "model.safetensors")
+    head = tensors["model.decoder.embed_tokens.weight"].clone()
+    save_file(tensors | {"lm_head.weight": head}, hf / "model.safetensors", metadata={"format": "pt"})
+    assert inspect_checkpoint(hf, check=True).is_sound
+    change_tensor(hf / "model.safetensors", "lm_head.weight", lambda tensor: tensor[7].add_(1e-3))
+    described(hf, "lm_head.weight differs from the token embeddings", check=True)
+
+
+@pytest.mark.parametrize("options", [{"check": True}, {"digest": True}])
+@pytest.mark.parametrize("name", ["embed_positions.weight", "layers.1.fc2.bias"])
+def test_parts_that_contradict_each_other_are_a_problem(name: str, options: dict[str, Any], tmp_path: Path) -> None:
+    folder = write_source("4 parts", tmp_path / "source")
+    change_tensor(folder / "reshard-model_part-2.pt", f"decoder.{name}", lambda tensor: tensor[-1].add_(1e-3))
+    report = described(folder, f"{name}: every model parallel part holds it, and ", **options)
+    assert report.digest is None
+
+
+# --- --hash ---
+
+
+def sha256(text: str, data: bytes = b"") -> str:
+    return hashlib.sha256(text.encode() + data).hexdigest()
+
+
+def digest_by_definition(name: str, tensor: Tensor) -> str:
+    """SHA-256 over name, dtype and shape as three lines, and then the bytes."""
+    dtype, shape = str(tensor.dtype).split(".")[1], ",".join(map(str, tensor.shape))
+    return sha256(f"{name}\n{dtype}\n{shape}\n", tensor.contiguous().view(torch.uint8).numpy().tobytes())
+
+
+def digests_by_definition(tensors: dict[str, Tensor]) -> tuple[dict[str, str], str]:
+    """Digests of each tensor by minopt's name, and of all."""
+    each = {name: digest_by_definition(name, tensor) for name, tensor in named(tensors).items()}
+    return each, sha256("".join(f"{name} {each[name]}\n" for name in sorted(each)))
+
+
+def digests_of(path: Path) -> tuple[dict[str, str | None], str | None]:
+    report = inspect_checkpoint(path, digest=True)
+    assert report.problem is None
+    assert f"\nsha256          {report.digest}" in report.to_text()
+    assert all(f"{t.digest}" in report.to_text(tensors=True) for t in report.tensors)
+    return {t.name: t.digest for t in report.tensors}, report.digest
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("source", SOURCES)
+def test_digests_are_those_of_the_definition_in_every_kind(source: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    for kind in KINDS:
+        if fits(kind, source):
+            folder = write_source(source, tmp_path / kind, kind, dtype)
+            assert digests_of(folder) == digests_by_definition(expected_tensors(kind, dtype)), kind
+
+
+def test_digests_do_not_depend_on_how_much_is_read_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inspecting, "_CHUNK_NUMBERS", 37)
+    for source in ("safetensors", "4 parts", "2 parts x 3 shards"):
+        folder = write_source(source, tmp_path / source)
+        assert digests_of(folder) == digests_by_definition(expected_tensors())
+
+
+def test_digests_are_of_mixed_dtypes_too(tmp_path: Path) -> None:
+    write_metaseq(tmp_path / "mixed", reference(), parts=2, dtype=torch.float16, mixed_norms=True)
+    mixed = {k: t if "layer_norm" in k else t.half() for k, t in expected_tensors().items()}
+    assert digests_of(tmp_path / "mixed") == digests_by_definition(mixed)
+
+
+def test_conversions_that_keep_the_dtype_keep_the_digests_and_casts_change_all(hf: Path, tmp_path: Path) -> None:
+    before = digests_of(hf)
+    convert(hf, tmp_path / "parts", format="metaseq", parts=4)
+    convert(tmp_path / "parts", tmp_path / "shards", max_shard_bytes=9_000)
+    convert(tmp_path / "shards", tmp_path / "one", format="metaseq")
+    for name in ("parts", "shards", "one"):
+        assert digests_of(tmp_path / name) == before
+    convert(tmp_path / "parts", tmp_path / "half", dtype="float16")
+    each, whole = digests_of(tmp_path / "half")
+    assert (each, whole) == digests_by_definition(expected_tensors("125m", torch.float16))
+    assert not set(each.values()) & set(before[0].values())
+    convert(tmp_path / "half", tmp_path / "float", dtype="float32")
+    assert digests_of(tmp_path / "float")[1] not in (before[1], whole)
+
+
+def test_a_files_metadata_and_order_are_no_weights(hf: Path) -> None:
+    before = digests_of(hf)
+    tensors = load_file(hf / "model.safetensors")
+    head = tensors["model.decoder.embed_tokens.weight"].clone()
+    bare = {k.removeprefix("model."): t for k, t in reversed(tensors.items())}
+    save_file(bare | {"lm_head.weight": head}, hf / "model.safetensors", metadata={"format": "pt", "by": "me"})
+    assert digests_of(hf) == before
+
+
+def test_one_bit_anywhere_changes_one_tensors_digest_and_the_whole(hf: Path) -> None:
+    (each, whole), path = digests_of(hf), hf / "model.safetensors"
+    data = path.read_bytes()
+    begin = 8 + int.from_bytes(data[:8], "little")
+    bits = random.Random(0).sample(range(8 * begin, 8 * len(data)), 30)
+    for bit in (8 * begin, 8 * len(data) - 1, *bits):
+        changed = bytearray(data)
+        changed[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(changed)
+        other, total = digests_of(hf)
+        assert total != whole, bit
+        assert sum(other[name] != each[name] for name in each) == 1, bit
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("name", ["layers.1.fc1.weight", "layers.0.self_attn.q_proj.weight", "layers.2.fc2.weight"])
+def test_one_bit_of_any_kind_changes_that_tensors_digest(source: str, name: str, tmp_path: Path) -> None:
+    folder = write_source(source, tmp_path / "source")
+    each, whole = digests_of(folder)
+    path, key, index = place_of(source, folder, name, 200)
+    change_tensor(path, key, lambda tensor: tensor.view(-1)[index : index + 1].view(torch.int32).bitwise_xor_(1))
+    other, total = digests_of(folder)
+    assert total != whole
+    assert {n for n in each if other[n] != each[n]} == {name}
+
+
+def test_padding_of_shards_is_no_weight(tmp_path: Path) -> None:
+    paths = write_metaseq(tmp_path / "source", reference(), shards=7)
+    before = digests_of(tmp_path / "source")
+    key = "decoder.layers.1.flat_param_0"
+    layer = sum(t.numel() for k, t in expected_tensors().items() if "layers.1." in k)
+    padding = -layer % 7
+    assert padding > 0, "the test needs some"
+    change_tensor(paths[-1], key, lambda tensor: tensor[-padding:].fill_(math.nan))
+    assert digests_of(tmp_path / "source") == before
+    assert inspect_checkpoint(tmp_path / "source", check=True).is_sound
+    change_tensor(paths[-1], key, lambda tensor: tensor[-padding - 1].add_(1))
+    assert digests_of(tmp_path / "source") != before
+
+
+def test_names_and_shapes_are_part_of_the_digest(hf: Path) -> None:
+    each, whole = digests_of(hf)
+    one, other = "layers.0.self_attn.k_proj.weight", "layers.0.self_attn.q_proj.weight"
+    tensors = load_file(hf / "model.safetensors")
+    keys = [f"model.decoder.{name}" for name in (one, other)]
+    swapped = tensors | {keys[0]: tensors[keys[1]].clone(), keys[1]: tensors[keys[0]].clone()}
+    save_file(swapped, hf / "model.safetensors")
+    renamed, total = digests_of(hf)
+    assert total != whole
+    assert {name for name in each if renamed[name] != each[name]} == {one, other}
+    assert not {renamed[one], renamed[other]} & {each[one], each[other]}
+    save_file(tensors | {keys[0]: tensors[keys[0]].t().contiguous()}, hf / "model.safetensors")
+    transposed, total = digests_of(hf)
+    assert total != whole
+    assert {name for name in each if transposed[name] != each[name]} == {one}
+    file = SafetensorsFile(hf / "model.safetensors")
+    key = "model.decoder.layers.0.fc1.weight"
+    digests = {
+        digest_of(SourceTensor(name, shape, torch.float32, (Slice(shape, torch.float32, Slice.whole(file, key).runs),)))
+        for name in ("layers.0.fc1.weight", "layers.1.fc1.weight")
+        for shape in ((64, 32), (32, 64), (2048,))
+    }
+    assert len(digests) == 6, "the same bytes, of another name or shape"
+
+
+# --- the bar ---
+
+
+def test_the_bar_is_drawn_while_values_are_read_and_on_demand_only(
+    hf: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    inspect_checkpoint(hf, check=True, digest=True)
+    inspect_checkpoint(hf, show_progress=True)
+    assert capsys.readouterr() == ("", "")
+    for options in ({"check": True}, {"digest": True}):
+        inspect_checkpoint(hf, show_progress=True, **options)
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert f"/{len(expected_tensors())} [" in err
+
+
+def test_a_path_may_begin_at_home(hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert inspect_checkpoint("~/hf").path == str(hf)

@@ -1,0 +1,340 @@
+"""`minopt convert`, `minopt inspect` and `minopt evaluate`: exit codes, results on stdout, one line for the rest."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import termios
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+import minopt
+from minopt import inspect_checkpoint
+from minopt.checkpoint import convert as converting
+from minopt.checkpoint.read import TensorFile
+from minopt.cli import main
+from tests.checkpoint.sources import (
+    change_tensor,
+    content,
+    expected_tensors,
+    reference,
+    write_source,
+)
+
+DEMO = Path(minopt.DEMO)
+
+
+@pytest.fixture
+def parts(tmp_path: Path) -> Path:
+    """A checkpoint of metaseq in two parts."""
+    return write_source("2 parts", tmp_path / "parts")
+
+
+@contextmanager
+def terminal() -> Iterator[Callable[[], str]]:
+    """Inside, stderr is a terminal; the function that is given tells what it has shown since."""
+    end, device = os.openpty()
+    os.set_blocking(end, False)
+
+    def shown() -> str:
+        pieces = []
+        with suppress(BlockingIOError):
+            while True:
+                pieces.append(os.read(end, 4096))
+        return b"".join(pieces).decode()
+
+    fcntl.ioctl(device, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))  # lines and columns
+    with os.fdopen(device, "w") as stderr, mock.patch.object(sys, "stderr", stderr):
+        yield shown
+    os.close(end)
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "minopt", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def error_of(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line of a command that ends with 2."""
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("minopt: error: ")
+    assert captured.err.count("\n") == 1
+    assert captured.err.endswith("\n")
+    return captured.err
+
+
+# --- convert ---
+
+
+def test_the_program_converts_and_says_where_to(tmp_path: Path) -> None:
+    result = run("convert", str(DEMO), str(tmp_path / "new"))
+    assert (result.returncode, result.stdout) == (0, "")
+    assert result.stderr == f"minopt: wrote {tmp_path / 'new'}\n"
+    opened = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "new")
+    ids = transformers.AutoTokenizer.from_pretrained(tmp_path / "new")("The old house", return_tensors="pt")
+    expected = transformers.AutoModelForCausalLM.from_pretrained(DEMO)
+    with torch.no_grad():
+        assert torch.equal(opened(ids.input_ids).logits, expected(ids.input_ids).logits)
+
+
+def test_each_option_reaches_the_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(converting, "convert", lambda *args, **options: asked.append((args, options)))
+    flags = "--format metaseq --parts 4 --dtype bfloat16 --max-shard-size 1.5MB --model-config opt-125m --force"
+    assert main(["convert", "a", "b", *flags.split(), "--tokenizer", "c"]) == 0
+    assert main(["convert", "a", "b"]) == 0
+    given = {"format": "metaseq", "parts": 4, "dtype": "bfloat16", "max_shard_bytes": 1_500_000, "tokenizer": "c",
+             "model_config": "opt-125m", "force": True, "show_progress": False}  # fmt: skip
+    default = {"format": "hf", "parts": 1, "dtype": "auto", "max_shard_bytes": 2_000_000_000, "tokenizer": None,
+               "model_config": None, "force": False, "show_progress": False}  # fmt: skip
+    assert asked == [(("a", "b"), given), (("a", "b"), default)]
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [("1000", 1000), ("7B", 7), ("20KB", 20_000), ("20 kb", 20_000), ("2mb", 2_000_000), ("0.5GB", 500_000_000)],
+)
+def test_sizes_are_decimal(text: str, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(converting, "convert", lambda *args, **options: asked.append(options["max_shard_bytes"]))
+    assert main(["convert", "a", "b", "--max-shard-size", text]) == 0
+    assert asked == [count]
+
+
+@pytest.mark.parametrize("text", ["", "GB", "2GiB", "2TB", "1.5.5MB", "-1MB", "1e9", "two", "2 M B"])
+def test_sizes_that_are_none_are_wrong_usage(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["convert", "a", "b", f"--max-shard-size={text}"])
+    assert caught.value.code == 2
+    assert f"expected a size such as 2GB or 500MB, got {text!r}" in capsys.readouterr().err
+
+
+def test_there_and_back_by_the_command_line(parts: Path, tmp_path: Path) -> None:
+    hf, again, back = (str(tmp_path / name) for name in ("hf", "again", "back"))
+    assert main(["convert", str(parts), hf, "--max-shard-size", "20KB"]) == 0
+    assert main(["convert", hf, again, "--format", "metaseq", "--parts", "4"]) == 0
+    assert main(["convert", f"{again}/reshard-model_part-2.pt", back]) == 0
+    tensors = load_file(Path(back) / "model.safetensors")
+    assert all(torch.equal(tensors[key], tensor) for key, tensor in expected_tensors().items())
+    assert len(tensors) == len(expected_tensors())
+    assert len(list(Path(hf).glob("*.safetensors"))) > 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{tmp}/nowhere", "{tmp}/new"], "/nowhere: no such file or folder."),
+        (["{parts}", "{tmp}/new", "--dtype", "int8"], "dtype: expected auto, float32, "),
+        (["{parts}", "{tmp}/new", "--parts", "2"], "metaseq's format has them, got 2 with hf. Add --format metaseq."),
+        (["{parts}", "{tmp}/new", "--parts", "3", "--format", "metaseq"], "1, 2, 4 would do."),
+        (["{parts}", "{tmp}/new", "--max-shard-size", "0"], "max_shard_bytes: expected a positive number, got 0."),
+        (["{parts}", "{tmp}/new", "--model-config", "opt-9b"], "model_config: opt-9b: no such file, and "),
+        (["{parts}", "{tmp}/new", "--tokenizer", "{tmp}"], "expected tokenizer.json, or vocab.json and merges.txt"),
+        (["{parts}", "{parts}", "--force"], "is, or holds, the source"),
+        (["{parts}", "{tmp}/old"], "is there already. Name another folder, or replace it with --force."),
+        (["{parts}", "{tmp}/old/notes.txt"], "expected a folder to write to, got a file. Name another."),
+        (["{parts}", "{tmp}/thesis", "--force"], "holds files that are not a model's (no config.json)."),
+        (["{parts}", "{tmp}/old/notes.txt/new"], "{tmp}/old/notes.txt"),
+    ],
+)  # fmt: skip
+def test_what_a_user_can_mend_is_one_line(
+    arguments: list[str], message: str, parts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(DEMO, tmp_path / "old")
+    for name in ("old/notes.txt", "thesis/chapter-1.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("mine")
+    before = content(tmp_path)
+    places = {"tmp": tmp_path, "parts": parts}
+    line = error_of(["convert", *(a.format(**places) for a in arguments)], capsys)
+    assert message.format(**places) in line
+    assert "Errno" not in line
+    assert content(tmp_path) == before
+
+
+@pytest.mark.parametrize("arguments", [[], ["a"], ["a", "b", "c"], ["a", "b", "--format", "gguf"],
+                                       ["a", "b", "--parts", "two"], ["a", "b", "--forc"]])  # fmt: skip
+def test_wrong_usage_of_convert_is_exit_code_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["convert", *arguments])
+    assert caught.value.code == 2
+    assert "usage: minopt" in capsys.readouterr().err
+
+
+def test_an_interrupt_ends_with_130_and_leaves_nothing(
+    parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    read, calls = TensorFile.read_into, []
+
+    def interrupted(self: TensorFile, *args: Any) -> None:
+        calls.append(1)
+        if len(calls) == 30:
+            os.kill(os.getpid(), signal.SIGINT)
+        read(self, *args)
+
+    monkeypatch.setattr(TensorFile, "read_into", interrupted)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in the background ignores it
+    try:
+        assert main(["convert", str(parts), str(tmp_path / "new")]) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert capsys.readouterr() == ("", "")
+    assert [p.name for p in tmp_path.iterdir()] == ["parts"]
+
+
+def test_a_bar_is_drawn_on_a_terminal(parts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    count = len(expected_tensors())
+    with terminal() as shown:
+        assert main(["convert", str(parts), str(tmp_path / "new")]) == 0
+        text = shown()
+        assert f"{count}/{count} [" in text
+        assert text.endswith(f"minopt: wrote {tmp_path / 'new'}\r\n")
+        assert main(["inspect", str(parts), "--check"]) == 0
+        assert f"/{count} [" in shown()
+    assert f"/{count}" not in capsys.readouterr().out
+
+
+def test_no_bar_is_drawn_into_a_file(parts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["convert", str(parts), str(tmp_path / "new")]) == 0
+    assert main(["inspect", str(parts), "--check", "--hash"]) == 0
+    assert capsys.readouterr().err == f"minopt: wrote {tmp_path / 'new'}\n"
+
+
+# --- inspect ---
+
+
+def test_the_program_inspects(tmp_path: Path) -> None:
+    result = run("inspect", str(DEMO), "--check", "--hash", "--json")
+    report = json.loads(result.stdout)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert report == json.loads(json.dumps(inspect_checkpoint(DEMO, check=True, digest=True).to_dict()))
+    assert (report["is_sound"], report["parameters"], len(report["digest"])) == (True, 3_946_496, 64)
+
+
+@pytest.mark.parametrize(
+    ("flags", "options"),
+    [
+        ([], {}),
+        (["--check"], {"check": True}),
+        (["--hash"], {"digest": True}),
+        (["--check", "--hash"], {"check": True, "digest": True}),
+        (["--model-config", "{config}"], {"model_config": "{config}"}),
+    ],
+)
+def test_each_flag_asks_for_its_part(
+    flags: list[str], options: dict[str, Any], parts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reference().config.save_pretrained(tmp_path / "config")
+    config = str(tmp_path / "config")
+    flags = [flag.format(config=config) for flag in flags]
+    if "model_config" in options:
+        options = {"model_config": config}
+    expected = inspect_checkpoint(parts, **options)
+    for more, text in (
+        ([], expected.to_text()),
+        (["--tensors"], expected.to_text(tensors=True)),
+        (["--json"], json.dumps(expected.to_dict(), indent=2)),
+    ):
+        assert main(["inspect", str(parts), *flags, *more]) == 0
+        assert capsys.readouterr() == (text + "\n", "")
+
+
+@pytest.mark.parametrize("flags", [[], ["--json"]])
+def test_what_check_finds_is_on_stdout_and_exit_code_1(
+    flags: list[str], parts: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    change_tensor(
+        parts / "reshard-model_part-1.pt", "decoder.layers.1.fc1.bias", lambda tensor: tensor[3].fill_(float("nan"))
+    )
+    assert main(["inspect", str(parts)]) == 0
+    capsys.readouterr()
+    assert main(["inspect", str(parts), "--check", *flags]) == 1
+    out, err = capsys.readouterr()
+    assert err == ""
+    place = "1 not finite, first at reshard-model_part-1.pt: decoder.layers.1.fc1.bias[3]"
+    if flags:
+        report = json.loads(out)
+        assert {t["name"]: t["findings"] for t in report["tensors"] if t["findings"]} == {"layers.1.fc1.bias": [place]}
+        assert report["is_sound"] is False
+        assert report["problem"] is None
+    else:
+        assert out.endswith(f"\n\nlayers.1.fc1.bias: {place}\n")
+
+
+@pytest.mark.parametrize("flags", [[], ["--json"], ["--check", "--hash", "--tensors"]])
+def test_what_cannot_be_loaded_is_described_with_exit_code_1(
+    flags: list[str], parts: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_source("2 parts", parts).joinpath("reshard-model_part-0.pt").unlink()
+    assert main(["inspect", str(parts), *flags]) == 1
+    out, err = capsys.readouterr()
+    assert err == ""
+    if "--json" in flags:
+        report = json.loads(out)
+        assert report["missing"] == ["reshard-model_part-0.pt"]
+        assert "missing: reshard-model_part-0.pt. Fetch them again." in report["problem"]
+    else:
+        assert "\nmissing         1: reshard-model_part-0.pt\n" in out
+        assert out.splitlines()[-1].startswith("problem: ")
+
+
+def test_what_is_no_checkpoint_is_one_line(parts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "/nowhere: no such file or folder." in error_of(["inspect", str(tmp_path / "nowhere")], capsys)
+    (tmp_path / "empty").mkdir()
+    assert "expected weights" in error_of(["inspect", str(tmp_path / "empty"), "--json"], capsys)
+    write_source("singleton", parts)
+    line = error_of(["inspect", str(parts)], capsys)
+    assert "holds 2 checkpoints (reshard-model_part-0.pt, reshard.pt). Name the file of one." in line
+    assert "opt-9b: no such file" in error_of(["inspect", str(DEMO), "--model-config", "opt-9b"], capsys)
+
+
+def test_a_conversion_is_checked_by_its_digest(parts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What a user would do."""
+    assert main(["convert", str(parts), str(tmp_path / "hf")]) == 0
+    lines = []
+    for path in (parts, tmp_path / "hf"):
+        capsys.readouterr()
+        assert main(["inspect", str(path), "--hash"]) == 0
+        lines.append(next(line for line in capsys.readouterr().out.splitlines() if line.startswith("sha256")))
+    assert lines[0] == lines[1]
+
+
+# --- evaluate ---
+
+
+def test_published_numbers_need_a_model(capsys: pytest.CaptureFixture[str]) -> None:
+    line = error_of(["evaluate", "--task", "reference"], capsys)
+    assert line == (
+        "minopt: error: --model: published numbers exist for opt-125m and opt-350m. Name a checkpoint of one.\n"
+    )
+
+
+def test_a_model_of_another_size_has_no_published_numbers(parts: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for model in (DEMO, parts):
+        line = error_of(["evaluate", "--task", "reference", "--model", str(model), "--device", "cpu"], capsys)
+        assert "expected the shape of opt-125m or opt-350m" in line
+    assert "no such folder" in error_of(["evaluate", "--task", "reference", "--model", "/nowhere"], capsys)
+
+
+@pytest.mark.parametrize("arguments", [[], ["--task"], ["--task", "squad"], ["--task", "reference", "--dtype", "auto"]])
+def test_wrong_usage_of_evaluate_is_exit_code_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["evaluate", *arguments])
+    assert caught.value.code == 2
+    assert "usage: minopt" in capsys.readouterr().err
