@@ -367,8 +367,9 @@ def _edit_archive(data: bytes, rng: random.Random, donor: bytes) -> Edit:
 
 
 # What json.dumps would not write; each stands for a text that replaces it.
-_RAW = {"@digits": "9" * 5_000, "@overflow": "1e999", "@nan": "NaN", "@minus": "-0", "@deep": "[" * 3_000 + "]" * 3_000,
-        "@too deep": "[" * 200_000, "@half": "1.0", "@surrogate": '"\\ud800"', "@line": '"a\\nb"'}  # fmt: skip
+_RAW = {"@digits": "9" * 5_000, "@huge": "9" * 400, "@overflow": "1e999", "@nan": "NaN", "@minus": "-0",
+        "@deep": "[" * 3_000 + "]" * 3_000, "@too deep": "[" * 200_000, "@half": "1.0", "@surrogate": '"\\ud800"',
+        "@line": '"a\\nb"'}  # fmt: skip
 
 
 def edit_json(text: str, rng: random.Random) -> Edit:
@@ -382,7 +383,8 @@ def edit_json(text: str, rng: random.Random) -> Edit:
         places = _places(value)
         if not places:
             break
-        holder, key = rng.choice(places)
+        numbers = [(holder, key) for holder, key in places if isinstance(holder[key], (int, float))]
+        holder, key = rng.choice(numbers if numbers and rng.random() < 0.4 else places)
         other, elsewhere = rng.choice(places)
         how = rng.choice(("replace", "replace", "replace", "change", "drop", "rename", "swap", "copy"))
         if how == "replace":
@@ -412,7 +414,7 @@ def edit_json(text: str, rng: random.Random) -> Edit:
 
 def _json_value(rng: random.Random) -> Any:
     plain = rng.choice((None, True, False, 0.5, -1.5, [], {}, [1], {"a": 1}, [2**64, -1], ["x"], [[]]))
-    return rng.choice((rng.choice(INTS), rng.choice(INTS), rng.choice(TEXTS), rng.choice(list(_RAW)), plain))
+    return rng.choice((rng.choice(INTS), rng.choice(INTS), "@huge", rng.choice(TEXTS), rng.choice(list(_RAW)), plain))
 
 
 def _places(value: Any) -> list[tuple[Any, Any]]:

@@ -57,6 +57,18 @@ def test_figures_are_those_of_the_results() -> None:
             assert cells[3] == f"**{case[ratio]}x**", line
 
 
+def test_figures_of_conversions_are_those_of_the_result() -> None:
+    lines = [line for line in README.splitlines() if line.startswith("|") and "(benchmarks/results/convert_" in line]
+    result = json.loads((ROOT / re.findall(r"benchmarks/results/convert_[\w.]+", lines[0])[0]).read_text())
+    assert len(lines) == len(result["conversions"])
+    for line, (name, row) in zip(lines, result["conversions"].items(), strict=True):
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        assert cells[:5] == [name, f"{row['seconds']} s", f"{row['copy_seconds']} s", f"{row['peak_mb']} MB",
+                             f"{row['largest_file_mb']} MB"]  # fmt: skip
+        assert row["peak_mb"] <= row["bound_mb"]
+        assert row["same_digest"] is not False
+
+
 def test_figures_in_the_text_are_those_of_the_results() -> None:
     (kept,) = (ROOT / "benchmarks" / "results").glob("import_*.json")
     cost = json.loads(kept.read_text())["milliseconds_over_import_torch"]

@@ -6,7 +6,6 @@ Imports no torch, so that a configuration can be read and planned with anywhere.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -222,7 +221,7 @@ def is_int(value: object) -> bool:
 
 def is_number(value: object) -> bool:
     """Whether a value is a finite number; True and False are none."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -1e300 < value < 1e300
 
 
 def _presets() -> dict[str, dict[str, Any]]:

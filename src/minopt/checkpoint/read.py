@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import mmap
+import os
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,7 @@ from minopt.checkpoint.container import open_container
 from minopt.checkpoint.errors import CheckpointError, first_line, some
 from minopt.checkpoint.unpickle import NOT_TEXT, Placeholder, StoredTensor, UnpickleError
 
-# What is read at a time where it is cast: small enough to stay in the processor's cache, and for torch to cast it in
-# the calling thread (it shares out from 32,768 on), which is faster for so little.
-_CHUNK_NUMBERS = 32_000
+_PIECE_BYTES = 64_000_000
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -61,16 +60,30 @@ class TensorFile:
         if begin is None:
             out.copy_(self.map(key).reshape(-1)[start : start + out.numel()])
             return
+        begin += start * stored.itemsize
         with self.path.open("rb", buffering=0) as file:
-            file.seek(begin + start * stored.itemsize)
-            if stored == out.dtype:
-                self._fill(file, out)
+            if stored == out.dtype or begin % stored.itemsize:
+                file.seek(begin)
+                numbers = out if stored == out.dtype else torch.empty(out.numel(), dtype=stored)
+                self._fill(file, numbers)
+                if numbers is not out:
+                    out.copy_(numbers)
                 return
-            scratch = torch.empty(min(out.numel(), _CHUNK_NUMBERS), dtype=stored)
-            for begin in range(0, out.numel(), max(1, scratch.numel())):
-                piece = out[begin : begin + scratch.numel()]
-                self._fill(file, scratch[: piece.numel()])
-                piece.copy_(scratch[: piece.numel()])
+            # Cast from the file's pages: a mapping of a piece at a time, whose pages go with it.
+            step = _PIECE_BYTES // stored.itemsize
+            for first in range(0, out.numel(), step):
+                piece = out[first : first + step]
+                place = begin + first * stored.itemsize
+                if place + piece.numel() * stored.itemsize > os.fstat(file.fileno()).st_size:
+                    raise CheckpointError(self._cut_short)
+                page = place - place % mmap.ALLOCATIONGRANULARITY
+                length = place - page + piece.numel() * stored.itemsize
+                pages = mmap.mmap(file.fileno(), length, access=mmap.ACCESS_COPY, offset=page)
+                piece.copy_(torch.frombuffer(pages, dtype=stored, count=piece.numel(), offset=place - page))
+
+    @property
+    def _cut_short(self) -> str:
+        return f"{self.path}: ends in the middle of its tensors. Fetch the file again."
 
     def _fill(self, file: Any, out: Tensor) -> None:
         numbers: Any = out.view(torch.uint8).numpy()
@@ -78,7 +91,7 @@ class TensorFile:
         while len(view):
             count = file.readinto(view)
             if not count:
-                raise CheckpointError(f"{self.path}: ends in the middle of its tensors. Fetch the file again.")
+                raise CheckpointError(self._cut_short)
             view = view[count:]
 
 
@@ -167,7 +180,7 @@ class TorchFile(TensorFile):
                 with self.path.open("rb") as file:  # a private mapping: what is written to it stays in memory
                     self._mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
             if begin + (tensor.end - tensor.offset) * dtype.itemsize > len(self._mapping):
-                raise CheckpointError(f"{self.path}: ends in the middle of its tensors. Fetch the file again.")
+                raise CheckpointError(self._cut_short)
             span = torch.frombuffer(self._mapping, dtype=dtype, count=tensor.end - tensor.offset, offset=begin)
         return span.as_strided(tensor.shape, tensor.stride)
 

@@ -9,6 +9,7 @@ are not installed, and one that wants to run code has nothing to run it with.
 from __future__ import annotations
 
 import pickletools
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
@@ -108,15 +109,9 @@ def read_pickle(file: BinaryIO, storages: list[Storage] | None = None) -> Any:
     """
     machine = _Machine()
     try:
-        for count, (opcode, argument, _) in enumerate(pickletools.genops(file)):
-            if count > _MOST_OPERATIONS:
-                raise UnpickleError(f"more than {_MOST_OPERATIONS:,} operations, no checkpoint needs that many")
-            if opcode.name in _LITERALS:
-                machine.stack.append(argument)
-            elif opcode.name not in _OPERATIONS:
-                raise UnpickleError(f"unknown operation {opcode.name}")
-            else:
-                _OPERATIONS[opcode.name](machine, argument)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of texts of protocol 0 with unknown escapes
+            machine.run(file)
         if storages is not None:
             storages += machine.storages.values()
         return machine.stack.pop()
@@ -138,6 +133,17 @@ class _Machine:
         self.marks: list[int] = []
         self.memo: dict[int, Any] = {}
         self.storages: dict[str, Storage] = {}
+
+    def run(self, file: BinaryIO) -> None:
+        for count, (opcode, argument, _) in enumerate(pickletools.genops(file)):
+            if count > _MOST_OPERATIONS:
+                raise UnpickleError(f"more than {_MOST_OPERATIONS:,} operations, no checkpoint needs that many")
+            if opcode.name in _LITERALS:
+                self.stack.append(argument)
+            elif opcode.name not in _OPERATIONS:
+                raise UnpickleError(f"unknown operation {opcode.name}")
+            else:
+                _OPERATIONS[opcode.name](self, argument)
 
     def pop(self, count: int) -> list[Any]:
         """The top ``count`` values, the deepest first."""
