@@ -14,7 +14,7 @@ import torch
 from minopt.checkpoint.hub import find_model
 from minopt.checkpoint.load import load_checkpoint, resolve_device, resolve_dtype
 from minopt.checkpoint.save import save_model
-from minopt.checkpoint.source import find_tokenizer, open_checkpoint
+from minopt.checkpoint.source import open_checkpoint
 from minopt.config import OPTConfig
 from minopt.generation.config import GenerationConfig
 from minopt.generation.decode import check_prompt, decode_steps, generate
@@ -209,7 +209,7 @@ def load(
     target, number_type = resolve_device(device), resolve_dtype(dtype)
     path = find_model(name_or_path, revision=revision, local_files_only=local_files_only)
     checkpoint = open_checkpoint(path, model_config)
-    folder = find_tokenizer(checkpoint) if tokenizer is None else Path(tokenizer).expanduser()
+    folder = Tokenizer.find(checkpoint.found.folder) if tokenizer is None else Path(tokenizer).expanduser()
     reader = None if folder is None else Tokenizer.load(folder)
     model = load_checkpoint(checkpoint, target, number_type)
     if reader is not None:

@@ -113,9 +113,12 @@ class Tokenizer:
         return cls(backend, settings)
 
     @staticmethod
-    def is_in(folder: Path) -> bool:
-        """Whether a folder has files that ``load`` reads."""
-        return any(all((folder / name).is_file() for name in form) for form in _FORMS)
+    def find(folder: Path) -> Path | None:
+        """The folder of the tokenizer of weights in ``folder``: that one, or the one above; ``None`` without files."""
+        for place in (folder, folder.resolve().parent):
+            if any(all((place / name).is_file() for name in form) for form in _FORMS):
+                return place
+        return None
 
     def save(self, folder: str | Path) -> None:
         """Writes ``tokenizer.json`` and ``tokenizer_config.json``, which transformers reads too."""

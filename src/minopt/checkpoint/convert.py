@@ -20,7 +20,7 @@ from minopt.checkpoint.load import resolve_dtype
 from minopt.checkpoint.names import FUSED, fused_key, shard_dim, to_hf, to_metaseq
 from minopt.checkpoint.pieces import SourceTensor, main_dtype
 from minopt.checkpoint.save import TOKENIZER_FILES, replacing, write_config, write_json, write_safetensors
-from minopt.checkpoint.source import Checkpoint, find_tokenizer, open_checkpoint
+from minopt.checkpoint.source import Checkpoint, open_checkpoint
 from minopt.config import OPTConfig, read_json
 from minopt.tokenizer import Tokenizer
 
@@ -85,7 +85,7 @@ def convert(
     if format == "metaseq":
         _check_parts(checkpoint.config, parts)
     checkpoint.check_head()
-    folder = find_tokenizer(checkpoint) if tokenizer is None else Path(tokenizer).expanduser()
+    folder = Tokenizer.find(checkpoint.found.folder) if tokenizer is None else Path(tokenizer).expanduser()
     reader = None if folder is None else Tokenizer.load(folder)
     if reader is None:
         logger.warning("%s: no tokenizer's files beside the weights, so none are written.", checkpoint.found.folder)

@@ -15,8 +15,9 @@ from tqdm import tqdm
 
 from minopt.checkpoint.errors import AmbiguousPathError, CheckpointError, MissingFileError
 from minopt.checkpoint.pieces import Run, SourceTensor
-from minopt.checkpoint.source import Checkpoint, find_files, find_tokenizer, open_checkpoint, weight_files
+from minopt.checkpoint.source import Checkpoint, find_files, open_checkpoint, weight_files
 from minopt.config import OPTConfig
+from minopt.tokenizer import Tokenizer
 
 # A shard of 175B that was damaged at its source held weights up to 5e4 (metaseq issue 122); sound ones stay far below.
 _LARGEST_WEIGHT = 100.0
@@ -165,7 +166,7 @@ def _describe(base: Report, checkpoint: Checkpoint, check: bool, digest: bool, s
             checkpoint.check_head()
         except CheckpointError as error:
             problem = str(error)
-    folder = find_tokenizer(checkpoint)
+    folder = Tokenizer.find(checkpoint.found.folder)
     return replace(
         base,
         problem=problem,

@@ -14,7 +14,6 @@ from minopt.checkpoint.pieces import Slice, SourceTensor, same_numbers
 from minopt.checkpoint.read import SafetensorsFile, TensorFile, TorchFile
 from minopt.config import OPTConfig, read_json
 from minopt.model import OPT
-from minopt.tokenizer import Tokenizer
 
 # Every name that weights have in a Hugging Face folder: what is downloaded, and what a save replaces.
 SAFETENSORS = ("model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors")
@@ -248,12 +247,6 @@ def open_checkpoint(path: Path, model_config: OPTConfig | str | Path | None = No
     else:
         checkpoint = _open_hf(found, override)
     return _matched(checkpoint)
-
-
-def find_tokenizer(checkpoint: Checkpoint) -> Path | None:
-    """The folder of a checkpoint's tokenizer: beside the weights, or one up; ``None`` where there is none."""
-    folder = checkpoint.found.folder
-    return next((place for place in (folder, folder.resolve().parent) if Tokenizer.is_in(place)), None)
 
 
 def _open_hf(found: Found, override: OPTConfig | None) -> Checkpoint:
