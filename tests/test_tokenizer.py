@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
+import minopt
 from minopt import Tokenizer
 from minopt.tokenizer import _BYTE_OF_CHARACTER, pad_left
 from tests.conftest import SHARED_DATA
@@ -760,17 +761,21 @@ def assert_one_line(error: pytest.ExceptionInfo[Exception], *words: str) -> None
 
 
 def test_a_folder_without_tokenizer_files_is_refused_with_what_is_there(tmp_path: Path) -> None:
-    """Half of a pair is none; a missing folder and a file say that they are no folder."""
+    """Half of a pair is none; a missing folder says so, and a file leads to its folder."""
     for name in ("vocab.json", "model.safetensors"):
         (tmp_path / name).write_text("{}")
     with pytest.raises(FileNotFoundError) as error:
         Tokenizer.load(tmp_path)
     assert_one_line(error, str(tmp_path), "expected tokenizer.json, or vocab.json and merges.txt", "vocab.json")
     assert_one_line(error, "found ['model.safetensors', 'vocab.json']")
-    for path in (tmp_path / "missing", tmp_path / "vocab.json"):
-        with pytest.raises(FileNotFoundError) as error:
-            Tokenizer.load(path)
-        assert_one_line(error, str(path), "no such folder")
+    with pytest.raises(FileNotFoundError) as error:
+        Tokenizer.load(tmp_path / "missing")
+    assert_one_line(error, str(tmp_path / "missing"), "no such folder")
+    with pytest.raises(FileNotFoundError) as error:
+        Tokenizer.load(tmp_path / "vocab.json")
+    assert_one_line(error, str(tmp_path), "found ['model.safetensors', 'vocab.json']")
+    by_file = Tokenizer.load(Path(minopt.DEMO) / "tokenizer.json")
+    assert by_file.encode("The sea") == Tokenizer.load(minopt.DEMO).encode("The sea")
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,7 @@ def cases() -> Iterator[tuple[str, dict[str, Any]]]:
     yield "125m", {"pattern": "reshard-model_part-{part}.pt", "shards": 1, "wrap": False, "metadata": False, "parts": 2}
 
 
-@pytest.mark.parametrize(("kind", "how"), cases(), ids=str)
+@pytest.mark.parametrize(("kind", "how"), list(cases()), ids=str)
 def test_each_kind_of_file_gives_the_weights_to_the_bit(kind: str, how: dict[str, Any], tmp_path: Path) -> None:
     write_metaseq(tmp_path, REFERENCES[kind], **how)
     expect_equal(load_model(tmp_path, device="cpu"), kind)
