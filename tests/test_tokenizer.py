@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -596,7 +597,10 @@ def streamed(tokenizer: Tokenizer, ids: Sequence[int], skip_special_tokens: bool
 SEARCH = settings(
     max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-VALID_TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\ufffd"))
+# Without special tokens, which Hypothesis finds in sources ("<pad>") and which a stream leaves out by intent.
+VALID_TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\ufffd")).filter(
+    lambda text: not re.search(r"<.+>", text)
+)
 
 
 @SEARCH
