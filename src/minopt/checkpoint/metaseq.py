@@ -25,7 +25,7 @@ from minopt.config import PRESETS, OPTConfig, is_int
 # "reshard-model_part-3.pt", "checkpoint_last-model_part-3-shard17.pt", "checkpoint_1_6000.pt-model_part-0.pt"
 _NAME = re.compile(r"(?P<stem>.+?)(?:-model_part-(?P<part>\d{1,4}))?(?:-shard(?P<shard>\d{1,4}))?(?P<suffix>\.\w+)")
 
-_FLAT = re.compile(r"(?:(?P<path>.*)\.)?flat_param_\d+")
+_FLAT = re.compile(r"(?:.*\.)?flat_param_\d+")
 
 
 @dataclass(frozen=True)

@@ -108,10 +108,6 @@ class SourceTensor:
     def numel(self) -> int:
         return math.prod(self.shape)
 
-    @property
-    def nbytes(self) -> int:
-        return self.numel * (self.dtype.itemsize if self.dtype is not None else 0)
-
     def map(self) -> Tensor | None:
         """The tensor in its file's pages, where nothing is read until it is used; ``None`` if it has to be joined."""
         return self.slices[0].map() if len(self.slices) == 1 else None

@@ -169,7 +169,6 @@ class TorchFile(TensorFile):
         if tensor.numel == 0:
             return torch.empty(tensor.shape, dtype=dtype)
         begin = self._begin[tensor.storage.key] + tensor.offset * dtype.itemsize
-        span = torch.empty(0, dtype=dtype)
         if begin % dtype.itemsize:  # as old containers may have it; processors want numbers aligned
             span = torch.empty(tensor.end - tensor.offset, dtype=dtype)
             with self.path.open("rb", buffering=0) as file:

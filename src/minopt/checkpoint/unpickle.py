@@ -8,6 +8,7 @@ are not installed, and one that wants to run code has nothing to run it with.
 
 from __future__ import annotations
 
+import math
 import pickletools
 import warnings
 from collections.abc import Callable
@@ -57,7 +58,7 @@ class StoredTensor:
 
     @property
     def numel(self) -> int:
-        return _product(self.shape)
+        return math.prod(self.shape)
 
     @property
     def end(self) -> int:
@@ -266,13 +267,6 @@ def _shown(value: Any) -> str:
     if is_int(value):
         return str(value) if abs(value) < 10**20 else "a huge number"
     return repr(value[:40]) if isinstance(value, str) else type(value).__name__
-
-
-def _product(sizes: tuple[int, ...]) -> int:
-    result = 1
-    for size in sizes:
-        result *= size
-    return result
 
 
 # Operations whose argument is what they push.
