@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,6 @@ import transformers
 
 from minopt import OPT, OPTConfig
 from minopt.checkpoint.names import HF_HEAD, from_hf
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach out; those of the hub start processes of their own
 
 torch.set_num_threads(1)  # small models lose time by sharing, most of all on a busy machine
 

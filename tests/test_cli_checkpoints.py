@@ -34,6 +34,8 @@ from tests.checkpoint.sources import (
     reference,
     write_source,
 )
+from tests.checkpoint.test_hub import environment
+from tests.hub_server import Hub
 
 DEMO = Path(minopt.DEMO)
 
@@ -63,9 +65,9 @@ def terminal() -> Iterator[Callable[[], str]]:
     os.close(end)
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+def run(*arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "minopt", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=env)
 
 
 def error_of(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
@@ -97,12 +99,15 @@ def test_each_option_reaches_the_library(tmp_path: Path, monkeypatch: pytest.Mon
     asked: list[tuple[Any, ...]] = []
     monkeypatch.setattr(converting, "convert", lambda *args, **options: asked.append((args, options)))
     flags = "--format metaseq --parts 4 --dtype bfloat16 --max-shard-size 1.5MB --model-config opt-125m --force"
-    assert main(["convert", "a", "b", *flags.split(), "--tokenizer", "c"]) == 0
+    hub = ["--revision", "v1", "--local-files-only"]
+    assert main(["convert", "a", "b", *flags.split(), "--tokenizer", "c", *hub]) == 0
     assert main(["convert", "a", "b"]) == 0
     given = {"format": "metaseq", "parts": 4, "dtype": "bfloat16", "max_shard_bytes": 1_500_000, "tokenizer": "c",
-             "model_config": "opt-125m", "force": True, "show_progress": False}  # fmt: skip
+             "model_config": "opt-125m", "force": True, "show_progress": False, "revision": "v1",
+             "local_files_only": True}  # fmt: skip
     default = {"format": "hf", "parts": 1, "dtype": "auto", "max_shard_bytes": 2_000_000_000, "tokenizer": None,
-               "model_config": None, "force": False, "show_progress": False}  # fmt: skip
+               "model_config": None, "force": False, "show_progress": False, "revision": None,
+               "local_files_only": False}  # fmt: skip
     assert asked == [(("a", "b"), given), (("a", "b"), default)]
 
 
@@ -139,7 +144,7 @@ def test_there_and_back_by_the_command_line(parts: Path, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["{tmp}/nowhere", "{tmp}/new"], "/nowhere: no such file or folder."),
+        (["{tmp}/nowhere", "{tmp}/new"], "/nowhere: no such folder, and not the name of a model on the hub"),
         (["{parts}", "{tmp}/new", "--dtype", "int8"], "dtype: expected auto, float32, "),
         (["{parts}", "{tmp}/new", "--parts", "2"], "metaseq's format has them, got 2 with hf. Add --format metaseq."),
         (["{parts}", "{tmp}/new", "--parts", "3", "--format", "metaseq"], "1, 2, 4 would do."),
@@ -295,9 +300,9 @@ def test_what_cannot_be_loaded_is_described_with_exit_code_1(
 
 
 def test_what_is_no_checkpoint_is_one_line(parts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "/nowhere: no such file or folder." in error_of(["inspect", str(tmp_path / "nowhere")], capsys)
+    assert "/nowhere: no such folder" in error_of(["inspect", str(tmp_path / "nowhere")], capsys)
     (tmp_path / "empty").mkdir()
-    assert "expected weights" in error_of(["inspect", str(tmp_path / "empty"), "--json"], capsys)
+    assert "expected a model's folder" in error_of(["inspect", str(tmp_path / "empty"), "--json"], capsys)
     write_source("singleton", parts)
     line = error_of(["inspect", str(parts)], capsys)
     assert "holds 2 checkpoints (reshard-model_part-0.pt, reshard.pt). Name the file of one." in line
@@ -313,6 +318,39 @@ def test_a_conversion_is_checked_by_its_digest(parts: Path, tmp_path: Path, caps
         assert main(["inspect", str(path), "--hash"]) == 0
         lines.append(next(line for line in capsys.readouterr().out.splitlines() if line.startswith("sha256")))
     assert lines[0] == lines[1]
+
+
+# --- names on the hub ---
+
+
+def test_a_name_on_the_hub_is_inspected_and_converted(tmp_path: Path) -> None:
+    """The revision that is asked for, a metaseq model of parts; what was fetched once is used without asking."""
+    source = write_source("2 parts", tmp_path / "source")
+    inspect, convert = ("inspect", "tester/model"), ("convert", "tester/model", str(tmp_path / "new"))
+    revision, cached = ("--revision", "v1"), "--local-files-only"
+    with Hub() as hub:
+        hub.add("tester/model", source, ref="v1")
+        hub.add("tester/model", write_source("safetensors", tmp_path / "other", "350m"))
+        env = environment(hub.url, tmp_path / "home")
+        cold = run(*inspect, *revision, cached, env=env)
+        assert hub.requests == []
+        inspected = run(*inspect, *revision, "--hash", "--json", env=env)
+        asked = len(hub.requests)
+        converted = run(*convert, *revision, cached, env=env)
+        assert len(hub.requests) == asked
+        unknown = run("inspect", "tester/unknown", env=env)
+    assert (cold.returncode, cold.stdout) == (2, "")
+    assert cold.stderr.startswith("minopt: error: tester/model: not in the hub's cache")
+    report = json.loads(inspected.stdout)
+    assert report["digest"] == inspect_checkpoint(source, digest=True).digest
+    assert (report["kind"], report["is_sound"]) == ("metaseq, model parallel parts", True)
+    assert Path(report["path"]).is_relative_to(tmp_path / "home")
+    assert converted.returncode == 0, converted.stderr
+    tensors = load_file(tmp_path / "new" / "model.safetensors")
+    assert tensors.keys() == expected_tensors().keys()
+    assert all(torch.equal(tensors[key], tensor) for key, tensor in expected_tensors().items())
+    assert (unknown.returncode, unknown.stdout) == (2, "")
+    assert unknown.stderr.startswith("minopt: error: tester/unknown: no such folder, and no such model on the hub")
 
 
 # --- evaluate ---

@@ -12,6 +12,8 @@ from typing import Any
 
 from minopt import DEMO, __version__
 
+_MODEL = "a folder, any one file of a checkpoint, or a name such as facebook/opt-125m"
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command.
@@ -102,7 +104,7 @@ def _add_convert(verbs: Any) -> None:
         "Hugging Face folder, or metaseq's files.",
     )  # fmt: skip
     parser.set_defaults(run=_convert)
-    parser.add_argument("source", help="a folder, or any one file of a checkpoint")
+    parser.add_argument("source", help=_MODEL)
     parser.add_argument("destination", help="a folder, made if missing")
     parser.add_argument("--format", choices=("hf", "metaseq"), default="hf", help="what to write (hf)")
     parser.add_argument("--parts", type=int, default=1, metavar="N", help="metaseq's model parallel parts (1)")
@@ -120,12 +122,12 @@ def _add_inspect(verbs: Any) -> None:
         "--check finds something.",
     )  # fmt: skip
     parser.set_defaults(run=_inspect)
-    parser.add_argument("path", help="a folder, or any one file of a checkpoint")
+    parser.add_argument("model", help=_MODEL)
     parser.add_argument("--tensors", action="store_true", help="list the tensors")
     parser.add_argument("--check", action="store_true", help="scan values: not finite, beyond 100, all zero")
     parser.add_argument("--hash", action="store_true", help="digests that do not depend on how the file was saved")
     parser.add_argument("--json", action="store_true", help="write JSON")
-    parser.add_argument("--model-config", metavar="NAME_OR_JSON", help="a preset such as opt-1.3b, or a config.json")
+    _add_reading_arguments(parser, with_tokenizer=False)
 
 
 def _add_evaluate(verbs: Any) -> None:
@@ -141,13 +143,18 @@ def _add_evaluate(verbs: Any) -> None:
     _add_model_arguments(parser, with_dtype=False)
 
 
-def _add_reading_arguments(parser: argparse.ArgumentParser) -> None:
+def _add_reading_arguments(parser: argparse.ArgumentParser, with_tokenizer: bool = True) -> None:
+    parser.add_argument("--revision", help="branch, tag or commit on the hub")
+    parser.add_argument("--local-files-only", action="store_true", help="use the hub's cache, ask nobody")
     parser.add_argument(
         "--model-config",
         metavar="NAME_OR_JSON",
         help="a preset such as opt-1.3b, or a config.json, instead of what the checkpoint says",
     )
-    parser.add_argument("--tokenizer", metavar="FOLDER", help="of its files (default: beside the weights, or one up)")
+    if with_tokenizer:
+        parser.add_argument(
+            "--tokenizer", metavar="FOLDER", help="of its files (default: beside the weights, or one up)"
+        )
 
 
 def _size(text: str) -> int:
@@ -164,11 +171,8 @@ def _add_model_arguments(parser: argparse.ArgumentParser, with_dtype: bool = Tru
     parser.add_argument(
         "--model",
         metavar="NAME_OR_PATH",
-        help="a folder, any one file of a checkpoint, or a name such as facebook/opt-125m (default: the small model "
-        "that minopt carries)",
+        help=f"{_MODEL} (default: the small model that minopt carries)",
     )
-    parser.add_argument("--revision", help="branch, tag or commit on the hub")
-    parser.add_argument("--local-files-only", action="store_true", help="use the hub's cache, ask nobody")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: the GPU if there is one)")
     if with_dtype:
         parser.add_argument(
@@ -217,6 +221,8 @@ def _convert(args: argparse.Namespace) -> None:
         parts=args.parts,
         dtype=args.dtype,
         max_shard_bytes=args.max_shard_size,
+        revision=args.revision,
+        local_files_only=args.local_files_only,
         model_config=args.model_config,
         tokenizer=args.tokenizer,
         force=args.force,
@@ -229,9 +235,11 @@ def _inspect(args: argparse.Namespace) -> int:
     from minopt.checkpoint.inspect import inspect_checkpoint
 
     report = inspect_checkpoint(
-        args.path,
+        args.model,
         check=args.check,
         digest=args.hash,
+        revision=args.revision,
+        local_files_only=args.local_files_only,
         model_config=args.model_config,
         show_progress=_on_terminal(),
     )

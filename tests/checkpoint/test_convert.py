@@ -120,6 +120,21 @@ def test_one_file_of_a_checkpoint_stands_for_it(tmp_path: Path) -> None:
         assert_identical(stored(tmp_path / f"new {source}"), expected_tensors())
 
 
+def test_a_folder_that_holds_one_models_folder_stands_for_it(tmp_path: Path) -> None:
+    write_source("2 parts", tmp_path / "run" / "model")
+    write_source("safetensors", tmp_path / "run" / ".hidden")
+    convert(tmp_path / "run", tmp_path / "new")
+    assert_identical(stored(tmp_path / "new"), expected_tensors())
+    before = content(tmp_path)
+    for destination in (tmp_path / "run" / "model", tmp_path / "run"):
+        with pytest.raises(ValueError, match=r"is, or holds, the source \S*run/model\. Name another destination"):
+            convert(tmp_path / "run", destination, force=True)
+    nothing_written(tmp_path, before)
+    write_source("safetensors", tmp_path / "run" / "other")
+    with pytest.raises(ValueError, match=r"run: holds 2 models \(model, other\)\. Name one of them"):
+        convert(tmp_path / "run", tmp_path / "another")
+
+
 def test_flat_shards_without_metadata_need_a_configuration(tmp_path: Path) -> None:
     write_metaseq(tmp_path / "old", reference(), parts=2, shards=3, metadata=False, drop=["decoder_layers"])
     reference().config.save_pretrained(tmp_path / "config")
@@ -608,10 +623,10 @@ def test_a_folder_inside_of_the_source_is_another_one(hf: Path) -> None:
 
 
 def test_sources_that_are_none_are_told(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"nowhere: no such file or folder"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere: no such folder, and not the name of a model on the hub"):
         convert(tmp_path / "nowhere", tmp_path / "new")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match=r"empty: expected weights .*found nothing"):
+    with pytest.raises(FileNotFoundError, match=r"empty: expected a model's folder .*found nothing"):
         convert(tmp_path / "empty", tmp_path / "new")
     folder = write_source("2 parts x 3 shards", tmp_path / "shards")
     (folder / "checkpoint_last-model_part-1-shard1.pt").unlink()
@@ -639,6 +654,13 @@ def test_what_is_at_the_destination_stays_unless_force_is_given(hf: Path, tmp_pa
             convert(hf, tmp_path / "file", force=force)
     (tmp_path / "file").unlink()
     nothing_written(tmp_path, before)
+
+
+def test_a_destination_that_is_taken_is_told_before_the_hub_is_asked(hf: Path) -> None:
+    with pytest.raises(FileExistsError, match=r"is there already"):
+        convert("tester/model", hf, local_files_only=True)
+    with pytest.raises(ConnectionError, match=r"tester/model: not in the hub's cache"):  # then it is
+        convert("tester/model", hf, local_files_only=True, force=True)
 
 
 def test_a_folder_that_is_no_model_is_not_replaced(hf: Path, tmp_path: Path) -> None:

@@ -103,6 +103,17 @@ def test_any_file_of_a_checkpoint_stands_for_it(source: str, tmp_path: Path) -> 
         assert inspect_checkpoint(path).to_dict() | {"path": ""} == whole, path
 
 
+def test_a_folder_that_holds_one_models_folder_stands_for_it(tmp_path: Path) -> None:
+    folder = write_source("4 parts", tmp_path / "run" / "model")
+    (tmp_path / "run" / "logs").mkdir()
+    assert inspect_checkpoint(tmp_path / "run") == inspect_checkpoint(folder)
+    (folder / "reshard-model_part-0.pt").unlink()
+    assert inspect_checkpoint(tmp_path / "run").missing == ("reshard-model_part-0.pt",)
+    write_source("safetensors", tmp_path / "run" / "other")
+    with pytest.raises(ValueError, match=r"run: holds 2 models \(model, other\)\. Name one of them"):
+        inspect_checkpoint(tmp_path / "run")
+
+
 def test_the_tensors_are_in_the_models_order(tmp_path: Path) -> None:
     order = list(OPT(OPTConfig.from_dict(reference().config.to_dict()), device="meta").state_dict())
     for source in ("safetensors shards", "2 parts x 3 shards"):
@@ -371,10 +382,10 @@ def test_a_file_that_shrinks_meanwhile_is_described(hf: Path, monkeypatch: pytes
 
 
 def test_what_is_no_checkpoint_raises(hf: Path, tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"nowhere: no such file or folder\.$"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere: no such folder, and not the name of a model on the hub"):
         inspect_checkpoint(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match=r"empty: expected weights .*found nothing"):
+    with pytest.raises(FileNotFoundError, match=r"empty: expected a model's folder .*found nothing"):
         inspect_checkpoint(tmp_path / "empty")
     write_source("singleton", hf)
     write_metaseq(hf, reference(), stem="restored")

@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minopt.checkpoint.errors import CheckpointError, some
+from minopt.checkpoint.hub import find_model
 from minopt.checkpoint.load import resolve_dtype
 from minopt.checkpoint.names import FUSED, fused_key, shard_dim, to_hf, to_metaseq
 from minopt.checkpoint.pieces import SourceTensor, main_dtype
@@ -38,6 +39,8 @@ def convert(
     parts: int = 1,
     dtype: torch.dtype | str = "auto",
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    revision: str | None = None,
+    local_files_only: bool = False,
     model_config: OPTConfig | str | Path | None = None,
     tokenizer: str | Path | None = None,
     force: bool = False,
@@ -49,7 +52,7 @@ def convert(
     is written; if anything fails, it is as it was.
 
     Args:
-        source: a folder, or any one file of a checkpoint.
+        source: as ``name_or_path`` of ``minopt.load_model``.
         destination: a folder, made if missing.
         format: ``"hf"``: safetensors, config.json, generation_config.json and the tokenizer's files, which
             transformers opens; or ``"metaseq"``: reshard.pt, or reshard-model_part-N.pt, with fused projections.
@@ -57,31 +60,34 @@ def convert(
             vocab_size it divides.
         dtype: of all tensors; ``"auto"`` keeps each as it is stored.
         max_shard_bytes: the most that one safetensors file holds, unless a single tensor is larger.
-        model_config: see ``minopt.load_model``.
+        revision, local_files_only, model_config: see ``minopt.load_model``.
         tokenizer: the folder of its files; ``None`` looks beside the weights, then one folder up.
         force: replace a model that is there.
         show_progress: draw a bar on stderr.
 
     Raises:
-        FileNotFoundError: if there is no such source.
+        FileNotFoundError: if there is no such folder, repository or file.
         FileExistsError: if the destination holds something and ``force`` is not given, or something other than a model.
         ValueError: (``CheckpointError`` where it is the files) if source or options do not fit.
-        OSError: if it cannot be written.
+        OSError: if it cannot be written, or the hub cannot be reached or refuses.
     """
-    source, destination = Path(source).expanduser(), Path(destination).expanduser()
+    destination = Path(destination).expanduser()
     number_type = resolve_dtype(dtype)
     if format not in FORMATS:
         raise ValueError(f"format: expected {' or '.join(FORMATS)}, got {format!r}.")
     if format == "hf" and parts != 1:
         raise ValueError(f"parts: metaseq's format has them, got {parts} with hf. Add --format metaseq.")
+    if parts < 1:
+        raise ValueError(f"parts: expected 1 or more, got {parts}.")
     if format == "metaseq" and max_shard_bytes != MAX_SHARD_BYTES:
         raise ValueError("max_shard_bytes: metaseq's files are its parts. Leave it out, or name more parts.")
     if max_shard_bytes < 1:
         raise ValueError(f"max_shard_bytes: expected a positive number, got {max_shard_bytes}.")
-    if not source.exists():
-        raise FileNotFoundError(f"{source}: no such file or folder.")
-    checkpoint = open_checkpoint(source, model_config)
-    _check_destination(checkpoint, source, destination, force)
+    _check_destination(destination, force)  # before anything is downloaded
+    path = find_model(source, revision=revision, local_files_only=local_files_only)
+    checkpoint = open_checkpoint(path, model_config)
+    if checkpoint.found.folder.resolve().is_relative_to(destination.resolve()):
+        raise ValueError(f"{destination}: is, or holds, the source {path}. Name another destination.")
     if format == "metaseq":
         _check_parts(checkpoint.config, parts)
     checkpoint.check_head()
@@ -108,10 +114,7 @@ def convert(
             reader.save(new) if format == "hf" else _write_vocabulary(new, reader)
 
 
-def _check_destination(checkpoint: Checkpoint, source: Path, destination: Path, force: bool) -> None:
-    here, there = checkpoint.found.folder.resolve(), destination.resolve()
-    if here == there or here.is_relative_to(there):
-        raise ValueError(f"{destination}: is, or holds, the source {source}. Name another destination.")
+def _check_destination(destination: Path, force: bool) -> None:
     file = next((p for p in (destination, *destination.parents) if p.exists() and not p.is_dir()), None)
     if file is not None:
         above = "" if file == destination else f" above it, {file}"
@@ -121,8 +124,6 @@ def _check_destination(checkpoint: Checkpoint, source: Path, destination: Path, 
 
 
 def _check_parts(config: OPTConfig, parts: int) -> None:
-    if parts < 1:
-        raise ValueError(f"parts: expected 1 or more, got {parts}.")
     if parts > 1 and config.embed_dim != config.hidden_size:
         raise ValueError(f"parts: a model with projections (word_embed_proj_dim {config.embed_dim}, hidden_size "
                          f"{config.hidden_size}) has one part in metaseq, got {parts}.")  # fmt: skip

@@ -14,6 +14,7 @@ import torch
 from tqdm import tqdm
 
 from minopt.checkpoint.errors import AmbiguousPathError, CheckpointError, MissingFileError
+from minopt.checkpoint.hub import find_model
 from minopt.checkpoint.pieces import Run, SourceTensor
 from minopt.checkpoint.source import Checkpoint, find_files, open_checkpoint, weight_files
 from minopt.config import OPTConfig
@@ -49,7 +50,7 @@ class Report:
     """What ``inspect_checkpoint`` found.
 
     Attributes:
-        path: that was asked about.
+        path: where it lies on this machine.
         kind: in words.
         files: the weight files' names and bytes, in order.
         parts, shards: model parallel parts, and FSDP shards or files of each.
@@ -101,33 +102,33 @@ class Report:
 
 
 def inspect_checkpoint(
-    path: str | Path,
+    name_or_path: str | Path,
     *,
     check: bool = False,
     digest: bool = False,
+    revision: str | None = None,
+    local_files_only: bool = False,
     model_config: OPTConfig | str | Path | None = None,
     show_progress: bool = False,
 ) -> Report:
     """Describes a checkpoint of any kind, also one that is damaged or incomplete.
 
     Args:
-        path: a folder, or any one file of a checkpoint.
+        name_or_path: see ``minopt.load_model``.
         check: read all values and look for numbers that are not finite or beyond 100, and for tensors of zeros.
         digest: read all values and compute SHA-256 digests that do not depend on how the file was saved: of each
             tensor, over its name, dtype and shape as three lines (``layers.0.fc1.weight``, ``float16``, ``3072,768``)
             and then its little-endian bytes in row-major order; and of the whole, over the lines
             ``<name> <digest>`` sorted by name. Each line ends with a newline.
-        model_config: see ``minopt.load_model``.
+        revision, local_files_only, model_config: see ``minopt.load_model``.
         show_progress: draw a bar on stderr while values are read.
 
     Raises:
-        FileNotFoundError: if there is no such path, or no weights in it.
-        AmbiguousPathError: if it holds several checkpoints.
-        ValueError: if ``model_config`` is none.
+        FileNotFoundError: if there is no such folder, repository or file, or no weights in it.
+        ValueError: if it holds several checkpoints, or ``model_config`` is none.
+        OSError: if the hub cannot be reached or refuses.
     """
-    path = Path(path).expanduser()
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file or folder.")
+    path = find_model(name_or_path, revision=revision, local_files_only=local_files_only)
     try:
         found = find_files(path)
     except (AmbiguousPathError, MissingFileError):
