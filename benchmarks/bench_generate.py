@@ -37,7 +37,7 @@ def main() -> None:
     bandwidth = common.read_bytes_per_second(args.device)
     cases: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as temporary:
-        folder = write_model(Path(temporary))
+        folder = common.write_model(Path(temporary))
         for dtype in dtypes:
             rate = common.matmul_flops_per_second(DTYPES[dtype], args.device)
             ours = minopt.load_model(folder, device=args.device, dtype=dtype)
@@ -61,17 +61,6 @@ def main() -> None:
     result = {"topic": "generate", **common.machine(args.device)}
     result |= {"read_gb_per_second": round(bandwidth / 1e9, 1), "samples": args.samples, "cases": cases}
     common.keep("generate", args.hardware, result)
-
-
-def write_model(folder: Path) -> Path:
-    """opt-125m's shape with random weights; biases are moved off 0."""
-    torch.manual_seed(0)
-    model = transformers.OPTForCausalLM(transformers.OPTConfig())
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.02 * torch.randn_like(parameter))
-    model.save_pretrained(folder / "opt-125m-random")
-    return folder / "opt-125m-random"
 
 
 def compare(

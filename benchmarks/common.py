@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -56,6 +57,17 @@ def matmul_flops_per_second(dtype: torch.dtype, device: str) -> float:
     size = 4096 if device == "cpu" else 8192
     a = torch.randn(size, size, dtype=dtype, device=device)
     return 2 * size**3 / min(seconds(lambda: a @ a, device) for _ in range(5))
+
+
+def write_model(folder: Path) -> Path:
+    """opt-125m's shape with random weights; biases are moved off 0."""
+    torch.manual_seed(0)
+    model = transformers.OPTForCausalLM(transformers.OPTConfig())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    model.save_pretrained(folder / "opt-125m-random")
+    return folder / "opt-125m-random"
 
 
 def machine(device: str) -> dict[str, Any]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from torch import Tensor
@@ -99,36 +97,79 @@ def test_a_truncated_cache_goes_on_like_a_fresh_one(model: OPT) -> None:
     assert error(ours, theirs) <= 1e-12
 
 
-def reorder(cache: KVCache, rows: Tensor) -> None:
-    cache.reorder(rows)
-
-
-def expand(cache: KVCache, rows: Tensor) -> None:
-    cache.expand(len(rows) // cache.batch_size)
-
-
-@pytest.mark.parametrize(
-    ("move", "rows"), [(reorder, [2, 0, 0]), (reorder, [1, 1, 1]), (expand, [0, 0, 1, 1, 2, 2]), (expand, [0, 1, 2])]
-)
+@pytest.mark.parametrize("copies", [1, 2])
 @pytest.mark.parametrize("on_device", [False, True], ids=["int length", "tensor length"])
-def test_moved_rows_decode_as_if_they_had_been_read_there(
-    model: OPT, move: Callable[[KVCache, Tensor], None], rows: list[int], on_device: bool
-) -> None:
-    ids, index = ids_of(3, 5), torch.tensor(rows)
-    cache, fresh = model.new_cache(3, 7), model.new_cache(len(rows), 7)
+def test_repeated_rows_decode_as_if_they_had_been_read_there(model: OPT, copies: int, on_device: bool) -> None:
+    ids, index = ids_of(3, 5), torch.arange(3).repeat_interleave(copies)
+    cache, fresh = model.new_cache(3, 7), model.new_cache(3 * copies, 7)
     if on_device:
         cache.length, fresh.length = torch.tensor(0), torch.tensor(0)
     with torch.no_grad():
         model(ids, cache=cache)
         kept = [t.clone() for t in (*cache.keys, *cache.values)]
-        move(cache, index)
+        cache.expand(copies)
         for before, after in zip(kept, (*cache.keys, *cache.values), strict=True):
             assert torch.equal(after, before.index_select(0, index))
         model(ids[index], cache=fresh)
         for step in range(2):
-            token = ids_of(len(rows), 1, seed=step + 1)
+            token = ids_of(3 * copies, 1, seed=step + 1)
             assert error(model.decode_step(token, None, cache), model.decode_step(token, None, fresh)) <= 1e-12
-    assert cache.batch_size == len(rows)
+    assert cache.batch_size == 3 * copies
+
+
+@pytest.mark.parametrize(
+    ("start", "slots"),
+    [
+        (3, [[0, 2], [3, 1]]),  # forwards and backwards, over each other
+        (0, [[6, 1, 1], [0, 4, 2]]),  # one of them twice
+        (2, [[4, 3, 2, 1, 0], [0, 1, 2, 3, 4]]),  # as many as there are
+        (6, [[0], [0]]),
+        (4, [[], []]),
+        (7, [[], []]),
+    ],
+)
+@pytest.mark.parametrize("on_device", [False, True], ids=["int length", "tensor length"])
+def test_a_compacted_cache_holds_the_beginning_and_the_slots_asked_for(
+    start: int, slots: list[list[int]], on_device: bool
+) -> None:
+    """In place: no tensor is made anew, and neither the beginning nor what stands behind the end is written."""
+    cache = KVCache(CONFIG, B, CAPACITY + 2)
+    fill(cache, CAPACITY)
+    if on_device:
+        cache.length = length = torch.tensor(CAPACITY)
+    before = [t.clone() for t in (*cache.keys, *cache.values)]
+    places = [t.data_ptr() for t in (*cache.keys, *cache.values)]
+    cache.compact(start, torch.tensor(slots, dtype=torch.long).view(B, -1))
+    end = start + len(slots[0])
+    assert int(cache.length) == end
+    assert not on_device or cache.length is length
+    assert [t.data_ptr() for t in (*cache.keys, *cache.values)] == places
+    assert cache.capacity == CAPACITY + 2
+    for old, new in zip(before, (*cache.keys, *cache.values), strict=True):
+        for row, kept in enumerate(slots):
+            assert torch.equal(new[row, :, :start], old[row, :, :start])
+            assert torch.equal(new[row, :, start:end], old[row, :, [start + slot for slot in kept]])
+        assert torch.equal(new[:, :, end:], old[:, :, end:])
+
+
+def test_a_compacted_cache_goes_on_like_one_that_never_read_the_rest(model: OPT) -> None:
+    """What has gone is what a mask hid before; each row has gaps of its own."""
+    ids, token = ids_of(B, 8), ids_of(B, 1, seed=1)
+    mask = torch.tensor([[1, 1, 1, 0, 1, 0, 0, 1], [1, 1, 1, 1, 0, 0, 1, 0]])
+    slots = torch.tensor([[1, 4], [0, 3]])
+    cache, fresh = model.new_cache(B, 9), model.new_cache(B, 6)
+    with torch.no_grad():
+        model(ids, mask, cache=cache)
+        cache.compact(3, slots)
+        model(ids[mask.bool()].view(B, 5), cache=fresh)
+        expected = model.decode_step(token, None, fresh)
+        found = model.decode_step(token, None, cache)
+        assert error(found, expected) <= 1e-12
+        cache.truncate(5)
+        cache.compact(3, torch.tensor([[1, 0], [0, 0]]))  # their order says nothing, which they are does
+        other = model.decode_step(token, None, cache)
+        assert error(other[:1], expected[:1]) <= 1e-12
+        assert error(other[1:], expected[1:]) > 1e-3
 
 
 @pytest.mark.parametrize(("rows", "capacity"), [(0, 5), (2, 0), (-1, 5), (2, -3)])
@@ -162,10 +203,28 @@ def test_truncating_keeps_a_length_on_the_device_there() -> None:
     assert int(length) == 1
 
 
-def test_reordering_wants_an_index_for_each_row() -> None:
+@pytest.mark.parametrize(
+    ("start", "shape", "message"),
+    [
+        (1, (1, 1), r"expected indices \[2, at most 2\], got \[1, 1\]"),
+        (1, (3, 1), r"expected indices \[2, at most 2\], got \[3, 1\]"),
+        (1, (2,), r"expected indices \[2, at most 2\], got \[2\]"),
+        (1, (2, 1, 1), r"expected indices \[2, at most 2\], got \[2, 1, 1\]"),
+        (1, (2, 3), r"expected indices \[2, at most 2\], got \[2, 3\]"),
+        (4, (2, 0), r"expected indices \[2, at most -1\], got \[2, 0\]"),
+        (-1, (2, 1), r"expected indices \[2, at most 4\], got \[2, 1\]"),
+    ],
+)
+def test_compacting_wants_indices_for_each_row_and_no_more_than_are_filled(
+    start: int, shape: tuple[int, ...], message: str
+) -> None:
     cache = KVCache(CONFIG, B, CAPACITY)
-    with pytest.raises(ValueError, match=rf"KVCache\.reorder: expected {B} indices, got shape \[1\]"):
-        cache.reorder(torch.tensor([0]))
+    fill(cache, 3)
+    before = [t.clone() for t in (*cache.keys, *cache.values)]
+    with pytest.raises(ValueError, match=rf"KVCache\.compact: {message}"):
+        cache.compact(start, torch.zeros(shape, dtype=torch.long))
+    assert cache.length == 3
+    assert all(torch.equal(a, b) for a, b in zip((*cache.keys, *cache.values), before, strict=True))
 
 
 def test_expanding_to_nothing_is_refused() -> None:

@@ -67,8 +67,9 @@ def test_each_option_reaches_the_library(capsys: pytest.CaptureFixture[str]) -> 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ([], "prompt: expected one, or --input with a file of them"),
         (["x", "--model", "/nowhere"], "/nowhere: no such folder"),
-        (["x", "--temperature", "0", "--do-sample"], "temperature must be above 0"),
+        (["x", "--temperature", "0", "--do-sample"], "temperature must be from 1e-6 to 1e6"),
         (["x", "--seed", "1"], "seed acts on sampling only, and do_sample is off"),
         (["x", "--temperature", "0.5"], "temperature acts on sampling only, and do_sample is off"),
         (["x", "--top-p", "2", "--do-sample"], "top_p must be above 0 and at most 1, got 2.0"),
@@ -102,7 +103,7 @@ def test_a_model_of_another_tokenizer_is_one_line_too(
     assert "expected ids from 0 to 95" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments", [[], ["generate"], ["nonsense"], ["generate", "x", "--max-new-tokens", "many"]])
+@pytest.mark.parametrize("arguments", [[], ["nonsense"], ["generate", "x", "--max-new-tokens", "many"]])
 def test_wrong_usage_is_exit_code_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(arguments)

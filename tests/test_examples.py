@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import nbformat
 import pytest
@@ -25,9 +26,12 @@ def run(*arguments: object) -> str:
     return result.stdout
 
 
-def test_the_notebook_runs_from_top_to_bottom_and_shows_what_is_stored(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["quickstart", "decoding"])
+def test_a_notebook_runs_from_top_to_bottom_and_shows_what_is_stored(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    stored = nbformat.read(EXAMPLES / "quickstart.ipynb", as_version=4)
+    stored = nbformat.read(EXAMPLES / f"{name}.ipynb", as_version=4)
     fresh = nbformat.from_dict(stored)
     NotebookClient(fresh, timeout=300).execute()
 
@@ -39,12 +43,14 @@ def test_the_notebook_runs_from_top_to_bottom_and_shows_what_is_stored(monkeypat
     assert len(pictures) == 1
 
 
-def test_the_notebook_is_the_one_its_builder_writes() -> None:
-    program = (EXAMPLES / "build_quickstart.py").read_text(encoding="utf-8")
-    namespace: dict[str, object] = {"__file__": str(EXAMPLES / "build_quickstart.py"), "__name__": "builder"}
-    exec(program, namespace)
-    stored = nbformat.read(EXAMPLES / "quickstart.ipynb", as_version=4)
-    assert [cell.source for cell in stored.cells] == [text.strip() for text in namespace["CELLS"]]  # type: ignore[attr-defined]
+def test_the_notebooks_are_those_that_their_builder_writes() -> None:
+    builder = EXAMPLES / "build_notebooks.py"
+    namespace: dict[str, Any] = {"__file__": str(builder), "__name__": "builder"}
+    exec(builder.read_text(encoding="utf-8"), namespace)
+    assert {f"{name}.ipynb" for name in namespace["NOTEBOOKS"]} == {path.name for path in EXAMPLES.glob("*.ipynb")}
+    for name, texts in namespace["NOTEBOOKS"].items():
+        stored = nbformat.read(EXAMPLES / f"{name}.ipynb", as_version=4)
+        assert [cell.source for cell in stored.cells] == [text.strip() for text in texts]
 
 
 def test_thirty_greedy_tokens_for_three_texts() -> None:

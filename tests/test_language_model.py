@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import functools
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import transformers
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
 
 import minopt
+from minopt import GenerationConfig, Tokenizer
+from minopt.tokenizer import TokenBytes
+from tests.test_tokenizer import STOP_ALPHABET, STOP_TEXTS, first_stop, stop_ids
 
 PROMPTS = ["It was a dark night", "The captain", "“I will go,” said the old man, and he", ""]
 
@@ -18,6 +28,17 @@ PROMPTS = ["It was a dark night", "The captain", "“I will go,” said the old 
 @pytest.fixture(scope="module")
 def lm() -> minopt.LanguageModel:
     return minopt.load(minopt.DEMO, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def reference() -> Any:
+    """transformers' model of the same files."""
+    return transformers.OPTForCausalLM.from_pretrained(minopt.DEMO, dtype=torch.float32).eval()
+
+
+def ids_of(lm: minopt.LanguageModel, text: str) -> list[int]:
+    assert lm.tokenizer is not None
+    return lm.tokenizer.encode(text)
 
 
 def test_the_embedded_checkpoint_is_small_long_and_known_to_transformers(lm: minopt.LanguageModel) -> None:
@@ -29,10 +50,9 @@ def test_the_embedded_checkpoint_is_small_long_and_known_to_transformers(lm: min
     assert transformers.AutoConfig.from_pretrained(minopt.DEMO).model_type == "opt"
 
 
-def test_text_is_that_of_transformers(lm: minopt.LanguageModel) -> None:
+def test_text_is_that_of_transformers(lm: minopt.LanguageModel, reference: Any) -> None:
     """Through its own tokenizer, model and generate, one prompt at a time and as a padded batch."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(minopt.DEMO)
-    reference = transformers.OPTForCausalLM.from_pretrained(minopt.DEMO, dtype=torch.float32).eval()
     expected = []
     for prompt in PROMPTS:
         ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
@@ -98,13 +118,28 @@ def test_a_stream_refuses_before_the_first_piece(lm: minopt.LanguageModel) -> No
         lm.stream("x", max_new_tokens=2000)
     with pytest.raises(ValueError, match="give a seed or a generator, not both"):
         lm.stream("x", do_sample=True, seed=1, generator=torch.Generator())
+    with pytest.raises(ValueError, match=r"^num_beams: a stream has one continuation, got 2\. Use generate\.$"):
+        lm.stream("x", num_beams=2)
+    with pytest.raises(ValueError, match=r"^num_return_sequences: a stream has one continuation, got 3\."):
+        lm.stream("x", do_sample=True, num_return_sequences=3)
+
+
+@pytest.mark.parametrize("option", [{"output_logprobs": True}, {"top_logprobs": 2}, {"output_scores": True}])
+def test_a_stream_refuses_what_it_has_no_place_for(lm: minopt.LanguageModel, option: dict[str, Any]) -> None:
+    """As generate does: an option without effect is an error."""
+    with pytest.raises(ValueError, match=f"{next(iter(option))}: there is no place for them"):
+        lm.stream("x", **option)
 
 
 def test_what_would_be_ignored_is_refused(lm: minopt.LanguageModel) -> None:
     with pytest.raises(ValueError, match="output_scores: there is no place for them beside texts"):
         lm.generate("x", output_scores=True)
-    with pytest.raises(ValueError, match=r"output_logprobs: there is no place .* Use return_details=True"):
+    with pytest.raises(
+        ValueError, match=r"output_logprobs: there is no place .* Use generate with return_details=True"
+    ):
         lm.generate("x", output_logprobs=True)
+    with pytest.raises(ValueError, match=r"top_logprobs: there is no place .* Use generate with return_details=True"):
+        lm.generate(["x"], top_logprobs=3)
     with pytest.raises(ValueError, match="a generator acts on sampling only, and do_sample is off"):
         lm.generate("x", generator=torch.Generator())
 
@@ -167,8 +202,672 @@ def test_what_is_no_text_is_refused(lm: minopt.LanguageModel) -> None:
             lm.generate(prompt)  # type: ignore[call-overload]
     with pytest.raises(ValueError, match=r"got list\. A list of texts goes to generate"):
         lm.stream(["a", "b"])  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"prompts: expected a list of texts, got one\. Put it into a list"):
+        lm.generate_each("ab")
     assert lm.tokenizer is not None
     with pytest.raises(ValueError, match="texts: expected a list of texts, got one"):
         lm.tokenizer.encode_batch("abc")
     with pytest.raises(ValueError, match="texts: expected at least one"):
         lm.tokenizer.encode_batch([])
+
+
+# --- Stop strings --------------------------------------------------------------------------------------------------
+
+SEARCH = settings(
+    max_examples=50, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+@functools.cache
+def small_lm(folder: str | Path) -> minopt.LanguageModel:
+    """A model that takes next to no time, of the vocabulary of a tokenizer's files."""
+    tokenizer = Tokenizer.load(folder)
+    size = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "ffn_dim": 8}
+    torch.manual_seed(0)
+    config = minopt.OPTConfig(vocab_size=len(tokenizer) + 7, max_position_embeddings=256, **size)
+    return minopt.LanguageModel(minopt.OPT(config).eval(), tokenizer)
+
+
+@pytest.fixture(params=["demo", "opt"])
+def scripted(request: pytest.FixtureRequest) -> minopt.LanguageModel:
+    """With the embedded tokenizer, then with the real one of OPT where its files are."""
+    if request.param == "demo":
+        return small_lm(minopt.DEMO)
+    return small_lm(request.getfixturevalue("shared_data") / "opt-tokenizer")
+
+
+class Script:
+    """A rule that leaves, of each row, the next token of what is written for its prompt; then the end of text.
+
+    Prompts must end in "=0", "=1", ..., which says whose they are, and scripts must hold no digits.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, scripts: Sequence[Sequence[int]]) -> None:
+        self.scripts = {tokenizer.encode(str(n))[-1]: script for n, script in enumerate(scripts)}
+        self.steps = 0
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.steps += 1
+        forced = torch.full_like(scores, -torch.inf)
+        for row, ids in enumerate(input_ids.tolist()):
+            at = max(i for i, token in enumerate(ids) if token in self.scripts)
+            script, step = self.scripts[ids[at]], len(ids) - 1 - at
+            forced[row, script[step] if step < len(script) else 2] = 0
+        return forced
+
+
+def by_definition(
+    tokenizer: Tokenizer, script: Sequence[int], strings: Sequence[str], min_new_tokens: int
+) -> tuple[str, tuple[int, ...], str]:
+    """Text, tokens and reason: decoded after each token, until the newest one completes a string."""
+    for count in range(max(1, min_new_tokens), len(script) + 1):
+        text = first_stop(tokenizer, script[:count], strings)
+        if text is not None:
+            return text, tuple(script[:count]), "stop"
+    return tokenizer.decode(script), (*script, 2), "eos"
+
+
+def script_of(data: st.DataObject, tokenizer: Tokenizer) -> list[int]:
+    """Tokens of ``STOP_ALPHABET``, as text is written and at random, characters in parts among them; no eos."""
+    pool = st.lists(st.sampled_from([i for i in stop_ids(tokenizer) if i != 2]), max_size=5)
+    written = st.text(STOP_ALPHABET, max_size=8).map(lambda text: tokenizer.encode(text, add_bos=False))
+    return [i for ids in data.draw(st.lists(pool | written, max_size=3)) for i in ids]
+
+
+WAYS: list[dict[str, Any]] = [
+    {},
+    {"do_sample": True, "seed": 1, "num_return_sequences": 2},
+    {"num_beams": 3},
+    {"num_beams": 2, "do_sample": True, "seed": 1},
+]
+
+
+@SEARCH
+@given(data=st.data(), strings=STOP_TEXTS, way=st.sampled_from(WAYS), min_new_tokens=st.integers(0, 5))
+def test_stop_strings_end_and_cut_texts_as_defined(
+    scripted: minopt.LanguageModel, data: st.DataObject, strings: list[str], way: dict[str, Any], min_new_tokens: int
+) -> None:
+    """In padded batches of prompts that hold the strings themselves; tokens are kept, the reason is "stop"."""
+    tokenizer = scripted.tokenizer
+    assert tokenizer is not None
+    scripts = [script_of(data, tokenizer) for _ in range(3)]
+    begins = {tokenizer.decode(script)[:1] for script in scripts}
+    strings = strings + [f"{n}{begin}" for n in range(3) for begin in begins]  # over the end of a prompt
+    prompts = [f"{strings[0] * n}={n}" for n in range(3)]
+    results = scripted.generate(
+        prompts, stop_strings=strings, logits_processor=Script(tokenizer, scripts), return_details=True,
+        max_new_tokens=max(map(len, scripts)) + 5, min_new_tokens=min_new_tokens, show_progress=False,
+        batch_size=data.draw(st.sampled_from([1, 2, 3])), **way,
+    )  # fmt: skip
+    for script, result in zip(scripts, results, strict=True):
+        expected = by_definition(tokenizer, script, strings, min_new_tokens)
+        for record in result if isinstance(result, list) else [result]:
+            assert (record.text, record.token_ids, record.stop_reason) == expected
+
+
+@SEARCH
+@given(data=st.data(), strings=STOP_TEXTS, min_new_tokens=st.integers(0, 5))
+def test_a_stream_holds_back_what_may_begin_a_stop_string_and_nothing_else(
+    scripted: minopt.LanguageModel, data: st.DataObject, strings: list[str], min_new_tokens: int
+) -> None:
+    """After each token it has given all whole characters but those; in the end, the text of generate."""
+    tokenizer = scripted.tokenizer
+    assert tokenizer is not None
+    script = script_of(data, tokenizer)
+    options: dict[str, Any] = {"stop_strings": strings, "min_new_tokens": min_new_tokens, "max_new_tokens": 50}
+    rule = Script(tokenizer, [script])
+    given_by: dict[int, str] = {}
+    for piece in scripted.stream(strings[0] + "=0", logits_processor=rule, **options):
+        assert piece
+        given_by[rule.steps] = given_by.get(rule.steps, "") + piece
+    text, token_ids, _ = by_definition(tokenizer, script, strings, min_new_tokens)
+    decoder, whole = tokenizer.stream_decoder(), ""
+    for count, token_id in enumerate(token_ids[:-1], start=1):
+        whole += decoder.push(token_id)
+        held = max((n for s in strings for n in range(len(s)) if whole.endswith(s[:n])), default=0)
+        so_far = "".join(piece for step, piece in given_by.items() if step <= count)
+        assert so_far == whole[: len(whole) - held]
+    assert "".join(given_by.values()) == text
+    assert scripted.generate(strings[0] + "=0", logits_processor=Script(tokenizer, [script]), **options) == text
+
+
+@pytest.mark.parametrize("way", [{}, {"num_beams": 3, "num_return_sequences": 3}])
+@pytest.mark.parametrize("strings", [["ing"], [" and", "er, a"], ["\u2019", ".", "zzz"]])
+def test_stop_strings_stop_where_those_of_transformers_do(
+    lm: minopt.LanguageModel, reference: Any, strings: list[str], way: dict[str, Any]
+) -> None:
+    """Greedy and in beams, tokens and scores, on texts that the model itself writes."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(minopt.DEMO)
+    for prompt in PROMPTS[:3]:
+        ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+        expected = reference.generate(
+            ids, max_new_tokens=20, do_sample=False, stop_strings=strings, tokenizer=tokenizer,
+            return_dict_in_generate=True, output_scores=True, **way,
+        )  # fmt: skip
+        records = lm.generate(prompt, max_new_tokens=20, stop_strings=strings, return_details=True, **way)
+        records = records if isinstance(records, list) else [records]
+        for row, record in enumerate(records):
+            new = expected.sequences[row, ids.shape[1] :].tolist()
+            assert list(record.token_ids) == new[: len(record.token_ids)]
+            assert set(new[len(record.token_ids) :]) <= {1, 2}
+            decoded = tokenizer.decode(record.token_ids)
+            begins = [decoded.find(string) for string in strings if string in decoded]
+            assert record.stop_reason == ("stop" if begins else "length")
+            assert record.text == decoded[: min(begins, default=None)]
+            if "num_beams" in way:
+                assert record.score == pytest.approx(expected.sequences_scores[row].item(), rel=1e-5)
+            else:
+                assert record.score is None
+
+
+def test_one_stop_string_may_be_given_as_it_is_and_empty_ones_are_refused(lm: minopt.LanguageModel) -> None:
+    text = lm.generate(PROMPTS[0], max_new_tokens=20)
+    assert lm.generate(PROMPTS[0], max_new_tokens=20, stop_strings=" the") == text[: text.index(" the")]
+    echoed = lm.generate(PROMPTS[0], max_new_tokens=20, stop_strings=[" the", " dark"], echo=True)
+    assert echoed == PROMPTS[0] + text[: text.index(" the")]
+    for strings in ("", ["a", ""], [3]):
+        with pytest.raises(ValueError, match="stop_strings must be texts of at least one character"):
+            lm.generate("x", stop_strings=strings)
+
+
+# --- Many prompts --------------------------------------------------------------------------------------------------
+
+MANY = [*PROMPTS, "A", "It was " * 12, "The sea", "“" * 30, "The captain"]
+
+
+@pytest.mark.parametrize(
+    "limits", [{}, {"batch_size": 2}, {"max_batch_tokens": 90}, {"batch_size": 3, "max_batch_tokens": 60}]
+)
+def test_many_prompts_give_what_each_gives_alone_in_their_order(
+    lm: minopt.LanguageModel, limits: dict[str, int]
+) -> None:
+    alone = [lm.generate(prompt, max_new_tokens=12, return_details=True) for prompt in MANY]
+    together = lm.generate(MANY, max_new_tokens=12, return_details=True, show_progress=False, **limits)
+    for one, other in zip(alone, together, strict=True):
+        assert (one.text, one.token_ids, one.stop_reason) == (other.text, other.token_ids, other.stop_reason)
+        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
+    beams = {"max_new_tokens": 6, "num_beams": 3, "num_return_sequences": 2, "stop_strings": [" a", "e,"]}
+    expected = [lm.generate(prompt, **beams) for prompt in MANY]
+    assert lm.generate(MANY, show_progress=False, **beams, **limits) == expected
+
+
+def prefills(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """A list that fills with the shapes of prompts that models begin with."""
+    shapes, prefill = [], minopt.OPT.prefill
+
+    def spied(model: minopt.OPT, input_ids: Tensor, *args: Any) -> Tensor:
+        shapes.append(tuple(input_ids.shape))
+        return prefill(model, input_ids, *args)
+
+    monkeypatch.setattr(minopt.OPT, "prefill", spied)
+    return shapes
+
+
+def test_batches_keep_their_limits_with_new_tokens_and_copies_counted(
+    lm: minopt.LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shapes = prefills(monkeypatch)
+    prompts = ["The sea"] * 5
+    width = len(ids_of(lm, "The sea"))
+    sampled: dict[str, Any] = {"do_sample": True, "num_return_sequences": 2}
+    for options, rows in (
+        ({}, [5]),
+        ({"batch_size": 2}, [2, 2, 1]),
+        ({"max_batch_tokens": 3 * (width + 4)}, [3, 2]),
+        ({"max_batch_tokens": 3 * (width + 4) - 1}, [2, 2, 1]),
+        ({"max_batch_tokens": 1}, [1] * 5),
+        ({"max_batch_tokens": 4 * (width + 4), **sampled}, [2, 2, 1]),
+        ({"max_batch_tokens": 6 * (width + 4), "num_beams": 3}, [2, 2, 1]),
+    ):
+        shapes.clear()
+        lm.generate(prompts, max_new_tokens=4, show_progress=False, **options)
+        assert shapes == [(count, width) for count in rows]
+    shapes.clear()
+    lm.generate(["The sea"] * 20, max_new_tokens=1024 - width, show_progress=False, eos_token_id=ids_of(lm, "a")[-1],
+                suppress_tokens=[i for i in range(2048) if i != ids_of(lm, "a")[-1]])  # fmt: skip
+    assert [rows for rows, _ in shapes] == [8, 8, 4]  # 8,192 tokens each
+
+
+def test_a_seed_draws_anew_in_each_batch_and_repeats(lm: minopt.LanguageModel) -> None:
+    options = {"do_sample": True, "max_new_tokens": 10, "batch_size": 2, "show_progress": False}
+    texts = lm.generate(["The"] * 6, seed=4, **options)
+    assert len(set(texts)) == 6
+    assert lm.generate(["The"] * 6, seed=4, **options) == texts
+    assert lm.generate(["The"] * 6, seed=5, **options) != texts
+    assert lm.generate(["The"] * 6, generator=torch.Generator().manual_seed(4), **options) == texts
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ("x" * 1020, "positions, the model has 1024"),
+        (7, "prompt: expected a text, got int"),
+        ("a\ud800", "text: not valid Unicode at character 1"),
+    ],
+)
+def test_one_bad_prompt_refuses_all_before_anything_runs(
+    lm: minopt.LanguageModel, bad: Any, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shapes = prefills(monkeypatch)
+    with pytest.raises(ValueError, match=message):
+        lm.generate(["a", "b", bad, "c" * 30], batch_size=1)
+    with pytest.raises(ValueError, match=message):
+        lm.generate_each(["a", bad], batch_size=1)  # before the first result is asked for
+    assert shapes == []
+
+
+def test_a_bar_is_drawn_for_more_than_one_batch_only(
+    lm: minopt.LanguageModel, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def drawn(call: Callable[..., Any], **options: Any) -> str:
+        capsys.readouterr()
+        call(**options)
+        output = capsys.readouterr()
+        assert output.out == ""
+        return output.err
+
+    generate = functools.partial(lm.generate, ["a", "b", "c"], max_new_tokens=2)
+    score = functools.partial(lm.score, ["a", "b", "c"])
+    for call, unit in ((generate, "prompt"), (score, "text")):
+        bar = drawn(call, batch_size=2)
+        assert "3/3" in bar
+        assert unit in bar
+        assert drawn(call, batch_size=2, show_progress=False) == drawn(call) == ""
+    assert drawn(functools.partial(lm.generate, "a", max_new_tokens=2)) == ""
+    assert drawn(lambda: list(lm.generate_each(["a", "b"], batch_size=1, max_new_tokens=2))) == ""
+
+
+def test_results_come_one_by_one_the_longest_prompt_first(
+    lm: minopt.LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shapes = prefills(monkeypatch)
+    options = {"max_new_tokens": 6, "num_beams": 3, "num_return_sequences": 2}
+    results = lm.generate_each(MANY, batch_size=2, output_logprobs=True, **options)
+    assert shapes == []
+    found = [next(results)]
+    assert len(shapes) == 1
+    found += results
+    lengths = [len(ids_of(lm, MANY[index])) for index, _ in found]
+    assert lengths == sorted(lengths, reverse=True)
+    assert sorted(index for index, _ in found) == list(range(len(MANY)))
+    expected = lm.generate(MANY, return_details=True, show_progress=False, **options)
+    for index, records in found:
+        assert [record.token_ids for record in records] == [record.token_ids for record in expected[index]]
+        assert all(len(record.logprobs) == len(record.token_ids) for record in records)
+    ((_, (record,)),) = lm.generate_each(["The"], max_new_tokens=2)
+    assert (record.logprobs, record.score, record.top_logprobs) == ((), None, ())
+    assert list(lm.generate_each([])) == []
+
+
+def test_several_continuations_come_as_lists_with_echo_and_details(lm: minopt.LanguageModel) -> None:
+    options: dict[str, Any] = {"max_new_tokens": 5, "num_beams": 4, "num_return_sequences": 3}
+    plain = lm.generate(PROMPTS, **options)
+    assert [len(set(texts)) for texts in plain] == [3] * len(PROMPTS)
+    assert lm.generate(PROMPTS[0], **options) == plain[0]
+    detailed = lm.generate(PROMPTS, echo=True, return_details=True, **options)
+    for prompt, texts, records in zip(PROMPTS, plain, detailed, strict=True):
+        assert [record.text for record in records] == [prompt + text for text in texts]
+        scores = [record.score for record in records]
+        assert scores == sorted(scores, reverse=True)
+        assert scores == pytest.approx([sum(r.logprobs) / len(r.logprobs) for r in records], rel=1e-4)
+    sampled = lm.generate("The", do_sample=True, num_return_sequences=4, seed=1, max_new_tokens=5)
+    assert len(set(sampled)) == 4
+
+
+@pytest.mark.parametrize("way", [{}, {"num_beams": 3}, {"do_sample": True, "seed": 2, "temperature": 1.7}])
+def test_the_most_probable_tokens_of_each_step_are_the_models_own(
+    lm: minopt.LanguageModel, reference: Any, way: dict[str, Any]
+) -> None:
+    """Before any rule, in falling order, whatever was chosen; of a batch with padding and of rows that end early."""
+    banned = lm.generate(PROMPTS[0], max_new_tokens=1, return_details=True).token_ids
+    records = lm.generate(
+        PROMPTS, max_new_tokens=6, return_details=True, top_logprobs=4, suppress_tokens=banned, stop_strings=" t", **way
+    )
+    assert {len(record.token_ids) for record in records} != {6}
+    for prompt, record in zip(PROMPTS, records, strict=True):
+        ids = ids_of(lm, prompt) + list(record.token_ids)
+        with torch.no_grad():
+            logprobs = reference(torch.tensor([ids])).logits[0].log_softmax(-1)[-len(record.token_ids) - 1 : -1]
+        values, tokens = logprobs.topk(4)
+        assert [[token for token, _ in step] for step in record.top_logprobs] == tokens.tolist()
+        got = torch.tensor([[value for _, value in step] for step in record.top_logprobs])
+        torch.testing.assert_close(got, values, rtol=0, atol=1e-4)
+        chosen = logprobs.gather(1, torch.tensor(record.token_ids)[:, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(record.logprobs), chosen, rtol=0, atol=1e-4)
+
+
+def test_the_end_of_a_long_prompt_is_kept_if_asked_for(lm: minopt.LanguageModel) -> None:
+    text = "It was a dark night. " * 250
+    ids = ids_of(lm, text)
+    assert len(ids) > 1020
+    expected = minopt.generate(lm.model, torch.tensor([ids[-1020:]]), max_new_tokens=4).sequences[0, -4:].tolist()
+    record = lm.generate(text, max_new_tokens=4, truncate_prompt=True, return_details=True)
+    assert list(record.token_ids) == expected
+    both = lm.generate(["The sea", text], max_new_tokens=4, truncate_prompt=True, echo=True, batch_size=2)
+    assert both == [lm.generate("The sea", max_new_tokens=4, echo=True), text + record.text]
+    with pytest.raises(ValueError, match=r"prompt: \d+ tokens \+ max_new_tokens 4 = .* or set truncate_prompt"):
+        lm.generate(text, max_new_tokens=4)
+
+
+def test_rules_and_criteria_of_the_user_act_on_every_batch(lm: minopt.LanguageModel) -> None:
+    plain = [record.token_ids for record in lm.generate(PROMPTS, max_new_tokens=6, return_details=True)]
+    first = sorted({ids[0] for ids in plain})
+
+    def ban(input_ids: Tensor, scores: Tensor) -> Tensor:
+        return scores.index_fill(1, torch.tensor(first), -torch.inf)
+
+    def repeats(input_ids: Tensor, scores: object) -> Tensor:
+        return input_ids[:, -1] == input_ids[:, -3]
+
+    options: dict[str, Any] = {"max_new_tokens": 20, "return_details": True, "show_progress": False}
+    banned = lm.generate(PROMPTS, logits_processor=ban, batch_size=2, **options)
+    assert not {token for record in banned for token in record.token_ids} & set(first)
+    assert [r.token_ids for r in banned] == [
+        r.token_ids for r in lm.generate(PROMPTS, suppress_tokens=first, **options)
+    ]
+    # Their reason is "stop" too, and nothing is cut for them.
+    for prompt, record in zip(
+        MANY, lm.generate(MANY, stopping_criteria=[repeats], stop_strings=["zzz"], batch_size=3, **options), strict=True
+    ):
+        whole = lm.generate(prompt, **options).token_ids
+        ids = [*ids_of(lm, prompt)[-2:], *whole]
+        offset = len(ids) - len(whole)
+        end = next((n for n in range(len(whole)) if offset + n >= 2 and ids[offset + n] == ids[offset + n - 2]), None)
+        assert record.token_ids == whole[: None if end is None else end + 1]
+        assert record.stop_reason == ("length" if end is None else "stop")
+        assert lm.tokenizer is not None
+        assert record.text == lm.tokenizer.decode(record.token_ids)
+
+
+# --- Scores --------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def expected_logprobs(reference: Any, ids: list[int]) -> list[float]:
+    """Of all tokens but the first, by transformers' model."""
+    logprobs = reference(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+    return logprobs.gather(1, torch.tensor(ids)[1:, None])[:, 0].tolist()
+
+
+@pytest.mark.parametrize("add_bos", [None, True, False])
+@pytest.mark.parametrize("limits", [{}, {"batch_size": 2}])
+def test_scores_of_texts_are_those_of_transformers(
+    lm: minopt.LanguageModel, reference: Any, add_bos: bool | None, limits: dict[str, int]
+) -> None:
+    """Each token has one but the first, whose is None; in the order of the texts."""
+    assert lm.tokenizer is not None
+    texts = [text for text in MANY if text]
+    found = lm.score(texts, add_bos=add_bos, show_progress=False, **limits)
+    for text, scored in zip(texts, found, strict=True):
+        ids = lm.tokenizer.encode(text, add_bos)
+        assert (scored.text, scored.token_ids, scored.logprobs[0]) == (text, tuple(ids), None)
+        expected = expected_logprobs(reference, ids)
+        assert scored.logprobs[1:] == pytest.approx(expected, abs=1e-4)
+        assert scored.total == pytest.approx(sum(expected), abs=1e-3)
+        if expected:
+            assert scored.mean == pytest.approx(sum(expected) / len(expected), abs=1e-4)
+        else:
+            assert math.isnan(scored.mean)
+        assert lm.score(text, add_bos=add_bos).logprobs == pytest.approx(scored.logprobs, abs=1e-4)
+
+
+CONTINUATIONS = [" sea", "sea", " sea, and the sun", " ", "é “漢字”", ".", "  \n", "s"]
+
+
+@pytest.mark.parametrize("add_bos", [None, True, False])
+@pytest.mark.parametrize("prompt", ["", "The", "The ", "It was a dark night on the coast of caf", "“", "x" * 40, "漢"])
+def test_a_continuation_has_the_scores_of_its_tokens_in_the_whole_text(
+    lm: minopt.LanguageModel, reference: Any, prompt: str, add_bos: bool | None
+) -> None:
+    """A token over the border is the continuation's; the first of a text without a beginning token has no score."""
+    assert lm.tokenizer is not None
+    found = lm.score(prompt, CONTINUATIONS, add_bos=add_bos, batch_size=3, show_progress=False)
+    token_bytes = TokenBytes(lm.tokenizer, skip_special_tokens=True)
+    for text, scored in zip(CONTINUATIONS, found, strict=True):
+        ids = lm.tokenizer.encode(prompt + text, add_bos)
+        spelled, start = b"", 0
+        while len(spelled + token_bytes[ids[start]]) <= len(prompt.encode()):
+            spelled, start = spelled + token_bytes[ids[start]], start + 1
+        assert (scored.text, list(scored.token_ids)) == (text, ids[start:])
+        expected = [None, *expected_logprobs(reference, ids)][start:]
+        assert [value is None for value in scored.logprobs] == [value is None for value in expected]
+        assert [v for v in scored.logprobs if v is not None] == pytest.approx(
+            [v for v in expected if v is not None], abs=1e-4
+        )
+
+
+def test_a_prompt_that_ends_in_a_space_counts_the_token_that_takes_the_space(lm: minopt.LanguageModel) -> None:
+    (joined,) = lm.score("The ", ["sea"])
+    (apart,) = lm.score("The", [" sea"])
+    assert joined.token_ids == apart.token_ids
+    assert joined.logprobs == apart.logprobs
+    assert joined.text == "sea"
+
+
+def test_a_generated_text_scores_what_generating_it_said(lm: minopt.LanguageModel) -> None:
+    for prompt, record in zip(
+        PROMPTS, lm.generate(PROMPTS, max_new_tokens=15, repetition_penalty=1.3, return_details=True), strict=True
+    ):
+        (scored,) = lm.score(prompt, [record.text])
+        assert scored.token_ids == record.token_ids
+        assert scored.logprobs == pytest.approx(record.logprobs, abs=1e-4)
+        assert scored.total == pytest.approx(sum(record.logprobs), abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda lm: lm.score("The", [" sea", ""]), r"^score: expected some text, got '', which has no tokens\.$"),
+        (lambda lm: lm.score(["a", ""], add_bos=False), "score: expected some text, got '', which has no tokens"),
+        (lambda lm: lm.score(["a"], ["b"]), r"^score: expected one prompt and a list of continuations\.$"),
+        (lambda lm: lm.score("a", "b"), "score: expected one prompt and a list of continuations"),
+        (lambda lm: lm.score("a", [None]), "continuation: expected a text, got NoneType"),
+        (lambda lm: lm.score(["a", 3]), "text: expected a text, got int"),
+        (lambda lm: lm.score(["a", "x" * 1024]), "text: 1025 tokens, the model has 1024 positions"),
+        (lambda lm: lm.score(["a"], batch_size=0), "batch_size: expected an integer of at least 1, got 0"),
+        (lambda lm: lm.score("a\ud800"), "text: not valid Unicode at character 1"),
+        (lambda lm: lm.perplexity(3), "text: expected a text, got int"),
+        (lambda lm: lm.perplexity(""), r"^perplexity: expected a text of at least two tokens, got ''\.$"),
+        (lambda lm: lm.perplexity("a", add_bos=False), "perplexity: expected a text of at least two tokens, got 'a'"),
+        (lambda lm: lm.perplexity("abc", window=1025), "window: expected 2 to the model's 1024 positions, got 1025"),
+        (lambda lm: lm.perplexity("abc", window=8, stride=8), r"stride: expected 1 to 7 \(window - 1\), got 8"),
+        (lambda lm: lm.score(None), "expected a text"),
+        (lambda lm: lm.score("a", 5), "expected one prompt and a list of continuations"),
+    ],
+)
+def test_what_has_no_score_is_refused_before_anything_runs(
+    lm: minopt.LanguageModel, call: Callable[[Any], Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any, **options: Any) -> Tensor:
+        raise AssertionError("the model has run")
+
+    monkeypatch.setattr(minopt.OPT, "hidden_states", fail)
+    with pytest.raises(ValueError, match=message):
+        call(lm)
+
+
+def test_nothing_to_score_gives_nothing(lm: minopt.LanguageModel) -> None:
+    assert lm.score([]) == lm.score("The", []) == []
+    beginning = lm.score("")
+    assert (beginning.token_ids, beginning.logprobs, beginning.total) == ((2,), (None,), 0)
+    assert math.isnan(beginning.mean)
+
+
+def test_without_a_tokenizer_every_method_on_text_says_so(lm: minopt.LanguageModel) -> None:
+    bare = minopt.LanguageModel(lm.model, None)
+    for call in (bare.generate, bare.generate_each, bare.stream, bare.score, bare.perplexity):
+        with pytest.raises(ValueError, match=r"tokenizer: the model's folder has none .* or call minopt\.generate"):
+            call(["x"] if call == bare.generate_each else "x")
+
+
+def perplexity_recipe(reference: Any, ids: list[int], window: int, stride: int) -> float:
+    """As transformers' documentation has it, with the model's own loss."""
+    total, count, previous_end = 0.0, 0, 0
+    for begin in range(0, len(ids), stride):
+        end = min(begin + window, len(ids))
+        input_ids = torch.tensor([ids[begin:end]])
+        labels = input_ids.clone()
+        labels[:, : -(end - previous_end)] = -100
+        scored = int((labels[:, 1:] != -100).sum())  # the loss shifts labels, which drops the very first
+        with torch.no_grad():
+            total += reference(input_ids, labels=labels).loss.item() * scored
+        count, previous_end = count + scored, end
+        if end == len(ids):
+            break
+    return math.exp(total / count)
+
+
+@pytest.mark.parametrize(
+    ("repeats", "window", "stride"), [(1, None, None), (1, 32, None), (1, 32, 31), (1, 50, 7), (20, None, None)]
+)
+def test_perplexity_is_that_of_the_strided_recipe(
+    lm: minopt.LanguageModel, reference: Any, repeats: int, window: int | None, stride: int | None
+) -> None:
+    """Of a text within the model's positions and of one beyond them."""
+    text = " ".join([prompt * (n + 1) for n, prompt in enumerate(PROMPTS)] * repeats)
+    ids = ids_of(lm, text)
+    assert (len(ids) > 1024) == (repeats > 1)
+    expected = perplexity_recipe(reference, ids, window or 1024, stride or (window or 1024) // 2)
+    assert lm.perplexity(text, window=window, stride=stride) == pytest.approx(expected, rel=1e-5)
+    if repeats == 1 and window is None:
+        assert lm.perplexity(text) == pytest.approx(math.exp(-lm.score(text).mean), rel=1e-5)
+        assert lm.perplexity(text, add_bos=False) == pytest.approx(
+            perplexity_recipe(reference, ids[1:], 1024, 512), rel=1e-5
+        )
+
+
+def test_a_text_of_two_tokens_has_a_perplexity(lm: minopt.LanguageModel) -> None:
+    (_, logprob) = lm.score("a").logprobs
+    assert logprob is not None
+    assert lm.perplexity("a") == pytest.approx(math.exp(-logprob), rel=1e-5)
+
+
+# --- generation_config.json ----------------------------------------------------------------------------------------
+
+OPTIONS: dict[str, Any] = {
+    "max_new_tokens": 14, "min_new_tokens": 3, "num_beams": 3, "num_return_sequences": 2, "length_penalty": 0.4,
+    "early_stopping": True, "repetition_penalty": 1.2, "no_repeat_ngram_size": 2, "eos_token_id": [2, 299],
+    "pad_token_id": 1, "bad_words_ids": [[300], [301, 302]], "suppress_tokens": [303], "sequence_bias": [[[304], -2.5]],
+}  # fmt: skip
+
+
+@pytest.fixture
+def folder(lm: minopt.LanguageModel, tmp_path: Path) -> Path:
+    """The embedded checkpoint, written without a generation_config.json."""
+    lm.save(tmp_path / "model")
+    assert not (tmp_path / "model" / "generation_config.json").exists()
+    return tmp_path / "model"
+
+
+def load_with(folder: Path, options: dict[str, Any]) -> minopt.LanguageModel:
+    """What load makes of a folder with these generation options."""
+    (folder / "generation_config.json").write_text(json.dumps(options))
+    return minopt.load(folder, device="cpu")
+
+
+def test_a_folders_options_hold_here_as_in_transformers(folder: Path) -> None:
+    transformers.GenerationConfig(**OPTIONS, bos_token_id=2).save_pretrained(folder)
+    lm = minopt.load(folder, device="cpu")
+    assert {name: lm.generation_defaults[name] for name in OPTIONS} == OPTIONS
+    reference = transformers.OPTForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    for prompt in PROMPTS[:3]:
+        ids = torch.tensor([ids_of(lm, prompt)])
+        expected = reference.generate(ids)[:, ids.shape[1] :].tolist()
+        records = lm.generate(prompt, return_details=True)
+        assert [list(r.token_ids) for r in records] == [
+            row[: len(r.token_ids)] for row, r in zip(expected, records, strict=True)
+        ]
+        assert len(records) == len(expected) == 2
+
+
+def test_a_call_overrides_a_folders_options_and_what_they_then_do_in_vain_is_left_out(
+    lm: minopt.LanguageModel, folder: Path
+) -> None:
+    loaded = load_with(folder, OPTIONS | {"num_return_sequences": 1, "temperature": 0.5})
+    options = {name: OPTIONS[name] for name in OPTIONS if name not in ("num_return_sequences", "max_new_tokens")}
+    assert loaded.generate("The", max_new_tokens=4) == lm.generate("The", **options, max_new_tokens=4)
+    greedy = {name: options[name] for name in options if name not in ("num_beams", "length_penalty", "early_stopping")}
+    assert loaded.generate("The", num_beams=1) == lm.generate("The", **greedy, max_new_tokens=14)
+    sampled = {"num_beams": 1, "do_sample": True, "seed": 3}
+    expected = lm.generate("The", **greedy | sampled, max_new_tokens=14, temperature=0.5)
+    assert loaded.generate("The", **sampled) == expected
+    with pytest.raises(ValueError, match="length_penalty acts on beam search only"):
+        loaded.generate("The", num_beams=1, length_penalty=2.0)
+    with pytest.raises(ValueError, match=r"num_beams: a stream has one continuation, got 3\."):
+        loaded.stream("The")
+
+
+def test_saving_writes_the_options_back_for_both_libraries(folder: Path, tmp_path: Path) -> None:
+    load_with(folder, OPTIONS).save(tmp_path / "again")
+    assert minopt.load(tmp_path / "again", device="cpu").generation_defaults == OPTIONS
+    written = transformers.GenerationConfig.from_pretrained(tmp_path / "again")
+    for name, value in OPTIONS.items():
+        assert getattr(written, name) == value, name
+    assert written.bos_token_id == 2
+
+
+def test_options_given_by_hand_are_saved_with_the_models_tokens(lm: minopt.LanguageModel, tmp_path: Path) -> None:
+    """As Python has them, in tuples; the tokens are the model's where no option names others."""
+    config = GenerationConfig(stop_strings=("\u00e9", "b"), bad_words_ids=((5, 6),), do_sample=True, temperature=0.3)
+    options = {name: getattr(config, name) for name in ("stop_strings", "bad_words_ids", "do_sample", "temperature")}
+    minopt.LanguageModel(lm.model, lm.tokenizer, options).save(tmp_path / "saved")
+    written = transformers.GenerationConfig.from_pretrained(tmp_path / "saved")
+    assert (written.bos_token_id, written.eos_token_id, written.pad_token_id) == (2, 2, 1)
+    assert (written.stop_strings, written.bad_words_ids) == (["\u00e9", "b"], [[5, 6]])
+    assert (written.do_sample, written.temperature) == (True, 0.3)
+    again = minopt.load(tmp_path / "saved", device="cpu")
+    assert GenerationConfig(**again.generation_defaults) == config.replace(eos_token_id=2, pad_token_id=1)
+
+
+def test_a_folder_without_options_gives_none_and_saving_without_any_keeps_what_is_there(
+    lm: minopt.LanguageModel, folder: Path
+) -> None:
+    assert minopt.load(folder, device="cpu").generation_defaults == {}
+    (folder / "generation_config.json").write_text('{"max_new_tokens": 3}')
+    lm.save(folder)
+    assert json.loads((folder / "generation_config.json").read_text()) == {"max_new_tokens": 3}
+
+
+def test_options_that_minopt_does_not_have_are_named_in_one_warning(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Those that change nothing, for they are off or of another matter, are not."""
+    silent = {"typical_p": 1.0, "guidance_scale": None, "use_cache": True, "bos_token_id": 2, "return_legacy": False,
+              "transformers_version": "5.0", "num_beam_groups": 1, "encoder_no_repeat_ngram_size": 0}  # fmt: skip
+    lm = load_with(folder, {"max_new_tokens": 3, "penalty_alpha": 0.6, "max_length": 30, **silent})
+    (message,) = caplog.messages
+    assert message == (
+        f"{folder / 'generation_config.json'}: ignored, for minopt does not have it: penalty_alpha, max_length."
+    )
+    assert lm.generation_defaults == {"max_new_tokens": 3}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "expected JSON"),
+        ("[1]", "expected a JSON object, got list"),
+        (
+            '{"do_sample": true, "top_p": 7}',
+            r"generation: top_p must be above 0 and at most 1, got 7\. Mend the file, or remove it\.$",
+        ),
+        ('{"do_sample": "yes"}', "generation: do_sample must be True or False, got 'yes'"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused_by_the_name_of_their_file(
+    folder: Path, content: str, message: str
+) -> None:
+    path = folder / "generation_config.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=message) as error:
+        minopt.load(folder, device="cpu")
+    assert str(error.value).startswith(f"{path}: ")
+    assert "\n" not in str(error.value)
+
+
+def test_an_option_that_only_a_call_can_make_sense_of_is_no_reason_to_refuse_a_model(folder: Path) -> None:
+    """transformers loads such a file; how many tokens there may be at most, each call says anew."""
+    options = {"min_new_tokens": 25, "max_length": 100}
+    assert transformers.GenerationConfig.from_dict(options).min_new_tokens == 25
+    record = load_with(folder, options).generate("The", max_new_tokens=26, return_details=True)
+    assert len(record.token_ids) >= 25

@@ -348,6 +348,100 @@ def test_prefill_and_decode_step_give_the_last_logits(kind: str) -> None:
     assert error(model.decode_step(ids[:, 5:], None, cache), whole[:, 5]) <= 1e-10
 
 
+# --- beams of a prompt in one row of the cache
+
+# Which beam of before each beam goes on from, a step each: they go on twice, end, change places and become more.
+PARENTS = [
+    torch.tensor(parents)
+    for parents in (
+        [[0, 0, 0], [0, 0, 0]],
+        [[2, 0, 1], [1, 1, 1]],
+        [[0, 0, 2], [2, 1, 0]],
+        [[1, 1, 0, 2], [0, 2, 2, 1]],
+    )
+]
+
+
+def beams() -> tuple[list[Tensor], list[Tensor]]:
+    """Two prompts of unequal lengths, and the tokens ``[B, K]`` of each step."""
+    prompts = [ids_of(1, length, seed=length)[0] for length in (7, 4)]
+    return prompts, [ids_of(*parent.shape, seed=10 + n) for n, parent in enumerate(PARENTS)]
+
+
+def slots_of_beams(parents: list[Tensor]) -> list[Tensor]:
+    """``[B, K, slots]`` a step: which slots behind the prompt are a beam's own, its new token included."""
+    visible, found = torch.zeros(2, 1, 0, dtype=torch.bool), []
+    for parent in parents:
+        own = torch.eye(parent.shape[1], dtype=torch.bool).expand(2, -1, -1)
+        visible = torch.cat([visible.gather(1, parent[..., None].expand(-1, -1, visible.shape[2])), own], 2)
+        found.append(visible)
+    return found
+
+
+def read_beams(
+    model: OPT, prompts: list[Tensor], steps: list[Tensor], parents: list[Tensor], compacted: bool = False
+) -> list[Tensor]:
+    """Logits ``[B, K, V]`` of each step; ``compacted``: before the last one, slots that it does not see go."""
+    ids, mask = pad_left(prompts)
+    slots = slots_of_beams(parents)
+    cache = model.new_cache(2, ids.shape[1] + slots[-1].shape[2])
+    model.prefill(ids, mask, cache)
+    found = []
+    for n, (tokens, visible) in enumerate(zip(steps, slots, strict=True)):
+        K = tokens.shape[1]
+        if compacted and n == len(steps) - 1:
+            alive = visible.any(1)
+            assert alive.sum(1).tolist() == [11, 11]  # of 13: both rows lose two, not the same ones
+            kept = alive.nonzero()[:, 1].view(2, -1)
+            cache.compact(ids.shape[1], kept[:, :-K])
+            visible = visible.gather(2, kept[:, None].expand(-1, K, -1))
+        positions = (mask.sum(1) + n)[:, None].expand(-1, K)
+        seen = torch.cat([mask[:, None].expand(-1, K, -1), visible], 2)
+        found.append(model.decode_beams(tokens, seen, positions, cache))
+    assert cache.length == cache.capacity - 2 * compacted
+    return found
+
+
+@pytest.mark.parametrize("compacted", [False, True], ids=["all slots", "compacted"])
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@torch.no_grad()
+def test_each_beam_in_a_shared_row_is_its_text_alone(kind: str, dtype: torch.dtype, compacted: bool) -> None:
+    model, (prompts, steps) = build(kind, dtype), beams()
+    texts = [[prompt] for prompt in prompts]  # of each beam of each prompt
+    for logits, tokens, parent in zip(
+        read_beams(model, prompts, steps, PARENTS, compacted), steps, PARENTS, strict=True
+    ):
+        assert logits.shape == (*tokens.shape, SIZE["vocab_size"])
+        for row in range(2):
+            texts[row] = [torch.cat([texts[row][p], t[None]]) for p, t in zip(parent[row], tokens[row], strict=True)]
+            for of_beam, text in zip(logits[row], texts[row], strict=True):
+                assert error(of_beam, model(text[None])[0, -1]) <= TOLERANCES[dtype]
+
+
+@pytest.mark.parametrize(
+    ("change", "touched"),
+    [
+        ("parent", {(1, 3)}),
+        ("token", {(0, 0), (0, 1), (0, 2)}),  # those that go back to it
+        ("prompt", {(1, 0), (1, 1), (1, 2), (1, 3)}),
+    ],
+)
+@torch.no_grad()
+def test_a_beam_reads_its_own_past_and_no_other(kind: str, change: str, touched: set[tuple[int, int]]) -> None:
+    model, (prompts, steps), parents = build(kind), beams(), [parent.clone() for parent in PARENTS]
+    before = read_beams(model, prompts, steps, parents)[-1]
+    if change == "parent":
+        parents[-1][1, 3] = 0
+    elif change == "token":
+        steps[0][0, 2] = (steps[0][0, 2] + 1) % SIZE["vocab_size"]
+    else:
+        prompts[1] = ids_of(1, 4, seed=40)[0]
+    after = read_beams(model, prompts, steps, parents)[-1]
+    moved = {beam: error(after[beam], before[beam]) for beam in itertools.product(range(2), range(4))}
+    assert {beam for beam, by in moved.items() if by > VISIBLE} == touched
+    assert max(by for beam, by in moved.items() if beam not in touched) <= 1e-12
+
+
 # --- rows do not see each other, nor padding, nor other documents
 
 

@@ -6,6 +6,8 @@ import json
 import re
 from pathlib import Path
 
+import pytest
+
 import minopt
 from minopt.cli import main
 
@@ -20,8 +22,9 @@ def test_the_first_command_prints_what_is_shown(capsys) -> None:  # type: ignore
     assert capsys.readouterr().out.rstrip("\n") == match[2]
 
 
-def test_the_python_examples_run() -> None:
-    blocks = re.findall(r"^```python\n(.*?)```", README, re.M | re.S)
+@pytest.mark.parametrize("file", ["README.md", "docs/generation.md"])
+def test_the_python_examples_run(file: str) -> None:
+    blocks = re.findall(r"^```python\n(.*?)```", (ROOT / file).read_text(encoding="utf-8"), re.M | re.S)
     assert blocks
     for block in blocks:
         exec(block.replace('"facebook/opt-125m"', repr(minopt.DEMO)), {})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
 import random
 import re
@@ -20,7 +22,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 import minopt
 from minopt import Tokenizer
-from minopt.tokenizer import _BYTE_OF_CHARACTER, pad_left
+from minopt.tokenizer import _BYTE_OF_CHARACTER, TokenBytes, pad_left
 from tests.conftest import SHARED_DATA
 from tests.texts import EMOJI, SPECIAL_TOKENS, varied_texts
 
@@ -701,6 +703,127 @@ def test_a_stream_is_finished_once(small: Tokenizer) -> None:
     assert [stream.push(i) for i in byte_ids(small, "\U0001f600".encode()[:3])] == ["", "", ""]
     assert stream.finish() == "\ufffd"
     assert stream.finish() == ""
+
+
+# --- Stop strings --------------------------------------------------------------------------------------------------
+
+STOP_ALPHABET = "ab \u00e9\u6f22\u5b57\U0001f600\n"
+STOP_TEXTS = st.lists(st.text(STOP_ALPHABET, min_size=1, max_size=4), min_size=1, max_size=4)
+
+
+@functools.cache
+def stop_ids(tokenizer: Tokenizer) -> list[int]:
+    """Every token within ``STOP_ALPHABET``, its single bytes, two special tokens, and an id without a token."""
+    allowed = {CHARACTER_OF_BYTE[byte] for byte in STOP_ALPHABET.encode()}
+    vocabulary = tokenizer.backend.get_vocab(with_added_tokens=False)
+    return [*sorted(i for token, i in vocabulary.items() if set(token) <= allowed), 1, 2, len(tokenizer) + 3]
+
+
+def first_stop(tokenizer: Tokenizer, ids: Sequence[int], strings: Sequence[str]) -> str | None:
+    """By definition: the text before the first occurrence that ends in the newest token; ``None`` if there is none."""
+    before, text = tokenizer.decode(ids[:-1]), tokenizer.decode(ids)
+    begins = [
+        begin
+        for string in strings
+        for begin in range(len(text))
+        if text.startswith(string, begin) and text[: begin + len(string)] != before[: begin + len(string)]
+    ]
+    return text[: min(begins)] if begins else None
+
+
+@SEARCH
+@given(data=st.data(), strings=STOP_TEXTS)
+def test_a_stop_string_ends_a_row_at_the_token_that_completes_it(
+    pair: tuple[Tokenizer, Any], data: st.DataObject, strings: list[str]
+) -> None:
+    """At each length of rows of any tokens, characters in parts among them; a prompt before them counts for nothing."""
+    ours, _ = pair
+    pool = st.sampled_from(stop_ids(ours)) | st.sampled_from(byte_ids(ours, STOP_ALPHABET.encode()))
+    written = st.text(STOP_ALPHABET, max_size=8).map(lambda text: ours.encode(text, add_bos=False))
+    row = st.lists(written | st.lists(pool, max_size=3), max_size=5).map(
+        lambda parts: [i for ids in parts for i in ids]
+    )
+    rows = [data.draw(row), data.draw(row)]
+    prompt = data.draw(st.lists(pool, max_size=3)) + ours.encode(strings[0], add_bos=False)
+    stops = ours.stop_strings(strings, len(prompt))
+    for length in range(max(map(len, rows)) + 1):
+        news = [row[:length] + [1] * (length - len(row)) for row in rows]  # the padding of a row that has ended
+        expected = [first_stop(ours, new, strings) for new in news]
+        assert stops(torch.tensor([prompt + new for new in news])).tolist() == [text is not None for text in expected]
+        assert [stops.cut(new) for new in news] == expected
+
+
+def test_stop_strings_are_found_over_borders_within_tokens_and_within_characters(
+    pair: tuple[Tokenizer, Any],
+) -> None:
+    """Each by hand: what is found, and what only looks like it."""
+    ours, _ = pair
+
+    def cuts(data: bytes, *strings: str) -> str | None:
+        return ours.stop_strings(strings, 0).cut(byte_ids(ours, data))
+
+    assert cuts(b"one two", "two") == "one "
+    assert cuts("\u00e9\u6f22".encode(), "\u6f22") == "\u00e9"
+    assert cuts("\u00e9\u6f22".encode()[:-1], "\u6f22") is None
+    assert cuts(b"\xe6\xbcAB", "AB") == "\ufffd"
+    assert cuts(b"aaa", "aa") == "a"
+    assert cuts(b"xabc", "c", "abc", "bc", "zabc") == "x"
+    assert cuts(b"two three", "two") is None  # completed by an earlier token
+    word = ours.encode(" cat", add_bos=False)
+    for string, expected in (("a", " c"), (" ", ""), ("t", " ca"), (" cat", ""), ("cats", None)):
+        assert ours.stop_strings([string], 0).cut(word) == expected
+    assert ours.stop_strings(["t"], 0).cut([*word, 2]) is None  # a special token completes nothing
+    assert ours.stop_strings(["t"], 0).cut([]) is None
+
+
+@SEARCH
+@given(
+    text=st.text("abc\u00e9\u6f22", max_size=8),
+    strings=st.lists(st.text("abc\u00e9\u6f22", min_size=1, max_size=5), min_size=1, max_size=3),
+)
+def test_what_may_begin_a_stop_string_is_the_longest_end_that_one_goes_on_from(
+    small: Tokenizer, text: str, strings: list[str]
+) -> None:
+    expected = max((n for n in range(len(text) + 1) for s in strings if n < len(s) and text.endswith(s[:n])), default=0)
+    assert small.stop_strings(strings, 0).may_begin(text) == expected
+
+
+# --- Prompts and continuations -------------------------------------------------------------------------------------
+
+
+@SEARCH
+@given(
+    prompt=VALID_TEXT | st.text(STOP_ALPHABET),
+    texts=st.lists(VALID_TEXT | st.text(STOP_ALPHABET), max_size=3),
+    add_bos=st.sampled_from([None, True, False]),
+)
+@example(prompt="The ", texts=["cat", " cat", ""], add_bos=None)
+@example(prompt="", texts=["cat", ""], add_bos=False)
+@example(prompt="caf", texts=["\u00e9", "e\u0301"], add_bos=True)
+@example(prompt="a \n", texts=["\n\n b", " "], add_bos=None)
+def test_a_continuation_begins_with_the_first_token_that_reaches_into_it(
+    pair: tuple[Tokenizer, Any], prompt: str, texts: list[str], add_bos: bool | None
+) -> None:
+    """Counted in the bytes of the tokens; the ids are those of the whole text."""
+    ours, _ = pair
+    token_bytes = TokenBytes(ours, skip_special_tokens=True)
+    found = ours.encode_continuations(prompt, texts, add_bos)
+    assert len(found) == len(texts)
+    for text, (ids, start) in zip(texts, found, strict=True):
+        assert ids == ours.encode(prompt + text, add_bos)
+        ends = list(itertools.accumulate(len(token_bytes[i]) for i in ids))
+        expected = next((n for n, end in enumerate(ends) if end > len(prompt.encode())), len(ids))
+        assert start == expected
+
+
+def test_a_special_token_counts_for_the_side_that_it_ends_on(pair: tuple[Tokenizer, Any]) -> None:
+    """One that is written in the prompt, over the border, or in the continuation."""
+    ours, _ = pair
+    cat = ours.encode(" cat", add_bos=False)
+    assert ours.encode_continuations("</s>", [" cat"], True) == [([2, *cat], 1)]
+    assert ours.encode_continuations("<pad", ["> cat"], False) == [([1, *cat], 0)]
+    (ids, start), *_ = ours.encode_continuations("a</s>", [" cat</s>"])
+    assert ids[start:] == [*cat, 2]
 
 
 # --- What is refused -----------------------------------------------------------------------------------------------

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from minopt.checkpoint.save import save_model
     from minopt.config import OPTConfig
     from minopt.generation.config import GenerationConfig
-    from minopt.generation.decode import GenerationOutput, generate
+    from minopt.generation.decode import generate
+    from minopt.generation.request import GenerationOutput
     from minopt.language_model import GeneratedText, LanguageModel, load
     from minopt.model import OPT
     from minopt.tokenizer import Tokenizer
@@ -38,7 +39,7 @@ _HOME = {
     "save_model": "minopt.checkpoint.save",
     "OPTConfig": "minopt.config",
     "GenerationConfig": "minopt.generation.config",
-    "GenerationOutput": "minopt.generation.decode",
+    "GenerationOutput": "minopt.generation.request",
     "generate": "minopt.generation.decode",
     "GeneratedText": "minopt.language_model",
     "LanguageModel": "minopt.language_model",

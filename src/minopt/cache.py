@@ -91,20 +91,27 @@ class KVCache:
             raise ValueError(f"KVCache.truncate: expected a length from 0 to {int(self.length)}, got {length}.")
         self.length = self.length.fill_(length) if isinstance(self.length, Tensor) else length
 
-    def reorder(self, rows: Tensor) -> None:
-        """Makes row ``i`` what row ``rows[i]`` was (beam search). In place.
+    def compact(self, start: int, slots: Tensor) -> None:
+        """Keeps the first ``start`` tokens of each row, and behind them only some of the others.
 
         Args:
-            rows: ``[B]`` integer indices; a row may be taken more than once.
+            start: tokens that stay where they are.
+            slots: ``[B, M]`` integer indices of filled ones, counted from ``start``, that follow now. Their values are
+                not checked, for reading them would wait for a GPU.
 
         Raises:
-            ValueError: if there is not one index for each row.
+            ValueError: if there are more of them than are filled, or not for each row.
         """
-        if rows.shape != (self.batch_size,):
-            raise ValueError(f"KVCache.reorder: expected {self.batch_size} indices, got shape {list(rows.shape)}.")
-        filled = self.capacity if isinstance(self.length, Tensor) else self.length
+        filled = int(self.length) - start
+        if slots.ndim != 2 or len(slots) != self.batch_size or not 0 <= slots.shape[1] <= filled or start < 0:
+            raise ValueError(
+                f"KVCache.compact: expected indices [{self.batch_size}, at most {filled}], got {list(slots.shape)}."
+            )
+        index = slots[:, None, :, None].expand(-1, self.keys[0].shape[1], -1, self.keys[0].shape[3])
+        end = start + slots.shape[1]
         for tensor in (*self.keys, *self.values):
-            tensor[:, :, :filled] = tensor[:, :, :filled].index_select(0, rows)
+            tensor[:, :, start:end] = tensor[:, :, start:].gather(2, index)
+        self.truncate(end)
 
     def expand(self, copies: int) -> None:
         """Repeats each row ``copies`` times, copies side by side: ``[B, ...]`` becomes ``[B * copies, ...]``.

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from minopt import DEMO, __version__
@@ -78,23 +80,96 @@ def _hyphenated(arguments: Sequence[str]) -> list[str]:
     return spelt + list(arguments[end:])
 
 
+# The options of GenerationConfig: how each is written on the command line. Several ids are written 5,6.
+_NUMBERS: dict[str, tuple[str, tuple[tuple[str, type, str], ...]]] = {
+    "length": ("how long", (
+        ("max-new-tokens", int, "the most tokens to add (30)"),
+        ("min-new-tokens", int, "do not end before that many (0)"),
+        ("max-time", float, "seconds after which no further token is begun"),
+    )),
+    "choice": ("how the next token is chosen", (
+        ("num-beams", int, "beam search with that many hypotheses (1: none)"),
+        ("num-return-sequences", int, "write that many continuations (1)"),
+        ("length-penalty", float, "beams: divide by tokens to the power of X; above 0 favours long texts (1.0)"),
+        ("temperature", float, "sampling: divide scores by it (1.0)"),
+        ("top-k", int, "sampling: from that many most probable tokens (50; 0: all)"),
+        ("top-p", float, "sampling: from the fewest tokens that together have probability X (1.0)"),
+        ("min-p", float, "sampling: from tokens at least X times as probable as the best"),
+        ("seed", int, "of the draws"),
+    )),
+    "rules": ("what is not repeated, preferred, or banned", (
+        ("no-repeat-ngram-size", int, "no N tokens in a row come twice"),
+        ("repetition-penalty", float, "scores of tokens seen are divided by it (1.0)"),
+        ("presence-penalty", float, "is subtracted once from tokens generated before (0)"),
+        ("frequency-penalty", float, "is subtracted each time from tokens generated before (0)"),
+        ("forced-bos-token-id", int, "the first new token, after a prompt of one token"),
+        ("pad-token-id", int, "what fills rows that have ended (the model's)"),
+    )),
+}  # fmt: skip
+
+
 def _add_generate(verbs: Any) -> None:
     parser = verbs.add_parser(
-        "generate", help="continue a text", description="Continues a text, written as it comes.", allow_abbrev=False
-    )
+        "generate", help="continue a text, or a file of them", allow_abbrev=False,
+        description="Continues a text, written as it comes; or each prompt of a file, in batches.",
+    )  # fmt: skip
     parser.set_defaults(run=_generate)
-    parser.add_argument("prompt", help='the text to continue, in quotes; "" starts from nothing')
-    _add_model_arguments(parser)
-    parser.add_argument("--max-new-tokens", type=int, default=30, metavar="N", help="the most tokens to add (30)")
-    parser.add_argument("--min-new-tokens", type=int, metavar="N", help="do not end before that many (0)")
-    parser.add_argument("--do-sample", action="store_true", help="draw tokens instead of taking the most probable")
-    parser.add_argument("--temperature", type=float, metavar="X", help="divide logits by it before drawing (1.0)")
-    parser.add_argument("--top-k", type=int, metavar="N", help="draw from that many most probable tokens (50)")
-    parser.add_argument(
-        "--top-p", type=float, metavar="X", help="draw from the fewest tokens that together have probability X (1.0)"
-    )
-    parser.add_argument("--seed", type=int, metavar="N", help="seed of the draws")
+    parser.add_argument("prompt", nargs="?", help='the text to continue, in quotes; "" starts from nothing')
     parser.add_argument("--echo", action="store_true", help="write the prompt first")
+    _add_model_arguments(parser)
+    groups = {}
+    for key, (title, options) in _NUMBERS.items():
+        groups[key] = parser.add_argument_group(title)
+        for name, kind, text in options:
+            groups[key].add_argument(f"--{name}", type=kind, metavar="N" if kind is int else "X", help=text)
+    switch = argparse.BooleanOptionalAction
+    groups["length"].add_argument("--truncate-prompt", action=switch, help="keep the end of a prompt that is too long")
+    groups["length"].add_argument("--stop-strings", action="append", metavar="TEXT",
+                                  help="end before this text; may be given several times")  # fmt: skip
+    groups["length"].add_argument("--eos-token-id", type=_ids, metavar="IDS", help="what ends a text (the model's)")
+    groups["choice"].add_argument("--do-sample", action=switch, help="draw tokens instead of taking the most probable")
+    groups["choice"].add_argument("--early-stopping", type=_early_stopping, metavar="true|false|never",
+                                  help="beams: end with enough finished ones (false)")  # fmt: skip
+    groups["rules"].add_argument("--no-repeat-ngram-include-prompt", type=_true_or_false, metavar="true|false",
+                                 help="whether the prompt's tokens count as well (true)")  # fmt: skip
+    groups["rules"].add_argument("--suppress-tokens", type=_ids, metavar="IDS", help="tokens that never come")
+    groups["rules"].add_argument("--bad-words-ids", type=_json, metavar="JSON", help="sequences of ids: [[5, 6], [7]]")
+    groups["rules"].add_argument("--sequence-bias", type=_json, metavar="JSON",
+                                 help="what is added to a sequence's last score: [[[5, 6], -2.5]]")  # fmt: skip
+    files = parser.add_argument_group("many prompts")
+    files.add_argument("--input", metavar="FILE", help='a prompt a line, or, in a .jsonl, {"prompt": ...} a line')
+    files.add_argument("--output", metavar="FILE", help="JSON lines, each as soon as it is done (stdout)")
+    files.add_argument("--force", action="store_true", help="replace the output file")
+    files.add_argument("--batch-size", type=int, metavar="N", help="the most prompts that run together")
+    files.add_argument("--max-batch-tokens", type=int, metavar="N",
+                       help="the most tokens that run together, new ones and padding included (8192)")  # fmt: skip
+    files.add_argument("--output-logprobs", action="store_true", help="write each token and its log-probability")
+    files.add_argument("--top-logprobs", type=int, metavar="N", help="and the N most probable in its place")
+
+
+def _ids(text: str) -> tuple[int, ...]:
+    """``5,6`` as ``(5, 6)``; nothing as ``()``."""
+    try:
+        return tuple(int(part) for part in text.split(",") if text.strip())
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected ids such as 5 or 5,6, got {text!r}") from None
+
+
+def _json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected JSON, got {text!r}") from None
+
+
+def _true_or_false(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"expected true or false, got {text!r}")
+    return text.lower() == "true"
+
+
+def _early_stopping(text: str) -> bool | str:
+    return text if text == "never" else _true_or_false(text)
 
 
 def _add_convert(verbs: Any) -> None:
@@ -184,12 +259,22 @@ def _add_model_arguments(parser: argparse.ArgumentParser, with_dtype: bool = Tru
 
 
 def _generate(args: argparse.Namespace) -> None:
-    from minopt.generation.config import GenerationConfig
+    from minopt.generation.config import check_values, option_names, with_defaults
     from minopt.language_model import load
 
-    names = ("max_new_tokens", "min_new_tokens", "do_sample", "temperature", "top_k", "top_p", "seed")
-    options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    GenerationConfig().replace(**options)  # complain before a model is loaded or fetched
+    if (args.prompt is None) == (args.input is None):
+        raise ValueError("prompt: expected one, or --input with a file of them.")
+    for name in ("output", "force", "batch_size", "max_batch_tokens", "output_logprobs", "top_logprobs"):
+        if args.input is None and getattr(args, name):
+            raise ValueError(f"--{name.replace('_', '-')} goes with --input: there is no place for it beside one text.")
+    if args.input is not None and args.echo:
+        raise ValueError("--echo: the output of --input has the prompts already. Leave it out.")
+    given = {name: getattr(args, name, None) for name in option_names()}
+    options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    check_values(options)  # complain before a model is loaded or fetched
+    prompts = [] if args.input is None else _read_prompts(Path(args.input))
+    if args.output is not None and Path(args.output).exists() and not args.force:
+        raise FileExistsError(f"{args.output}: is there already. Name another file, or add --force.")
     if args.model is None and args.revision is not None:
         raise ValueError("--revision needs --model: the small demo model has no revisions.")
     if args.model is None:
@@ -203,12 +288,65 @@ def _generate(args: argparse.Namespace) -> None:
         model_config=args.model_config,
         tokenizer=args.tokenizer,
     )
-    pieces = lm.stream(args.prompt, **options)
-    if args.echo:
-        print(args.prompt, end="", flush=True)
-    for piece in pieces:
-        print(piece, end="", flush=True)
-    print()
+    options = {"max_new_tokens": lm.generation_defaults.get("max_new_tokens", 30), **options}
+    config = with_defaults(lm.generation_defaults, options)
+    if args.input is not None:
+        limits = {"batch_size": args.batch_size, "max_batch_tokens": args.max_batch_tokens}
+        _write_results(lm.generate_each([p["prompt"] for p in prompts], **options, **limits), prompts, args.output)
+    elif config.num_beams == config.num_return_sequences == 1:
+        pieces = lm.stream(args.prompt, **options)
+        if args.echo:
+            print(args.prompt, end="", flush=True)
+        for piece in pieces:
+            print(piece, end="", flush=True)
+        print()
+    else:
+        found = lm.generate(args.prompt, echo=args.echo, **options)
+        print(*([found] if isinstance(found, str) else found), sep="\n---\n")
+
+
+def _read_prompts(path: Path) -> list[dict[str, Any]]:
+    """Objects with a prompt: a line each of a text, or those of a .jsonl with all that they hold."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: expected UTF-8, {error}. Convert the file.") from None
+    lines = text.removesuffix("\n").split("\n") if text else []
+    if path.suffix != ".jsonl":
+        return [{"prompt": line} for line in lines]
+    prompts = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{path}: line {number} is no JSON, {error}.") from None
+        if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
+            raise ValueError(f'{path}: line {number}: expected an object with a text "prompt", got {line[:80]!r}.')
+        prompts.append(record)
+    return prompts
+
+
+def _write_results(results: Iterator[Any], prompts: Sequence[dict[str, Any]], output: str | None) -> None:
+    """A line of JSON for each continuation, written out when it is there; what has been written stays if it breaks."""
+    from tqdm import tqdm
+
+    with contextlib.ExitStack() as stack:
+        file = sys.stdout if output is None else stack.enter_context(open(output, "w", encoding="utf-8"))
+        bar = stack.enter_context(tqdm(total=len(prompts), unit="prompt", mininterval=0, disable=not _on_terminal()))
+        for index, records in results:
+            for sequence, record in enumerate(records):
+                fields: dict[str, Any] = {"text": record.text, "stop_reason": record.stop_reason}
+                if record.score is not None:
+                    fields["score"] = record.score
+                if record.logprobs:
+                    fields |= {"token_ids": record.token_ids, "logprobs": record.logprobs}
+                if record.top_logprobs:
+                    fields |= {"token_ids": record.token_ids, "top_logprobs": record.top_logprobs}
+                line = {**prompts[index], "index": index, "sequence": sequence, **fields}
+                print(json.dumps(line, ensure_ascii=False), file=file, flush=True)
+            bar.update()
 
 
 def _convert(args: argparse.Namespace) -> None:

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, overload
 
 import torch
+from tqdm import tqdm
 
 from minopt.checkpoint.hub import find_model
 from minopt.checkpoint.load import load_checkpoint, resolve_device, resolve_dtype
 from minopt.checkpoint.save import save_model
 from minopt.checkpoint.source import open_checkpoint
 from minopt.config import OPTConfig
-from minopt.generation.config import GenerationConfig
-from minopt.generation.decode import check_prompt, decode_steps, generate
+from minopt.generation.batches import cut_batches
+from minopt.generation.config import read_defaults, with_defaults
+from minopt.generation.decode import decode_steps, run
+from minopt.generation.request import STOP_REASONS, GenerationOutput, Request, prepare
+from minopt.generation.scoring import sliding_logprobs, token_logprobs
 from minopt.model import OPT
-from minopt.tokenizer import Tokenizer, pad_left
+from minopt.tokenizer import StopStrings, Tokenizer, pad_left
 
 logger = logging.getLogger(__name__)
 
@@ -29,16 +34,48 @@ class GeneratedText:
     """One continuation, with what is known about it.
 
     Attributes:
-        text: the continuation, after its prompt if ``echo`` asked for that.
-        token_ids: the new tokens, the one that ended the text included.
-        logprobs: natural log-probability of each of them under the model's own distribution.
-        stop_reason: ``"eos"`` or ``"length"``.
+        text: the continuation, after its prompt if ``echo`` asked for that; without the stop string that ended it.
+        token_ids: the new tokens, those that ended the text included.
+        logprobs: natural log-probability of each of them under the model's own distribution, if asked for.
+        stop_reason: see ``GenerationOutput``.
+        score: of beam search; ``None`` otherwise.
+        top_logprobs: for each new token the ids and log-probabilities that were most probable in its place, if the
+            option of that name asked for them.
     """
 
     text: str
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     stop_reason: str
+    score: float | None = None
+    top_logprobs: tuple[tuple[tuple[int, float], ...], ...] = ()
+
+
+@dataclass(frozen=True)
+class ScoredText:
+    """How probable a text is.
+
+    Attributes:
+        text: what is scored: the whole text, or a continuation.
+        token_ids: its tokens.
+        logprobs: natural log-probability of each, after all before it (those of the prompt too); ``None`` for a
+            text's first token, before which there is nothing.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float | None, ...]
+
+    @property
+    def total(self) -> float:
+        """The log-probability of the text: their sum."""
+        return sum(value for value in self.logprobs if value is not None)
+
+    @property
+    def mean(self) -> float:
+        """Their mean, with which texts of different lengths compare; NaN where no token has one."""
+        count = sum(value is not None for value in self.logprobs)
+        return self.total / count if count else math.nan
 
 
 class LanguageModel:
@@ -47,30 +84,29 @@ class LanguageModel:
     Args:
         model: on any device.
         tokenizer: ``None`` where the checkpoint has no tokenizer files; methods on text then say so.
+        generation_defaults: options of ``GenerationConfig`` that hold unless a call gives others; ``load`` takes them
+            from ``generation_config.json``.
     """
 
-    def __init__(self, model: OPT, tokenizer: Tokenizer | None) -> None:
+    def __init__(
+        self, model: OPT, tokenizer: Tokenizer | None, generation_defaults: Mapping[str, Any] | None = None
+    ) -> None:
         self.model = model
         self.tokenizer = tokenizer
+        self.generation_defaults = dict(generation_defaults or {})
+
+    @overload
+    def generate(self, prompt: str, *, return_details: Literal[False] = ..., **options: Any) -> str: ...
+
+    @overload
+    def generate(self, prompt: Sequence[str], *, return_details: Literal[False] = ..., **options: Any) -> list[str]: ...
+
+    @overload
+    def generate(self, prompt: str, *, return_details: Literal[True], **options: Any) -> GeneratedText: ...
 
     @overload
     def generate(
-        self, prompt: str, *, echo: bool = ..., return_details: Literal[False] = ..., **options: Any
-    ) -> str: ...
-
-    @overload
-    def generate(
-        self, prompt: Sequence[str], *, echo: bool = ..., return_details: Literal[False] = ..., **options: Any
-    ) -> list[str]: ...
-
-    @overload
-    def generate(
-        self, prompt: str, *, echo: bool = ..., return_details: Literal[True], **options: Any
-    ) -> GeneratedText: ...
-
-    @overload
-    def generate(
-        self, prompt: Sequence[str], *, echo: bool = ..., return_details: Literal[True], **options: Any
+        self, prompt: Sequence[str], *, return_details: Literal[True], **options: Any
     ) -> list[GeneratedText]: ...
 
     def generate(
@@ -79,111 +115,306 @@ class LanguageModel:
         *,
         echo: bool = False,
         return_details: bool = False,
-        add_bos: bool | None = None,
-        generator: torch.Generator | None = None,
+        show_progress: bool = True,
         **options: Any,
-    ) -> str | GeneratedText | list[str] | list[GeneratedText]:
-        """Continues a text, or each of several in one batch.
+    ) -> Any:
+        """Continues a text, or each of many.
 
         Args:
-            prompt: one text, or a list of them; ``""`` starts from the beginning-of-text token.
+            prompt: one text, or a list of any number of them; ``""`` starts from the beginning-of-text token.
             echo: put the prompt before its continuation.
-            return_details: return a ``GeneratedText`` for each prompt instead of its text.
-            add_bos: see ``Tokenizer.encode``.
-            generator: see ``minopt.generate``.
-            **options: of ``GenerationConfig``: ``max_new_tokens``, ``do_sample``, ``top_p``, ...
+            return_details: return a ``GeneratedText`` for each continuation instead of its text.
+            show_progress: draw a bar on stderr where there is more than one batch.
+            **options: as ``generate_each`` takes them.
 
         Returns:
-            The continuation, or a list of them in the order of the prompts. Special tokens are left out of it.
+            The continuation, or a list of them in the order of the prompts. With ``num_return_sequences`` above 1, a
+            list of that many in place of each. Special tokens are left out of the texts.
 
         Raises:
             ValueError: as ``minopt.generate`` does, or if there is no tokenizer.
         """
         if not isinstance(prompt, Sequence):
             raise ValueError(f"prompt: expected a text or several, got {type(prompt).__name__}.")
-        texts = [prompt] if isinstance(prompt, str) else list(prompt)
-        tokenizer, config = self._text_tools(options)
-        if not texts:
-            return []
-        input_ids, mask = pad_left([self._encode(text, add_bos) for text in texts], self.model.config.pad_token_id)
-        config = config.replace(output_logprobs=return_details)
-        output = generate(self.model, input_ids, mask, config, generator=generator)
-        results: list[Any] = []
-        for row, text in enumerate(texts):
-            end = input_ids.shape[1] + output.lengths[row]
-            ids = output.sequences[row, input_ids.shape[1] : end].tolist()
-            continuation = (text if echo else "") + tokenizer.decode(ids)
-            if return_details:
-                assert output.logprobs is not None
-                logprobs = tuple(output.logprobs[row, : len(ids)].tolist())
-                results.append(GeneratedText(continuation, tuple(ids), logprobs, output.stop_reasons[row]))
-            else:
-                results.append(continuation)
-        return results[0] if isinstance(prompt, str) else results
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if return_details:
+            options["output_logprobs"] = True
+        else:
+            _refuse_details(options)
+        batches = self._batches(prompts, **options)
+        found: list[Any] = [None] * len(prompts)
+        with tqdm(
+            total=len(prompts), unit="prompt", mininterval=0, disable=not show_progress or len(batches) < 2
+        ) as bar:
+            for index, records in _run_each(batches):
+                if echo:
+                    records = [replace(record, text=prompts[index] + record.text) for record in records]
+                results = records if return_details else [record.text for record in records]
+                found[index] = results if batches[0].request.config.num_return_sequences > 1 else results[0]
+                bar.update()
+        return found[0] if isinstance(prompt, str) else found
 
-    def stream(
-        self, prompt: str, *, add_bos: bool | None = None, generator: torch.Generator | None = None, **options: Any
-    ) -> Iterator[str]:
-        """Continues a text piece by piece, as the tokens come.
+    def generate_each(self, prompts: Sequence[str], **options: Any) -> Iterator[tuple[int, list[GeneratedText]]]:
+        """Continues many texts, and gives each result as soon as it is there.
 
         Args:
-            prompt, add_bos, generator, **options: see ``generate``.
+            prompts: any number of texts.
+            **options: those of ``GenerationConfig`` (``max_new_tokens``, ``num_beams``, ``top_p``, ...); the arguments
+                ``logits_processor``, ``stopping_criteria`` and ``generator`` of ``minopt.generate``; ``add_bos`` of
+                ``Tokenizer.encode``; and ``batch_size`` and ``max_batch_tokens`` of ``generation.batches.cut_batches``:
+                prompts run in batches of like length, by default of 8,192 tokens, new ones and padding included.
+
+        Returns:
+            An iterator of a prompt's index and its continuations, longest prompts first.
+
+        Raises:
+            ValueError: as ``generate`` does, before anything runs.
+        """
+        return _run_each(self._batches(prompts, **options))
+
+    def stream(self, prompt: str, **options: Any) -> Iterator[str]:
+        """Continues a text piece by piece, as the tokens come: greedy or sampled.
+
+        Args:
+            prompt: one text.
+            **options: as ``generate_each`` takes them.
 
         Returns:
             An iterator of pieces that add up to what ``generate`` returns; each is whole characters.
 
         Raises:
-            ValueError: as ``generate`` does, before the first piece is asked for.
+            ValueError: as ``generate`` does, before the first piece is asked for; or if beams or several continuations
+                are asked for.
         """
-        tokenizer, config = self._text_tools(options)
-        input_ids = torch.tensor([self._encode(prompt, add_bos)])
-        input_ids, _ = check_prompt(self.model, input_ids, None, config, generator)
+        if not isinstance(prompt, str):
+            self._encode(prompt, None)  # says what is wrong
+        _refuse_details(options)
+        (batch,) = self._batches([prompt], **options)
+        config = batch.request.config
+        for name in ("num_beams", "num_return_sequences"):
+            if getattr(config, name) > 1:
+                raise ValueError(f"{name}: a stream has one continuation, got {getattr(config, name)}. Use generate.")
+        assert self.tokenizer is not None
+        return _stream(batch, self.tokenizer)
 
-        def pieces() -> Iterator[str]:
-            decoder = tokenizer.stream_decoder()
-            for step in decode_steps(self.model, input_ids, None, config, generator):
-                if piece := decoder.push(int(step.tokens)):
-                    yield piece
-            if piece := decoder.finish():
-                yield piece
+    @overload
+    def score(self, text: str, continuations: None = ..., **options: Any) -> ScoredText: ...
 
-        return pieces()
+    @overload
+    def score(self, text: str, continuations: Sequence[str], **options: Any) -> list[ScoredText]: ...
+
+    @overload
+    def score(self, text: Sequence[str], continuations: None = ..., **options: Any) -> list[ScoredText]: ...
+
+    def score(
+        self,
+        text: str | Sequence[str],
+        continuations: Sequence[str] | None = None,
+        *,
+        add_bos: bool | None = None,
+        show_progress: bool = True,
+        **limits: Any,
+    ) -> Any:
+        """Says how probable texts are, or continuations of a prompt: to rank answers, say.
+
+        A prompt and its continuation are encoded as one text. A token that reaches from one into the other counts as
+        the continuation's.
+
+        Args:
+            text: one text, or a list of any number of them; with ``continuations``, the prompt.
+            continuations: texts that may follow ``text``.
+            add_bos: see ``Tokenizer.encode``.
+            show_progress: draw a bar on stderr where there is more than one batch.
+            **limits: ``batch_size`` and ``max_batch_tokens``, see ``generate_each``.
+
+        Returns:
+            A ``ScoredText``; a list of them, in order, for several texts or continuations.
+
+        Raises:
+            ValueError: if a text has no tokens or more than the model has positions, or there is no tokenizer.
+        """
+        tokenizer = self._tokenizer()
+        if continuations is not None:
+            if not isinstance(text, str) or isinstance(continuations, str) or not isinstance(continuations, Sequence):
+                raise ValueError("score: expected one prompt and a list of continuations.")
+            texts = [_checked("continuation", c) for c in continuations]
+            pairs = tokenizer.encode_continuations(text, texts, add_bos)
+        else:
+            if not isinstance(text, Sequence):
+                raise ValueError(f"score: expected a text or several, got {type(text).__name__}.")
+            texts = [_checked("text", t) for t in ([text] if isinstance(text, str) else text)]
+            pairs = [(tokenizer.encode(t, add_bos), 0) for t in texts]
+        for t, (ids, start) in zip(texts, pairs, strict=True):
+            if start == len(ids):
+                raise ValueError(f"score: expected some text, got {t!r}, which has no tokens.")
+        found: list[Any] = [None] * len(texts)
+        batches = cut_batches([len(ids) for ids, _ in pairs], **limits)
+        with tqdm(total=len(texts), unit="text", disable=not show_progress or len(batches) < 2) as bar:
+            for batch in batches:
+                rows = [pairs[i][0] for i in batch]
+                values = token_logprobs(self.model, rows, [max(1, pairs[i][1]) for i in batch])
+                for i, logprobs in zip(batch, values, strict=True):
+                    ids, start = pairs[i]
+                    first: list[float | None] = [None] if start == 0 else []
+                    found[i] = ScoredText(texts[i], tuple(ids[start:]), tuple(first + logprobs.tolist()))
+                bar.update(len(batch))
+        return found if continuations is not None or not isinstance(text, str) else found[0]
+
+    def perplexity(
+        self, text: str, *, window: int | None = None, stride: int | None = None, add_bos: bool | None = None
+    ) -> float:
+        """Perplexity of a text of any length: ``exp`` of the mean negative log-probability of its tokens but the first.
+
+        Args:
+            text: may be longer than the model's positions.
+            window, stride: tokens read at once, and by how many the window moves on; see
+                ``generation.scoring.sliding_logprobs``.
+            add_bos: see ``Tokenizer.encode``.
+
+        Raises:
+            ValueError: if the text has fewer than two tokens, or window or stride make no sense.
+        """
+        ids = self._tokenizer().encode(_checked("text", text), add_bos)
+        if len(ids) < 2:
+            raise ValueError(f"perplexity: expected a text of at least two tokens, got {text!r}.")
+        return sliding_logprobs(self.model, ids, window, stride).double().mean().neg().exp().item()
 
     def save(self, folder: str | Path) -> None:
         """Writes a folder that transformers opens too; see ``minopt.save_model``, also for what it raises."""
-        save_model(self.model, folder, self.tokenizer)
+        save_model(self.model, folder, self.tokenizer, self.generation_defaults)
 
     @cached_property
     def _rows_without_token(self) -> tuple[int, ...]:
         """Rows of the model's vocabulary that stand for no text: OPT's table is padded from 50,265 to 50,272."""
-        assert self.tokenizer is not None
-        used = set(self.tokenizer.backend.get_vocab(with_added_tokens=True).values())
+        used = set(self._tokenizer().backend.get_vocab(with_added_tokens=True).values())
         return tuple(i for i in range(self.model.config.vocab_size) if i not in used)
 
-    def _text_tools(self, options: dict[str, Any]) -> tuple[Tokenizer, GenerationConfig]:
+    def _tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
             raise ValueError(
                 "tokenizer: the model's folder has none (tokenizer.json, or vocab.json and merges.txt). "
                 "Copy its files there, or call minopt.generate with token ids."
             )
-        config = GenerationConfig().replace(**options)
+        return self.tokenizer
+
+    def _batches(
+        self,
+        prompts: Sequence[str],
+        *,
+        add_bos: bool | None = None,
+        batch_size: int | None = None,
+        max_batch_tokens: int | None = None,
+        logits_processor: Any = None,
+        stopping_criteria: Any = None,
+        generator: torch.Generator | None = None,
+        **options: Any,
+    ) -> list[_Batch]:
+        """All that is to run, checked."""
+        tokenizer, config = self._tokenizer(), with_defaults(self.generation_defaults, options)
         if config.output_scores:
             raise ValueError("output_scores: there is no place for them beside texts. Call minopt.generate with ids.")
-        if config.output_logprobs:
-            raise ValueError("output_logprobs: there is no place for them beside texts. Use return_details=True.")
-        return self.tokenizer, config.replace(suppress_tokens=config.suppress_tokens + self._rows_without_token)
+        if isinstance(prompts, str):
+            raise ValueError("prompts: expected a list of texts, got one. Put it into a list.")
+        if config.seed is not None and generator is None:  # one for all batches, or each would draw the same
+            generator = torch.Generator(self.model.device).manual_seed(config.seed)
+            config = config.replace(seed=None)
+        strings, copies = config.stop_strings, max(config.num_beams, config.num_return_sequences)
+        config = config.replace(stop_strings=(), suppress_tokens=config.suppress_tokens + self._rows_without_token)
+        rows = [self._encode(text, add_bos) for text in prompts]
+        batches = []
+        for indices in cut_batches(
+            [(len(row) + config.max_new_tokens) * copies for row in rows], batch_size, max_batch_tokens
+        ):
+            input_ids, mask = pad_left([rows[i] for i in indices], self.model.config.pad_token_id)
+            request = prepare(self.model, input_ids, mask, config, logits_processor, stopping_criteria, generator)
+            stops = tokenizer.stop_strings(strings, request.input_ids.shape[1]) if strings else None
+            if stops is not None:
+                request = replace(request, stopping_criteria=(*request.stopping_criteria, stops))
+            batches.append(_Batch(indices, request, stops, tokenizer))
+        return batches
 
     def _encode(self, text: str, add_bos: bool | None) -> list[int]:
-        assert self.tokenizer is not None
         if not isinstance(text, str):
             raise ValueError(f"prompt: expected a text, got {type(text).__name__}. A list of texts goes to generate.")
-        ids = self.tokenizer.encode(text, add_bos)
+        ids = self._tokenizer().encode(text, add_bos)
         if ids:
             return ids
         bos = self.model.config.bos_token_id
         if bos is None:
             raise ValueError("prompt: empty, and the model has no beginning-of-text token. Give it some text.")
         return [bos]
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Prompts that run together, by their indices in the caller's list."""
+
+    indices: list[int]
+    request: Request
+    stops: StopStrings | None
+    tokenizer: Tokenizer
+
+    def text(self, ids: list[int], stop_reason: str) -> str:
+        """Text of a row's new ids."""
+        cut = self.stops.cut(ids) if self.stops is not None and stop_reason in ("stop", "eos") else None
+        return self.tokenizer.decode(ids) if cut is None else cut
+
+
+def _run_each(batches: list[_Batch]) -> Iterator[tuple[int, list[GeneratedText]]]:
+    """Runs batches in turn; gives each prompt's index and continuations."""
+    for batch in batches:
+        output, copies = run(batch.request), batch.request.config.num_return_sequences
+        rows = [_generated_text(batch, output, row) for row in range(len(output.lengths))]
+        for at, index in enumerate(batch.indices):
+            yield index, rows[at * copies : (at + 1) * copies]
+
+
+def _generated_text(batch: _Batch, output: GenerationOutput, row: int) -> GeneratedText:
+    begin, length, reason = batch.request.input_ids.shape[1], output.lengths[row], output.stop_reasons[row]
+    ids = output.sequences[row, begin : begin + length].tolist()
+    top: list[Any] = []
+    if output.top_token_ids is not None and output.top_logprobs is not None:
+        steps = zip(
+            output.top_token_ids[row, :length].tolist(), output.top_logprobs[row, :length].tolist(), strict=True
+        )
+        top = [tuple(zip(tokens, values, strict=True)) for tokens, values in steps]
+    return GeneratedText(
+        batch.text(ids, reason),
+        tuple(ids),
+        () if output.logprobs is None else tuple(output.logprobs[row, :length].tolist()),
+        reason,
+        None if output.sequences_scores is None else output.sequences_scores[row].item(),
+        tuple(top),
+    )
+
+
+def _stream(batch: _Batch, tokenizer: Tokenizer) -> Iterator[str]:
+    decoder, ids, held, given, reason = tokenizer.stream_decoder(), list[int](), "", 0, ""
+    for step in decode_steps(batch.request):
+        reason = STOP_REASONS[int(step.reasons)]
+        if bool(step.is_new):
+            ids.append(int(step.tokens))
+            held += decoder.push(ids[-1])
+        if reason:
+            break
+        # What may be the beginning of a stop string waits until it is known whether it is.
+        ready = held[: len(held) - (batch.stops.may_begin(held) if batch.stops else 0)]
+        held, given = held[len(ready) :], given + len(ready)
+        if ready:
+            yield ready
+    if rest := batch.text(ids, reason)[given:]:
+        yield rest
+
+
+def _refuse_details(options: Mapping[str, Any]) -> None:
+    if given := [name for name in ("output_logprobs", "top_logprobs") if options.get(name)]:
+        raise ValueError(f"{given[0]}: there is no place for them beside texts. Use generate with return_details=True.")
+
+
+def _checked(name: str, text: object) -> str:
+    if not isinstance(text, str):
+        raise ValueError(f"{name}: expected a text, got {type(text).__name__}.")
+    return text
 
 
 def load(
@@ -198,7 +429,8 @@ def load(
 ) -> LanguageModel:
     """Loads a model with its tokenizer: ``minopt.load("facebook/opt-125m").generate("Today is")``.
 
-    Args and Raises: see ``minopt.load_model``; and ``ValueError`` if the tokenizer's files cannot be read.
+    Args and Raises: see ``minopt.load_model``; and ``ValueError`` if the tokenizer's files or generation_config.json
+    cannot be read.
 
     Args:
         tokenizer: the folder of its files; ``None`` looks beside the weights, then one folder up.
@@ -211,10 +443,11 @@ def load(
     checkpoint = open_checkpoint(path, model_config)
     folder = Tokenizer.find(checkpoint.found.folder) if tokenizer is None else Path(tokenizer).expanduser()
     reader = None if folder is None else Tokenizer.load(folder)
+    defaults = read_defaults(checkpoint.found.folder / "generation_config.json")
     model = load_checkpoint(checkpoint, target, number_type)
     if reader is not None:
         _warn_of_conflicts(model.config, reader, checkpoint.found.folder)
-    return LanguageModel(model, reader)
+    return LanguageModel(model, reader, defaults)
 
 
 def _warn_of_conflicts(config: OPTConfig, tokenizer: Tokenizer, folder: Path) -> None:

@@ -264,6 +264,20 @@ class OPT(nn.Module):
         """Reads one more token a row, ``[B, 1]``. Returns the logits behind it, ``[B, V]``."""
         return self(input_ids, attention_mask, cache=cache)[:, -1]
 
+    def decode_beams(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, cache: KVCache) -> Tensor:
+        """Reads one more token of each of K beams, ``[B, K]``, into one row of the cache each prompt.
+
+        Args:
+            input_ids: ``[B, K]``.
+            attention_mask: boolean ``[B, K, S]``: which of the row's S tokens are a beam's own past.
+            position_ids: ``[B, K]``.
+            cache: of B rows, whatever the number of beams.
+
+        Returns:
+            The logits behind the tokens, ``[B, K, V]``.
+        """
+        return self(input_ids, attention_mask[:, None], position_ids, cache)
+
     def _check_shapes(
         self, input_ids: Tensor, mask: Tensor | None, position_ids: Tensor | None, cache: KVCache | None
     ) -> None:

@@ -155,11 +155,32 @@ class Tokenizer:
             except UnicodeEncodeError as error:
                 raise ValueError(f"text: not valid Unicode at character {error.start} ({error.reason}).") from None
         encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=add_bos is None)
-        ids = [encoding.ids for encoding in encodings]
-        if add_bos:
-            assert self.bos_token_id is not None
-            ids = [row if row[:1] == [self.bos_token_id] else [self.bos_token_id, *row] for row in ids]
-        return ids
+        return [self._with_bos(encoding.ids) if add_bos else encoding.ids for encoding in encodings]
+
+    def _with_bos(self, ids: list[int]) -> list[int]:
+        assert self.bos_token_id is not None
+        return ids if ids[:1] == [self.bos_token_id] else [self.bos_token_id, *ids]
+
+    def encode_continuations(
+        self, prompt: str, continuations: Sequence[str], add_bos: bool | None = None
+    ) -> list[tuple[list[int], int]]:
+        """Ids of a prompt followed by each continuation, as one text.
+
+        Returns:
+            For each the ids, and the index of the first that reaches into the continuation: a token may hold the end
+            of the prompt, such as its last space, and the beginning of what follows.
+
+        Raises:
+            ValueError: as ``encode`` does.
+        """
+        pairs = []
+        for continuation in continuations:
+            text = prompt + continuation
+            (ids,) = self._encode([text], add_bos)
+            offsets = self.backend.encode(text, add_special_tokens=add_bos is None).offsets
+            start = next((i for i, (_, end) in enumerate(offsets) if end > len(prompt)), len(offsets))
+            pairs.append((ids, start + len(ids) - len(offsets)))  # one more with a bos that was added here
+        return pairs
 
     def encode_batch(self, texts: Sequence[str], add_bos: bool | None = None) -> tuple[Tensor, Tensor | None]:
         """Ids of several texts, padded on the left to one length.
@@ -181,32 +202,94 @@ class Tokenizer:
 
     def stream_decoder(self, skip_special_tokens: bool = True) -> StreamDecoder:
         """A decoder that takes one id at a time; what it gives adds up to ``decode`` of them all."""
-        return StreamDecoder(self, skip_special_tokens)
+        return StreamDecoder(TokenBytes(self, skip_special_tokens))
+
+    def stop_strings(self, strings: Sequence[str], prompt_length: int) -> StopStrings:
+        """A criterion for ``minopt.generate``: ends rows whose new text, behind ``prompt_length`` ids, has a string."""
+        return StopStrings(TokenBytes(self, skip_special_tokens=True), strings, prompt_length)
+
+
+class TokenBytes:
+    """The bytes that each id stands for; none for ids without a token, and for special ones if those are skipped."""
+
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool) -> None:
+        self._backend = tokenizer.backend
+        added = self._backend.get_added_tokens_decoder()
+        self._known = {i: b"" for i, token in added.items() if token.special and skip_special_tokens}
+
+    def __getitem__(self, token_id: int) -> bytes:
+        if token_id not in self._known:
+            token = self._backend.id_to_token(token_id) or ""
+            try:
+                self._known[token_id] = bytes(_BYTE_OF_CHARACTER[character] for character in token)
+            except KeyError:  # an added token outside the byte alphabet stands for itself
+                self._known[token_id] = token.encode()
+        return self._known[token_id]
 
 
 class StreamDecoder:
     """Decodes ids one by one; holds back the bytes of an unfinished character until the next ids complete it."""
 
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool) -> None:
-        self._backend = tokenizer.backend
-        added = self._backend.get_added_tokens_decoder()
-        self._skipped = {i for i, token in added.items() if token.special} if skip_special_tokens else set()
+    def __init__(self, token_bytes: TokenBytes) -> None:
+        self._token_bytes = token_bytes
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, token_id: int) -> str:
         """The text that this id completes, often ``""`` within a character of several tokens."""
-        token = self._backend.id_to_token(token_id)
-        if token is None or token_id in self._skipped:
-            return ""
-        try:
-            data = bytes(_BYTE_OF_CHARACTER[character] for character in token)
-        except KeyError:  # an added token outside the byte alphabet stands for itself
-            data = token.encode()
-        return self._utf8.decode(data)
+        return self._utf8.decode(self._token_bytes[token_id])
 
     def finish(self) -> str:
         """What is left: U+FFFD if the last character never came whole, else ``""``."""
         return self._utf8.decode(b"", final=True)
+
+
+class StopStrings:
+    """Ends rows in which the newest token completes one of some strings.
+
+    Strings are sought in bytes: a token may begin or end within one, and within a character.
+
+    Args:
+        token_bytes: what ids stand for.
+        strings: at least one, none empty.
+        prompt_length: ids at the beginning of each row in which nothing is sought.
+    """
+
+    def __init__(self, token_bytes: TokenBytes, strings: Sequence[str], prompt_length: int) -> None:
+        self._token_bytes = token_bytes
+        self._strings = [string.encode() for string in strings]
+        self._prompt_length = prompt_length
+
+    def __call__(self, input_ids: Tensor, scores: object = None) -> Tensor:
+        """Whether each row ``[R, S]`` ends with its last token; ``[R]`` booleans."""
+        rows = input_ids[:, self._prompt_length :].tolist()
+        return torch.tensor([self._find(row) is not None for row in rows], device=input_ids.device)
+
+    def cut(self, ids: Sequence[int]) -> str | None:
+        """Text of new ids before the string that the last of them completes; ``None`` if it completes none."""
+        begin = self._find(ids)
+        text = b"".join(self._token_bytes[i] for i in ids)
+        return None if begin is None else text[: len(text) + begin].decode(errors="replace")
+
+    def _find(self, ids: Sequence[int]) -> int | None:
+        """Where the string begins that the last id completes, in bytes from the end (below 0); the first of several."""
+        newest = len(self._token_bytes[ids[-1]]) if ids else 0
+        if newest == 0:
+            return None
+        needed, tail = newest + max(map(len, self._strings)), b""
+        for i in reversed(ids):
+            if len(tail) >= needed:
+                break
+            tail = self._token_bytes[i] + tail
+        found = [tail.find(string, max(0, len(tail) - newest - len(string) + 1)) for string in self._strings]
+        return min((at - len(tail) for at in found if at >= 0), default=None)
+
+    def may_begin(self, text: str) -> int:
+        """How many characters at the end of a text may be the beginning of a string."""
+        data = text.encode()
+        longest = max(
+            (n for s in self._strings for n in range(1, min(len(s), len(data) + 1)) if data.endswith(s[:n])), default=0
+        )
+        return len(data[len(data) - longest :].decode(errors="ignore"))
 
 
 def pad_left(rows: Sequence[Sequence[int]], pad_token_id: int | None) -> tuple[Tensor, Tensor | None]:

@@ -242,3 +242,20 @@ def test_a_mount_point_and_a_full_disk_are_told(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(save, "save_file", full)
     with pytest.raises(OSError, match=r"saved: cannot be written \(I/O error.*Is the disk full"):
         save_model(small_model(), tmp_path / "saved")
+
+
+def test_generation_defaults_go_into_a_file_of_their_own_and_without_any_it_is_kept(tmp_path: Path) -> None:
+    folder = tmp_path / "saved"
+    save_model(small_model(), folder)
+    assert not (folder / "generation_config.json").exists()
+    save_model(small_model(), folder, generation_defaults={"top_p": 0.5, "eos_token_id": (2, 7)})
+    written = json.loads((folder / "generation_config.json").read_text())
+    assert written == {"bos_token_id": 2, "eos_token_id": [2, 7], "pad_token_id": 1, "top_p": 0.5}
+    for nothing in (None, {}):
+        save_model(small_model(1), folder, generation_defaults=nothing)
+        assert json.loads((folder / "generation_config.json").read_text()) == written
+    save_model(small_model(), folder, generation_defaults={"num_beams": 4})
+    assert json.loads((folder / "generation_config.json").read_text()) == {
+        "bos_token_id": 2, "eos_token_id": 2, "pad_token_id": 1, "num_beams": 4,
+    }  # fmt: skip
+    assert not (folder / "tokenizer.json").exists()

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 
 from minopt import OPT, GenerationConfig, GenerationOutput, OPTConfig, generate
-from minopt.generation.decode import check_prompt, decode_steps
+from minopt.generation.decode import decode_steps
+from minopt.generation.request import STOP_REASONS, prepare
 from tests.conftest import SIZE, build_ours, build_reference
 
 NEW, PAD, V = 30, 1, SIZE["vocab_size"]
@@ -68,6 +71,17 @@ def error(ours: Tensor, theirs: Tensor) -> float:
     return ((ours - theirs)[finite].abs().max() / theirs[finite].abs().max()).item()
 
 
+class Cache:
+    """Counts what has been read, and how often each row has been copied."""
+
+    def __init__(self, calls: list[tuple[Any, ...]]) -> None:
+        self.calls, self.read, self.copies = calls, 0, 1
+
+    def expand(self, copies: int) -> None:
+        self.calls.append(("expand", copies))
+        self.copies *= copies
+
+
 class Script:
     """A decoder that says what is written, ``[N, B, V]``, and writes down what it is told."""
 
@@ -80,21 +94,21 @@ class Script:
     def device(self) -> torch.device:
         return torch.device("cpu")
 
-    def new_cache(self, batch_size: int, capacity: int) -> list[int]:
+    def new_cache(self, batch_size: int, capacity: int) -> Cache:
         self.calls.append(("new_cache", batch_size, capacity))
-        return []
+        return Cache(self.calls)
 
-    def prefill(self, input_ids: Tensor, attention_mask: Tensor | None, cache: list[int]) -> Tensor:
+    def prefill(self, input_ids: Tensor, attention_mask: Tensor | None, cache: Cache) -> Tensor:
         return self._say("prefill", input_ids, attention_mask, cache)
 
-    def decode_step(self, input_ids: Tensor, attention_mask: Tensor | None, cache: list[int]) -> Tensor:
+    def decode_step(self, input_ids: Tensor, attention_mask: Tensor | None, cache: Cache) -> Tensor:
         return self._say("decode_step", input_ids, attention_mask, cache)
 
-    def _say(self, name: str, input_ids: Tensor, attention_mask: Tensor | None, cache: list[int]) -> Tensor:
+    def _say(self, name: str, input_ids: Tensor, attention_mask: Tensor | None, cache: Cache) -> Tensor:
         mask = None if attention_mask is None else attention_mask.long().tolist()
         self.calls.append((name, input_ids.tolist(), mask))
-        cache.append(len(cache))
-        return self.logits[cache[-1]]
+        cache.read += 1
+        return self.logits[cache.read - 1].repeat_interleave(cache.copies, dim=0)
 
 
 def say(rows: list[list[int]], vocab_size: int = V, **config: Any) -> Script:
@@ -173,6 +187,34 @@ def test_options_act_as_in_transformers(kind: str, name: str) -> None:
     assert changed
 
 
+RULES: dict[str, dict[str, Any]] = {
+    "repetition_penalty": {"repetition_penalty": 1.5},
+    "no_repeat_ngram_size": {"no_repeat_ngram_size": 2},
+    "bad_words_ids": {},  # with words that the texts have
+    "sequence_bias": {},
+    "forced_bos_token_id": {"forced_bos_token_id": 40},
+    "all": {"repetition_penalty": 1.2, "no_repeat_ngram_size": 3, "forced_bos_token_id": 40, "min_new_tokens": 5},
+}
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_rules_act_in_a_padded_batch_as_in_transformers_on_each_row_alone(kind: str, name: str) -> None:
+    """Alone, for transformers takes padding for text that the row already has."""
+    reference, new = lively(kind), 16
+    prompts = [*random_prompts(3, seed=2), torch.tensor([5])]
+    ours, (ids, mask), options = build_ours(reference), pad_left(prompts), dict(RULES[name])
+    plain = generate(ours, ids, mask, max_new_tokens=new).sequences[:, -new:].tolist()
+    if name in ("bad_words_ids", "all"):
+        options["bad_words_ids"] = [[plain[0][0]], [prompts[1][-1].item(), plain[1][0]], plain[2][3:6]]
+    if name in ("sequence_bias", "all"):
+        options["sequence_bias"] = [[[plain[0][2]], -5.0], [plain[1][1:3], -10000.0], [[plain[2][4], 50], 30.0]]
+    found = generate(ours, ids, mask, max_new_tokens=new, **options).sequences[:, -new:]
+    for prompt, row in zip(prompts, found, strict=True):
+        theirs = of_transformers(reference, prompt[None], torch.ones(1, len(prompt)), max_new_tokens=new, **options)
+        assert torch.equal(row, theirs.sequences[0, -new:])
+    assert found.tolist() != plain
+
+
 def test_several_eos_ids_may_stand_in_the_models_config(kind: str) -> None:
     prompts = random_prompts(8)
     eos = [frequent_token(lively(kind), prompts), 5]
@@ -207,16 +249,28 @@ def test_scores_are_those_of_transformers(kind: str) -> None:
     assert torch.equal(found.scores.argmax(-1), found.sequences[:, ids.shape[1] :])
 
 
-def test_the_first_scores_of_sampling_are_those_of_transformers(kind: str) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"top_k": 20, "top_p": 0.8, "suppress_tokens": [7, 8], "min_new_tokens": 1},
+        {"top_k": 0, "min_p": 0.2},
+        {"top_k": 30, "top_p": 0.9, "min_p": 0.01, "repetition_penalty": 1.4, "no_repeat_ngram_size": 2,
+         "bad_words_ids": [[11], [12]], "sequence_bias": [[[13], 2.5]], "suppress_tokens": [7, 8]},
+    ],
+    ids=["top_k and top_p", "min_p", "all"],
+)  # fmt: skip
+def test_the_first_scores_of_sampling_are_those_of_transformers(kind: str, options: dict[str, Any]) -> None:
     """Before anything is drawn, so that the order of all rules shows, as its ``generate`` has them."""
     reference = lively(kind)
-    ids, mask = pad_left(random_prompts(4))
-    options: dict[str, Any] = {"max_new_tokens": 1, "min_new_tokens": 1, "suppress_tokens": [7, 8], "eos_token_id": [9],
-                               "do_sample": True, "temperature": 1.7, "top_k": 20, "top_p": 0.8}  # fmt: skip
+    ids = torch.stack(
+        [prompt.repeat(12)[:12] for prompt in random_prompts(4)]
+    )  # of one length: padding is no text here
+    mask = torch.ones_like(ids)
+    options |= {"max_new_tokens": 1, "eos_token_id": [9], "do_sample": True, "temperature": 1.7}
     theirs = of_transformers(reference, ids, mask, output_scores=True, **options)
     found = generate(build_ours(reference), ids, mask, output_scores=True, **options)
     assert found.scores is not None
-    assert 1 < found.scores.isfinite().sum() < 4 * 20
+    assert 4 < found.scores.isfinite().sum() < 4 * 30
     assert error(found.scores, torch.stack(theirs.scores, dim=1)) <= 1e-6
 
 
@@ -236,6 +290,26 @@ def test_logprobs_are_the_models_own_whatever_the_rules(kind: str, do_sample: bo
         logits = ours(found.sequences, torch.cat([mask, mask.new_ones(4, 8)], dim=1))
     wanted = logits.log_softmax(-1)[:, -9:-1].gather(2, found.sequences[:, -8:, None])[..., 0]
     assert error(found.logprobs.double(), wanted) <= 1e-6
+
+
+@pytest.mark.parametrize("do_sample", [False, True], ids=["greedy", "sampling"])
+def test_the_most_probable_tokens_are_the_models_own_whatever_the_rules(kind: str, do_sample: bool) -> None:
+    ours = build_ours(lively(kind))
+    ids, mask = pad_left(random_prompts(4))
+    rules: dict[str, Any] = {"temperature": 2.0, "top_k": 10, "seed": 0} if do_sample else {}
+    found = generate(
+        ours, ids, mask, max_new_tokens=8, do_sample=do_sample, repetition_penalty=1.5, top_logprobs=5, **rules
+    )
+    assert found.top_logprobs is not None
+    assert found.top_token_ids is not None
+    assert found.logprobs is None
+    assert (found.top_logprobs.dtype, found.top_token_ids.dtype) == (torch.float32, torch.long)
+    with torch.no_grad():
+        logits = ours(found.sequences, torch.cat([mask, mask.new_ones(4, 8)], dim=1))
+    wanted = logits.log_softmax(-1)[:, -9:-1].topk(5)
+    assert torch.equal(found.top_token_ids, wanted.indices)
+    assert error(found.top_logprobs.double(), wanted.values) <= 1e-6
+    assert not torch.equal(found.top_token_ids[..., 0], found.sequences[:, -8:])
 
 
 def test_logprobs_are_the_transition_scores_of_transformers(kind: str) -> None:
@@ -316,6 +390,278 @@ def test_greedy_decoding_draws_nothing() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
+# --- several continuations of a prompt
+
+
+def test_a_prompt_is_read_once_for_all_its_continuations() -> None:
+    decoder = Script(torch.zeros(3, 2, V))
+    options: dict[str, Any] = {"do_sample": True, "max_new_tokens": 3, "eos_token_id": (), "seed": 0}
+    ids, mask = torch.tensor([[1, 5], [6, 7]]), torch.tensor([[0, 1], [1, 1]])
+    found = generate(decoder, ids, mask, num_return_sequences=3, **options)
+    assert found.sequences[:, :2].tolist() == [[1, 5]] * 3 + [[6, 7]] * 3
+    assert (found.lengths, found.stop_reasons) == ((3,) * 6, ("length",) * 6)
+    assert len({tuple(row) for row in found.sequences[:, 2:].tolist()}) == 6
+    new = found.sequences[:, 2:, None].tolist()
+    first, second = [row[0] for row in new], [row[1] for row in new]
+    assert decoder.calls == [
+        ("new_cache", 2, 5),
+        ("prefill", [[1, 5], [6, 7]], [[0, 1], [1, 1]]),
+        ("expand", 3),
+        ("decode_step", first, [[0, 1, 1]] * 3 + [[1, 1, 1]] * 3),
+        ("decode_step", second, [[0, 1, 1, 1]] * 3 + [[1, 1, 1, 1]] * 3),
+    ]
+
+
+def test_continuations_are_those_of_as_many_equal_prompts(kind: str) -> None:
+    """With the same draws, and rules that look at each continuation and at padding."""
+    ours = build_ours(lively(kind))
+    ids, mask = pad_left(random_prompts(3))
+    options: dict[str, Any] = {
+        "do_sample": True, "max_new_tokens": 12, "eos_token_id": list(range(20)), "repetition_penalty": 1.3,
+        "no_repeat_ngram_size": 2, "output_scores": True, "output_logprobs": True, "top_logprobs": 2,
+    }  # fmt: skip
+    found = generate(ours, ids, mask, num_return_sequences=4, generator=torch.Generator().manual_seed(3), **options)
+    copied = ids.repeat_interleave(4, dim=0), mask.repeat_interleave(4, dim=0)
+    wanted = generate(ours, *copied, generator=torch.Generator().manual_seed(3), **options)
+    assert torch.equal(found.sequences, wanted.sequences)
+    assert (found.lengths, found.stop_reasons) == (wanted.lengths, wanted.stop_reasons)
+    assert len(set(found.lengths)) > 1
+    for name in ("scores", "logprobs", "top_logprobs"):
+        for ours_, theirs, length in zip(getattr(found, name), getattr(wanted, name), found.lengths, strict=True):
+            assert error(ours_[:length], theirs[:length]) <= 1e-6
+
+
+# --- prompts that are too long
+
+
+@pytest.mark.parametrize("room", [1, 9, 20])
+def test_a_prompt_that_is_too_long_keeps_its_end(kind: str, room: int) -> None:
+    """In a padded batch, each row as if its end had been given; a row that fits stays whole."""
+    ours, new = build_ours(lively(kind)), 64 - room
+    prompts = [random_prompts(1, seed=seed)[0].repeat(64)[:length] for seed, length in enumerate((70, 25, 5))]
+    ids, mask = pad_left(prompts)
+    found = generate(ours, ids, mask, max_new_tokens=new, truncate_prompt=True)
+    assert found.lengths == (new,) * 3
+    assert torch.equal(found.sequences[:, :room], ids[:, -room:])
+    for row, prompt in enumerate(prompts):
+        alone = generate(ours, prompt[None, -room:], max_new_tokens=new).sequences[0, -new:]
+        assert torch.equal(found.sequences[row, room:], alone)
+    assert torch.equal(
+        generate(ours, ids, max_new_tokens=new, truncate_prompt=True).sequences[:, :room], ids[:, -room:]
+    )
+
+
+def test_a_prompt_that_fits_is_not_cut() -> None:
+    ids, mask = torch.ones(2, 50).long(), (torch.arange(50) > 5).repeat(2, 1)
+    decoder = say([[10] * 20, [11] * 20])
+    assert generate(decoder, ids, mask, truncate_prompt=True).sequences.shape == (2, 70)
+
+
+# --- rules of the user's
+
+
+def test_processors_of_transformers_work_as_they_are() -> None:
+    logits = torch.randn(4, 2, V, generator=torch.Generator().manual_seed(0))
+    ids = torch.tensor([[5, 6], [7, 8]])
+    top = logits[0].argmax(-1).tolist()
+    one = transformers.SuppressTokensLogitsProcessor(top)
+    two = transformers.RepetitionPenaltyLogitsProcessor(100.0)
+    options: dict[str, Any] = {"max_new_tokens": 4, "eos_token_id": (), "output_scores": True}
+    wanted = generate(Script(logits), ids, repetition_penalty=100.0, suppress_tokens=top, **options)
+    plain = generate(Script(logits), ids, **options)
+    assert not torch.equal(plain.sequences, wanted.sequences)
+    for several in ([two, one], (two, one), transformers.LogitsProcessorList([two, one])):
+        found = generate(Script(logits), ids, logits_processor=several, **options)
+        assert torch.equal(found.sequences, wanted.sequences)
+        assert found.scores is not None
+        assert wanted.scores is not None
+        assert torch.equal(found.scores, wanted.scores)
+    found = generate(Script(logits), ids, logits_processor=one, **options)
+    assert torch.equal(found.sequences, generate(Script(logits), ids, suppress_tokens=top, **options).sequences)
+
+
+def test_own_rules_see_all_tokens_and_what_the_other_rules_left() -> None:
+    """Those of sampling act behind them."""
+    seen: list[tuple[list[list[int]], Tensor]] = []
+
+    def rule(ids: Tensor, scores: Tensor) -> Tensor:
+        seen.append((ids.tolist(), scores))
+        return torch.full_like(scores, -torch.inf).index_fill(1, torch.tensor([30, 31]), 4.0)
+
+    decoder = say([[10, 11], [12, 13]])
+    found = generate(
+        decoder, torch.tensor([[5], [6]]), max_new_tokens=2, suppress_tokens=(10,), logits_processor=rule,
+        do_sample=True, temperature=2.0, top_k=0, output_scores=True, seed=0,
+    )  # fmt: skip
+    new = found.sequences[:, 1:].tolist()
+    assert {token for row in new for token in row} <= {30, 31}
+    assert [ids for ids, _ in seen] == [[[5], [6]], [[5, new[0][0]], [6, new[1][0]]]]
+    assert (seen[0][1].dtype, seen[0][1].shape) == (torch.float32, (2, V))
+    assert seen[0][1][0, 9:12].tolist() == [0, -torch.inf, 0]
+    assert found.scores is not None
+    assert found.scores[..., 29:33].tolist() == [[[-torch.inf, 2, 2, -torch.inf]] * 2] * 2
+
+
+@pytest.mark.parametrize("name", ["logits_processor", "stopping_criteria"])
+@pytest.mark.parametrize("given", [5, [5], "ab", [len, None], torch.ones(1)], ids=repr)
+def test_what_cannot_be_called_is_refused(name: str, given: Any) -> None:
+    decoder = say([[10], [11]])
+    with pytest.raises(ValueError, match=rf"{name}: expected functions of \(input_ids, scores\), got "):
+        generate(decoder, torch.ones(2, 1).long(), max_new_tokens=1, **{name: given})
+    assert decoder.calls == []
+
+
+# --- what ends rows beside an eos
+
+
+def ends_with(*tokens: int) -> Callable[[Tensor, Any], Tensor]:
+    return lambda ids, scores: torch.isin(ids[:, -1], torch.tensor(tokens))
+
+
+ROWS = [[10, 11, 12, 13, 14], [20, 21, 2, 22, 23], [30, 31, 32, 33, 34]]
+
+
+@pytest.mark.parametrize(
+    ("criteria", "options", "lengths", "reasons"),
+    [
+        (ends_with(11, 32), {}, (2, 3, 3), ("stop", "eos", "stop")),
+        ([ends_with(11), ends_with(34)], {}, (2, 3, 5), ("stop", "eos", "stop")),
+        ([ends_with(11), ends_with(34)], {"min_new_tokens": 3}, (5, 5, 5), ("length", "length", "stop")),
+        (ends_with(2, 14), {}, (5, 3, 5), ("stop", "eos", "length")),  # an eos goes before, a length behind
+        (lambda ids, scores: ids.shape[1] >= 5, {}, (3, 3, 3), ("stop", "eos", "stop")),
+        (lambda ids, scores: True, {}, (1, 1, 1), ("stop",) * 3),
+        (lambda ids, scores: torch.tensor(True), {"min_new_tokens": 2}, (2, 2, 2), ("stop",) * 3),
+        (lambda ids, scores: torch.tensor([0, 1, 0]), {}, (5, 1, 5), ("length", "stop", "length")),
+        (lambda ids, scores: False, {}, (5, 3, 5), ("length", "eos", "length")),
+        (transformers.MaxLengthCriteria(4), {}, (2, 2, 2), ("stop",) * 3),
+        ([transformers.MaxLengthCriteria(6), ends_with(11)], {}, (2, 3, 4), ("stop", "eos", "stop")),
+        (transformers.StoppingCriteriaList([transformers.MaxLengthCriteria(5), ends_with(11)]), {}, (2, 3, 3),
+         ("stop", "eos", "stop")),
+        (transformers.EosTokenCriteria(31), {}, (5, 3, 2), ("length", "eos", "stop")),
+        (transformers.MaxTimeCriteria(0.0), {}, (1, 1, 1), ("stop",) * 3),
+    ],
+)  # fmt: skip
+def test_criteria_end_rows(
+    criteria: Any, options: dict[str, Any], lengths: tuple[int, ...], reasons: tuple[str, ...]
+) -> None:
+    if "min_new_tokens" in options:  # the script's eos would be excluded, and its next best token is 0
+        options = options | {"eos_token_id": ()}
+    found = generate(say(ROWS), torch.full((3, 2), 5), max_new_tokens=5, stopping_criteria=criteria, **options)
+    assert (found.lengths, found.stop_reasons) == (lengths, reasons)
+    for row, said, length in zip(found.sequences.tolist(), ROWS, lengths, strict=True):
+        assert row == [5, 5, *said[:length], *[PAD] * (max(lengths) - length)]
+
+
+def test_criteria_are_asked_from_the_minimum_on_and_see_all_tokens() -> None:
+    asked: list[list[list[int]]] = []
+
+    def criterion(ids: Tensor, scores: Any) -> Tensor:
+        assert scores is None
+        asked.append(ids.tolist())
+        return torch.zeros(2, dtype=torch.bool)
+
+    generate(say([[10, 11, 12, 13], [20, 21, 22, 23]]), torch.tensor([[5], [6]]), max_new_tokens=4, min_new_tokens=3,
+             stopping_criteria=criterion)  # fmt: skip
+    assert asked == [[[5, 10, 11, 12], [6, 20, 21, 22]], [[5, 10, 11, 12, 13], [6, 20, 21, 22, 23]]]
+
+
+def test_several_eos_end_rows_alike() -> None:
+    decoder = say([[10, 7, 30, 31], [20, 21, 9, 33], [40, 41, 42, 43]])
+    found = generate(decoder, torch.ones(3, 1).long(), max_new_tokens=4, eos_token_id=(9, 7))
+    assert (found.lengths, found.stop_reasons) == ((2, 3, 4), ("eos", "eos", "length"))
+    found = generate(decoder, torch.ones(3, 1).long(), max_new_tokens=4, eos_token_id=(9, 7), min_new_tokens=4)
+    assert (found.lengths, found.stop_reasons) == ((4,) * 3, ("length",) * 3)
+
+
+@pytest.mark.parametrize(("seconds", "length"), [(0.5, 1), (1.0, 1), (2.5, 3), (4.0, 4), (5.0, 5), (100, 5)])
+@pytest.mark.parametrize("do_sample", [False, True], ids=["greedy", "sampling"])
+def test_no_step_begins_after_max_time(
+    seconds: float, length: int, do_sample: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each look at the clock is a second later; there is always one token, and a row that has ended stays as it is."""
+    clock = iter(range(1000))
+    monkeypatch.setattr("minopt.generation.request.time.monotonic", lambda: float(next(clock)))
+    decoder = say([[10, 11, 12, 13, 14], [2, 20, 21, 22, 23]])
+    decoder.logits = decoder.logits * 100
+    found = generate(decoder, torch.ones(2, 1).long(), max_new_tokens=5, max_time=seconds, do_sample=do_sample)
+    assert found.lengths == (length, 1)
+    assert found.stop_reasons == ("time" if length < 5 else "length", "eos")
+    assert len(decoder.calls) == 1 + length
+
+
+# --- rows that are left without any token
+
+
+def nothing_behind(*tokens: int) -> Callable[[Tensor, Tensor], Tensor]:
+    return lambda ids, scores: scores.masked_fill(torch.isin(ids[:, -1], torch.tensor(tokens))[:, None], -torch.inf)
+
+
+@pytest.mark.parametrize("do_sample", [False, True], ids=["greedy", "sampling"])
+@pytest.mark.parametrize(
+    ("last", "lengths", "reasons"),
+    [
+        ((6,), (4, 0, 3), ("length", "exhausted", "eos")),
+        ((5, 21), (0, 2, 3), ("exhausted", "exhausted", "eos")),
+        ((5, 6, 7), (0, 0, 0), ("exhausted",) * 3),
+        ((12, 20, 31), (3, 1, 2), ("exhausted",) * 3),
+        ((13, 2), (4, 4, 3), ("length", "length", "eos")),
+    ],
+)
+def test_a_row_without_any_token_left_ends_and_the_others_go_on(
+    last: tuple[int, ...], lengths: tuple[int, ...], reasons: tuple[str, ...], do_sample: bool
+) -> None:
+    rows = [[10, 11, 12, 13], [20, 21, 22, 23], [30, 31, 2, 33]]
+    decoder = say(rows)
+    decoder.logits = decoder.logits * 100
+    found = generate(
+        decoder, torch.tensor([[4, 5], [4, 6], [4, 7]]), max_new_tokens=4, logits_processor=nothing_behind(*last),
+        do_sample=do_sample, output_scores=True, output_logprobs=True, top_logprobs=2,
+    )  # fmt: skip
+    assert (found.lengths, found.stop_reasons) == (lengths, reasons)
+    width = max(lengths)
+    for row, said, length in zip(found.sequences[:, 2:].tolist(), rows, lengths, strict=True):
+        assert row == [*said[:length], *[PAD] * (width - length)]
+    for tensor, shape in (
+        (found.scores, (3, width, V)), (found.logprobs, (3, width)), (found.top_token_ids, (3, width, 2)),
+        (found.top_logprobs, (3, width, 2)),
+    ):  # fmt: skip
+        assert tensor is not None
+        assert tensor.shape == shape
+
+
+def test_options_alone_may_leave_nothing() -> None:
+    """n-grams of one token over a small vocabulary; the minimum is no reason to break a rule."""
+    decoder = Script(torch.randn(8, 2, 5, generator=torch.Generator().manual_seed(0)))
+    ids = torch.tensor([[0, 3], [4, 4]])
+    found = generate(decoder, ids, max_new_tokens=8, min_new_tokens=8, no_repeat_ngram_size=1, eos_token_id=())
+    assert (found.lengths, found.stop_reasons) == ((3, 4), ("exhausted",) * 2)
+    first, second = found.sequences.tolist()
+    assert sorted(first) == sorted([*range(5), PAD])
+    assert sorted(second) == sorted([*range(5), 4])
+
+
+# --- scores that are no numbers
+
+
+@pytest.mark.parametrize("do_sample", [False, True], ids=["greedy", "sampling"])
+@pytest.mark.parametrize("step", [0, 1, 2])
+def test_scores_that_are_no_numbers_are_refused(do_sample: bool, step: int) -> None:
+    decoder = say([[10, 11, 12], [20, 21, 22]])
+    decoder.logits[step, 1, 50] = torch.nan
+    message = rf"scores: expected numbers, got NaN or infinity at new token {step}\. In float16 a model may "
+    with pytest.raises(ValueError, match=message):
+        generate(decoder, torch.ones(2, 1).long(), max_new_tokens=3, do_sample=do_sample)
+
+
+@pytest.mark.parametrize("do_sample", [False, True], ids=["greedy", "sampling"])
+def test_scores_of_a_row_that_has_ended_may_be_anything(do_sample: bool) -> None:
+    decoder = say([[10, 11, 12], [20, 2, 22]])
+    decoder.logits = decoder.logits * 100
+    decoder.logits[2, 1] = torch.nan
+    found = generate(decoder, torch.ones(2, 1).long(), max_new_tokens=3, do_sample=do_sample)
+    assert found.lengths == (3, 2)
+
+
 # --- the loop, seen by a decoder
 
 
@@ -382,22 +728,27 @@ def test_a_config_and_single_options_go_together() -> None:
 
 def test_steps_come_as_they_are_made() -> None:
     decoder, config = say([[10, 2, 30], [20, 21, 22]]), GenerationConfig(max_new_tokens=3)
-    ids, mask = check_prompt(decoder, torch.ones(2, 1).int(), None, config)
-    steps = decode_steps(decoder, ids, mask, config)
+    steps = decode_steps(prepare(decoder, torch.ones(2, 1).int(), None, config))
     assert decoder.calls == []
-    for count, (tokens, ended) in enumerate([([10, 20], [False] * 2), ([2, 21], [True, False])]):
+    going_on = [
+        ([10, 20], [True, True], ["", ""]),
+        ([2, 21], [True, True], ["eos", ""]),
+        ([1, 22], [False, True], ["eos", "length"]),
+    ]
+    for count, (tokens, is_new, reasons) in enumerate(going_on):
         step = next(steps)
-        assert (step.tokens.tolist(), step.ended.tolist()) == (tokens, ended)
+        assert (step.tokens.tolist(), step.is_new.tolist()) == (tokens, is_new)
+        assert [STOP_REASONS[reason] for reason in step.reasons] == reasons
         assert len(decoder.calls) == 2 + count
-    assert [step.tokens.tolist() for step in steps] == [[1, 22]]
+    assert list(steps) == []
 
 
 def test_the_outputs_can_be_worked_on() -> None:
     """They come from inference mode, and are ordinary tensors."""
     found = generate(say([[10, 11], [12, 13]]), torch.ones(2, 1).int(), max_new_tokens=2, output_scores=True,
-                     output_logprobs=True)  # fmt: skip
+                     output_logprobs=True, top_logprobs=3)  # fmt: skip
     assert {field.name for field in dataclasses.fields(GenerationOutput)} == set(vars(found))
-    for tensor in (found.sequences, found.scores, found.logprobs):
+    for tensor in (found.sequences, found.scores, found.logprobs, found.top_token_ids, found.top_logprobs):
         assert tensor is not None
         assert not tensor.is_inference()
     assert found.sequences.dtype == torch.long
@@ -447,7 +798,29 @@ REFUSED: list[tuple[str, Tensor, Tensor | None, dict[str, Any], str]] = [
      "suppress_tokens holds all 96 ids, which leaves nothing to generate"),
     *((f"{name} behind the vocabulary", torch.ones(2, 3), None, {name: value},
        "generation: expected ids from 0 to 95 in options, got 96")
-      for name, value in (("suppress_tokens", (5, 96)), ("eos_token_id", 96), ("pad_token_id", 96))),
+      for name, value in (("suppress_tokens", (5, 96)), ("eos_token_id", 96), ("eos_token_id", (4, 96)),
+                          ("pad_token_id", 96), ("forced_bos_token_id", 96), ("bad_words_ids", [[5], [4, 96, 5]]),
+                          ("sequence_bias", {(96, 5): 1.0}))),
+    ("a hole in the mask", torch.ones(2, 4), torch.tensor([[1, 1, 1, 1], [1, 0, 1, 1]]), {},
+     "attention_mask: expected padding on the left only, got some behind a token"),
+    ("generator without sampling", torch.ones(2, 3), None, {"generator": torch.Generator()},
+     "a generator acts on sampling only, and do_sample is off"),
+    ("too long a prompt, and how to mend it", torch.ones(2, 45), None, {},
+     r"at most 19, or set truncate_prompt\.$"),
+    ("no room even for a cut prompt", torch.ones(2, 3), None, {"max_new_tokens": 64, "truncate_prompt": True},
+     r"prompt: 3 tokens \+ max_new_tokens 64 = 67 positions, the model has 64\. .*, or ask for at most 61\.$"),
+    ("stop strings for ids", torch.ones(2, 3), None, {"stop_strings": "x"},
+     "stop_strings: ids have no text. Call LanguageModel.generate, or give stopping_criteria"),
+    ("more top tokens than there are", torch.ones(2, 3), None, {"top_logprobs": 97},
+     "top_logprobs is 97, and there are 96 tokens"),
+    ("more beams than can be drawn among", torch.ones(2, 3), None, {"num_beams": 2**24 // 96 + 1, "do_sample": True},
+     r"num_beams is 174763, and torch draws among at most 2\*\*24 candidates: at most 174762 beams"),
+    ("the model's eos as a bad word", torch.ones(2, 3), None, {"bad_words_ids": [[5], [2]]},
+     r"bad_words_ids holds 2, which ends a text .*set eos_token_id=\(\) or suppress_tokens"),
+    ("the option's eos as a bad word", torch.ones(2, 3), None, {"bad_words_ids": [[5, 2], [7]], "eos_token_id": [9, 7]},
+     "bad_words_ids holds 7, which ends a text"),
+    ("nothing left but an eos that may not come", torch.ones(2, 3), None,
+     {"suppress_tokens": [i for i in range(96) if i != 2], "min_new_tokens": 1}, "which leaves nothing to generate"),
 ]  # fmt: skip
 
 

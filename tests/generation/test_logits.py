@@ -1,159 +1,659 @@
-"""The rules on scores, against transformers' processors and against their definitions."""
+"""The rules on scores: against transformers' processors, against their definitions, and what draws from them give."""
 
 from __future__ import annotations
 
-import itertools
+import random
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
-from transformers import (
-    LogitsProcessorList,
-    MinNewTokensLengthLogitsProcessor,
-    SuppressTokensLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
 
-from minopt import GenerationConfig
-from minopt.generation.logits import build_rules, keep_top_k, keep_top_p, suppress
+from minopt import GenerationConfig, OPTConfig, generate
+from minopt.generation.logits import Rule, build_rules
+from tests.conftest import SIZE, build_reference
 
-V = 40
-CPU = torch.device("cpu")
-IDS = torch.zeros(3, 5, dtype=torch.long)
+V, PAD, EOS = 24, 1, (2, 9)
+INF = torch.inf
+NO_PADDING = torch.zeros(3, dtype=torch.long)
+
+Theirs = Callable[[], Any]
 
 
-def random_scores() -> Tensor:
-    return 3 * torch.randn(3, V, generator=torch.Generator().manual_seed(0))
+def random_ids(rows: int = 3, length: int = 12, seed: int = 0) -> Tensor:
+    """Of few tokens, so that they come again and again; the pad id is one of them."""
+    return torch.randint(0, 5, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
-def tied_scores() -> Tensor:
-    """Each value several times, and a row of one value only."""
-    scores = random_scores().round()
-    scores[1] = 0.5
-    return scores
+def random_scores(rows: int = 3, seed: int = 0) -> Tensor:
+    return 3 * torch.randn(rows, V, generator=torch.Generator().manual_seed(seed))
 
 
-SCORES = {"random": random_scores(), "ties": tied_scores(), "some excluded": suppress(random_scores(), torch.arange(9))}
+def all_scores() -> dict[str, Tensor]:
+    ties = random_scores().round()
+    ties[1] = 0.5  # a row of one value only
+    excluded = random_scores().masked_fill(random_scores(seed=1) > 0, -INF)
+    nothing_left = random_scores()
+    nothing_left[2] = -INF
+    return {"random": random_scores(), "ties": ties, "some excluded": excluded, "nothing left": nothing_left}
 
 
-@pytest.fixture(params=list(SCORES))
-def scores(request: pytest.FixtureRequest) -> Tensor:
-    """Float32 scores of three rows, without and with ties, and with tokens that an earlier rule excluded."""
-    return SCORES[request.param].clone()
+IDS, SCORES = random_ids(), all_scores()
 
 
-def apply(rules: Any, ids: Tensor, scores: Tensor) -> Tensor:
+def apply(rules: Sequence[Rule], ids: Tensor, scores: Tensor) -> Tensor:
     for rule in rules:
         scores = rule(ids, scores)
     return scores
 
 
-def sampling(**options: Any) -> GenerationConfig:
-    return GenerationConfig(**({"do_sample": True, "top_k": 0} | options))
+def sampling(**options: Any) -> dict[str, Any]:
+    return {"do_sample": True, "top_k": 0} | options
 
 
-@pytest.mark.parametrize("temperature", [0.1, 0.7, 1.5])
-def test_temperature_is_that_of_transformers(scores: Tensor, temperature: float) -> None:
-    (rule,) = build_rules(sampling(temperature=temperature), 5, (), CPU)
-    assert torch.equal(rule(IDS, scores), TemperatureLogitsWarper(temperature)(IDS, scores))
+# --- each rule alone is transformers'
 
 
-@pytest.mark.parametrize("k", [1, 2, 5, V - 1, V, 1000])
-def test_top_k_is_that_of_transformers(scores: Tensor, k: int) -> None:
-    assert torch.equal(keep_top_k(scores, k), TopKLogitsWarper(k)(IDS, scores))
+ONE_BIAS = [[[3], -1.7]]
+BIASES = [[[4, 6], 2.3], [[7], 0.9], [[0, 3, 5], -1.1], [[1, 8], -INF], [[10], -0.4]]
+BIASES_OF_ONE_TOKEN = [[[1, 5], 0.1], [[5], 0.7], [[2, 5], 1.3], [[3, 1, 5], 0.3], [[4, 1, 5], -0.9], [[0, 5], 0.77]]
+BAD_WORDS = {"single": [[7], [0]], "pairs": [[1, 3], [4, 4], [0, 1]], "many": [[6], [2, 2], [3, 1, 0], [1, 1, 5], [2]]}
 
 
-@pytest.mark.parametrize("p", [0.001, 0.1, 0.5, 0.9, 0.99, 1.0])
-def test_top_p_is_that_of_transformers(scores: Tensor, p: float) -> None:
-    assert torch.equal(keep_top_p(scores, p), TopPLogitsWarper(p)(IDS, scores))
+# What is asked for, and the processor that must agree. Greedy, unless the options say otherwise.
+class ForcedAmongTheAllowed(transformers.ForcedBOSTokenLogitsProcessor):
+    """The one rule that is not transformers': what an earlier rule excludes is not forced."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        return super().__call__(input_ids, scores).masked_fill(scores == -INF, -INF)
 
 
-def test_suppressing_is_that_of_transformers(scores: Tensor) -> None:
-    ids = [0, 7, V - 1]
-    assert torch.equal(suppress(scores, torch.tensor(ids)), SuppressTokensLogitsProcessor(ids)(IDS, scores))
+ALONE: dict[str, tuple[dict[str, Any], Theirs]] = {
+    **{
+        f"sequence_bias {name}": (
+            {"sequence_bias": biases},
+            lambda biases=biases: transformers.SequenceBiasLogitsProcessor(biases),
+        )
+        for name, biases in {"single": ONE_BIAS, "many": BIASES, "of one token": BIASES_OF_ONE_TOKEN}.items()
+    },
+    **{
+        f"repetition_penalty {penalty}": (
+            {"repetition_penalty": penalty},
+            lambda penalty=penalty: transformers.RepetitionPenaltyLogitsProcessor(penalty),
+        )
+        for penalty in (0.6, 1.3, 10.0)
+    },
+    **{
+        f"no_repeat_ngram_size {size}": (
+            {"no_repeat_ngram_size": size},
+            lambda size=size: transformers.NoRepeatNGramLogitsProcessor(size),
+        )
+        for size in (1, 2, 3, 4)
+    },
+    **{
+        f"bad_words_ids {name}": (
+            {"bad_words_ids": words},
+            lambda words=words: transformers.NoBadWordsLogitsProcessor(words, eos_token_id=None),
+        )
+        for name, words in BAD_WORDS.items()
+    },
+    **{
+        f"min_new_tokens {minimum}": (
+            {"min_new_tokens": minimum},
+            lambda minimum=minimum: transformers.MinNewTokensLengthLogitsProcessor(1, minimum, torch.tensor(EOS)),
+        )
+        for minimum in (1, 2, 5)
+    },
+    "forced_bos_token_id": ({"forced_bos_token_id": 7}, lambda: ForcedAmongTheAllowed(7)),
+    "suppress_tokens": (
+        {"suppress_tokens": [0, 7, V - 1]},
+        lambda: transformers.SuppressTokensLogitsProcessor([0, 7, V - 1]),
+    ),
+    **{
+        f"temperature {t}": (sampling(temperature=t), lambda t=t: transformers.TemperatureLogitsWarper(t))
+        for t in (0.1, 0.7, 1.5)
+    },
+}
+
+FILTERS: dict[str, tuple[dict[str, Any], Callable[..., Any]]] = {
+    **{
+        f"top_k {k}": (sampling(top_k=k), lambda least, k=k: transformers.TopKLogitsWarper(k, min_tokens_to_keep=least))
+        for k in (1, 2, 5, V - 1, V, 1000)
+    },
+    **{
+        f"top_p {p}": (sampling(top_p=p), lambda least, p=p: transformers.TopPLogitsWarper(p, min_tokens_to_keep=least))
+        for p in (1e-9, 0.1, 0.5, 0.9, 0.99)
+    },
+    **{
+        f"min_p {p}": (sampling(min_p=p), lambda least, p=p: transformers.MinPLogitsWarper(p, min_tokens_to_keep=least))
+        for p in (0.0, 0.01, 0.2, 0.9, 1.0)
+    },
+}
+ALL_OPTIONS = {name: options for name, (options, _) in (ALONE | FILTERS).items()}
 
 
-@pytest.mark.parametrize("k", [1, 3, 10])
-def test_top_k_keeps_k_tokens_and_those_equal_to_the_last(k: int) -> None:
-    kept = keep_top_k(random_scores(), k).isfinite()
-    assert kept.sum(1).tolist() == [k] * 3
-    tied = keep_top_k(torch.tensor([[3.0, 1.0, 2.0, 2.0, 2.0]]), 2)
-    assert tied.isfinite().tolist() == [[True, False, True, True, True]]
+@pytest.mark.parametrize("name", ALONE)
+def test_each_rule_is_the_processor_of_transformers(name: str) -> None:
+    options, theirs = ALONE[name]
+    (rule,) = build_rules(GenerationConfig(**options), 1, NO_PADDING, EOS)
+    acted = 0
+    for length in range(1, IDS.shape[1] + 1):
+        for kind, scores in SCORES.items():
+            found = rule(IDS[:, :length], scores)
+            assert torch.equal(found, theirs()(IDS[:, :length], scores.clone())), (length, kind)
+            acted += not torch.equal(found, scores)
+    assert acted >= 2  # else two that do nothing were compared
+
+
+@pytest.mark.parametrize("eos", [(), (2,), (2, 9), (2, 9, 4, 5)], ids=["no eos", "1 eos", "2 eos", "4 eos"])
+@pytest.mark.parametrize("num_beams", [1, 3])
+@pytest.mark.parametrize("name", FILTERS)
+def test_each_filter_is_that_of_transformers(name: str, num_beams: int, eos: tuple[int, ...]) -> None:
+    """Beams keep one token more than can end them, however narrow the filter."""
+    options, theirs = FILTERS[name]
+    least = 1 if num_beams == 1 else max(2, len(eos) + 1)
+    (rule,) = build_rules(GenerationConfig(**options, num_beams=num_beams), 4, NO_PADDING, eos)
+    for kind, scores in SCORES.items():
+        found = rule(IDS, scores)
+        assert torch.equal(found, theirs(least)(IDS, scores.clone())), kind
+        assert (found.isfinite().sum(1) >= scores.isfinite().sum(1).clamp(max=least)).all()
+
+
+@pytest.mark.parametrize("name", ["top_k 2", "top_p 0.1", "min_p 0.9"])
+def test_the_least_number_of_tokens_matters_to_the_test_above(name: str) -> None:
+    """A negative control: what beams keep is more than what the filter alone would."""
+    options, theirs = FILTERS[name]
+    (rule,) = build_rules(GenerationConfig(**options, num_beams=3), 4, NO_PADDING, (2, 9, 4))
+    assert not torch.equal(rule(IDS, SCORES["random"]), theirs(1)(IDS, SCORES["random"].clone()))
+
+
+def test_sequences_longer_than_the_row_change_nothing() -> None:
+    options = {"sequence_bias": [[[*IDS[0].tolist(), 3], 2.0]], "bad_words_ids": [[*IDS[0].tolist(), 4]]}
+    rules = build_rules(GenerationConfig(**options), 1, NO_PADDING, ())
+    for length in range(1, IDS.shape[1]):
+        assert torch.equal(apply(rules, IDS[:, :length], SCORES["random"]), SCORES["random"])
+    changed = apply(rules, IDS, SCORES["random"]) != SCORES["random"]
+    assert changed.nonzero().tolist() == [[0, 3], [0, 4]]
+
+
+@pytest.mark.parametrize("prompt_length", [1, 2, 5])
+def test_the_first_token_is_forced_behind_a_prompt_of_one_token_only(prompt_length: int) -> None:
+    (rule,) = build_rules(GenerationConfig(forced_bos_token_id=7), prompt_length, NO_PADDING, EOS)
+    for length in range(prompt_length, prompt_length + 3):
+        found = rule(IDS[:, :length], SCORES["random"])
+        if length == 1:
+            assert found.isfinite().nonzero().tolist() == [[0, 7], [1, 7], [2, 7]]
+            assert found[:, 7].tolist() == [0.0] * 3
+        else:
+            assert torch.equal(found, SCORES["random"])
 
 
 @pytest.mark.parametrize("p", [0.05, 0.3, 0.6, 0.95])
 def test_top_p_keeps_the_fewest_tokens_that_reach_p(p: float) -> None:
-    for row in random_scores():
-        probability = row.double().softmax(0)
-        kept = keep_top_p(row[None], p)[0].isfinite()
+    (rule,) = build_rules(GenerationConfig(**sampling(top_p=p)), 4, NO_PADDING, EOS)
+    scores = SCORES["random"]
+    for row, found in zip(scores, rule(IDS, scores), strict=True):
+        probability, kept = row.double().softmax(0), found.isfinite()
         assert probability[kept].sum() >= p
         assert probability[kept].sum() - probability[kept].min() < p
         assert probability[kept].min() > probability[~kept].max()
 
 
-def test_top_p_always_keeps_one_token() -> None:
-    assert keep_top_p(tied_scores(), 1e-9).isfinite().any(1).all()
-    assert keep_top_p(random_scores(), 1e-9).isfinite().sum(1).tolist() == [1, 1, 1]
+@pytest.mark.parametrize(
+    ("options", "eos"),
+    [({}, EOS), (sampling(), EOS), ({"min_new_tokens": 3}, ()), ({"num_beams": 4}, EOS)],
+    ids=["greedy", "unlimited sampling", "a minimum without eos", "beams"],
+)
+def test_where_nothing_is_asked_for_there_is_no_rule(options: dict[str, Any], eos: tuple[int, ...]) -> None:
+    assert build_rules(GenerationConfig(**options), 4, NO_PADDING, eos) == []
 
 
-CHAINS = [
-    dict(zip(("min_new_tokens", "suppress_tokens", "temperature", "top_k", "top_p"), values, strict=True))
-    for values in itertools.product((0, 3), ((), (1, 8, 30)), (1.0, 0.6), (0, 12), (1.0, 0.8))
-]
+# --- chains: the order is transformers' too
 
 
-def of_transformers(options: dict[str, Any], prompt_length: int, eos: list[int]) -> LogitsProcessorList:
-    """Its processors in the order in which its ``generate`` has them."""
-    chain: list[Any] = []
-    if options["min_new_tokens"]:
-        minimum = options["min_new_tokens"]
-        chain.append(MinNewTokensLengthLogitsProcessor(prompt_length, minimum, torch.tensor(eos), device="cpu"))
-    if options["suppress_tokens"]:
-        chain.append(SuppressTokensLogitsProcessor(list(options["suppress_tokens"])))
-    if options["temperature"] != 1.0:
-        chain.append(TemperatureLogitsWarper(options["temperature"]))
-    if options["top_k"]:
-        chain.append(TopKLogitsWarper(options["top_k"]))
-    if options["top_p"] != 1.0:
-        chain.append(TopPLogitsWarper(options["top_p"]))
-    return LogitsProcessorList(chain)
+RULE_OPTIONS: dict[str, list[Any]] = {
+    "sequence_bias": [BIASES, [[[0, 4], 1.7], [[11], -2.2], [[2, 2, 3], 3.1]]],
+    "repetition_penalty": [0.7, 1.2, 2.5],
+    "no_repeat_ngram_size": [1, 2, 3, 4],
+    "bad_words_ids": [[[7], [1, 3]], [[0, 1], [2, 2, 4], [6]]],
+    "min_new_tokens": [1, 3, 20],
+    "forced_bos_token_id": [2, 10, 13],
+    "suppress_tokens": [[0, 7, V - 1], [6, 3]],
+}
+FILTER_OPTIONS: dict[str, list[Any]] = {
+    "temperature": [0.4, 0.8, 1.6],
+    "top_k": [2, 6, 15],
+    "top_p": [0.2, 0.7, 0.95],
+    "min_p": [0.02, 0.1, 0.5],
+}
+MODES: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "sampling": {"do_sample": True},
+    "beams": {"num_beams": 3},
+    "drawn beams": {"do_sample": True, "num_beams": 3},
+}
 
 
-@pytest.mark.parametrize("options", CHAINS, ids=lambda o: "-".join(str(v) for v in o.values()))
-def test_chained_rules_are_those_of_transformers(scores: Tensor, options: dict[str, Any]) -> None:
-    eos, prompt_length = [2, 9], 4
-    rules = build_rules(sampling(**options), prompt_length, eos, CPU)
-    theirs = of_transformers(options, prompt_length, eos)
-    assert len(rules) == len(theirs)
-    for length in range(prompt_length, prompt_length + 5):
-        ids = torch.zeros(3, length, dtype=torch.long)
-        before = scores.clone()
-        assert torch.equal(apply(rules, ids, scores), theirs(ids, scores.clone()))
-        assert torch.equal(scores, before)
+def draw_chains(count: int = 120) -> list[tuple[str, int, tuple[int, ...], dict[str, Any]]]:
+    """Mode, prompt length, eos and options, drawn with a fixed seed."""
+    draw, chains = random.Random(0), []
+    for index in range(count):
+        mode = list(MODES)[index % len(MODES)]
+        options = {name: draw.choice(values) for name, values in RULE_OPTIONS.items() if draw.random() < 0.5}
+        if "do_sample" in MODES[mode]:
+            options |= {name: draw.choice(values) for name, values in FILTER_OPTIONS.items() if draw.random() < 0.6}
+        chains.append((mode, draw.choice([1, 1, 3, 6]), draw.choice([(), (2,), (2, 9, 14)]), MODES[mode] | options))
+    return chains
 
 
-def test_the_order_of_the_rules_matters_to_the_test_above() -> None:
-    """A negative control: warped in another order, the same scores come out different."""
-    scores, rules = random_scores(), build_rules(sampling(temperature=0.6, top_k=12, top_p=0.8), 4, (), CPU)
-    assert not torch.equal(apply(rules, IDS, scores), apply(reversed(rules), IDS, scores))
+CHAINS = draw_chains()
 
 
-def test_eos_is_held_back_until_the_least_length_is_reached() -> None:
-    (rule,) = build_rules(GenerationConfig(min_new_tokens=2), 4, (2, 9), CPU)
-    held = [
-        torch.nonzero(rule(torch.zeros(1, length, dtype=torch.long), torch.zeros(1, V))[0].isinf()).flatten().tolist()
-        for length in (4, 5, 6, 7)
-    ]
-    assert held == [[2, 9], [2, 9], [], []]
+@pytest.fixture(scope="module")
+def reference() -> Any:
+    """A model of transformers' without an eos of its own."""
+    return build_reference("125m", vocab_size=V, eos_token_id=None)
+
+
+def of_transformers(
+    reference: Any, prompt_length: int, eos: Sequence[int], user: Sequence[Any] = (), **options: Any
+) -> Any:
+    """The processors that its ``generate`` would use, in its order."""
+    config, _ = reference._prepare_generation_config(None, **options, **({"eos_token_id": list(eos)} if eos else {}))
+    reference._prepare_special_tokens(config, device="cpu")
+    processors = reference._get_logits_processor(
+        config,
+        input_ids_seq_length=prompt_length,
+        encoder_input_ids=IDS[:, :prompt_length],
+        logits_processor=transformers.LogitsProcessorList(user),
+        device="cpu",
+        model_kwargs={"attention_mask": torch.ones(3, prompt_length)},
+    )
+    forced = transformers.ForcedBOSTokenLogitsProcessor
+    return transformers.LogitsProcessorList(
+        ForcedAmongTheAllowed(p.bos_token_id) if type(p) is forced else p for p in processors
+    )
+
+
+def outcomes(rules: Sequence[Rule], prompt_length: int) -> list[Tensor]:
+    """Scores of several steps after all rules."""
+    steps = range(prompt_length, prompt_length + 5)
+    return [apply(rules, IDS[:, :length], scores.clone()) for length in steps for scores in SCORES.values()]
+
+
+def differ(first: list[Tensor], second: list[Tensor]) -> bool:
+    return any(not torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def build(prompt_length: int, eos: Sequence[int], options: dict[str, Any], user: Sequence[Rule] = ()) -> list[Rule]:
+    return build_rules(GenerationConfig(**options), prompt_length, NO_PADDING, eos, user)
 
 
 @pytest.mark.parametrize(
-    ("config", "eos"),
-    [(GenerationConfig(), (2,)), (sampling(), (2,)), (GenerationConfig(min_new_tokens=3), ())],
-    ids=["greedy", "unlimited sampling", "a minimum without eos"],
+    "index", range(len(CHAINS)), ids=[f"{i} {mode}, {len(o)} options" for i, (mode, _, _, o) in enumerate(CHAINS)]
 )
-def test_where_nothing_is_asked_for_there_is_no_rule(config: GenerationConfig, eos: tuple[int, ...]) -> None:
-    assert build_rules(config, 4, eos, CPU) == []
+def test_chained_rules_are_those_of_transformers_in_its_order(reference: Any, index: int) -> None:
+    _, prompt_length, eos, options = CHAINS[index]
+    ours, theirs = build(prompt_length, eos, options), of_transformers(reference, prompt_length, eos, **options)
+    assert len(ours) == len(theirs)
+    assert not differ(outcomes(ours, prompt_length), outcomes(theirs, prompt_length))
+
+
+@pytest.mark.parametrize("name", [*RULE_OPTIONS, *FILTER_OPTIONS])
+def test_each_option_makes_a_difference_in_the_chains_above(name: str) -> None:
+    """A negative control: an option that a chain loses shows."""
+    shown = 0
+    for _, prompt_length, eos, options in CHAINS:
+        rest = {key: value for key, value in options.items() if key != name}
+        complete, without = build(prompt_length, eos, options), build(prompt_length, eos, rest)
+        shown += differ(outcomes(complete, prompt_length), outcomes(without, prompt_length))
+    assert shown >= 10
+
+
+ORDERED = [
+    ("sequence_bias", "repetition_penalty"),
+    ("sequence_bias", "forced_bos_token_id"),
+    ("suppress_tokens", "top_k"),
+    ("suppress_tokens", "min_p"),
+    ("repetition_penalty", "top_k"),
+    ("temperature", "top_p"),
+    ("temperature", "min_p"),
+    ("top_k", "top_p"),
+    ("top_p", "min_p"),
+]
+
+
+@pytest.mark.parametrize(("first", "second"), ORDERED, ids=[f"{a} before {b}" for a, b in ORDERED])
+def test_of_two_rules_that_do_not_commute_the_same_acts_first(reference: Any, first: str, second: str) -> None:
+    """Exchanged, they give other scores: the negative control."""
+    values = {
+        "sequence_bias": [[[0], 2.5], [[1], -2.5], [[6], 1.0]], "repetition_penalty": 1.7, "no_repeat_ngram_size": 1,
+        "bad_words_ids": [[6]], "min_new_tokens": 2, "forced_bos_token_id": 6,
+        "suppress_tokens": [int(SCORES["random"][0].argmax()), 6], "temperature": 1.8, "top_k": 3, "top_p": 0.8,
+        "min_p": 0.15,
+    }  # fmt: skip
+    options = {name: values[name] for name in (first, second)}
+    options |= sampling(**options) if second in FILTER_OPTIONS else {}
+    ours, theirs = build(1, (2,), options), of_transformers(reference, 1, (2,), **options)
+    assert len(ours) == 2
+    assert not differ(outcomes(ours, 1), outcomes(theirs, 1))
+    assert differ(outcomes(ours, 1), outcomes(ours[::-1], 1))
+
+
+# --- rules that transformers does not have
+
+
+def exact_scores() -> Tensor:
+    """Multiples of 1/8, and some ``-inf``: sums of them and of such penalties are exact in any order."""
+    return ((random_scores() * 8).round() / 8).masked_fill(random_scores(seed=3) > 4, -INF)
+
+
+@pytest.mark.parametrize("prompt_length", [1, 5, 12])
+@pytest.mark.parametrize(("presence", "frequency"), [(0.5, 0.0), (0.0, 0.25), (1.5, 0.375), (-0.5, 1.0), (2.0, -0.125)])
+def test_presence_and_frequency_penalties_are_those_of_openai(
+    prompt_length: int, presence: float, frequency: float
+) -> None:
+    """``mu - c * frequency - (c > 0) * presence`` with c counted in what was generated, not in the prompt."""
+    config = GenerationConfig(presence_penalty=presence, frequency_penalty=frequency)
+    (rule,) = build_rules(config, prompt_length, NO_PADDING, EOS)
+    scores = exact_scores()
+    assert scores.isinf().any()
+    for length in range(prompt_length, IDS.shape[1] + 1):
+        expected = scores.clone()
+        for row in range(3):
+            generated = IDS[row, prompt_length:length].tolist()
+            for token in range(V):
+                count = generated.count(token)
+                expected[row, token] -= count * frequency + (presence if count > 0 else 0.0)
+        found = rule(IDS[:, :length], scores)
+        assert torch.equal(found, expected)
+        assert torch.equal(found, scores) == (length == prompt_length)
+
+
+def test_presence_and_frequency_act_on_what_the_repetition_penalty_leaves() -> None:
+    options = {"repetition_penalty": 2.0, "presence_penalty": 0.5, "frequency_penalty": 0.25, "no_repeat_ngram_size": 2}
+    chain = build(4, EOS, options)
+    alone = [rule for name, value in options.items() for rule in build(4, EOS, {name: value})]
+    assert len(chain) == 3  # the two penalties are one rule
+    assert not differ(outcomes(chain, 4), outcomes(alone, 4))
+    assert differ(outcomes(chain, 4), outcomes([alone[1], alone[0], *alone[2:]], 4))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("include_prompt", [True, False])
+def test_an_ngram_is_banned_only_if_it_would_come_twice_where_it_is_counted(size: int, include_prompt: bool) -> None:
+    """By brute force: a token is banned if, with it, the counted part would have the same n-gram at two places."""
+    ids, prompt_length = random_ids(length=32, seed=5) % 3, 8
+    options = {"no_repeat_ngram_size": size, "no_repeat_ngram_include_prompt": include_prompt}
+    (rule,) = build_rules(GenerationConfig(**options), prompt_length, NO_PADDING, EOS)
+    banned = 0
+    for length in range(prompt_length, ids.shape[1] + 1):
+        found = rule(ids[:, :length], SCORES["random"])
+        for row in range(3):
+            counted = ids[row, 0 if include_prompt else prompt_length : length].tolist()
+            ngrams = {tuple(counted[i : i + size]) for i in range(len(counted) - size + 1)}
+            for token in range(V):
+                last = tuple([*counted, token][-size:])
+                is_banned = found[row, token].item() == -INF
+                assert is_banned == (last in ngrams), (length, row, token)
+                assert is_banned or found[row, token] == SCORES["random"][row, token]
+                banned += is_banned
+    assert banned > 20
+
+
+# --- padding is no text
+
+
+LENGTHS = (7, 4, 1)
+PADDING = torch.tensor([max(LENGTHS) - length for length in LENGTHS])
+
+
+def padded_batch() -> Tensor:
+    """``[3, 12]``: prompts of ``LENGTHS`` behind padding and five more tokens, among which is the pad id."""
+    ids = torch.full((3, 12), PAD)
+    for row, padding in enumerate(PADDING.tolist()):
+        ids[row, padding:] = random_ids(1, 12 - padding, seed=20 + row)[0]
+    ids[1].masked_fill_(ids[1] == PAD, 0)[: PADDING[1]] = PAD  # in this row it comes late, so that its padding shows
+    ids[:, 8] = PAD
+    return ids
+
+
+# Real tokens behind padding, and what sequences that begin in it would bias.
+BEHIND_PADDING = [
+    [*padded_batch()[row, PADDING[row] - count : max(LENGTHS)].tolist(), last]
+    for row, count, last in ((1, 1, 7), (1, 3, 8), (2, 1, 10), (2, 2, 11))
+]
+ABOUT_PADDING: dict[str, dict[str, Any]] = {
+    "bias behind padding": {"sequence_bias": [[ids, 0.7 * len(ids) - 3] for ids in BEHIND_PADDING]},
+    "bad words behind padding": {"bad_words_ids": [*BEHIND_PADDING, [PAD, 6]]},
+    "presence and frequency": {"presence_penalty": 0.7, "frequency_penalty": 0.3},
+    "ngrams of what is generated": {"no_repeat_ngram_size": 1, "no_repeat_ngram_include_prompt": False},
+    "all at once": sampling(
+        sequence_bias=BIASES, repetition_penalty=1.3, presence_penalty=0.7, no_repeat_ngram_size=2,
+        bad_words_ids=BEHIND_PADDING, min_new_tokens=2, suppress_tokens=[5], temperature=0.8, top_k=12, top_p=0.9,
+        min_p=0.01,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ALL_OPTIONS | ABOUT_PADDING)
+def test_a_padded_row_gets_the_scores_of_the_row_alone(name: str) -> None:
+    config, ids = GenerationConfig(**(ALL_OPTIONS | ABOUT_PADDING)[name]), padded_batch()
+    together = build_rules(config, max(LENGTHS), PADDING, EOS)
+    for kind, scores in SCORES.items():
+        for new in range(6):
+            found = apply(together, ids[:, : max(LENGTHS) + new], scores)
+            for row, (length, padding) in enumerate(zip(LENGTHS, PADDING.tolist(), strict=True)):
+                rules = build_rules(config, length, torch.zeros(1, dtype=torch.long), EOS)
+                alone = apply(rules, ids[row : row + 1, padding : padding + length + new], scores[row : row + 1])
+                assert torch.equal(found[row], alone[0]), (kind, new, row)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["bias behind padding", "bad words behind padding", "repetition_penalty 1.3", "no_repeat_ngram_size 1",
+     "forced_bos_token_id"],
+)  # fmt: skip
+def test_padding_matters_to_the_test_above(name: str) -> None:
+    """A negative control: rules that take padding for text give padded rows other scores, and the full row the same."""
+    config, ids = GenerationConfig(**(ALL_OPTIONS | ABOUT_PADDING)[name]), padded_batch()
+    told, untold = (build_rules(config, max(LENGTHS), padding, EOS) for padding in (PADDING, NO_PADDING))
+    same = torch.stack(
+        [
+            (apply(told, ids[:, :length], SCORES["random"]) == apply(untold, ids[:, :length], SCORES["random"])).all(1)
+            for length in range(max(LENGTHS), ids.shape[1] + 1)
+        ]
+    ).all(0)
+    assert same.tolist() == [True, name == "forced_bos_token_id", False]
+
+
+def test_transformers_counts_padding_where_no_rule_here_does() -> None:
+    ids, padding, scores = torch.tensor([[PAD, PAD, 5], [4, 6, 5]]), torch.tensor([2, 0]), torch.zeros(2, V)
+    cases: list[tuple[dict[str, Any], Any, list[list[int]], list[list[int]]]] = [
+        (
+            {"no_repeat_ngram_size": 1},
+            transformers.NoRepeatNGramLogitsProcessor(1),
+            [[0, PAD], [0, 5], [1, 4], [1, 5], [1, 6]],
+            [[0, 5], [1, 4], [1, 5], [1, 6]],
+        ),
+        (
+            {"sequence_bias": [[[PAD, 5, 7], 1.0], [[6, 5, 7], 1.0]]},
+            transformers.SequenceBiasLogitsProcessor([[[PAD, 5, 7], 1.0], [[6, 5, 7], 1.0]]),
+            [[0, 7], [1, 7]],
+            [[1, 7]],
+        ),
+        (
+            {"bad_words_ids": [[PAD, 5, 7], [6, 5, 7]]},
+            transformers.NoBadWordsLogitsProcessor([[PAD, 5, 7], [6, 5, 7]], eos_token_id=2),
+            [[0, 7], [1, 7]],
+            [[1, 7]],
+        ),
+    ]
+    for options, theirs, changed_there, changed_here in cases:
+        (rule,) = build_rules(GenerationConfig(**options), 3, padding, (2,))
+        assert theirs(ids, scores.clone()).nonzero().tolist() == changed_there
+        assert rule(ids, scores).nonzero().tolist() == changed_here
+    (rule,) = build_rules(GenerationConfig(forced_bos_token_id=7), 3, padding, (2,))
+    assert torch.equal(transformers.ForcedBOSTokenLogitsProcessor(7)(ids, scores.clone()), scores)
+    assert rule(ids, scores).isfinite().sum(1).tolist() == [1, V]
+
+
+# --- users' rules
+
+
+class Doubled(transformers.LogitsProcessor):
+    """A rule that commutes with few others, and writes down what it is given."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[Tensor, Tensor]] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.seen.append((input_ids.clone(), scores.clone()))
+        return 2 * scores - 1
+
+
+@pytest.mark.parametrize("mode", ["sampling", "drawn beams"])
+def test_users_rules_act_behind_the_others_and_before_the_filters(reference: Any, mode: str) -> None:
+    built_in = {name: values[0] for name, values in RULE_OPTIONS.items() if name != "forced_bos_token_id"}
+    filters = {name: values[1] for name, values in FILTER_OPTIONS.items()} | MODES[mode]
+    user, theirs = Doubled(), Doubled()
+    ours = build(4, EOS, built_in | filters, [user, lambda ids, scores: scores + 3])
+    before, after = build(4, EOS, built_in), build(4, EOS, filters)
+    assert len(ours) == len(before) + 2 + len(after)
+    found = outcomes(ours, 4)
+    given = [scores for _, scores in user.seen]
+    assert not differ(given, outcomes(before, 4))
+    assert not differ(found, [apply(after, IDS, (2 * scores - 1) + 3) for scores in given])
+    other = of_transformers(reference, 4, EOS, [theirs], **built_in, **filters)
+    assert not differ(outcomes(build(4, EOS, built_in | filters, [Doubled()]), 4), outcomes(other, 4))
+    assert differ(outcomes(build(4, EOS, built_in | filters), 4), outcomes(other, 4))  # the negative control
+
+
+class Fixed:
+    """A decoder that says the same to every prompt: ``logits [V]``."""
+
+    def __init__(self, logits: Tensor) -> None:
+        self.logits = logits
+        self.config = OPTConfig(**(SIZE | {"vocab_size": len(logits)}))
+        self.device = logits.device
+
+    def new_cache(self, batch_size: int, capacity: int) -> None:
+        return None
+
+    def prefill(self, input_ids: Tensor, attention_mask: Tensor | None, cache: None) -> Tensor:
+        self.said = self.logits.repeat(len(input_ids), 1)
+        return self.said
+
+
+@pytest.mark.parametrize("num_beams", [1, 2])
+def test_a_rule_that_writes_into_its_scores_leaves_the_log_probabilities_alone(num_beams: int) -> None:
+    """They are the model's own, before any rule; many of transformers' users write such rules."""
+    decoder, best = Fixed(random_scores(1)[0]), int(random_scores(1)[0].argmax())
+
+    def exclude(ids: Tensor, scores: Tensor) -> Tensor:
+        scores[:, best] = -INF
+        return scores
+
+    found = generate(
+        decoder, torch.tensor([[5], [6]]), logits_processor=exclude, max_new_tokens=1, num_beams=num_beams,
+        output_logprobs=True, top_logprobs=2,
+    )  # fmt: skip
+    expected = decoder.logits.log_softmax(0)
+    tokens = found.sequences[:, 1]
+    assert best not in tokens.tolist()
+    assert found.logprobs is not None
+    assert found.top_token_ids is not None
+    assert torch.equal(decoder.said, decoder.logits.repeat(2, 1))
+    assert found.top_token_ids[:, 0].tolist() == [expected.topk(2).indices.tolist()] * 2
+    torch.testing.assert_close(found.logprobs[:, 0], expected[tokens], rtol=1e-6, atol=1e-6)
+
+
+# --- purity
+
+
+@pytest.mark.parametrize("name", ALL_OPTIONS | ABOUT_PADDING)
+def test_no_rule_changes_what_it_is_given_or_remembers_it(name: str) -> None:
+    padding, ids = PADDING.clone(), padded_batch()
+    rules = build_rules(GenerationConfig(**(ALL_OPTIONS | ABOUT_PADDING)[name]), max(LENGTHS), padding, EOS)
+    for kept in SCORES.values():
+        scores = kept.clone()
+        versions = [t._version for t in (ids, scores, padding)]
+        first = [apply(rules, ids[:, :length], scores) for length in range(7, 13)]
+        backwards = [apply(rules, ids[:, :length], scores) for length in reversed(range(7, 13))]
+        assert torch.equal(ids, padded_batch())
+        assert torch.equal(scores, kept)
+        assert torch.equal(padding, PADDING)
+        assert [t._version for t in (ids, scores, padding)] == versions
+        assert not differ(first, backwards[::-1])
+
+
+# --- what is drawn
+
+
+DRAWS = 100_000
+# What is drawn with, and what it must not be mistaken for.
+DISTRIBUTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "temperature": (sampling(temperature=0.6), sampling(temperature=0.62)),
+    "high temperature": (sampling(temperature=1.7), sampling(temperature=1.8)),
+    "top_k": (sampling(top_k=5), sampling(top_k=6)),
+    "top_p": (sampling(top_p=0.75), sampling(top_p=0.85)),
+    "min_p": (sampling(min_p=0.15), sampling(min_p=0.1)),
+    "combination": (
+        sampling(temperature=1.4, top_k=9, top_p=0.9, min_p=0.12, suppress_tokens=[4]),
+        sampling(temperature=1.6, top_k=9, top_p=0.9, min_p=0.12, suppress_tokens=[4]),
+    ),
+}
+
+
+def fixed_logits() -> Tensor:
+    """Falling, but not in the order of ids."""
+    order = torch.randperm(12, generator=torch.Generator().manual_seed(0))
+    return torch.linspace(2.0, -2.2, 12)[order]
+
+
+def p_value(counts: Tensor, probabilities: Tensor) -> float:
+    """Of Pearson's chi-square test; 0 where something impossible was drawn."""
+    possible = probabilities > 0
+    if counts[~possible].sum() > 0:
+        return 0.0
+    expected = probabilities[possible].double() * counts.sum()
+    assert expected.min() >= 5  # below, the test means nothing
+    statistic = ((counts[possible] - expected) ** 2 / expected).sum()
+    return torch.special.gammaincc((possible.sum().double() - 1) / 2, statistic / 2).item()
+
+
+def test_the_p_value_is_that_of_the_table() -> None:
+    """3.84 at one degree of freedom and 19.68 at eleven are 5 %."""
+    assert p_value(torch.tensor([500 + 31, 500 - 31]), torch.tensor([0.5, 0.5])) == pytest.approx(0.05, abs=1e-3)
+    counts = torch.tensor([1000] * 10 + [1000 + 99, 1000 - 99])  # a statistic of 19.6
+    assert p_value(counts, torch.full((12,), 1 / 12)) == pytest.approx(0.05, abs=2e-3)
+
+
+@pytest.mark.parametrize("name", DISTRIBUTIONS)
+def test_draws_follow_the_distribution_of_transformers(reference: Any, name: str) -> None:
+    """100,000 of them pass a chi-square test, and fail it against a distribution that is a little different."""
+    options, mistaken = DISTRIBUTIONS[name]
+    logits = fixed_logits()
+    ids = torch.full((DRAWS, 1), 3)
+    found = generate(Fixed(logits), ids, max_new_tokens=1, eos_token_id=(), seed=7, **options)
+    counts = found.sequences[:, 1].bincount(minlength=len(logits))
+
+    def probabilities(**options: Any) -> Tensor:
+        return of_transformers(reference, 1, (), **options)(ids[:1], logits[None].clone())[0].double().softmax(0)
+
+    expected = probabilities(**options)
+    assert counts[expected == 0].sum() == 0
+    assert ((expected == 0).sum() > 0) == ("temperature" not in name)
+    assert p_value(counts, expected) > 1e-3
+    assert p_value(counts, probabilities(**mistaken)) < 1e-6
+    assert p_value(counts, logits.double().softmax(0)) < 1e-6
+
+
+def test_a_forced_token_that_another_rule_excludes_is_not_forced_as_transformers_would() -> None:
+    scores = random_scores()
+    rules = build(1, (2,), {"forced_bos_token_id": 7, "bad_words_ids": [[7]]})
+    assert apply(rules, IDS[:, :1], scores).eq(-INF).all()
+    theirs = transformers.ForcedBOSTokenLogitsProcessor(7)(IDS[:, :1], apply(rules[:1], IDS[:, :1], scores))
+    assert theirs[:, 7].eq(0).all()

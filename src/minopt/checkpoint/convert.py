@@ -8,7 +8,7 @@ import logging
 import math
 import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -20,7 +20,14 @@ from minopt.checkpoint.hub import find_model
 from minopt.checkpoint.load import resolve_dtype
 from minopt.checkpoint.names import FUSED, fused_key, shard_dim, to_hf, to_metaseq
 from minopt.checkpoint.pieces import SourceTensor, main_dtype
-from minopt.checkpoint.save import TOKENIZER_FILES, replacing, write_config, write_json, write_safetensors
+from minopt.checkpoint.save import (
+    TOKENIZER_FILES,
+    generation_config,
+    replacing,
+    write_config,
+    write_json,
+    write_safetensors,
+)
 from minopt.checkpoint.source import Checkpoint, open_checkpoint
 from minopt.config import OPTConfig, read_json
 from minopt.tokenizer import Tokenizer
@@ -95,7 +102,9 @@ def convert(
     reader = None if folder is None else Tokenizer.load(folder)
     if reader is None:
         logger.warning("%s: no tokenizer's files beside the weights, so none are written.", checkpoint.found.folder)
-    generation = _generation_config(checkpoint)
+    generation_file = checkpoint.found.folder / "generation_config.json"
+    generation = read_json(generation_file) if generation_file.is_file() else {
+        "_from_model_config": True, **generation_config(checkpoint.config)}  # fmt: skip
     total = sum(t.numel * (number_type or t.dtype or torch.float32).itemsize for t in checkpoint.tensors.values())
     _check_space(destination, total)
     # A bar of bytes would be finer, but a tensor is what is read and written as one.
@@ -154,15 +163,6 @@ def _write_hf(
 
     sizes = {key: t.numel * (dtype or t.dtype or torch.float32).itemsize for key, t in sources.items()}
     write_safetensors(new, sizes, read, max_bytes)
-
-
-def _generation_config(checkpoint: Checkpoint) -> Mapping[str, object]:
-    """The content of the source's generation_config.json, or of one made from its configuration."""
-    path, config = checkpoint.found.folder / "generation_config.json", checkpoint.config
-    eos = list(config.eos_token_id) if isinstance(config.eos_token_id, tuple) else config.eos_token_id
-    own = {"_from_model_config": True, "bos_token_id": config.bos_token_id, "eos_token_id": eos,
-           "pad_token_id": config.pad_token_id}  # fmt: skip
-    return read_json(path) if path.is_file() else own
 
 
 def _write_parts(

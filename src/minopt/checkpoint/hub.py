@@ -40,8 +40,8 @@ def find_model(name_or_path: str | Path, *, revision: str | None = None, local_f
         path = Path(name_or_path).expanduser()
     except RuntimeError:  # ~name of nobody
         path = Path(name_or_path)
-    if path.is_dir() and revision is not None:
-        raise ValueError(f"{path}: a folder on this machine has no revisions, got {revision!r}. Leave revision out.")
+    if path.exists() and revision is not None:
+        raise ValueError(f"{path}: what lies on this machine has no revisions, got {revision!r}. Leave revision out.")
     if path.is_dir():
         return _model_folder(path)
     if path.exists():

@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -29,7 +30,11 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "mer
 
 
 def save_model(
-    model: OPT, folder: str | Path, tokenizer: Tokenizer | None = None, max_shard_bytes: int = MAX_SHARD_BYTES
+    model: OPT,
+    folder: str | Path,
+    tokenizer: Tokenizer | None = None,
+    generation_defaults: Mapping[str, Any] | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Writes config.json, safetensors (several with an index, if large) and the tokenizer's files.
 
@@ -41,6 +46,8 @@ def save_model(
         model: saved in its own dtype.
         folder: made if missing. An existing folder must be a model's (hold a config.json) or be empty.
         tokenizer: ``None`` writes none, and keeps the one that is there.
+        generation_defaults: options of ``GenerationConfig`` for a generation_config.json; without any, the one that is
+            there is kept.
         max_shard_bytes: the most that one file holds, unless a single tensor is larger.
 
     Raises:
@@ -55,7 +62,15 @@ def save_model(
         write_safetensors(new, {key: t.nbytes for key, t in tensors.items()}, tensors.__getitem__, max_shard_bytes)
         if tokenizer is not None:
             tokenizer.save(new)
+        if generation_defaults:
+            write_json(new / "generation_config.json", generation_config(model.config) | dict(generation_defaults))
         write_config(new, model.config, model.dtype)
+
+
+def generation_config(config: OPTConfig) -> dict[str, Any]:
+    """The content of the generation_config.json that a configuration implies."""
+    eos = list(config.eos_token_id) if isinstance(config.eos_token_id, tuple) else config.eos_token_id
+    return {"bos_token_id": config.bos_token_id, "eos_token_id": eos, "pad_token_id": config.pad_token_id}
 
 
 def write_config(folder: Path, config: OPTConfig, dtype: torch.dtype) -> None:

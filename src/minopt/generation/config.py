@@ -2,30 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
-from minopt.config import is_int, is_number
+from minopt.config import is_int, is_number, read_json
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class GenerationConfig:
-    """Options of ``minopt.generate``.
+    """Options of ``minopt.generate``; docs/generation.md has the order in which they act.
 
     Attributes:
         max_new_tokens: the most tokens to add to each row.
-        min_new_tokens: no row ends before it has this many.
-        do_sample: draw the next token; otherwise take the most probable one (greedy).
-        temperature: logits are divided by it; above 0. Like ``top_k`` and ``top_p``, it acts on sampling only.
+        min_new_tokens: no row is ended by an eos, a stop string or a criterion before it has this many.
+        truncate_prompt: keep the end of a prompt that, with ``max_new_tokens``, exceeds the model's positions; it is
+            an error otherwise.
+        do_sample: draw the next token; otherwise take the most probable one.
+        num_beams: hypotheses kept by beam search; 1 is no beam search. With ``do_sample``, beams are drawn.
+        num_return_sequences: continuations of each prompt: draws, or the best of the beams.
+        length_penalty: a hypothesis' score is ``sum of log-probabilities / generated tokens ** length_penalty``, its
+            eos counted and the prompt not. Above 0 favours long ones, for log-probabilities are negative. Beams only.
+        early_stopping: when a row's beams end. ``True``: with ``num_beams`` finished hypotheses. ``False``: once the
+            best running beam, scored at its present length, is behind all of them. ``"never"``: once it could not
+            pass them at the length that suits it best. Beams only.
+        temperature: scores are divided by it. Like ``top_k``, ``top_p`` and ``min_p``, for sampling only.
         top_k: draw from that many most probable tokens (and ties); 0 is no limit.
         top_p: draw from the fewest most probable tokens that together have this probability; 1.0 is no limit.
+        min_p: draw from tokens at least this times as probable as the most probable one; ``None`` is no limit.
         seed: of the draws; ``None`` goes on with torch's own generator. Give this or a ``torch.Generator``.
+        repetition_penalty: a score of a token that is in the row already is divided by it if positive, multiplied if
+            negative (CTRL, arXiv 1909.05858); prompts count, padding does not.
+        presence_penalty: subtracted once from each token that was generated before (metaseq's ``alpha_presence``).
+        frequency_penalty: subtracted as often as a token was generated before (metaseq's ``alpha_frequency``).
+        no_repeat_ngram_size: no n-gram of this many tokens comes twice in a row; 0 is no limit.
+        no_repeat_ngram_include_prompt: the prompt's n-grams count too.
+        sequence_bias: pairs of a sequence of ids and what is added to the score of its last id after the others.
+        bad_words_ids: sequences of ids that are never completed.
+        suppress_tokens: ids that are never generated.
+        forced_bos_token_id: the first new token, where the prompt is a single token.
         eos_token_id: ids that end a row; ``None`` means the model's; ``()`` ends none.
         pad_token_id: what follows in a row that has ended; ``None`` means the model's.
-        suppress_tokens: ids that are never generated.
-        output_scores: return the scores of every step.
+        stop_strings: texts that end a row and are cut from it; for methods of ``LanguageModel``, which know text.
+        max_time: seconds after which no further step begins.
+        output_scores: return the scores of every step, after all rules.
         output_logprobs: return the log-probability of every new token.
+        top_logprobs: return that many most probable tokens of every step, with their log-probabilities.
 
     Raises:
         ValueError: naming each option that makes no sense.
@@ -33,55 +60,60 @@ class GenerationConfig:
 
     max_new_tokens: int = 20
     min_new_tokens: int = 0
+    truncate_prompt: bool = False
     do_sample: bool = False
+    num_beams: int = 1
+    num_return_sequences: int = 1
+    length_penalty: float = 1.0
+    early_stopping: bool | Literal["never"] = False
     temperature: float = 1.0
     top_k: int = 50
     top_p: float = 1.0
+    min_p: float | None = None
     seed: int | None = None
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    no_repeat_ngram_size: int = 0
+    no_repeat_ngram_include_prompt: bool = True
+    sequence_bias: tuple[tuple[tuple[int, ...], float], ...] = ()
+    bad_words_ids: tuple[tuple[int, ...], ...] = ()
+    suppress_tokens: tuple[int, ...] = ()
+    forced_bos_token_id: int | None = None
     eos_token_id: int | tuple[int, ...] | None = None
     pad_token_id: int | None = None
-    suppress_tokens: tuple[int, ...] = ()
+    stop_strings: tuple[str, ...] = ()
+    max_time: float | None = None
     output_scores: bool = False
     output_logprobs: bool = False
+    top_logprobs: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("eos_token_id", "suppress_tokens"):
-            value = getattr(self, name)
-            if isinstance(value, Sequence) and not isinstance(value, str):
-                object.__setattr__(self, name, tuple(value))
-        if problems := self._problems():
+        for name, as_kept in _SPELLINGS.items():
+            object.__setattr__(self, name, as_kept(getattr(self, name)))
+        if problems := [*_out_of_range(vars(self)), *self._idle_options()] or self._contradictions():
             raise ValueError("generation: " + "; ".join(problems) + ".")
 
-    def _problems(self) -> list[str]:
+    def _idle_options(self) -> list[str]:
+        return [f"{name} acts {reason}" for name, reason in _idle(vars(self)).items()]
+
+    def _contradictions(self) -> list[str]:
         problems = []
-
-        def check(name: str, fits: bool, expected: str) -> None:
-            if not fits:
-                problems.append(f"{name} must be {expected}, got {getattr(self, name)!r}")
-
-        check("max_new_tokens", _is_count(self.max_new_tokens) and self.max_new_tokens > 0, "an integer of at least 1")
-        check("min_new_tokens", _is_count(self.min_new_tokens), "an integer of at least 0")
-        check("temperature", is_number(self.temperature) and self.temperature > 0, "above 0 (for the most probable "
-              "token at each step leave do_sample off)")  # fmt: skip
-        check("top_k", _is_count(self.top_k), "an integer of at least 0 (0 = no limit)")
-        check("top_p", is_number(self.top_p) and 0 < self.top_p <= 1, "above 0 and at most 1")
-        check(
-            "seed",
-            self.seed is None or (_is_count(self.seed) and self.seed < 2**64),
-            "an integer from 0 to 2**64 - 1, or None",
-        )
-        check("eos_token_id", self.eos_token_id is None or _are_ids(self.eos_token_id), "an id, several, or None")
-        check("pad_token_id", self.pad_token_id is None or _is_count(self.pad_token_id), "an id, or None")
-        check("suppress_tokens", isinstance(self.suppress_tokens, tuple) and _are_ids(self.suppress_tokens), "ids")
-        for name in ("do_sample", "output_scores", "output_logprobs"):
-            check(name, isinstance(getattr(self, name), bool), "True or False")
-        if not self.do_sample:
-            idle = [n for n, default in _SAMPLING_DEFAULTS.items() if getattr(self, n) != default]
-            problems += [f"{name} acts on sampling only, and do_sample is off" for name in idle]
-        if not problems and self.min_new_tokens > self.max_new_tokens:
+        if self.min_new_tokens > self.max_new_tokens:
             problems.append(
                 f"min_new_tokens must not exceed max_new_tokens, got {self.min_new_tokens} and {self.max_new_tokens}"
             )
+        if 1 < self.num_beams < self.num_return_sequences:
+            problems.append(
+                f"num_return_sequences must not exceed num_beams, got {self.num_return_sequences} and {self.num_beams}"
+            )
+        if self.num_return_sequences > 1 and self.num_beams == 1 and not self.do_sample:
+            problems.append(
+                f"num_return_sequences is {self.num_return_sequences}, and greedy decoding has one answer: "
+                "set do_sample or num_beams"
+            )
+        if self.forced_bos_token_id in self.suppress_tokens:
+            problems.append(f"suppress_tokens holds the forced_bos_token_id {self.forced_bos_token_id}")
         return problems
 
     def replace(self, **options: Any) -> GenerationConfig:
@@ -97,12 +129,188 @@ class GenerationConfig:
         return GenerationConfig(**(known | options))
 
 
-_SAMPLING_DEFAULTS = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "seed": None}
+_DEFAULTS = {field.name: field.default for field in fields(GenerationConfig)}
+
+# Options without an effect unless another is set: which that is, and how it reads in an error.
+_ACTS_ONLY: dict[str, tuple[tuple[str, ...], str]] = {
+    "do_sample": (("temperature", "top_k", "top_p", "min_p", "seed"), "on sampling only, and do_sample is off"),
+    "num_beams": (("length_penalty", "early_stopping"), "on beam search only, and num_beams is 1"),
+    "no_repeat_ngram_size": (("no_repeat_ngram_include_prompt",), "on n-grams only, and no_repeat_ngram_size is 0"),
+}
 
 
-def _is_count(value: object) -> bool:
-    return is_int(value) and value >= 0  # type: ignore[operator]
+def _idle(options: Mapping[str, Any]) -> dict[str, str]:
+    """Names of options that are set and have no effect, each with the reason."""
+    idle: dict[str, str] = {}
+    for switch, (names, reason) in _ACTS_ONLY.items():
+        if options.get(switch, _DEFAULTS[switch]) == _DEFAULTS[switch]:
+            idle |= {name: reason for name in names if options.get(name, _DEFAULTS[name]) != _DEFAULTS[name]}
+    return idle
+
+
+def option_names() -> tuple[str, ...]:
+    """The names of all options."""
+    return tuple(_DEFAULTS)
+
+
+def check_values(options: Mapping[str, Any]) -> None:
+    """Raises ``ValueError`` for values that make no sense whatever the other options are."""
+    given = {name: _SPELLINGS.get(name, lambda value: value)(value) for name, value in options.items()}
+    if problems := _out_of_range(given):
+        raise ValueError("generation: " + "; ".join(problems) + ".")
+
+
+def _out_of_range(options: Mapping[str, Any]) -> list[str]:
+    return [
+        f"{name} must be {expected}, got {options[name]!r}"
+        for name, (fits, expected) in _VALUES.items()
+        if name in options and not fits(options[name])
+    ]
+
+
+def with_defaults(defaults: Mapping[str, Any], options: Mapping[str, Any]) -> GenerationConfig:
+    """Options of a call over those of a model's ``generation_config.json``.
+
+    What a call asks for in vain is an error; what the file does is left out, for it may hold a temperature for when
+    sampling is asked for.
+
+    Raises:
+        ValueError: if an option is unknown or makes no sense.
+    """
+    idle = _idle({**defaults, **options})
+    kept = {name: value for name, value in defaults.items() if name not in idle}
+    return GenerationConfig().replace(**{**kept, **options})
+
+
+def read_defaults(path: Path) -> dict[str, Any]:
+    """The options in a ``generation_config.json`` as transformers writes it; ``{}`` if there is no such file.
+
+    What it holds beside, and would change tokens, is named in one warning.
+
+    Raises:
+        ValueError: if the file is no JSON object, or an option in it that has an effect makes no sense.
+    """
+    content = read_json(path) if path.is_file() else {}
+    given = {name: value for name, value in content.items() if value is not None and name not in _IRRELEVANT}
+    options = {name: value for name, value in given.items() if name in _DEFAULTS}
+    try:
+        check_values({name: value for name, value in options.items() if name not in _idle(options)})
+    except ValueError as error:
+        raise ValueError(f"{path}: {error} Mend the file, or remove it.") from None
+    if foreign := [name for name in given if name not in options and given[name] not in (False, _OFF.get(name))]:
+        logger.warning("%s: ignored, for minopt does not have it: %s.", path, ", ".join(foreign))
+    return options
+
+
+# What transformers writes into the file and what changes no token here.
+_IRRELEVANT = {
+    "_from_model_config", "transformers_version", "bos_token_id", "use_cache", "cache_implementation", "cache_config",
+    "return_dict_in_generate", "output_attentions", "output_hidden_states", "output_logits", "output_scores",
+    "num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold", "assistant_lookbehind",
+    "target_lookbehind", "disable_compile", "compile_config", "max_cache_len", "decoder_start_token_id",
+}  # fmt: skip
+
+# Values with which its other options do nothing, where that is not False or 0.
+_OFF = {"encoder_repetition_penalty": 1.0, "typical_p": 1.0, "num_beam_groups": 1, "guidance_scale": 1.0}
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
+
+
+def _as_tuples(value: Any) -> Any:
+    if value is None:
+        return ()
+    return tuple(map(_as_tuple, value)) if isinstance(value, Iterable) and not isinstance(value, str) else value
+
+
+def _as_pairs(value: Any) -> Any:
+    """``{(ids): bias}``, or pairs in lists, as tuples."""
+    pairs = _as_tuples(value.items() if isinstance(value, Mapping) else value)
+    if not isinstance(pairs, tuple):
+        return pairs
+    return tuple((_as_tuple(p[0]), p[1]) if isinstance(p, tuple) and len(p) == 2 else p for p in pairs)
+
+
+# Other spellings of the same value: JSON has lists, transformers ``None`` for what is empty here, one string for many.
+_SPELLINGS: dict[str, Callable[[Any], Any]] = {
+    "eos_token_id": _as_tuple,
+    "suppress_tokens": lambda value: () if value is None else _as_tuple(value),
+    "bad_words_ids": _as_tuples,
+    "sequence_bias": _as_pairs,
+    "stop_strings": lambda value: (value,) if isinstance(value, str) else () if value is None else _as_tuple(value),
+}
+
+
+def _is_count(value: object, least: int = 0) -> bool:
+    return is_int(value) and value >= least  # type: ignore[operator]
+
+
+def _is_within(value: object, least: float, most: float) -> bool:
+    return is_number(value) and least <= value <= most  # type: ignore[operator]
 
 
 def _are_ids(value: object) -> bool:
-    return _is_count(value) or (isinstance(value, tuple) and all(_is_count(i) for i in value))
+    return isinstance(value, tuple) and all(map(_is_count, value))
+
+
+def _are_sequences(value: object) -> bool:
+    return isinstance(value, tuple) and all(_are_ids(ids) and ids for ids in value)
+
+
+def _are_biases(value: object) -> bool:
+    if not isinstance(value, tuple) or not all(isinstance(pair, tuple) and len(pair) == 2 for pair in value):
+        return False
+    sequences = tuple(ids for ids, _ in value)
+    biases = [bias for _, bias in value]
+    fit = all(_is_within(bias, -1e4, 1e4) or bias == -math.inf for bias in biases)
+    return _are_sequences(sequences) and fit and len(set(sequences)) == len(sequences)
+
+
+_FLAG = (lambda value: isinstance(value, bool), "True or False")
+_AT_LEAST_0 = (_is_count, "an integer of at least 0")
+_AT_LEAST_1 = (lambda value: _is_count(value, 1), "an integer of at least 1")
+# Finite bounds, so that no sum of scores leaves float32.
+_PENALTY = (lambda value: _is_within(value, -1e4, 1e4), "a number from -10000 to 10000")
+
+# What each option may be, and how that reads in an error.
+_VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "max_new_tokens": _AT_LEAST_1,
+    "min_new_tokens": _AT_LEAST_0,
+    "truncate_prompt": _FLAG,
+    "do_sample": _FLAG,
+    "num_beams": _AT_LEAST_1,
+    "num_return_sequences": _AT_LEAST_1,
+    "length_penalty": (lambda value: _is_within(value, -5, 5), "a number from -5 to 5"),
+    "early_stopping": (lambda value: isinstance(value, bool) or value == "never", 'True, False or "never"'),
+    "temperature": (
+        lambda value: _is_within(value, 1e-6, 1e6),
+        "from 1e-6 to 1e6 (for the most probable token at each step leave do_sample off)",
+    ),
+    "top_k": (_is_count, "an integer of at least 0 (0 = no limit)"),
+    "top_p": (lambda value: is_number(value) and 0 < value <= 1, "above 0 and at most 1"),
+    "min_p": (lambda value: value is None or _is_within(value, 0, 1), "from 0 to 1, or None"),
+    "seed": (
+        lambda value: value is None or (_is_count(value) and value < 2**64),
+        "an integer from 0 to 2**64 - 1, or None",
+    ),
+    "repetition_penalty": (lambda value: _is_within(value, 1e-4, 1e4), "from 0.0001 to 10000"),
+    "presence_penalty": _PENALTY,
+    "frequency_penalty": _PENALTY,
+    "no_repeat_ngram_size": _AT_LEAST_0,
+    "no_repeat_ngram_include_prompt": _FLAG,
+    "sequence_bias": (_are_biases, "pairs of ids and a number from -10000 to 10000 or -inf, each sequence of ids once"),
+    "bad_words_ids": (_are_sequences, "sequences of at least one id each"),
+    "suppress_tokens": (_are_ids, "ids"),
+    "forced_bos_token_id": (lambda value: value is None or _is_count(value), "an id, or None"),
+    "eos_token_id": (lambda value: value is None or _is_count(value) or _are_ids(value), "an id, several, or None"),
+    "pad_token_id": (lambda value: value is None or _is_count(value), "an id, or None"),
+    "stop_strings": (
+        lambda value: isinstance(value, tuple) and all(isinstance(text, str) and text for text in value),
+        "texts of at least one character",
+    ),
+    "max_time": (lambda value: value is None or (is_number(value) and value > 0), "seconds above 0, or None"),
+    "output_scores": _FLAG,
+    "output_logprobs": _FLAG,
+    "top_logprobs": _AT_LEAST_0,
+}

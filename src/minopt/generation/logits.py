@@ -1,11 +1,14 @@
 """Rules: functions from the tokens so far and their scores to new scores.
 
-Shapes: B rows, S tokens so far (padding and prompt included), V vocabulary. Scores are float32 logits ``[B, V]``; what
-a rule excludes becomes ``-inf``. Each rule returns a new tensor. Semantics are those of transformers' processors.
+Shapes: R rows (beams included), S tokens so far (padding and prompt included), V vocabulary, n size of an n-gram, W
+windows of that size. Scores are float32 ``[R, V]``: logits, or log-probabilities in beam search. What a rule excludes
+becomes ``-inf``. No rule changes what it is given. Semantics are those of transformers' processors, but for padding,
+which no rule here takes for text.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 
 import torch
@@ -17,25 +20,129 @@ Rule = Callable[[Tensor, Tensor], Tensor]
 
 
 def build_rules(
-    config: GenerationConfig, prompt_length: int, eos_token_ids: Sequence[int], device: torch.device
+    config: GenerationConfig,
+    prompt_length: int,
+    padding: Tensor,
+    eos_token_ids: Sequence[int],
+    logits_processor: Sequence[Rule] = (),
 ) -> list[Rule]:
-    """The rules that a configuration asks for, in the order in which they act."""
-    rules: list[Rule] = []
+    """The rules that a configuration asks for, in the order in which they act.
+
+    Args:
+        config: what is asked for.
+        prompt_length: T, padding included.
+        padding: ``[R]`` int64, how many tokens at the left of each row are padding; on the device of the scores.
+        eos_token_ids: what ends a row.
+        logits_processor: the user's own rules; they act behind all others but those of sampling.
+    """
+    device, rules = padding.device, []
+    if config.sequence_bias:
+        rules.append(bias_sequences(config.sequence_bias, padding))
+    if config.repetition_penalty != 1.0:
+        rules.append(lambda ids, scores: penalize_repetition(ids, scores, padding, config.repetition_penalty))
+    if config.presence_penalty or config.frequency_penalty:
+        presence, frequency = config.presence_penalty, config.frequency_penalty
+        rules.append(lambda ids, scores: penalize_generated(ids[:, prompt_length:], scores, presence, frequency))
+    if config.no_repeat_ngram_size > 0:
+        size = config.no_repeat_ngram_size
+        start = padding if config.no_repeat_ngram_include_prompt else torch.full_like(padding, prompt_length)
+        rules.append(lambda ids, scores: block_ngrams(ids, scores, start, size))
+    if config.bad_words_ids:
+        rules.append(bias_sequences([(ids, -torch.inf) for ids in config.bad_words_ids], padding))
     if config.min_new_tokens > 0 and eos_token_ids:
         eos = torch.tensor(eos_token_ids, device=device)
         end = prompt_length + config.min_new_tokens
         rules.append(lambda ids, scores: suppress(scores, eos) if ids.shape[1] < end else scores)
+    if config.forced_bos_token_id is not None:
+        bos, single = config.forced_bos_token_id, padding == prompt_length - 1
+        rules.append(lambda ids, scores: force_token(scores, single, bos) if ids.shape[1] == prompt_length else scores)
     if config.suppress_tokens:
         banned = torch.tensor(config.suppress_tokens, device=device)
         rules.append(lambda ids, scores: suppress(scores, banned))
+    rules += map(_on_a_copy, logits_processor)
     if config.do_sample:
+        # Beams need one more token than can end them, or a narrow filter leaves none to go on with.
+        least = max(2, len(eos_token_ids) + 1) if config.num_beams > 1 else 1
         if config.temperature != 1.0:
             rules.append(lambda ids, scores: scores / config.temperature)
         if config.top_k > 0:
-            rules.append(lambda ids, scores: keep_top_k(scores, config.top_k))
+            rules.append(lambda ids, scores: keep_top_k(scores, max(config.top_k, least)))
         if config.top_p < 1.0:
-            rules.append(lambda ids, scores: keep_top_p(scores, config.top_p))
+            rules.append(lambda ids, scores: keep_top_p(scores, config.top_p, least))
+        if config.min_p is not None:
+            min_p = config.min_p
+            rules.append(lambda ids, scores: keep_min_p(scores, min_p, least))
     return rules
+
+
+def _on_a_copy(rule: Rule) -> Rule:
+    """A user's rule may change the scores that it is given, which are not its own."""
+    return lambda ids, scores: rule(ids, scores.clone())
+
+
+def bias_sequences(biases: Sequence[tuple[Sequence[int], float]], padding: Tensor) -> Rule:
+    """A rule that adds a number to the last id of each sequence wherever the row ends with the ids before it."""
+    by_length: defaultdict[int, list[tuple[Sequence[int], float]]] = defaultdict(list)
+    for ids, bias in sorted(biases, key=lambda pair: len(pair[0]) > 1):  # in the order in which transformers adds
+        by_length[len(ids) - 1].append((ids, bias))
+    device = padding.device
+    groups = [
+        (
+            length,
+            torch.tensor([list(ids[:-1]) for ids, _ in group], dtype=torch.long, device=device),  # [G, length]
+            torch.tensor([ids[-1] for ids, _ in group], device=device),
+            torch.tensor([float(bias) for _, bias in group], device=device),
+        )
+        for length, group in by_length.items()
+    ]
+
+    def rule(ids: Tensor, scores: Tensor) -> Tensor:
+        S, total = ids.shape[1], torch.zeros_like(scores)
+        for length, beginnings, last, bias in groups:
+            if length > S:
+                continue
+            follows = (ids[:, None, S - length :] == beginnings).all(-1)  # [R, G]
+            follows &= (padding <= S - length)[:, None]
+            total.index_add_(1, last, torch.where(follows, bias, 0.0))
+        return scores + total
+
+    return rule
+
+
+def penalize_repetition(ids: Tensor, scores: Tensor, padding: Tensor, penalty: float) -> Tensor:
+    """Divides the positive scores of tokens that are in their row already, and multiplies the negative ones."""
+    # The last token, which is never padding, in place of padding: it changes nothing twice.
+    at = torch.arange(ids.shape[1], device=ids.device)
+    ids = torch.where(at < padding[:, None], ids[:, -1:], ids)
+    seen = scores.gather(1, ids)
+    return scores.scatter(1, ids, torch.where(seen < 0, seen * penalty, seen / penalty))
+
+
+def penalize_generated(ids: Tensor, scores: Tensor, presence: float, frequency: float) -> Tensor:
+    """Subtracts ``presence`` once, and ``frequency`` each time, from tokens in ``ids [R, generated]``."""
+    once = scores.scatter(1, ids, scores.gather(1, ids) - presence)
+    return once.scatter_add(1, ids, torch.full_like(ids, -frequency, dtype=scores.dtype))
+
+
+def block_ngrams(ids: Tensor, scores: Tensor, start: Tensor, size: int) -> Tensor:
+    """Excludes what would end an n-gram that is in its row already, from position ``start [R]`` on."""
+    S = ids.shape[1]
+    if size > S:
+        return scores
+    windows = S - size + 1
+    repeated = torch.arange(windows, device=ids.device) >= start[:, None]  # [R, W]: begins where counting begins
+    for offset in range(size - 1):
+        repeated &= ids[:, offset : offset + windows] == ids[:, windows + offset, None]
+    # Adding 0 where nothing matches needs no index of matches, whose number only the device knows.
+    excluded = torch.zeros_like(repeated, dtype=scores.dtype).masked_fill_(repeated, -torch.inf)
+    return scores.scatter_add(1, ids[:, size - 1 :], excluded)
+
+
+def force_token(scores: Tensor, rows: Tensor, token_id: int) -> Tensor:
+    """Leaves one token only, with score 0, in the ``rows [R]`` that are True; none, if an earlier rule excluded it."""
+    forced = torch.full_like(scores, -torch.inf)
+    forced[:, token_id] = torch.where(scores[:, token_id] > -torch.inf, 0.0, -torch.inf)
+    return torch.where(rows[:, None], forced, scores)
 
 
 def suppress(scores: Tensor, ids: Tensor) -> Tensor:
@@ -49,12 +156,23 @@ def keep_top_k(scores: Tensor, k: int) -> Tensor:
     return scores.masked_fill(scores < least, -torch.inf)
 
 
-def keep_top_p(scores: Tensor, p: float) -> Tensor:
-    """Excludes the least probable tokens of each row that together have at most ``1 - p``; one always stays.
+def keep_top_p(scores: Tensor, p: float, least: int = 1) -> Tensor:
+    """Excludes the least probable tokens of each row that together have at most ``1 - p``; ``least`` always stay.
 
     Nucleus sampling (Holtzman et al. 2019, arXiv 1904.09751).
     """
     ascending, order = scores.sort(dim=-1)
     dropped = ascending.softmax(-1).cumsum(-1) <= 1 - p
-    dropped[:, -1] = False
+    dropped[:, -least:] = False
     return scores.masked_fill(dropped.scatter(1, order, dropped), -torch.inf)
+
+
+def keep_min_p(scores: Tensor, p: float, least: int = 1) -> Tensor:
+    """Excludes tokens less than ``p`` times as probable as the most probable one; ``least`` always stay.
+
+    Nguyen et al. 2024, arXiv 2407.01082.
+    """
+    probabilities = scores.softmax(-1)
+    dropped = probabilities < p * probabilities.amax(-1, keepdim=True)
+    dropped.scatter_(1, probabilities.topk(min(least, scores.shape[-1])).indices, False)
+    return scores.masked_fill(dropped, -torch.inf)

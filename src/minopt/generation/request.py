@@ -1,0 +1,301 @@
+"""One call of ``generate``, checked and made ready: what greedy decoding, sampling and beam search share.
+
+Shapes: B prompts, R rows (a prompt's continuations or beams side by side), T prompt tokens (padding included), S tokens
+so far, N new tokens, K beams, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from minopt.config import OPTConfig
+from minopt.generation.config import GenerationConfig
+from minopt.generation.logits import Rule, build_rules
+
+Criterion = Callable[[Tensor, Any], Tensor]
+
+# Why a row has ended, by the number that stands for it in tensors; 0 is a row that goes on.
+STOP_REASONS = ("", "eos", "stop", "time", "length", "exhausted")
+RUNNING, EOS, STOP, TIME, LENGTH, EXHAUSTED = range(6)
+
+
+class Cache(Protocol):
+    """What a decoder remembers of the tokens it has read."""
+
+    def expand(self, copies: int) -> None:
+        """Repeats each row ``copies`` times, copies side by side."""
+
+    def compact(self, start: int, slots: Tensor) -> None:
+        """Keeps of each row what lies before ``start``, and behind it the ``slots [B, M]`` counted from there."""
+
+
+class Decoder(Protocol):
+    """What generation drives: an ``OPT``, or a program that does the same."""
+
+    config: OPTConfig
+
+    @property
+    def device(self) -> torch.device:
+        """Where ids must be."""
+
+    def new_cache(self, batch_size: int, capacity: int) -> Any:
+        """A ``Cache`` for ``batch_size`` rows of up to ``capacity`` tokens."""
+
+    def prefill(self, input_ids: Tensor, attention_mask: Tensor | None, cache: Any) -> Tensor:
+        """Reads prompts ``[B, T]``; returns the logits ``[B, V]`` behind their last token."""
+
+    def decode_step(self, input_ids: Tensor, attention_mask: Tensor | None, cache: Any) -> Tensor:
+        """Reads one more token a row, ``[B, 1]``; returns the logits ``[B, V]`` behind it."""
+
+    def decode_beams(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, cache: Any) -> Tensor:
+        """Reads one more token of each beam, ``[B, K]``, into one row of the cache.
+
+        ``attention_mask [B, K, S]`` (boolean) says which of the row's S tokens, new ones included, are a beam's own
+        past, and ``position_ids [B, K]`` where the new ones stand. Returns the logits ``[B, K, V]`` behind them.
+        """
+
+
+@dataclass(frozen=True)
+class GenerationOutput:
+    """What ``generate`` found. R is B times ``num_return_sequences``: a prompt's continuations stand side by side.
+
+    Attributes:
+        sequences: ``[R, T + N]`` int64: the prompt as given (or its kept end), then the new tokens; a row that ended
+            goes on in padding.
+        lengths: how many new tokens each row has, the one that ended it included.
+        stop_reasons: a row each: ``"eos"``, ``"stop"`` (a stop string or criterion), ``"time"``, ``"length"``; or
+            ``"exhausted"`` if the rules left no token to go on with. A beam search that has fewer hypotheses than
+            ``num_return_sequences`` fills up with empty ones of that kind and score ``-inf``.
+        sequences_scores: ``[R]`` float32, of beam search: see ``GenerationConfig.length_penalty``. Best first.
+        scores: ``[R, N, V]`` float32, after all rules, if ``output_scores`` asked for it. Those of beam search are
+            log-probabilities of the beam that each token came from.
+        logprobs: ``[R, N]`` float32, if ``output_logprobs`` asked for it: of each new token under the model's own
+            distribution, before any rule.
+        top_token_ids: ``[R, N, top_logprobs]`` int64, the most probable tokens of each step in falling order, before
+            any rule; if ``top_logprobs`` asked for them.
+        top_logprobs: ``[R, N, top_logprobs]`` float32, theirs.
+
+    What stands behind a row's length has no meaning.
+    """
+
+    sequences: Tensor
+    lengths: tuple[int, ...]
+    stop_reasons: tuple[str, ...]
+    sequences_scores: Tensor | None = None
+    scores: Tensor | None = None
+    logprobs: Tensor | None = None
+    top_token_ids: Tensor | None = None
+    top_logprobs: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Request:
+    """A checked call; tensors are on the decoder's device.
+
+    Attributes:
+        input_ids: ``[B, T]`` int64.
+        attention_mask: ``[B, T]`` boolean, padding on the left; ``None`` without padding.
+        eos_token_ids, pad_token_id: the config's, or else the model's.
+        logits_processor, stopping_criteria: the user's.
+        generator: of the draws; ``None`` is torch's own.
+    """
+
+    decoder: Decoder
+    config: GenerationConfig
+    input_ids: Tensor
+    attention_mask: Tensor | None
+    eos_token_ids: tuple[int, ...]
+    pad_token_id: int
+    logits_processor: tuple[Rule, ...]
+    stopping_criteria: tuple[Criterion, ...]
+    generator: torch.Generator | None
+
+    def padding(self, copies: int) -> Tensor:
+        """How many tokens at the left of each row are padding, ``[B * copies]``."""
+        if self.attention_mask is None:
+            padding = self.input_ids.new_zeros(len(self.input_ids))
+        else:
+            padding = (~self.attention_mask).sum(1)
+        return padding.repeat_interleave(copies)
+
+    def rules(self, copies: int) -> list[Rule]:
+        """The rules on scores of ``B * copies`` rows."""
+        T, padding = self.input_ids.shape[1], self.padding(copies)
+        return build_rules(self.config, T, padding, self.eos_token_ids, self.logits_processor)
+
+    def stopper(self) -> Stopper:
+        """What ends rows; the clock of ``max_time`` runs from now on."""
+        return Stopper(
+            torch.tensor(self.eos_token_ids, device=self.decoder.device, dtype=torch.long),
+            self.stopping_criteria,
+            self.config.min_new_tokens,
+            self.config.max_new_tokens,
+            None if self.config.max_time is None else time.monotonic() + self.config.max_time,
+        )
+
+
+@dataclass(frozen=True)
+class Stopper:
+    """Says which rows end with their newest token, and why."""
+
+    eos: Tensor
+    criteria: tuple[Criterion, ...]
+    min_new_tokens: int
+    max_new_tokens: int
+    deadline: float | None
+
+    def __call__(self, tokens: Tensor, count: int, sequences: Tensor | None) -> Tensor:
+        """The number in ``STOP_REASONS`` of each row, in the shape of ``tokens``.
+
+        Args:
+            tokens: the newest of each row.
+            count: new tokens of each row.
+            sequences: all tokens of each row, ``[R, S]``; not looked at without criteria.
+        """
+        reasons = (tokens[..., None] == self.eos).any(-1).to(torch.int8) * EOS
+        if self.criteria and count >= self.min_new_tokens:
+            assert sequences is not None
+            for criterion in self.criteria:
+                stops = torch.as_tensor(criterion(sequences, None), dtype=torch.bool, device=tokens.device)
+                stops = stops.expand(len(sequences)).reshape(tokens.shape)
+                reasons = reasons.masked_fill((reasons == RUNNING) & stops, STOP)
+        if count == self.max_new_tokens:
+            reasons = reasons.masked_fill(reasons == RUNNING, LENGTH)
+        elif self.deadline is not None and time.monotonic() >= self.deadline:
+            reasons = reasons.masked_fill(reasons == RUNNING, TIME)
+        return reasons
+
+
+def prepare(
+    decoder: Decoder,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    config: GenerationConfig,
+    logits_processor: Rule | Sequence[Rule] | None = None,
+    stopping_criteria: Criterion | Sequence[Criterion] | None = None,
+    generator: torch.Generator | None = None,
+) -> Request:
+    """Checks the arguments of ``generate``. Nothing runs, and nothing is allocated but the ids.
+
+    Raises:
+        ValueError: as ``generate`` says.
+    """
+    if generator is not None and config.seed is not None:
+        raise ValueError("generation: give a seed or a generator, not both.")
+    if generator is not None and not config.do_sample:
+        raise ValueError("generation: a generator acts on sampling only, and do_sample is off.")
+    if config.seed is not None:
+        generator = torch.Generator(decoder.device).manual_seed(config.seed)
+    _check_prompt(decoder.config.vocab_size, input_ids, attention_mask)
+    input_ids, attention_mask = _fit(decoder.config.max_position_embeddings, input_ids, attention_mask, config)
+    eos_token_ids = _eos_token_ids(decoder, config)
+    # What fills a row that has ended: any id would do, for nobody reads it.
+    filler = (config.pad_token_id, decoder.config.pad_token_id, *eos_token_ids, 0)
+    pad_token_id = next(i for i in filler if i is not None)
+    _check_ids(decoder.config.vocab_size, config, eos_token_ids, pad_token_id)
+    return Request(
+        decoder,
+        config,
+        input_ids.to(decoder.device, torch.long),
+        None if attention_mask is None else attention_mask.bool().to(decoder.device),
+        eos_token_ids,
+        pad_token_id,
+        _callables("logits_processor", logits_processor),
+        _callables("stopping_criteria", stopping_criteria),
+        generator,
+    )
+
+
+def _callables(name: str, given: Any) -> tuple[Any, ...]:
+    several = () if given is None else tuple(given) if isinstance(given, Iterable) and not callable(given) else (given,)
+    for item in several:
+        if not callable(item):
+            raise ValueError(f"{name}: expected functions of (input_ids, scores), got {type(item).__name__}.")
+    return several
+
+
+def _check_prompt(vocab_size: int, input_ids: Tensor, attention_mask: Tensor | None) -> None:
+    if input_ids.ndim != 2 or 0 in input_ids.shape:
+        raise ValueError(f"input_ids: expected [batch, tokens] with at least one of each, got {list(input_ids.shape)}.")
+    if input_ids.is_floating_point() or input_ids.dtype == torch.bool:
+        raise ValueError(f"input_ids: expected integers, got {input_ids.dtype}.")
+    least, most = (int(i) for i in input_ids.aminmax())
+    if least < 0 or most >= vocab_size:
+        raise ValueError(
+            f"input_ids: expected ids from 0 to {vocab_size - 1}, got {least if least < 0 else most}. "
+            "Do the tokenizer and the model belong together?"
+        )
+    if attention_mask is None:
+        return
+    if attention_mask.shape != input_ids.shape:
+        raise ValueError(
+            f"attention_mask: expected the shape of input_ids {list(input_ids.shape)}, "
+            f"got {list(attention_mask.shape)}."
+        )
+    real = attention_mask.bool()
+    if not bool(real[:, -1].all()) or bool((real[:, :-1] & ~real[:, 1:]).any()):
+        raise ValueError("attention_mask: expected padding on the left only, got some behind a token.")
+
+
+def _fit(
+    limit: int, input_ids: Tensor, attention_mask: Tensor | None, config: GenerationConfig
+) -> tuple[Tensor, Tensor | None]:
+    """Prompts that leave room for the new tokens: as they are, or their ends."""
+    longest = input_ids.shape[1] if attention_mask is None else int(attention_mask.bool().sum(1).max())
+    room = limit - config.max_new_tokens
+    if longest <= room:
+        return input_ids, attention_mask
+    if config.truncate_prompt and room > 0:
+        return input_ids[:, -room:], None if attention_mask is None else attention_mask[:, -room:]
+    raise ValueError(
+        f"prompt: {longest} tokens + max_new_tokens {config.max_new_tokens} = {longest + config.max_new_tokens} "
+        f"positions, the model has {limit}. Shorten the prompt, or ask for at most {max(0, limit - longest)}"
+        + ("." if config.truncate_prompt else ", or set truncate_prompt.")
+    )
+
+
+def _eos_token_ids(decoder: Decoder, config: GenerationConfig) -> tuple[int, ...]:
+    if config.eos_token_id is None:
+        return decoder.config.eos_token_ids
+    return config.eos_token_id if isinstance(config.eos_token_id, tuple) else (config.eos_token_id,)
+
+
+def _check_ids(vocab_size: int, config: GenerationConfig, eos: tuple[int, ...], pad: int) -> None:
+    """What only the model can tell of the options: which ids there are."""
+    if config.stop_strings:
+        raise ValueError("stop_strings: ids have no text. Call LanguageModel.generate, or give stopping_criteria.")
+    forced = () if config.forced_bos_token_id is None else (config.forced_bos_token_id,)
+    words = [i for ids in (*config.bad_words_ids, *(ids for ids, _ in config.sequence_bias)) for i in ids]
+    outside = [i for i in (*config.suppress_tokens, *forced, *words, *eos, pad) if i >= vocab_size]
+    if outside:
+        raise ValueError(f"generation: expected ids from 0 to {vocab_size - 1} in options, got {outside[0]}.")
+    if config.do_sample and config.num_beams * vocab_size > 2**24:
+        raise ValueError(
+            f"generation: num_beams is {config.num_beams}, and torch draws among at most 2**24 candidates: "
+            f"at most {2**24 // vocab_size} beams."
+        )
+    if config.top_logprobs > vocab_size:
+        raise ValueError(f"generation: top_logprobs is {config.top_logprobs}, and there are {vocab_size} tokens.")
+    if named := [ids[0] for ids in config.bad_words_ids if len(ids) == 1 and ids[0] in eos]:
+        raise ValueError(
+            f"generation: bad_words_ids holds {named[0]}, which ends a text (transformers would ignore it). "
+            "To never end, set eos_token_id=() or suppress_tokens."
+        )
+    excluded = {*config.suppress_tokens, *(eos if config.min_new_tokens > 0 else ())}
+    if len(excluded) == vocab_size:
+        raise ValueError(f"generation: suppress_tokens holds all {vocab_size} ids, which leaves nothing to generate.")
+
+
+def refuse(is_broken: bool, step: int) -> None:
+    """Raises ``ValueError`` if it is so: nothing can be chosen among scores that are NaN or infinite."""
+    if is_broken:
+        raise ValueError(
+            f"scores: expected numbers, got NaN or infinity at new token {step}. In float16 a model may overflow: load "
+            "it as bfloat16 or float32. Otherwise its weights are damaged (minopt inspect --check tells), or a rule is."
+        )

@@ -1,0 +1,131 @@
+"""Log-probabilities of given text: for ranking answers, and for perplexity.
+
+Shapes: B rows, P tokens that all rows begin with, L tokens of the longest row, E word_embed_proj_dim, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from minopt.model import OPT
+
+# Positions whose logits are in memory at once: 51 MB of OPT's vocabulary in float32.
+CHUNK = 256
+
+# From how many tokens on it pays to read a common beginning once: about what a pass over the weights costs.
+SHARED = 32
+
+
+@torch.inference_mode()
+def token_logprobs(model: OPT, rows: Sequence[Sequence[int]], starts: Sequence[int]) -> list[Tensor]:
+    """Natural log-probabilities of tokens, each after those before it in its row. Rows are read as one batch.
+
+    What all rows begin with is read once. A model in ``train()`` mode drops out here too.
+
+    Args:
+        model: on any device.
+        rows: ids, of any lengths.
+        starts: of each row, the index of the first token that is scored; at least 1, for a first token has none.
+
+    Returns:
+        For each row float32 ``[length - start]``, on the CPU.
+
+    Raises:
+        ValueError: if a row is empty or longer than the model's positions, a start is outside of its row, or an id
+            outside of the vocabulary; nothing has run then.
+    """
+    if not rows:
+        return []
+    _check(model, rows, starts)
+    P = _common(rows)
+    P = P if (len(rows) - 1) * P >= SHARED else 0
+    hidden = _hidden(model, rows, P, min(starts))  # [B, L - min(starts), E]
+    lengths = [len(row) - start for row, start in zip(rows, starts, strict=True)]
+    # Which of those stand before a token that is asked for, one row after the other.
+    row_of = torch.repeat_interleave(torch.arange(len(rows)), torch.tensor(lengths))
+    at = torch.cat([torch.arange(start, len(row)) for row, start in zip(rows, starts, strict=True)]) - min(starts)
+    wanted = torch.tensor([i for row, start in zip(rows, starts, strict=True) for i in row[start:]])
+    found = []
+    for chunk in torch.split(torch.arange(len(at)), CHUNK):
+        logits = model.head(hidden[row_of[chunk], at[chunk]]).float()  # [CHUNK, V]
+        target = wanted[chunk].to(logits.device)
+        found.append(logits.gather(1, target[:, None])[:, 0] - logits.logsumexp(1))
+    return list(torch.split(torch.cat(found).cpu(), lengths)) if found else [torch.zeros(0) for _ in rows]
+
+
+def sliding_logprobs(
+    model: OPT, ids: Sequence[int], window: int | None = None, stride: int | None = None, batch_size: int = 4
+) -> Tensor:
+    """Log-probabilities of a text of any length, all but its first token: float32 ``[len(ids) - 1]``.
+
+    Windows of ``window`` tokens begin every ``stride`` tokens. Each token is scored once, in the first window that has
+    it: behind at least ``window - stride`` others, but for those at the beginning.
+
+    Args:
+        model: on any device.
+        ids: of the text.
+        window: ``None`` is the model's number of positions.
+        stride: ``None`` is half a window. Smaller is closer to the truth and takes longer.
+        batch_size: windows that are read at once.
+
+    Raises:
+        ValueError: if window or stride make no sense, and as ``token_logprobs`` does.
+    """
+    limit = model.config.max_position_embeddings
+    window = limit if window is None else window
+    if not 2 <= window <= limit:
+        raise ValueError(f"window: expected 2 to the model's {limit} positions, got {window}.")
+    stride = window // 2 if stride is None else stride
+    if not 1 <= stride < window:
+        raise ValueError(f"stride: expected 1 to {window - 1} (window - 1), got {stride}.")
+    rows, starts, done = [], [], 1
+    for begin in range(0, max(1, len(ids)), stride):
+        end = min(begin + window, len(ids))
+        rows.append(ids[begin:end])
+        starts.append(done - begin)
+        done = end
+        if end == len(ids):
+            break
+    parts = []
+    for i in range(0, len(rows), batch_size):
+        parts += token_logprobs(model, rows[i : i + batch_size], starts[i : i + batch_size])
+    return torch.cat(parts)
+
+
+def _check(model: OPT, rows: Sequence[Sequence[int]], starts: Sequence[int]) -> None:
+    limit, vocab_size = model.config.max_position_embeddings, model.config.vocab_size
+    for row, start in zip(rows, starts, strict=True):
+        if len(row) > limit:
+            raise ValueError(f"text: {len(row)} tokens, the model has {limit} positions. Shorten it, or cut it in two.")
+        if not 1 <= start <= len(row):
+            raise ValueError(f"starts: expected 1 to the row's {len(row)} tokens, got {start}.")
+        if min(row) < 0 or max(row) >= vocab_size:
+            raise ValueError(
+                f"ids: expected 0 to {vocab_size - 1}, got {min(row) if min(row) < 0 else max(row)}. "
+                "Do the tokenizer and the model belong together?"
+            )
+
+
+def _common(rows: Sequence[Sequence[int]]) -> int:
+    """How many tokens all rows begin with, leaving at least one of each."""
+    first, last = min(map(list, rows)), max(map(list, rows))  # in lexicographic order: all others lie between
+    limit = min(map(len, rows)) - 1
+    return next((i for i in range(limit) if first[i] != last[i]), limit)
+
+
+def _hidden(model: OPT, rows: Sequence[Sequence[int]], P: int, first: int) -> Tensor:
+    """Hidden states behind all tokens from ``first - 1`` on but the last, ``[B, L - first, E]``."""
+    L = max(len(row) for row in rows)
+    # Padded on the right, where causal attention has nothing to be hidden from.
+    rest = torch.tensor([[*row[P:], *[0] * (L - len(row))] for row in rows], device=model.device)
+    if P == 0:
+        return model.hidden_states(rest[:, : max(1, L - 1)])[:, first - 1 :]
+    cache = model.new_cache(1, L)
+    shared = model.hidden_states(torch.tensor([list(rows[0][:P])], device=model.device), cache=cache)
+    cache.expand(len(rows))
+    own = model.hidden_states(rest, cache=cache)
+    shared = shared[:, first - 1 :].expand(len(rows), -1, -1)
+    return torch.cat([shared, own[:, max(0, first - 1 - P) :]], dim=1)

@@ -1,0 +1,69 @@
+"""Rows of unequal length become batches: every row once, limits kept, the longest first."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minopt.generation.batches import MAX_BATCH_TOKENS, cut_batches
+
+LENGTHS = st.lists(st.integers(0, 60) | st.integers(0, 3 * MAX_BATCH_TOKENS), max_size=60)
+LIMIT = st.none() | st.integers(1, 12) | st.integers(1, 2 * MAX_BATCH_TOKENS)
+
+
+@settings(max_examples=400, deadline=None, derandomize=True)
+@given(lengths=LENGTHS, batch_size=LIMIT, max_batch_tokens=LIMIT)
+def test_every_row_comes_once_in_batches_that_are_full_and_keep_the_limits(
+    lengths: list[int], batch_size: int | None, max_batch_tokens: int | None
+) -> None:
+    batches = cut_batches(lengths, batch_size, max_batch_tokens)
+    in_order = [index for batch in batches for index in batch]
+    assert in_order == sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
+    if batch_size is None and max_batch_tokens is None:
+        max_batch_tokens = MAX_BATCH_TOKENS
+
+    def fits(rows: list[int]) -> bool:
+        tokens = len(rows) * max(lengths[index] for index in rows)
+        return (batch_size is None or len(rows) <= batch_size) and (
+            max_batch_tokens is None or tokens <= max_batch_tokens
+        )
+
+    assert all(batch for batch in batches)
+    assert all(fits(batch) or len(batch) == 1 for batch in batches)
+    for batch, following in pairwise(batches):
+        assert not fits([*batch, following[0]])
+
+
+@pytest.mark.parametrize(
+    ("limits", "expected"),
+    [
+        ({}, [[1, 2, 0, 4, 3]]),
+        ({"batch_size": 2}, [[1, 2], [0, 4], [3]]),
+        ({"max_batch_tokens": 18}, [[1, 2], [0, 4, 3]]),
+        ({"max_batch_tokens": 17}, [[1], [2], [0, 4, 3]]),
+        ({"max_batch_tokens": 8}, [[1], [2], [0], [4, 3]]),
+        ({"batch_size": 2, "max_batch_tokens": 17}, [[1], [2], [0, 4], [3]]),
+    ],
+)
+def test_batches_of_an_example(limits: dict[str, int], expected: list[list[int]]) -> None:
+    assert cut_batches([5, 9, 9, 1, 4], **limits) == expected
+
+
+def test_without_limits_a_batch_holds_so_many_tokens_and_beside_a_size_any_number() -> None:
+    lengths = [MAX_BATCH_TOKENS // 4] * 9
+    assert list(map(len, cut_batches(lengths))) == [4, 4, 1]
+    assert list(map(len, cut_batches(lengths, batch_size=8))) == [8, 1]
+    assert list(map(len, cut_batches([MAX_BATCH_TOKENS + 1, 1]))) == [1, 1]
+    assert cut_batches([]) == []
+
+
+@pytest.mark.parametrize("limits", [{"batch_size": 0}, {"batch_size": -3}, {"max_batch_tokens": 0}])
+def test_limits_that_are_not_positive_are_refused(limits: dict[str, Any]) -> None:
+    ((name, value),) = limits.items()
+    for lengths in ([3, 4], []):
+        with pytest.raises(ValueError, match=rf"^{name}: expected an integer of at least 1, got {value}\.$"):
+            cut_batches(lengths, **limits)

@@ -1,0 +1,936 @@
+"""Beam search and beam sampling: against transformers' generate, brute force, plain forward passes, and odd ends."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+from minopt import OPT, GenerationOutput, KVCache, OPTConfig, generate
+from tests.conftest import SIZE, build_ours, build_reference
+
+PAD, V = 1, SIZE["vocab_size"]
+Prompts = list[list[int]]
+
+
+def lively(kind: str, dtype: torch.dtype = torch.float64, **changes: Any) -> Any:
+    """A reference whose texts do not settle on one token at once, as those of random models do; no eos of its own."""
+    reference = build_reference(kind, dtype=torch.float64, **({"eos_token_id": None} | changes))
+    with torch.no_grad():
+        reference.model.decoder.embed_positions.weight.mul_(3)
+        if kind == "350m":  # each of its norms sets the residual stream back, and the branches' constant part wins
+            for layer in reference.model.decoder.layers:
+                layer.fc2.weight.mul_(0.1)
+                layer.self_attn.out_proj.weight.mul_(0.1)
+    return reference.to(dtype)
+
+
+def pad_left(prompts: Prompts) -> tuple[Tensor, Tensor]:
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[PAD] * (longest - len(prompt)) + prompt for prompt in prompts])
+    return ids, torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+
+
+def random_prompts(lengths: list[int], seed: int = 0) -> Prompts:
+    draw = random.Random(seed)
+    return [[draw.randrange(3, V) for _ in range(length)] for length in lengths]
+
+
+@dataclass(frozen=True)
+class Hypothesis:
+    """One continuation: its tokens, its score, and the scores ``[N, V]`` among which each token was chosen."""
+
+    tokens: tuple[int, ...]
+    score: float
+    scores: Tensor
+
+
+def scores_of(found: GenerationOutput) -> Tensor:
+    assert found.sequences_scores is not None
+    return found.sequences_scores
+
+
+def hypotheses(found: GenerationOutput, prompt_length: int) -> list[Hypothesis]:
+    """Of minopt; what stands behind them is padding, and nothing is wider than the longest."""
+    assert found.scores is not None
+    new = found.sequences[:, prompt_length:].tolist()
+    assert len(new[0]) == found.scores.shape[1] == max(found.lengths)
+    assert all(set(row[length:]) <= {PAD} for row, length in zip(new, found.lengths, strict=True))
+    return [
+        Hypothesis(tuple(row[:length]), score, scores[:length])
+        for row, length, score, scores in zip(new, found.lengths, scores_of(found).tolist(), found.scores, strict=True)
+    ]
+
+
+def of_transformers(reference: Any, prompts: Prompts, **options: Any) -> list[Hypothesis]:
+    """What transformers' ``generate`` finds for the prompts in one padded batch."""
+    ids, mask = pad_left(prompts)
+    found = reference.generate(
+        ids, attention_mask=mask, pad_token_id=PAD, return_dict_in_generate=True, output_scores=True, **options
+    )
+    new, steps = found.sequences[:, ids.shape[1] :].tolist(), list(enumerate(found.scores))
+    if options["num_beams"] == 1:
+        eos = options["eos_token_id"] or []
+        lengths = [next((n + 1 for n, token in enumerate(row) if token in eos), len(row)) for row in new]
+        beams = [[row] * len(new[0]) for row in range(len(new))]
+        totals = [math.nan] * len(new)
+    else:
+        lengths = (found.beam_indices >= 0).sum(1).tolist()
+        beams, totals = found.beam_indices.tolist(), found.sequences_scores.tolist()
+    return [
+        Hypothesis(tuple(row[:length]), total, torch.stack([scores[beam[n]] for n, scores in steps[:length]]))
+        if length
+        else Hypothesis((), total, torch.zeros(0, V))
+        for row, length, total, beam in zip(new, lengths, totals, beams, strict=True)
+    ]
+
+
+def as_ours(options: dict[str, Any]) -> dict[str, Any]:
+    """Options of transformers as minopt has them: no eos is ``()``."""
+    return {**options, "eos_token_id": options["eos_token_id"] or ()}
+
+
+def are_close(ours: Tensor, theirs: Tensor, tolerance: float = 1e-5) -> bool:
+    """Infinite in the same places, and equal to that part of 1 or of themselves elsewhere."""
+    return ours.shape == theirs.shape and torch.allclose(ours, theirs, rtol=tolerance, atol=tolerance)
+
+
+# --- tokens and scores are transformers'
+
+
+def frequent_tokens(reference: Any) -> list[int]:
+    """Tokens that beams often choose behind their first two: as eos they end some early, others late, many never."""
+    rows = of_transformers(
+        reference, random_prompts([2, 5, 8, 3, 7, 4]), num_beams=4, num_return_sequences=4, max_new_tokens=16
+    )
+    counts = Counter(token for row in rows for token in set(row.tokens[2:]) if token > 2)
+    return [token for token, _ in counts.most_common(12)]
+
+
+def draw_options(draw: random.Random, beams: int, frequent: list[int]) -> dict[str, Any]:
+    """Options for both libraries, drawn so that most of them do something."""
+    longest = draw.randint(1, 14)
+    eos = draw.sample(frequent, draw.choice([0, 1, 1, 1, 2, 3]))
+    words = [draw.choices(frequent, k=draw.randint(1, 3)) for _ in range(draw.choice([0, 0, 1, 3]))]
+    words = [ids for ids in words if len(ids) > 1 or ids[0] not in eos]
+    options: dict[str, Any] = {
+        "num_beams": beams,
+        "max_new_tokens": longest,
+        "eos_token_id": eos or None,
+        "no_repeat_ngram_size": draw.choice([0, 0, 0, 0, 1, 2, 3, 4]),
+    }
+    if beams > 1:
+        options["num_return_sequences"] = draw.randint(1, beams)
+        options["length_penalty"] = draw.choice([0.0, 1.0, 2.0, draw.uniform(0, 2), draw.uniform(0, 2)])
+        options["early_stopping"] = draw.choice([False, True, "never"])
+    if draw.random() < 0.3:
+        options["min_new_tokens"] = draw.randint(0, longest)
+    if draw.random() < 0.3:
+        options["repetition_penalty"] = draw.choice([0.8, 1.2, draw.uniform(1.0, 2.0)])
+    if words:
+        options["bad_words_ids"] = words
+    if draw.random() < 0.2:
+        options["suppress_tokens"] = draw.sample(frequent, 2)
+    return options
+
+
+def draw_prompts(draw: random.Random) -> Prompts:
+    """One to four of unequal lengths; some say a thing twice, so that n-grams meet."""
+    lengths = draw.sample(range(1, 13), draw.choice([1, 2, 3, 4]))
+    prompts = [[draw.randrange(3, V) for _ in range(length)] for length in lengths]
+    return [prompt[: (len(prompt) + 1) // 2] * 2 if draw.random() < 0.3 else prompt for prompt in prompts]
+
+
+def by_rows(options: dict[str, Any]) -> bool:
+    """Whether a release of transformers takes padding for text under these options; see the test that shows it."""
+    return options["no_repeat_ngram_size"] > 0 or "repetition_penalty" in options
+
+
+class Margins:
+    """How near transformers' beam search comes to deciding otherwise: the least difference between two scores."""
+
+    def __init__(self, reference: Any) -> None:
+        self.least = math.inf
+        update, check = reference._update_finished_beams, reference._check_early_stop_heuristic
+
+        def watch_choice(**given: Any) -> Any:
+            sums, ended, K = given["topk_log_probs"], given["next_token_hits_stopping_criteria"], given["num_beams"]
+            self._see(sums[:, K - 1 : K + 1])  # among the first, so that it counts if it ends
+            self._see(sums.masked_fill(ended, -torch.inf).sort(descending=True).values[:, K - 1 : K + 1])  # goes on
+            length = given["cur_len"] + 1 - given["decoder_prompt_len"]
+            ends = (sums / length ** given["length_penalty"]).masked_fill(~ended, -torch.inf)[:, :K]
+            self._see(torch.cat([given["beam_scores"], ends], 1).sort(descending=True).values[:, : K + 1])
+            return update(**given)
+
+        def watch_end(**given: Any) -> Any:
+            length = given["cur_len"] - given["decoder_prompt_len"]
+            if given["early_stopping"] == "never":
+                length = given["max_length"] - given["decoder_prompt_len"]
+            best = given["running_beam_scores"][:, :1] / length ** given["length_penalty"]
+            both = torch.cat([best, given["beam_scores"].amin(1, keepdim=True)], 1)
+            self._see(both.sort(descending=True).values)
+            return check(**given)
+
+        reference._update_finished_beams, reference._check_early_stop_heuristic = watch_choice, watch_end
+
+    def _see(self, falling: Tensor) -> None:
+        gaps = (falling[:, :-1] - falling[:, 1:])[falling[:, 1:] > -1e6]
+        self.least = min([self.least, *gaps.tolist()])
+
+
+COMBINATIONS = 106  # of each kind
+ROUNDING = 3e-5  # sums of log-probabilities of two float32 models were seen to differ by 1.1e-5
+
+# How often each must have been among the combinations of a kind, or the comparison says little.
+RICH = {
+    "all": 100, "with beams": 85, "padded": 60, "padded in transformers": 12, "by eos": 100, "by length": 100,
+    "not greedy's": 60, "both ends in a batch": 12, "unequal lengths": 30, "all ended early": 10,
+    "longer behind shorter": 15,
+    "min_new_tokens": 20, "repetition_penalty": 20, "bad_words_ids": 30, "torch.float32": 30, "torch.float64": 70,
+    **{f"{beams} beams": 11 for beams in range(1, 9)}, **{f"{some} eos": 8 for some in range(4)},
+    **{f"early_stopping {when}": 25 for when in (False, True, "never")},
+    **{f"n-grams of {size}": 6 for size in range(5)},
+}  # fmt: skip
+
+
+def test_tokens_and_scores_are_those_of_transformers(kind: str) -> None:
+    """In float64, and each third time in float32, where what rounding may decide is left out (and is rare)."""
+    draw, seen = random.Random(f"beams of {kind}"), Counter[str]()
+    references = {dtype: lively(kind, dtype) for dtype in (torch.float32, torch.float64)}
+    models = {dtype: build_ours(reference) for dtype, reference in references.items()}
+    frequent = frequent_tokens(references[torch.float64])
+    margins = Margins(references[torch.float32])
+    eos_lengths: set[int] = set()
+    for n in range(COMBINATIONS):
+        prompts, options = draw_prompts(draw), draw_options(draw, 1 + n % 8, frequent)
+        dtype = torch.float64 if n % 3 else torch.float32
+        margins.least = math.inf
+        alone = len(prompts) > 1 and by_rows(options)
+        groups = [[prompt] for prompt in prompts] if alone else [prompts]
+        theirs = [row for group in groups for row in of_transformers(references[dtype], group, **options)]
+        if margins.least < ROUNDING:
+            seen["decided by rounding"] += 1
+            continue
+        ids, mask = pad_left(prompts)
+        found = generate(models[dtype], ids, mask, **as_ours(options), output_scores=True)
+        K, R, eos = options["num_beams"], options.get("num_return_sequences", 1), options["eos_token_id"] or []
+        if K == 1:
+            assert found.sequences_scores is None
+            found = GenerationOutput(**{**vars(found), "sequences_scores": torch.full((len(ids),), math.nan)})
+        ours = hypotheses(found, ids.shape[1])
+        assert [row.tokens for row in ours] == [row.tokens for row in theirs], (n, prompts, options)
+        for row, other, reason in zip(ours, theirs, found.stop_reasons, strict=True):
+            assert row.score == pytest.approx(other.score, rel=1e-5, abs=1e-5, nan_ok=True), (n, prompts, options)
+            assert are_close(row.scores, other.scores), (n, prompts, options)
+            assert (row.tokens[-1] in eos) == (reason == "eos")
+            assert reason == "eos" or len(row.tokens) == options["max_new_tokens"]
+            eos_lengths |= {len(row.tokens)} if reason == "eos" else set()
+        assert all(len({row.tokens for row in ours[i : i + R]}) == R for i in range(0, len(ours), R))
+        only_beams = ("num_beams", "num_return_sequences", "length_penalty", "early_stopping")
+        greedy = {name: value for name, value in as_ours(options).items() if name not in only_beams}
+        by_greedy = generate(models[dtype], ids, mask, **greedy)
+        texts = [
+            tuple(row[ids.shape[1] :][:length])
+            for row, length in zip(by_greedy.sequences.tolist(), by_greedy.lengths, strict=True)
+        ]
+        seen.update({
+            "all": 1, "with beams": K > 1, str(dtype): 1, f"{K} beams": 1,
+            f"early_stopping {options.get('early_stopping')}": 1,
+            f"n-grams of {options['no_repeat_ngram_size']}": 1, f"{len(eos)} eos": 1,
+            "padded": len(set(map(len, prompts))) > 1, "padded in transformers": len(groups[0]) > 1,
+            "by eos": found.stop_reasons.count("eos"), "by length": found.stop_reasons.count("length"),
+            "both ends in a batch": len(set(found.stop_reasons)) > 1, "unequal lengths": len(set(found.lengths)) > 1,
+            "not greedy's": sum(row.tokens != text for row, text in zip(ours[::R], texts, strict=True)),
+            "all ended early": max(found.lengths) < options["max_new_tokens"],
+            "longer behind shorter": R > 1 and list(found.lengths) != sorted(found.lengths, reverse=True),
+            **{name: name in options for name in ("min_new_tokens", "repetition_penalty", "bad_words_ids")},
+        })  # fmt: skip
+    poor = {name: seen[name] for name, least in RICH.items() if seen[name] < least}
+    assert not poor, (poor, seen)
+    assert len(eos_lengths) >= 10
+    assert seen["decided by rounding"] <= 5
+
+
+@pytest.mark.parametrize("option", ["no_repeat_ngram_size", "repetition_penalty"])
+def test_padding_is_no_text_to_rules_though_it_may_be_in_transformers(option: str) -> None:
+    """There a padded row is not what it is alone: the token of padding counts as said, and may not come again."""
+    reference, prompts = lively("125m"), random_prompts([2, 7])
+    options: dict[str, Any] = {"num_beams": 3, "max_new_tokens": 1}
+    options[option] = 1 if option == "no_repeat_ngram_size" else 1.5
+    alone = of_transformers(reference, prompts[:1], **options)[0]
+    ids, mask = pad_left(prompts)
+    ours = hypotheses(generate(build_ours(reference), ids, mask, **options, output_scores=True), 7)[0]
+    assert are_close(ours.scores, alone.scores)
+    assert alone.scores[0, PAD].isfinite()
+    if option == "no_repeat_ngram_size":  # the penalty leaves padding out since some release
+        in_batch = of_transformers(reference, prompts, **options)[0]
+        assert in_batch.scores[0, PAD] == -math.inf
+        in_batch.scores[0, PAD] = alone.scores[0, PAD]
+        assert are_close(in_batch.scores, alone.scores)
+
+
+@pytest.mark.parametrize("length", [1, 2])
+def test_where_transformers_has_placeholders_for_want_of_texts_minopt_has_empty_ones(length: int) -> None:
+    """Fewer texts than beams: what fills up has a score of about -1e9 there, and may repeat a text; here it is -inf."""
+    reference, prompts = lively("125m"), random_prompts([5])
+    options: dict[str, Any] = {"num_beams": 6, "num_return_sequences": 6, "max_new_tokens": length}
+    options["suppress_tokens"] = [i for i in range(V) if i not in (7, 8)]
+    theirs = of_transformers(reference, prompts, **options)
+    found = generate(build_ours(reference), *pad_left(prompts), **options, output_scores=True)
+    ours, real = hypotheses(found, 5), 2**length
+    assert [row.tokens for row in ours[:real]] == [row.tokens for row in theirs[:real]]
+    assert [row.score for row in ours[:real]] == pytest.approx([row.score for row in theirs[:real]])
+    assert {row.tokens for row in ours[:real]} == set(itertools.product((7, 8), repeat=length))
+    assert all(row.score < -1e8 for row in theirs[real:])
+    assert all((row.tokens, row.score) == ((), -math.inf) for row in ours[real:])
+    assert found.stop_reasons == ("length",) * real + ("exhausted",) * (6 - real)
+
+
+# --- beam sampling
+
+
+@pytest.mark.parametrize("falling", [True, False], ids=["best first", "best last"])
+def test_sampled_beams_are_those_of_transformers(kind: str, falling: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where both draw the most probable candidates, in this order or that: what is drawn first may end."""
+
+    def most_probable(probabilities: Tensor, num_samples: int, **_: Any) -> Tensor:
+        picks = probabilities.topk(num_samples).indices
+        return picks if falling else picks.flip(-1)
+
+    monkeypatch.setattr(torch, "multinomial", most_probable)
+    reference, draw, seen = lively(kind), random.Random(kind), Counter[str]()
+    ours, frequent = build_ours(reference), frequent_tokens(reference)
+    for n in range(24):
+        K = draw.randint(2, 6)
+        options: dict[str, Any] = {
+            "do_sample": True, "num_beams": K, "num_return_sequences": draw.randint(1, K),
+            "max_new_tokens": draw.randint(2, 12), "eos_token_id": draw.sample(frequent, draw.randint(0, 2)) or None,
+            "temperature": draw.choice([0.5, 1.0, 1.7]), "top_k": draw.choice([0, 3, 20]),
+            "top_p": draw.choice([1.0, 0.5, 0.9]), "min_p": draw.choice([None, 0.05, 0.3]),
+            "early_stopping": draw.choice([False, True, "never"]), "length_penalty": draw.choice([0.0, 1.0, 1.5]),
+        }  # fmt: skip
+        prompts = draw_prompts(draw)
+        theirs = of_transformers(reference, prompts, **options)
+        if any(row.score < -1e8 for row in theirs):  # filters have left it fewer texts than beams, see above
+            seen["too few"] += 1
+            continue
+        ids, mask = pad_left(prompts)
+        found = generate(ours, ids, mask, **as_ours(options), output_scores=True)
+        for row, other in zip(hypotheses(found, ids.shape[1]), theirs, strict=True):
+            assert row.tokens == other.tokens, (n, prompts, options)
+            assert row.score == pytest.approx(other.score, rel=1e-5), (n, prompts, options)
+            assert are_close(row.scores, other.scores), (n, prompts, options)
+        seen.update({
+            "all": 1, "by eos": found.stop_reasons.count("eos"), "padded": len(prompts) > 1,
+            "filtered": bool(found.scores is not None and found.scores.isinf().any()),
+        })  # fmt: skip
+    assert seen["all"] >= 18, seen
+    assert min(seen[name] for name in ("by eos", "padded", "filtered")) >= 8, seen
+
+
+class Table:
+    """A decoder whose logits depend on the last token only: row ``token`` of a ``[V, V]``."""
+
+    def __init__(self, logits: Tensor, **config: Any) -> None:
+        self.logits = logits
+        self.config = OPTConfig(**(SIZE | {"vocab_size": len(logits), "eos_token_id": None} | config))
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def new_cache(self, batch_size: int, capacity: int) -> Any:
+        return SimpleNamespace(compact=lambda start, slots: None)
+
+    def prefill(self, input_ids: Tensor, attention_mask: Tensor | None, cache: Any) -> Tensor:
+        return self.logits[input_ids[:, -1]]
+
+    def decode_step(self, input_ids: Tensor, attention_mask: Tensor | None, cache: Any) -> Tensor:
+        return self.logits[input_ids[:, -1]]
+
+    def decode_beams(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, cache: Any) -> Tensor:
+        return self.logits[input_ids]
+
+
+def random_table(vocab_size: int, seed: int = 0, scale: float = 1.0) -> Tensor:
+    return scale * torch.randn(vocab_size, vocab_size, generator=torch.Generator().manual_seed(seed))
+
+
+def chi_square(counts: Counter[Any], expected: dict[Any, float]) -> float:
+    """In standard deviations from its mean; what is expected less than 5 times counts as one outcome."""
+    draws = sum(counts.values())
+    assert set(counts) <= set(expected)
+    pairs = [(counts[outcome], draws * p) for outcome, p in expected.items()]
+    often = [pair for pair in pairs if pair[1] >= 5]
+    rare = [pair for pair in pairs if pair[1] < 5]
+    often.append((sum(n for n, _ in rare), sum(p for _, p in rare) + 1e-9))
+    freedom = len(often) - 1
+    return (sum((n - p) ** 2 / p for n, p in often) - freedom) / math.sqrt(2 * freedom)
+
+
+def pairs_without_replacement(q: dict[Any, float]) -> dict[frozenset[Any], float]:
+    """Which two of weighted items are drawn first."""
+    total = sum(q.values())
+    p = {item: weight / total for item, weight in q.items()}
+    return {
+        frozenset((x, y)): p[x] * p[y] / (1 - p[x]) + p[y] * p[x] / (1 - p[y]) for x, y in itertools.combinations(p, 2)
+    }
+
+
+def drawn_pairs(table: Tensor, steps: int, temperature: float, rows: int = 8000) -> Counter[frozenset[Any]]:
+    found = generate(
+        Table(table), torch.zeros(rows, 1, dtype=torch.long), num_beams=2, num_return_sequences=2, do_sample=True,
+        max_new_tokens=steps, temperature=temperature, top_k=0, seed=5,
+    )  # fmt: skip
+    texts = [tuple(row) for row in found.sequences[:, 1:].tolist()]
+    best, second = scores_of(found).view(-1, 2).unbind(1)
+    assert (best >= second).all()
+    return Counter(frozenset(texts[i : i + 2]) for i in range(0, len(texts), 2))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_two_beams_of_one_step_are_drawn_without_replacement(temperature: float) -> None:
+    table = random_table(6)
+    counts = drawn_pairs(table, 1, temperature)
+    q = {(token,): p for token, p in enumerate((table[0].log_softmax(-1) / temperature).softmax(-1).tolist())}
+    assert abs(chi_square(counts, pairs_without_replacement(q))) < 4
+    drawn_at_once = {pair: math.prod(q[item] for item in pair) for pair in pairs_without_replacement(q)}
+    total = sum(drawn_at_once.values())
+    assert chi_square(counts, {pair: p / total for pair, p in drawn_at_once.items()}) > 8
+
+
+def test_beams_of_a_second_step_are_drawn_in_proportion_to_whole_texts() -> None:
+    """Of five tokens four are drawn, whose best two go on; of their ten continuations the first two drawn remain."""
+    table, expected = random_table(5, seed=3), Counter[frozenset[Any]]()
+    first, then = table[0].softmax(-1).tolist(), table.softmax(-1).tolist()
+    for drawn in itertools.permutations(range(5), 4):
+        left = [1 - sum(first[token] for token in drawn[:n]) for n in range(4)]
+        p_drawn = math.prod(first[token] / rest for token, rest in zip(drawn, left, strict=True))
+        running = sorted(drawn, key=lambda token: -first[token])[:2]
+        q = {(a, b): first[a] * then[a][b] for a in running for b in range(5)}
+        for pair, p in pairs_without_replacement(q).items():
+            expected[pair] += p_drawn * p
+    counts = drawn_pairs(table, 2, 1.0)
+    assert abs(chi_square(counts, expected)) < 4
+    assert len({a for pair in counts for a, _ in pair}) == 3  # the third best token has gone on too
+
+
+@pytest.mark.parametrize("narrow", [{"top_k": 1}, {"top_p": 0.01}, {"min_p": 1.0}], ids=str)
+def test_a_narrow_filter_leaves_each_beam_one_token_more_than_can_end_it(narrow: dict[str, Any]) -> None:
+    found = generate(
+        Table(random_table(9, scale=3.0)), torch.tensor([[3], [4]]), num_beams=3, num_return_sequences=3, seed=1,
+        do_sample=True, max_new_tokens=4, output_scores=True, eos_token_id=(5, 6), **narrow,
+    )  # fmt: skip
+    rows = hypotheses(found, 1)
+    assert all(row.scores.isfinite().sum(1).tolist() == [3] * len(row.tokens) for row in rows)
+    assert all(math.isfinite(row.score) for row in rows)
+    assert all(len({row.tokens for row in rows[i : i + 3]}) == 3 for i in (0, 3))
+
+
+def test_a_seed_and_a_generator_draw_the_same_beams_and_another_seed_others() -> None:
+    table, ids = Table(random_table(20)), torch.tensor([[3], [4]])
+    options: dict[str, Any] = {"num_beams": 3, "do_sample": True, "max_new_tokens": 8, "top_k": 0}
+    by_seed = [generate(table, ids, **options, seed=seed).sequences for seed in (1, 1, 2)]
+    by_generator = generate(table, ids, **options, generator=torch.Generator().manual_seed(1)).sequences
+    assert torch.equal(by_seed[0], by_seed[1])
+    assert torch.equal(by_seed[0], by_generator)
+    assert not torch.equal(by_seed[0], by_seed[2])
+
+
+# --- brute force
+
+
+@torch.no_grad()
+def every_text(model: OPT, prompt: list[int], length: int, eos: int) -> dict[tuple[int, ...], float]:
+    """The sum of log-probabilities of every text that ends with eos or at its length, by a plain forward pass."""
+    texts = list(itertools.product(range(model.config.vocab_size), repeat=length))
+    rows = torch.tensor([[*prompt, *text] for text in texts])
+    logprobs = model(rows)[:, len(prompt) - 1 : -1].log_softmax(-1)
+    sums = logprobs.gather(2, rows[:, len(prompt) :, None])[..., 0].cumsum(1).tolist()
+    ends = [text.index(eos) + 1 if eos in text else length for text in texts]
+    return {text[:end]: of_text[end - 1] for text, end, of_text in zip(texts, ends, sums, strict=True)}
+
+
+@pytest.mark.parametrize("length_penalty", [-1.0, 0.0, 0.5, 1.0, 2.0])
+@pytest.mark.parametrize(("vocab_size", "length"), [(5, 4), (4, 5)])
+def test_beams_that_are_wide_enough_find_the_best_of_all_texts_in_order(
+    kind: str, vocab_size: int, length: int, length_penalty: float
+) -> None:
+    model = build_ours(lively(kind, vocab_size=vocab_size, eos_token_id=2))
+    prompts = [[3, 0, 3, 3], [0, 3]]
+    ids, mask = pad_left(prompts)
+    K = vocab_size * (vocab_size - 1) ** (length - 1)  # every candidate of the last step
+    found = generate(
+        model, ids, mask, num_beams=K, num_return_sequences=K, max_new_tokens=length, output_scores=True,
+        length_penalty=length_penalty, early_stopping="never",
+    )  # fmt: skip
+    ours = hypotheses(found, 4)
+    for row, prompt in enumerate(prompts):
+        texts = every_text(model, prompt, length, eos=2)
+        assert len(texts) == K + sum((vocab_size - 1) ** n for n in range(length - 1))
+        scores = {text: total / len(text) ** length_penalty for text, total in texts.items()}
+        of_row = ours[K * row : K * row + K]
+        assert len({h.tokens for h in of_row}) == K
+        assert [h.score for h in of_row] == pytest.approx(sorted(scores.values(), reverse=True)[:K], rel=1e-5)
+        assert [h.score for h in of_row] == pytest.approx([scores[h.tokens] for h in of_row], rel=1e-5)
+        assert of_row[0].tokens == max(scores, key=lambda text: scores[text])
+        assert {len(h.tokens) for h in of_row} >= {length - 1, length}
+
+
+@torch.no_grad()
+def plain_beams(
+    model: OPT, prompt: list[int], K: int, length: int, eos: int, length_penalty: float
+) -> list[tuple[float, tuple[int, ...]]]:
+    """Beam search in so many words: no cache, no tensors of beams, and to the last step whatever has been found."""
+    running: list[tuple[float, tuple[int, ...]]] = [(0.0, ())]
+    finished: list[tuple[float, tuple[int, ...]]] = []
+    for step in range(1, length + 1):
+        logprobs = model(torch.tensor([[*prompt, *text] for _, text in running]))[:, -1].log_softmax(-1).tolist()
+        candidates = [
+            (total + logprob, (*text, token))
+            for (total, text), of_beam in zip(running, logprobs, strict=True)
+            for token, logprob in enumerate(of_beam)
+        ]
+        candidates = sorted(candidates, reverse=True)[: 2 * K]
+        ended = [text[-1] == eos or step == length for _, text in candidates]
+        finished += [
+            (total / step**length_penalty, text) for (total, text), end in zip(candidates, ended, strict=True) if end
+        ][: sum(ended[:K])]
+        running = [candidate for candidate, end in zip(candidates, ended, strict=True) if not end][:K]
+    return sorted(finished, reverse=True)[:K]
+
+
+@pytest.mark.parametrize("length_penalty", [-1.0, 0.0, 0.5, 1.0, 2.0])
+def test_a_search_that_never_stops_early_finds_what_one_to_the_last_step_finds(
+    kind: str, length_penalty: float
+) -> None:
+    """That it may stop at all before is for nothing that could still change: all K hypotheses are compared."""
+    reference, prompts, length = lively(kind), random_prompts([3, 6, 4]), 14
+    ids, mask = pad_left(prompts)
+    model = build_ours(reference)
+    reasons = Counter[str]()
+    for K, eos in itertools.product((2, 5), frequent_tokens(reference)[:3]):
+        found = generate(
+            model, ids, mask, num_beams=K, num_return_sequences=K, max_new_tokens=length, eos_token_id=eos,
+            length_penalty=length_penalty, early_stopping="never", output_scores=True,
+        )  # fmt: skip
+        reasons.update(found.stop_reasons)
+        ours = hypotheses(found, ids.shape[1])
+        for row, prompt in enumerate(prompts):
+            expected = plain_beams(model, prompt, K, length, eos, length_penalty)
+            assert [h.tokens for h in ours[K * row : K * row + K]] == [text for _, text in expected]
+            assert [h.score for h in ours[K * row : K * row + K]] == pytest.approx([score for score, _ in expected])
+    assert reasons["eos"] >= 3
+
+
+# --- what comes with the hypotheses is theirs
+
+
+@torch.no_grad()
+def plain_logprobs(model: OPT, prompt: list[int], tokens: tuple[int, ...]) -> Tensor:
+    """``[N, V]`` of one text, without cache, padding or beams."""
+    logits = model(torch.tensor([[*prompt, *tokens]]))[0, len(prompt) - 1 : -1]
+    return logits.float().log_softmax(-1)
+
+
+RULES: dict[str, dict[str, Any]] = {
+    "no rules": {},
+    "rules": {"no_repeat_ngram_size": 2, "repetition_penalty": 1.3, "suppress_tokens": [7, 80]},
+    "drawn": {"do_sample": True, "seed": 3, "temperature": 1.5, "top_k": 10},
+}
+
+
+@pytest.mark.parametrize("rules", RULES)
+@pytest.mark.parametrize("length_penalty", [0.0, 1.0, 1.7])
+def test_scores_and_logprobs_follow_the_hypotheses(kind: str, rules: str, length_penalty: float) -> None:
+    """Log-probabilities are the model's own, of each token after its own text; scores those that the rules made."""
+    reference, prompts = lively(kind), random_prompts([3, 9, 1])
+    ids, mask = pad_left(prompts)
+    model, top = build_ours(reference), 4
+    found = generate(
+        model, ids, mask, num_beams=4, num_return_sequences=4, max_new_tokens=12, length_penalty=length_penalty,
+        eos_token_id=frequent_tokens(reference)[:2], output_scores=True, output_logprobs=True, top_logprobs=top,
+        **RULES[rules],
+    )  # fmt: skip
+    N = max(found.lengths)
+    assert found.logprobs is not None
+    assert found.top_logprobs is not None
+    assert found.top_token_ids is not None
+    assert found.logprobs.shape == (12, N)
+    assert found.top_logprobs.shape == found.top_token_ids.shape == (12, N, top)
+    assert found.scores is not None
+    assert found.scores.shape == (12, N, V)
+    assert found.top_token_ids.dtype == torch.long
+    assert len(set(found.lengths)) > 1
+    for row, hypothesis in enumerate(hypotheses(found, ids.shape[1])):
+        tokens, count = torch.tensor(hypothesis.tokens), len(hypothesis.tokens)
+        plain = plain_logprobs(model, prompts[row // 4], hypothesis.tokens)
+        assert are_close(found.logprobs[row, :count], plain.gather(1, tokens[:, None])[:, 0])
+        assert are_close(found.top_logprobs[row, :count], plain.topk(top).values)
+        assert torch.equal(found.top_token_ids[row, :count], plain.topk(top).indices)
+        chosen = hypothesis.scores.gather(1, tokens[:, None])
+        assert chosen.isfinite().all()
+        assert hypothesis.score == pytest.approx(chosen.sum().item() / count**length_penalty, rel=1e-5)
+        if rules == "no rules":
+            assert are_close(hypothesis.scores, plain)
+        elif rules == "rules":
+            assert hypothesis.scores[:, [7, 80]].eq(-torch.inf).all()
+            text = [*prompts[row // 4], *hypothesis.tokens]
+            assert len(set(itertools.pairwise(text[-count - 1 :]))) == count
+        else:
+            kept = hypothesis.scores.isfinite()
+            assert kept.sum(1).tolist() == [10] * count
+            assert are_close(hypothesis.scores[kept], plain[kept] / 1.5)
+
+
+@pytest.mark.parametrize(
+    ("asked", "wanted"),
+    [
+        ({"output_scores": True}, {"scores"}),
+        ({"output_logprobs": True}, {"logprobs"}),
+        ({"top_logprobs": 1}, {"top_token_ids", "top_logprobs"}),
+    ],
+    ids=str,
+)
+def test_only_what_was_asked_for_comes(asked: dict[str, Any], wanted: set[str]) -> None:
+    found = generate(Table(random_table(9)), torch.tensor([[3]]), num_beams=2, max_new_tokens=3, **asked)
+    given = {
+        name for name in ("scores", "logprobs", "top_token_ids", "top_logprobs") if getattr(found, name) is not None
+    }
+    assert given == wanted
+    assert found.sequences_scores is not None
+
+
+# --- the cache
+
+
+class Watched:
+    """A model that writes down what it is asked, and looks whether the prompt's keys and values stay as they are."""
+
+    def __init__(self, model: OPT) -> None:
+        self.model, self.config = model, model.config
+        self.calls: list[tuple[Any, ...]] = []
+        self.slots: list[
+            tuple[int, int]
+        ] = []  # behind the prompt in each step: those there are, those that a beam sees
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    def new_cache(self, batch_size: int, capacity: int) -> KVCache:
+        self.calls.append(("new_cache", batch_size, capacity))
+        self.cache = self.model.new_cache(batch_size, capacity)
+        return self.cache
+
+    def prefill(self, input_ids: Tensor, attention_mask: Tensor | None, cache: KVCache) -> Tensor:
+        self.calls.append(("prefill", *input_ids.shape))
+        logits = self.model.prefill(input_ids, attention_mask, cache)
+        self.prompt = [t[:, :, : input_ids.shape[1]].clone() for t in (*cache.keys, *cache.values)]
+        self.places = [t.data_ptr() for t in (*cache.keys, *cache.values)]
+        return logits
+
+    def decode_step(self, input_ids: Tensor, attention_mask: Tensor | None, cache: KVCache) -> Tensor:
+        raise AssertionError("beams are not decoded row by row")
+
+    def decode_beams(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, cache: KVCache) -> Tensor:
+        self.calls.append(("decode_beams", *input_ids.shape))
+        self.check_prompt()
+        logits = self.model.decode_beams(input_ids, attention_mask, position_ids, cache)
+        assert attention_mask.shape == (*input_ids.shape, cache.length)
+        visible = attention_mask[:, :, self.prompt[0].shape[2] :].any(1)
+        self.slots.append((visible.shape[1], int(visible.sum(1).max())))
+        return logits
+
+    def check_prompt(self) -> None:
+        assert [t.data_ptr() for t in (*self.cache.keys, *self.cache.values)] == self.places
+        for before, now in zip(self.prompt, (*self.cache.keys, *self.cache.values), strict=True):
+            assert torch.equal(now[:, :, : before.shape[2]], before)
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.3])
+def test_slots_out_of_use_go_and_nothing_else_changes(
+    kind: str, penalty: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over 60 steps; the prompt is read once, a row each, and its keys and values are never written again."""
+    prompts, steps, K = random_prompts([4, 11]), 60, 4
+    ids, mask = pad_left(prompts)
+    model = build_ours(lively(kind, max_position_embeddings=80))
+    found: dict[int, GenerationOutput] = {}
+    slots: dict[int, list[tuple[int, int]]] = {}
+    for every in (1, 3, 16, 10**9):
+        monkeypatch.setattr("minopt.generation.beam.COMPACT_EVERY", every)
+        watched = Watched(model)
+        found[every] = generate(
+            watched, ids, mask, num_beams=K, num_return_sequences=K, max_new_tokens=steps, output_scores=True,
+            repetition_penalty=penalty,
+        )  # fmt: skip
+        watched.check_prompt()
+        assert watched.calls == [
+            ("new_cache", 2, 11 + K * (steps - 1)), ("prefill", 2, 11), *[("decode_beams", 2, K)] * (steps - 1),
+        ]  # fmt: skip
+        slots[every] = watched.slots
+    assert [there for there, _ in slots[10**9]] == [K * (n + 1) for n in range(steps - 1)]
+    for every in (1, 3, 16):
+        # A slot in sight does not go; looked for at each step, those out of sight are never more than those in sight.
+        assert [seen for _, seen in slots[every]] == [seen for _, seen in slots[10**9]]
+        assert max(there for there, _ in slots[every]) < K * (steps - 1)
+        assert any(there < before for (before, _), (there, _) in itertools.pairwise(slots[every]))
+    assert all(there - K <= 2 * (seen - K) for there, seen in slots[1])
+    expected = hypotheses(found.pop(10**9), 11)
+    assert len({row.tokens for row in expected}) == 2 * K
+    assert len({token for row in expected for token in row.tokens}) >= 10
+    for other in found.values():
+        for row, wanted in zip(hypotheses(other, 11), expected, strict=True):
+            assert row.tokens == wanted.tokens
+            assert row.score == pytest.approx(wanted.score, rel=1e-6)
+            assert are_close(row.scores, wanted.scores)
+
+
+def test_beams_that_end_are_not_read_again_and_the_first_step_reads_as_many_as_there_are() -> None:
+    """Two tokens make two beams of one, then four; no step follows the last."""
+    model = build_ours(lively("125m"))
+    watched = Watched(model)
+    allowed = [i for i in range(V) if i not in (7, 8)]
+    generate(watched, torch.tensor([[5, 6]]), num_beams=5, max_new_tokens=4, suppress_tokens=allowed)
+    reads = [shape[1] for name, *shape in watched.calls if name == "decode_beams"]
+    assert len(reads) == 3
+    assert watched.cache.length <= 2 + sum(reads)
+    watched = Watched(model)
+    generate(watched, torch.tensor([[5, 6]]), num_beams=5, max_new_tokens=1)
+    assert watched.calls == [("new_cache", 1, 2), ("prefill", 1, 2)]
+
+
+# --- rows do not see each other
+
+
+@pytest.mark.parametrize("early_stopping", [False, True, "never"])
+def test_a_row_in_a_padded_batch_is_what_it_is_alone(kind: str, early_stopping: Any) -> None:
+    """Whether the others end at once or long after it."""
+    reference, prompts = lively(kind), random_prompts([6, 1, 12, 3, 9])
+    model, spread = build_ours(reference), 0
+    ids, mask = pad_left(prompts)
+    for eos in frequent_tokens(reference)[:6]:
+        options: dict[str, Any] = {
+            "num_beams": 3, "num_return_sequences": 3, "max_new_tokens": 24, "eos_token_id": eos, "output_scores": True,
+            "early_stopping": early_stopping, "repetition_penalty": 1.1, "no_repeat_ngram_size": 3,
+        }  # fmt: skip
+        found = generate(model, ids, mask, **options)
+        rows = hypotheses(found, 12)
+        for n, prompt in enumerate(prompts):
+            alone = generate(model, torch.tensor([prompt]), **options)
+            assert found.lengths[3 * n : 3 * n + 3] == alone.lengths
+            assert found.stop_reasons[3 * n : 3 * n + 3] == alone.stop_reasons
+            for row, other in zip(rows[3 * n : 3 * n + 3], hypotheses(alone, len(prompt)), strict=True):
+                assert row.tokens == other.tokens
+                assert row.score == pytest.approx(other.score, rel=1e-5)
+                assert are_close(row.scores, other.scores)
+        lengths = [max(found.lengths[i : i + 3]) for i in range(0, 15, 3)]
+        spread += max(lengths) >= min(lengths) + 8
+    assert spread >= 1
+
+
+def test_what_a_finished_row_would_go_on_with_does_not_matter() -> None:
+    """Not even where it is no number: greedy decoding does not look at it either."""
+    table = torch.full((8, 8), -5.0)
+    table[3, [2, 6]] = 5.0  # both beams of 3 end at once
+    table[3, [0, 7]] = 0.0  # these would go on
+    table[[0, 7]] = torch.nan
+    table[4:6, 4:6] = torch.tensor([[3.0, 5.0], [3.5, 5.5]])  # those of 4 stay with 4 and 5
+    options: dict[str, Any] = {"eos_token_id": (2, 6), "max_new_tokens": 6}
+    assert generate(Table(table), torch.tensor([[3], [4]]), **options).lengths == (1, 6)
+    options |= {"num_beams": 2, "num_return_sequences": 2, "early_stopping": True}
+    alone = generate(Table(table), torch.tensor([[4]]), **options)
+    both = generate(Table(table), torch.tensor([[3], [4]]), **options)
+    assert both.lengths == (1, 1, 6, 6)
+    assert torch.equal(both.sequences[2:], alone.sequences)
+
+
+# --- odd ends
+
+
+def ban_behind(length: int, marked: int | None = None) -> Callable[[Tensor, Tensor], Tensor]:
+    """A rule that leaves nothing from a length on; in rows that begin with a token, if one is marked."""
+
+    def rule(ids: Tensor, scores: Tensor) -> Tensor:
+        if ids.shape[1] < length:
+            return scores
+        rows = torch.ones(len(ids), dtype=torch.bool) if marked is None else ids[:, 0] == marked
+        return scores.masked_fill(rows[:, None], -torch.inf)
+
+    return rule
+
+
+ODD = Table(random_table(12, seed=7, scale=2.0))
+BEAMS: dict[str, Any] = {"num_beams": 3, "num_return_sequences": 3, "output_scores": True}
+
+
+@pytest.mark.parametrize("sampled", [False, True], ids=["best", "drawn"])
+@pytest.mark.parametrize("early_stopping", [False, True, "never"])
+def test_a_row_without_a_token_to_go_on_with_ends_with_its_beams(early_stopping: Any, sampled: bool) -> None:
+    """And its neighbour does not notice."""
+    ids = torch.tensor([[3, 4], [5, 4]])
+    options = {**BEAMS, "early_stopping": early_stopping, "eos_token_id": 2}
+    if not sampled:
+        short, long = (hypotheses(generate(ODD, ids, **options, max_new_tokens=n), 2) for n in (3, 8))
+        found = generate(ODD, ids, **options, max_new_tokens=8, logits_processor=ban_behind(2 + 3, marked=3))
+        assert [(h.tokens, h.score) for h in hypotheses(found, 2)] == [
+            (h.tokens, h.score) for h in (*short[:3], *long[3:])
+        ]
+        ends = tuple("eos" if h.tokens[-1] == 2 else "exhausted" for h in short[:3])
+        assert found.stop_reasons[:3] == ends
+        assert "exhausted" in ends
+        assert "exhausted" not in found.stop_reasons[3:]
+    found = generate(
+        ODD, ids, **options, max_new_tokens=8, logits_processor=ban_behind(2 + 3), do_sample=sampled
+    )  # all rows
+    rows = hypotheses(found, 2)
+    assert max(found.lengths) == 3
+    for row, reason in zip(rows, found.stop_reasons, strict=True):
+        assert (reason, len(row.tokens)) == ("exhausted", 3) if row.tokens[-1] != 2 else reason == "eos"
+        assert math.isfinite(row.score)
+    assert "exhausted" in found.stop_reasons
+
+
+@pytest.mark.parametrize("sampled", [False, True], ids=["best", "drawn"])
+def test_a_row_without_a_first_token_is_its_prompt(sampled: bool) -> None:
+    """All of them, or one beside a row that has some."""
+    ids = torch.tensor([[3, 4], [5, 4]])
+    options: dict[str, Any] = {**BEAMS, "output_logprobs": True, "top_logprobs": 2, "do_sample": sampled}
+    found = generate(ODD, ids, **options, logits_processor=ban_behind(0))
+    assert found.sequences.tolist() == [[3, 4]] * 3 + [[5, 4]] * 3
+    assert found.lengths == (0,) * 6
+    assert found.stop_reasons == ("exhausted",) * 6
+    assert scores_of(found).tolist() == [-math.inf] * 6
+    shapes = [t.shape for t in (found.scores, found.logprobs, found.top_token_ids, found.top_logprobs) if t is not None]
+    assert shapes == [(6, 0, 12), (6, 0), (6, 0, 2), (6, 0, 2)]
+    found = generate(ODD, ids, **options, max_new_tokens=5, logits_processor=ban_behind(0, marked=3))
+    assert found.lengths == (0,) * 3 + (5,) * 3
+    assert found.stop_reasons == ("exhausted",) * 3 + ("length",) * 3
+    if not sampled:
+        alone = generate(ODD, ids[1:], **options, max_new_tokens=5)
+        assert torch.equal(found.sequences[3:], alone.sequences)
+        assert torch.equal(scores_of(found)[3:], scores_of(alone))
+
+
+@pytest.mark.parametrize("length", [1, 2])
+def test_more_beams_than_there_are_texts_give_each_once_and_then_empty_ones(length: int) -> None:
+    table = Table(random_table(3))
+    found = generate(table, torch.tensor([[0], [2]]), num_beams=11, num_return_sequences=11, max_new_tokens=length,
+                     pad_token_id=1, output_scores=True)  # fmt: skip
+    rows, real = hypotheses(found, 1), 3**length
+    logprobs = table.logits.log_softmax(-1)
+    for row, first in ((0, 0), (1, 2)):
+        texts = {
+            text: sum(logprobs[a, b].item() for a, b in itertools.pairwise((first, *text))) / length
+            for text in itertools.product(range(3), repeat=length)
+        }
+        of_row = rows[11 * row : 11 * row + 11]
+        assert [h.tokens for h in of_row[:real]] == sorted(texts, key=lambda text: -texts[text])
+        assert [h.score for h in of_row[:real]] == pytest.approx(sorted(texts.values(), reverse=True))
+        assert all((h.tokens, h.score) == ((), -math.inf) for h in of_row[real:])
+    reasons = ("length",) * real + ("exhausted",) * (11 - real)
+    assert found.stop_reasons == reasons * 2
+
+
+def test_one_new_token_gives_the_most_probable_ones() -> None:
+    found = generate(ODD, torch.tensor([[3], [7]]), **BEAMS, max_new_tokens=1)
+    best = ODD.logits[[3, 7]].log_softmax(-1).topk(3)
+    assert found.sequences[:, 1:].view(2, 3).tolist() == best.indices.tolist()
+    assert are_close(scores_of(found).view(2, 3), best.values)
+    assert found.stop_reasons == ("length",) * 6
+
+
+@pytest.mark.parametrize("early_stopping", [False, True, "never"])
+def test_a_criterion_ends_a_text_as_an_eos_does(kind: str, early_stopping: Any) -> None:
+    reference, prompts = lively(kind), random_prompts([5, 2])
+    ids, mask = pad_left(prompts)
+    model, stop = build_ours(reference), frequent_tokens(reference)[1]
+    options = {**BEAMS, "early_stopping": early_stopping, "max_new_tokens": 12}
+    seen: list[tuple[int, ...]] = []
+
+    def criterion(tokens: Tensor, scores: None) -> Tensor:
+        seen.append(tuple(tokens.shape))
+        return tokens[:, -1] == stop
+
+    by_eos = generate(model, ids, mask, **options, eos_token_id=stop)
+    found = generate(model, ids, mask, **options, eos_token_id=(), stopping_criteria=criterion)
+    assert found.stop_reasons == tuple("stop" if reason == "eos" else reason for reason in by_eos.stop_reasons)
+    assert "stop" in found.stop_reasons
+    assert torch.equal(found.sequences, by_eos.sequences)
+    assert torch.equal(scores_of(found), scores_of(by_eos))
+    assert seen == [(2 * 6, 5 + n) for n in range(1, len(seen) + 1)]  # twice as many candidates as beams
+    theirs = of_transformers(
+        reference, prompts, num_beams=3, num_return_sequences=3, max_new_tokens=12, early_stopping=early_stopping,
+        stopping_criteria=transformers.StoppingCriteriaList([criterion]),
+    )  # fmt: skip
+    assert [h.tokens for h in hypotheses(found, 5)] == [h.tokens for h in theirs]
+
+
+@pytest.mark.parametrize("least", [0, 4])
+def test_a_criterion_may_end_everything_at_once_but_not_before_min_new_tokens(least: int) -> None:
+    ids = torch.tensor([[3, 4], [5, 4]])
+    found = generate(
+        ODD, ids, **BEAMS, max_new_tokens=9, min_new_tokens=least,
+        stopping_criteria=[lambda tokens, scores: torch.tensor(False), lambda tokens, scores: tokens.shape[1] >= 4],
+    )  # fmt: skip
+    expected = generate(ODD, ids, **BEAMS, max_new_tokens=max(2, least))
+    assert torch.equal(found.sequences, expected.sequences)
+    assert torch.equal(scores_of(found), scores_of(expected))
+    assert found.stop_reasons == ("stop",) * 6
+
+
+def test_when_time_is_up_the_running_beams_are_the_hypotheses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock that moves on by a second each time it is read: once at the start and once a step."""
+    ids, clock = torch.tensor([[3, 4], [5, 4]]), itertools.count()
+    expected = generate(ODD, ids, **BEAMS, max_new_tokens=4, eos_token_id=2)
+    monkeypatch.setattr("time.monotonic", lambda: float(next(clock)))
+    found = generate(ODD, ids, **BEAMS, max_new_tokens=30, eos_token_id=2, max_time=3.5)
+    assert torch.equal(found.sequences, expected.sequences)
+    assert torch.equal(scores_of(found), scores_of(expected))
+    assert found.stop_reasons == tuple("time" if r == "length" else r for r in expected.stop_reasons)
+    assert "time" in found.stop_reasons
+
+
+@pytest.mark.parametrize("sampled", [False, True], ids=["best", "drawn"])
+@pytest.mark.parametrize(("poisoned", "step"), [(4, 0), (6, 1)], ids=["behind the prompt", "behind a beam"])
+def test_scores_that_are_no_numbers_are_refused_with_the_step(poisoned: int, step: int, sampled: bool) -> None:
+    table = torch.zeros(8, 8)
+    table[4, 6] = 9.0
+    table[poisoned] = torch.nan
+    ids = torch.tensor([[3, 3], [3, 4]])
+    with pytest.raises(
+        ValueError, match=rf"scores: expected numbers, got NaN or infinity at new token {step}\. In float16"
+    ):
+        generate(Table(table), ids, num_beams=2, max_new_tokens=5, do_sample=sampled)
+
+
+def test_without_an_eos_every_text_has_its_full_length(kind: str) -> None:
+    ids, mask = pad_left(random_prompts([5, 2]))
+    model = build_ours(lively(kind, eos_token_id=2))
+    found = generate(model, ids, mask, **BEAMS, max_new_tokens=10, eos_token_id=())
+    assert found.lengths == (10,) * 6
+    assert found.stop_reasons == ("length",) * 6
+
+
+@pytest.mark.parametrize("early_stopping", [False, True, "never"])
+def test_as_many_tokens_at_least_as_at_most_leave_no_eos(early_stopping: Any) -> None:
+    ids = torch.tensor([[3, 4], [5, 4]])
+    options = {**BEAMS, "early_stopping": early_stopping, "eos_token_id": (11, 5), "max_new_tokens": 7}
+    assert "eos" in generate(ODD, ids, **options).stop_reasons
+    found = generate(ODD, ids, **options, min_new_tokens=7)
+    assert found.lengths == (7,) * 6
+    assert found.stop_reasons == ("length",) * 6
+    assert not torch.isin(found.sequences[:, 2:], torch.tensor([11, 5])).any()
+    same = generate(ODD, ids, **{**options, "eos_token_id": ()}, suppress_tokens=[11, 5])
+    assert torch.equal(found.sequences, same.sequences)

@@ -1,0 +1,270 @@
+"""Log-probabilities of given tokens are those of transformers' model, however they are batched, shared or windowed."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from minopt import OPT
+from minopt.generation import scoring
+from minopt.generation.scoring import sliding_logprobs, token_logprobs
+from tests.conftest import KINDS, SIZE, build_ours, build_reference
+
+LIMIT, V = SIZE["max_position_embeddings"], SIZE["vocab_size"]
+NEVER = 10**9
+
+Pair = tuple[Any, OPT]
+
+
+@pytest.fixture(scope="module", params=list(KINDS))
+def pair(request: pytest.FixtureRequest) -> Pair:
+    """A reference of each kind, and ours with its weights."""
+    reference = build_reference(request.param)
+    return reference, build_ours(reference)
+
+
+@pytest.fixture(scope="module")
+def model() -> OPT:
+    """Any one, where the kind does not matter."""
+    return build_ours(build_reference("125m"))
+
+
+def random_rows(lengths: list[int], shared: int = 0, seed: int = 0) -> list[list[int]]:
+    """Rows of random ids, the first ``shared`` of them common to all."""
+    draw = random.Random(seed)
+    common = [draw.randrange(V) for _ in range(shared)]
+    return [common + [draw.randrange(V) for _ in range(length - shared)] for length in lengths]
+
+
+@torch.no_grad()
+def of_transformers(reference: Any, row: list[int], start: int) -> Tensor:
+    """One row alone: plain forward, log_softmax, gather."""
+    ids = torch.tensor([row])
+    logprobs = reference(ids).logits[0, :-1].float().log_softmax(-1)
+    return logprobs.gather(1, ids[0, 1:, None])[start - 1 :, 0]
+
+
+def assert_as_transformers(pair: Pair, rows: list[list[int]], starts: list[int]) -> None:
+    reference, ours = pair
+    found = token_logprobs(ours, rows, starts)
+    assert len(found) == len(rows)
+    for row, start, got in zip(rows, starts, found, strict=True):
+        expected = of_transformers(reference, row, start)
+        assert (got.dtype, got.device.type, got.shape) == (torch.float32, "cpu", expected.shape)
+        assert got.numel() == 0 or (got - expected).abs().max() <= 1e-5 * expected.abs().max().clamp(min=1)
+
+
+def spy_on_reads(model: OPT, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """A list that fills with the shapes of ids that the model reads."""
+    reads, read = [], model.hidden_states
+
+    def spied(input_ids: Tensor, *args: Any, **options: Any) -> Tensor:
+        reads.append(tuple(input_ids.shape))
+        return read(input_ids, *args, **options)
+
+    monkeypatch.setattr(model, "hidden_states", spied)
+    return reads
+
+
+@pytest.mark.parametrize("shared", [1, NEVER])
+@pytest.mark.parametrize("chunk", [3, 256])
+@pytest.mark.parametrize(
+    ("lengths", "common", "starts"),
+    [
+        ([12], 0, [1]),
+        ([1], 0, [1]),
+        ([2, 1, 2], 0, [1, 1, 1]),
+        ([LIMIT, 3, 17, 1], 0, [1, 1, 1, 1]),
+        ([9, 20, 5], 0, [4, 19, 5]),
+        ([30, 30, 30], 20, [20, 20, 20]),
+        ([30, 41, LIMIT], 20, [1, 1, 1]),
+        ([22, 30, 26], 20, [22, 25, 23]),
+        ([22, 30, 26], 20, [12, 25, 21]),
+        ([20, 30], 20, [20, 20]),
+        ([20, 20, 20], 20, [3, 20, 7]),
+        ([5, 5], 5, [5, 5]),
+    ],
+)
+def test_log_probabilities_are_those_of_transformers(
+    pair: Pair, lengths: list[int], common: int, starts: list[int], chunk: int, shared: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Unequal rows as one batch; what they begin with read once or not, logits in pieces or at once."""
+    monkeypatch.setattr(scoring, "CHUNK", chunk)
+    monkeypatch.setattr(scoring, "SHARED", shared)
+    assert_as_transformers(pair, random_rows(lengths, common), starts)
+
+
+@settings(
+    max_examples=60, deadline=None, derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)  # fmt: skip
+@given(data=st.data())
+def test_any_rows_and_starts_score_as_each_row_alone(data: st.DataObject, model: OPT) -> None:
+    """Ids of three tokens only, so that rows begin alike by chance, repeat, and hold each other."""
+    rows = data.draw(st.lists(st.lists(st.integers(4, 6), min_size=1, max_size=12), min_size=1, max_size=5))
+    starts = [data.draw(st.integers(1, len(row))) for row in rows]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scoring, "SHARED", data.draw(st.integers(1, 12)))
+        patch.setattr(scoring, "CHUNK", data.draw(st.integers(1, 12)))
+        found = token_logprobs(model, rows, starts)
+    for row, start, got in zip(rows, starts, found, strict=True):
+        with torch.no_grad():
+            alone = model(torch.tensor([row]))[0, :-1].log_softmax(-1)
+        expected = alone.gather(1, torch.tensor(row)[1:, None])[start - 1 :, 0]
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_token_later_or_another_start_would_be_seen(pair: Pair) -> None:
+    """The comparison above is able to fail: a beginning read as one token less, or rows moved by one, differ."""
+    (row,) = random_rows([20])
+    right = of_transformers(pair[0], row, 2)
+    assert (right - of_transformers(pair[0], row[1:], 1)).abs().max() > 1e-3
+    assert (right[1:] - right[:-1]).abs().max() > 1e-3
+
+
+def test_a_common_beginning_is_read_once_where_that_pays(model: OPT, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads = spy_on_reads(model, monkeypatch)
+    token_logprobs(model, random_rows([20, 24, 22], shared=16), [16] * 3)
+    assert reads == [(1, 16), (3, 8)]
+    reads.clear()
+    token_logprobs(model, random_rows([20, 24, 22], shared=15), [15] * 3)  # saves 30 tokens: fewer than SHARED
+    assert (scoring.SHARED, reads) == (32, [(3, 23)])
+    reads.clear()
+    token_logprobs(model, random_rows([40]), [1])  # a row alone shares with none
+    assert reads == [(1, 39)]
+
+
+def test_logits_of_so_many_positions_are_in_memory_at_once_and_none_before_a_start(
+    model: OPT, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes, head = [], model.head
+
+    def spied(hidden: Tensor) -> Tensor:
+        sizes.append(hidden.numel() // hidden.shape[-1])
+        return head(hidden)
+
+    monkeypatch.setattr(model, "head", spied)
+    monkeypatch.setattr(scoring, "CHUNK", 8)
+    token_logprobs(model, random_rows([30, 12]), [20, 3])
+    assert max(sizes) <= 8
+    assert sum(sizes) == 10 + 9
+
+
+def test_scores_are_float32_whatever_the_model_and_need_no_gradient() -> None:
+    reference = build_reference("125m")
+    (row,) = random_rows([20])
+    expected = of_transformers(reference, row, 1)
+    for dtype, tolerance in ((torch.bfloat16, 0.05), (torch.float64, 1e-5)):
+        (got,) = token_logprobs(build_ours(reference).to(dtype), [row], [1])
+        assert (got.dtype, got.requires_grad) == (torch.float32, False)
+        assert (got - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("rows", "starts", "message"),
+    [
+        ([[5] * 4, [5] * (LIMIT + 1)], [1, 1], rf"text: {LIMIT + 1} tokens, the model has {LIMIT} positions\. Shorten"),
+        ([[5, 6], []], [1, 1], r"starts: expected 1 to the row's 0 tokens, got 1\."),
+        ([[5, 6], [5, 6]], [1, 0], r"starts: expected 1 to the row's 2 tokens, got 0\."),
+        ([[5, 6]], [3], r"starts: expected 1 to the row's 2 tokens, got 3\."),
+        ([[5, 6], [5, V]], [1, 1], rf"ids: expected 0 to {V - 1}, got {V}\. Do the tokenizer and the model belong"),
+        ([[5, -1, V]], [1], rf"ids: expected 0 to {V - 1}, got -1\."),
+    ],
+)
+def test_what_makes_no_sense_is_refused_before_anything_is_read(
+    model: OPT, rows: list[list[int]], starts: list[int], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads = spy_on_reads(model, monkeypatch)
+    with pytest.raises(ValueError, match=message):
+        token_logprobs(model, rows, starts)
+    assert reads == []
+
+
+def strided_recipe(reference: Any, ids: list[int], window: int, stride: int) -> Tensor:
+    """transformers' own recipe for perplexity of fixed-length models, token by token instead of as a mean."""
+    found, previous_end = [], 0
+    for begin in range(0, len(ids), stride):
+        end = min(begin + window, len(ids))
+        targets = end - previous_end  # tokens of this window that no earlier one has scored
+        labels = torch.tensor(ids[begin:end])
+        labels[:-targets] = -100
+        with torch.no_grad():
+            logprobs = reference(torch.tensor([ids[begin:end]])).logits[0].log_softmax(-1)
+        shifted = labels[1:]
+        kept = shifted != -100
+        found.append(logprobs[:-1][kept].gather(1, shifted[kept][:, None])[:, 0])
+        previous_end = end
+        if end == len(ids):
+            break
+    return torch.cat(found)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize(
+    ("length", "window", "stride"),
+    [
+        (150, None, None), (150, 16, 8), (150, 16, 15), (60, 16, 1), (33, 16, 5), (17, 16, 8), (16, 16, 8), (15, 16, 8),
+        (2, 16, 8), (2, 2, 1), (20, 2, 1), (150, LIMIT, 50), (LIMIT, None, None), (LIMIT + 1, None, 1),
+    ],
+)  # fmt: skip
+def test_a_long_text_is_scored_as_by_the_strided_recipe(
+    pair: Pair, length: int, window: int | None, stride: int | None, batch_size: int
+) -> None:
+    reference, ours = pair
+    (ids,) = random_rows([length])
+    expected = strided_recipe(reference, ids, window or LIMIT, stride or (window or LIMIT) // 2)
+    got = sliding_logprobs(ours, ids, window, stride, batch_size)
+    assert (got.dtype, got.shape) == (torch.float32, (length - 1,))
+    assert (got - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_windows_of_a_text_that_repeats_itself_share_what_they_begin_with(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reference, ours = pair
+    ids = [7, 8, 9, 10] * 20
+    reads = spy_on_reads(ours, monkeypatch)
+    got = sliding_logprobs(ours, ids, 16, 8)
+    assert reads[0][0] == 1
+    assert (got - strided_recipe(reference, ids, 16, 8)).abs().max() <= 1e-5 * got.abs().max()
+
+
+def test_a_smaller_stride_and_a_larger_window_give_other_numbers(pair: Pair) -> None:
+    """So the comparison above can tell them apart."""
+    (ids,) = random_rows([100])
+    by_stride = [strided_recipe(pair[0], ids, 16, stride) for stride in (4, 8)]
+    by_window = [strided_recipe(pair[0], ids, window, 8) for window in (16, 17)]
+    for one, other in (by_stride, by_window):
+        assert (one - other).abs().max() > 1e-3
+
+
+def test_a_single_token_has_nothing_to_score_and_no_text_is_refused(model: OPT) -> None:
+    assert sliding_logprobs(model, [5]).shape == (0,)
+    with pytest.raises(ValueError, match="starts: expected 1 to the row's 0 tokens"):
+        sliding_logprobs(model, [])
+
+
+@pytest.mark.parametrize(
+    ("window", "stride", "message"),
+    [
+        (LIMIT + 1, None, rf"^window: expected 2 to the model's {LIMIT} positions, got {LIMIT + 1}\.$"),
+        (1, None, rf"^window: expected 2 to the model's {LIMIT} positions, got 1\.$"),
+        (16, 16, r"^stride: expected 1 to 15 \(window - 1\), got 16\.$"),
+        (16, 0, r"^stride: expected 1 to 15 \(window - 1\), got 0\.$"),
+        (None, LIMIT, rf"^stride: expected 1 to {LIMIT - 1} \(window - 1\), got {LIMIT}\.$"),
+    ],
+)
+def test_windows_and_strides_that_make_no_sense_are_refused(
+    model: OPT, window: int | None, stride: int | None, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads = spy_on_reads(model, monkeypatch)
+    with pytest.raises(ValueError, match=message):
+        sliding_logprobs(model, [5] * 100, window, stride)
+    assert reads == []

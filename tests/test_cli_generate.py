@@ -1,0 +1,222 @@
+"""``minopt generate``: each option of the library on the command line, and files of prompts."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import minopt
+from minopt import GenerationConfig
+from minopt.cli import build_parser, main
+
+PROMPTS = ["The sea", "It was a dark and stormy night, and the old captain", "She", ""]
+
+
+@pytest.fixture(scope="module")
+def lm() -> minopt.LanguageModel:
+    return minopt.load(minopt.DEMO, device="cpu")
+
+
+def generate(*arguments: str) -> int:
+    return main(["generate", "--model", minopt.DEMO, "--device", "cpu", *arguments])
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The one line on stderr of a command that says what to mend."""
+    assert generate(*arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    (line,) = captured.err.splitlines()
+    assert line.startswith("minopt: error: ")
+    return line.removeprefix("minopt: error: ")
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_every_option_that_has_a_place_beside_text_has_a_flag() -> None:
+    verbs = next(a for a in build_parser()._actions if isinstance(a, argparse._SubParsersAction))
+    flags = {action.dest for action in verbs.choices["generate"]._actions}
+    assert {field.name for field in dataclasses.fields(GenerationConfig)} - flags == {"output_scores"}
+
+
+FLAGS: list[tuple[str, dict[str, Any]]] = [
+    ("--num-beams 3 --no-repeat-ngram-size 2", {"num_beams": 3, "no_repeat_ngram_size": 2}),
+    ("--num-beams 3 --length-penalty 2 --early-stopping true --eos-token-id 15,12",
+     {"num_beams": 3, "length_penalty": 2.0, "early_stopping": True, "eos_token_id": (15, 12)}),
+    ("--num-beams 2 --early-stopping never", {"num_beams": 2, "early_stopping": "never"}),
+    ("--no-repeat-ngram-size 1 --no-repeat-ngram-include-prompt false",
+     {"no_repeat_ngram_size": 1, "no_repeat_ngram_include_prompt": False}),
+    ("--repetition-penalty 1.5 --presence-penalty 1 --frequency-penalty 0.5",
+     {"repetition_penalty": 1.5, "presence_penalty": 1.0, "frequency_penalty": 0.5}),
+    ("--do-sample --min-p 0.2 --top-k 0 --seed 3", {"do_sample": True, "min_p": 0.2, "top_k": 0, "seed": 3}),
+    ("--suppress-tokens 15,266 --bad-words-ids [[277,299],[262]]",
+     {"suppress_tokens": (15, 266), "bad_words_ids": [[277, 299], [262]]}),
+    ("--sequence-bias [[[266],-5.0]] --min-new-tokens 3", {"sequence_bias": [[[266], -5.0]], "min_new_tokens": 3}),
+    ("--stop-strings th --stop-strings x", {"stop_strings": ["th", "x"]}),
+    ("--forced-bos-token-id 300 --pad-token-id 7", {"forced_bos_token_id": 300, "pad_token_id": 7}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("flags", "options"), FLAGS, ids=[flags for flags, _ in FLAGS])
+def test_each_flag_is_the_librarys_option(
+    flags: str, options: dict[str, Any], lm: minopt.LanguageModel, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompt = "" if "forced" in flags else "The old house stood"
+    assert generate(prompt, "--max-new-tokens", "12", *flags.split()) == 0
+    out = capsys.readouterr().out
+    assert out == lm.generate(prompt, max_new_tokens=12, **options) + "\n"
+    assert out != lm.generate(prompt, max_new_tokens=12) + "\n"
+
+
+def test_several_continuations_stand_one_below_the_other(
+    lm: minopt.LanguageModel, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert generate("The sea", "--num-beams", "3", "--num-return-sequences", "2", "--echo") == 0
+    texts = lm.generate("The sea", num_beams=3, num_return_sequences=2, max_new_tokens=30)
+    assert capsys.readouterr().out == f"The sea{texts[0]}\n---\nThe sea{texts[1]}\n"
+
+
+def test_the_models_own_defaults_hold_unless_a_flag_says_otherwise(
+    lm: minopt.LanguageModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = minopt.LanguageModel(lm.model, lm.tokenizer, {"max_new_tokens": 3, "do_sample": True, "temperature": 0.5})
+    own.save(tmp_path / "own")
+    assert main(["generate", "The sea", "--model", str(tmp_path / "own"), "--device", "cpu", "--seed", "1"]) == 0
+    assert capsys.readouterr().out == own.generate("The sea", seed=1) + "\n"
+    flags = ["--no-do-sample", "--max-new-tokens", "5"]
+    assert main(["generate", "The sea", "--model", str(tmp_path / "own"), "--device", "cpu", *flags]) == 0
+    assert capsys.readouterr().out == lm.generate("The sea", max_new_tokens=5) + "\n"
+
+
+def test_a_text_file_has_a_prompt_a_line(
+    lm: minopt.LanguageModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, out = tmp_path / "prompts.txt", tmp_path / "out.jsonl"
+    file.write_text("\n".join(PROMPTS[:3]) + "\n\n", encoding="utf-8")  # the last prompt is an empty line
+    assert generate("--input", str(file), "--output", str(out), "--max-new-tokens", "5", "--batch-size", "2") == 0
+    assert capsys.readouterr() == ("", "")
+    records = sorted(lines(out), key=lambda record: record["index"])
+    assert [record["prompt"] for record in records] == PROMPTS
+    assert [record["text"] for record in records] == lm.generate(PROMPTS, max_new_tokens=5)
+    assert {tuple(record) for record in records} == {("prompt", "index", "sequence", "text", "stop_reason")}
+
+
+def test_fields_of_a_jsonl_come_along_and_details_if_asked_for(
+    lm: minopt.LanguageModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "The\\nsea", "id": "a"}\n\n{"id": 2, "prompt": "Käthe, Käthe"}\n', encoding="utf-8")
+    flags = ["--num-beams", "2", "--num-return-sequences", "2", "--top-logprobs", "1", "--output-logprobs"]
+    assert generate("--input", str(file), "--max-new-tokens", "4", *flags) == 0
+    records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(r["id"], r["index"], r["sequence"]) for r in records] == [(2, 1, 0), (2, 1, 1), ("a", 0, 0), ("a", 0, 1)]
+    options = {"num_beams": 2, "num_return_sequences": 2, "max_new_tokens": 4, "top_logprobs": 1}
+    expected = [r for found in lm.generate(["Käthe, Käthe", "The\nsea"], return_details=True, **options) for r in found]
+    for record, detail in zip(records, expected, strict=True):
+        assert (record["text"], tuple(record["token_ids"])) == (detail.text, detail.token_ids)
+        assert record["score"] == pytest.approx(detail.score, abs=1e-5)
+        assert record["logprobs"] == pytest.approx(detail.logprobs, abs=1e-4)
+        assert [step[0][0] for step in record["top_logprobs"]] == [step[0][0] for step in detail.top_logprobs]
+
+
+def test_each_result_is_written_as_soon_as_it_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And stays, if the run breaks off."""
+    file, out = tmp_path / "prompts.txt", tmp_path / "out.jsonl"
+    file.write_text("\n".join(PROMPTS[:3]))
+    whole, seen = minopt.LanguageModel.generate_each, []
+
+    def watched(self: minopt.LanguageModel, *args: Any, **kwargs: Any) -> Iterator[Any]:
+        for result in whole(self, *args, **kwargs):
+            seen.append(len(lines(out)))
+            if len(seen) == 3:
+                raise KeyboardInterrupt
+            yield result
+
+    monkeypatch.setattr(minopt.LanguageModel, "generate_each", watched)
+    flags = ["--max-new-tokens", "2", "--batch-size", "1"]
+    assert generate("--input", str(file), "--output", str(out), *flags) == 130
+    assert seen == [0, 1, 2]
+    assert len(lines(out)) == 2
+
+
+def test_an_existing_output_is_kept_unless_forced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, out = tmp_path / "prompts.txt", tmp_path / "out.jsonl"
+    file.write_text("The sea")
+    out.write_text("mine")
+    arguments = ["--input", str(file), "--output", str(out), "--max-new-tokens", "1"]
+    assert refused(capsys, *arguments) == f"{out}: is there already. Name another file, or add --force."
+    assert out.read_text() == "mine"
+    assert refused(capsys, *arguments, "--force", "--max-new-tokens", "2000").startswith("prompt: ")
+    assert out.read_text() == "mine"  # nothing is opened before all prompts are known to fit
+    assert generate(*arguments, "--force") == 0
+    assert len(lines(out)) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b'{"prompt": "x"}\nnonsense', "a.jsonl: line 2 is no JSON"),
+        ("a.jsonl", b'{"text": "x"}', 'a.jsonl: line 1: expected an object with a text "prompt", got'),
+        ("a.jsonl", b'["x"]', 'a.jsonl: line 1: expected an object with a text "prompt"'),
+        ("a.jsonl", b'{"prompt": 5}', 'a.jsonl: line 1: expected an object with a text "prompt"'),
+        ("a.txt", b"\xff\xfe", "a.txt: expected UTF-8"),
+    ],
+)
+def test_a_file_of_prompts_that_is_none_names_the_line(
+    name: str, content: bytes, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    assert message in refused(capsys, "--input", str(tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--input", "/nowhere.txt"], "/nowhere.txt"),
+        (["x", "--input", "p.txt"], "prompt: expected one, or --input with a file of them"),
+        (["x", "--output", "o.jsonl"], "--output goes with --input"),
+        (["x", "--batch-size", "2"], "--batch-size goes with --input"),
+        (["x", "--top-logprobs", "2"], "--top-logprobs goes with --input"),
+        (["x", "--output-logprobs"], "--output-logprobs goes with --input"),
+        (["--input", "p.txt", "--echo"], "--echo: the output of --input has the prompts already"),
+        (["x", "--sequence-bias", "[[5, 1.0]]"], "sequence_bias must be pairs of ids and a number"),
+        (["x", "--bad-words-ids", "5"], "bad_words_ids must be sequences of at least one id each, got 5"),
+        (["x", "--length-penalty", "2"], "length_penalty acts on beam search only, and num_beams is 1"),
+        (["x", "--num-return-sequences", "2"], "greedy decoding has one answer"),
+    ],
+)
+def test_what_goes_together_is_told(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert message in refused(capsys, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "message"),
+    [
+        ("--suppress-tokens", "a,b", "expected ids such as 5 or 5,6, got 'a,b'"),
+        ("--bad-words-ids", "[[5", "expected JSON, got '[[5'"),
+        ("--early-stopping", "maybe", "expected true or false, got 'maybe'"),
+        ("--no-repeat-ngram-include-prompt", "1", "expected true or false, got '1'"),
+    ],
+)
+def test_a_value_that_is_none_names_the_flag(
+    flag: str, value: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        generate("x", flag, value)
+    error = capsys.readouterr().err
+    assert flag in error
+    assert message in error
+
+
+def test_an_empty_file_of_prompts_gives_an_empty_output(tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_text("")
+    assert generate("--input", str(tmp_path / "p.jsonl"), "--output", str(tmp_path / "o.jsonl")) == 0
+    assert (tmp_path / "o.jsonl").read_text() == ""
