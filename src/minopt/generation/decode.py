@@ -124,25 +124,29 @@ def decode_steps(request: Request) -> Iterator[Step]:
         logits, sequences = (t.repeat_interleave(copies, dim=0) for t in (logits, sequences))
         mask = None if mask is None else mask.repeat_interleave(copies, dim=0)
     reasons = torch.zeros(B * copies, dtype=torch.int8, device=decoder.device)
+    running = is_new = reasons == RUNNING
+    all_run = True
     for length in range(T, T + N):
         scores = logits.float()
         for rule in rules:
             scores = rule(sequences[:, :length], scores)
         best, tokens = scores.max(-1)
-        exhausted = best == -torch.inf
         if config.do_sample:
             tokens = _draw(scores, best, request.generator)
-        running = reasons == RUNNING
-        is_new = running & ~exhausted
         found = _asked_for(config, logits, scores, tokens)
-        tokens = tokens.masked_fill(~is_new, request.pad_token_id)
         sequences[:, length] = tokens
         ends = stopper(tokens, length + 1 - T, sequences[:, : length + 1])
-        reasons = torch.where(running, ends.masked_fill(exhausted, EXHAUSTED), reasons)
-        goes_on, is_broken = torch.stack([reasons == RUNNING, running & ~(best < torch.inf)]).any(1).tolist()
-        refuse(is_broken, length - T)
+        has_token = best.abs() < torch.inf
+        going_on = has_token & (ends == RUNNING)
+        if not (all_run and all(going_on.tolist())):  # seldom: until a row ends, the tensors of before hold
+            refuse(bool((running & ~has_token & (best != -torch.inf)).any()), length - T)
+            is_new = running & has_token
+            tokens = tokens.where(is_new, request.pad_token_id)
+            sequences[:, length] = tokens
+            reasons = torch.where(running, ends.masked_fill(~has_token, EXHAUSTED), reasons)
+            running, all_run = reasons == RUNNING, False
         yield Step(tokens, is_new, reasons, **found)
-        if not goes_on:
+        if not (all_run or bool(running.any())):
             return
         logits = decoder.decode_step(tokens[:, None], None if mask is None else mask[:, : length + 1], cache)
 
