@@ -3,8 +3,8 @@
     python benchmarks/bench_decoding.py [--hardware NAME] [--device cuda] [--squad ../shared/data/squad/dev.json]
 
 Steps: random weights of opt-125m's shape, minopt and transformers in turn in one run, 5 beams and greedy, both with
-``no_repeat_ngram_size=3``. A sample is one step, from one call of a user's rule to the next, which both libraries make
-once a step. The model's part is the time in its calls; in a separate run of minopt the rest is split by function.
+``no_repeat_ngram_size=3``. A sample is one step, from one call of the model to the next; the model's part is the time
+in its call. In a separate run of minopt the rest is split by function.
 
 Prompts: SQuAD questions behind their context (``--squad``), the model's weights random, the tokenizer OPT's
 (``--tokenizer``): one by one, in batches in the given order, and in ``LanguageModel.generate``'s batches.
@@ -76,11 +76,12 @@ def main() -> None:
 
 
 class Timer:
-    """Adds up the time of calls, by name; of nested ones only the outermost counts."""
+    """Adds up the time of calls by name, the outermost of nested ones; keeps when those of the model begin and end."""
 
     def __init__(self, device: str) -> None:
         self.device = device
         self.spent: defaultdict[str, float] = defaultdict(float)
+        self.model: list[tuple[float, float]] = []
         self.depth = 0
 
     def wrap(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -96,28 +97,18 @@ class Timer:
                 return function(*args, **kwargs)
             finally:
                 common.synchronize(self.device)
-                self.spent[name] += time.perf_counter() - begin
+                end = time.perf_counter()
+                self.spent[name] += end - begin
+                if name == "model":
+                    self.model.append((begin, end))
                 self.depth -= 1
 
         return timed
 
-
-class Steps:
-    """A user's rule that changes nothing and writes down when it is called, and the model's time until then."""
-
-    def __init__(self, timer: Timer) -> None:
-        self.timer = timer
-        self.at: list[tuple[float, float]] = []
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        common.synchronize(self.timer.device)
-        self.at.append((time.perf_counter(), self.timer.spent["model"]))
-        return scores
-
-    def samples(self) -> tuple[list[float], list[float]]:
-        """Seconds of each step but the first, and the model's share of them."""
-        pairs = list(zip(self.at, self.at[1:], strict=False))
-        return [b[0] - a[0] for a, b in pairs], [b[1] - a[1] for a, b in pairs]
+    def steps(self) -> tuple[list[float], list[float]]:
+        """Seconds of each step but the prompt's, from one call of the model to the next, and the model's part."""
+        pairs = list(zip(self.model[1:], self.model[2:], strict=False))
+        return [after[0] - call[0] for call, after in pairs], [call[1] - call[0] for call, _ in pairs]
 
 
 def compare(
@@ -127,30 +118,23 @@ def compare(
     ids = torch.randint(10, 50000, (batch, prompt), generator=torch.Generator().manual_seed(1)).to(args.device)
     options = {"no_repeat_ngram_size": 3, **options}
 
-    def run_ours(rule: Steps | None, new_tokens: int) -> Tensor:
-        rules = [] if rule is None else [rule]
-        return minopt.generate(
-            ours, ids, max_new_tokens=new_tokens, eos_token_id=(), logits_processor=rules, **options
-        ).sequences
+    def run_ours(new_tokens: int) -> Tensor:
+        return minopt.generate(ours, ids, max_new_tokens=new_tokens, eos_token_id=(), **options).sequences
 
-    def run_theirs(rule: Steps | None, new_tokens: int) -> Tensor:
-        rules = transformers.LogitsProcessorList([] if rule is None else [rule])
+    def run_theirs(new_tokens: int) -> Tensor:
         return theirs.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, min_new_tokens=new_tokens,
-            do_sample=False, logits_processor=rules, **options,
+            do_sample=False, **options,
         )  # fmt: skip
 
     found: dict[str, Any] = {"minopt": ([], []), "transformers": ([], [])}
     texts: dict[str, Tensor] = {}
-    for run in (run_ours, run_theirs):
-        run(None, 3)
     for round_ in range(args.rounds):
         for name, run in (("minopt", run_ours), ("transformers", run_theirs))[:: 1 if round_ % 2 else -1]:
             timer = Timer(args.device)
             with model_timed(timer, ours, theirs):
-                rule = Steps(timer)
-                texts[name] = run(rule, args.new_tokens)
-            for kept, values in zip(found[name], rule.samples(), strict=True):
+                texts[name] = run(args.new_tokens)
+            for kept, values in zip(found[name], timer.steps(), strict=True):
                 kept.extend(values)
     case: dict[str, Any] = {}
     for name, (whole, model) in found.items():
@@ -187,12 +171,12 @@ def split(ours: minopt.OPT, run: Callable[..., Tensor], args: argparse.Namespace
         for part, functions in PARTS.items():
             for owner, name in functions:
                 stack.enter_context(mock.patch.object(owner, name, timer.wrap(part, getattr(owner, name))))
-        run(None, 1)
+        run(1)
         first = dict(timer.spent)
         begin = time.perf_counter()
-        run(None, args.new_tokens)
+        run(args.new_tokens)
         total = time.perf_counter() - begin
-    one = common.seconds(lambda: run(None, 1), args.device)
+    one = common.seconds(lambda: run(1), args.device)
     parts = {name: seconds - 2 * first.get(name, 0.0) for name, seconds in timer.spent.items()}
     parts["others"] = total - one - sum(parts.values())
     return {name: round(value / (args.new_tokens - 1) * 1e3, 3) for name, value in parts.items()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -94,3 +95,42 @@ def test_figures_in_the_text_are_those_of_the_results() -> None:
     assert {difference for row in rows for difference in row["logits"].values()} == {0.0}
     assert [row["greedy_tokens_equal"] for row in rows if "greedy_tokens_equal" in row] == ["40 of 40 rows"] * 4
     assert "160 of 160 greedy continuations" in README
+
+
+def kept_decoding() -> tuple[str, dict[str, Any]]:
+    (kept,) = (ROOT / "benchmarks" / "results").glob("decoding_*.json")
+    return f"(benchmarks/results/{kept.name})", json.loads(kept.read_text())
+
+
+def test_figures_of_steps_are_those_of_the_result() -> None:
+    """README has the beams, benchmarks/README.md all."""
+    name, result = kept_decoding()
+    for file, cases in (
+        ("README.md", [case for case in result["steps"] if case["strategy"] == "beams"]),
+        ("benchmarks/README.md", result["steps"]),
+    ):
+        text = (ROOT / file).read_text(encoding="utf-8")
+        lines = re.findall(r"^\| (?:5 beams|greedy), .*$", text, re.M)
+        assert len(lines) == len(cases)
+        for line, case in zip(lines, cases, strict=True):
+            strategy = {"beams": "5 beams", "greedy": "greedy"}[case["strategy"]]
+            cells = [cell.strip() for cell in line.strip("|").split("|")]
+            assert cells[0] == f"{strategy}, batch {case['batch']}, prompt {case['prompt']:,}, {case['dtype']}"
+            assert cells[1] == f"{case['minopt']['step']['median_ms']:.1f} ms"
+            assert cells[2] == f"{case['transformers']['step']['median_ms']:.1f} ms"
+            assert cells[3] == f"**{case['ratio']:.2f}x**"
+            assert cells[4] == f"{case['rest_of_model']:.1%}"
+        assert name.removeprefix("(benchmarks/").rstrip(")") in text
+
+
+def test_figures_of_many_prompts_are_those_of_the_result() -> None:
+    name, result = kept_decoding()
+    prompts = result["prompts"]
+    lines = re.findall(r"^\| (?:one by one|\d+ ).*tokens/s.*$", README, re.M)
+    assert len(lines) == len(prompts["ways"])
+    for line, way in zip(lines, prompts["ways"], strict=True):
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        assert cells == [way["way"], f"{way['padding']:.1%}", f"{way['new_tokens_per_second']} tokens/s",
+                         f"**{way['speedup']:.2f}x**"]  # fmt: skip
+    assert f"{prompts['count']} SQuAD prompts of {prompts['shortest']} to {prompts['longest']} tokens" in README
+    assert name in README

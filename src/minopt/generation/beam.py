@@ -10,6 +10,7 @@ tokens (padding included), S tokens so far, C slots of the cache behind the prom
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -150,11 +151,23 @@ def _candidates(request: Request, scores: Tensor, sums: Tensor, logprobs: Tensor
         values = flat.gather(1, index)
     else:
         # The best of all are among the best of each beam: short rows to look through, and one pass over scores.
-        values, token = scores.topk(min(M, V))
+        values, token = _topk(scores, min(M, V))
         index = token + V * torch.arange(len(sums[0]), device=token.device)[:, None]
         values, pick = (values + sums[..., None]).flatten(1).topk(min(M, values[0].numel()))
         index = index.flatten(1).gather(1, pick)
     return Candidates(values, index // V, index % V, logprobs.flatten(1).gather(1, index), torch.zeros_like(index))
+
+
+def _topk(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """``scores.topk(k)`` of ``[B, W, V]``, faster for a large V: the k best lie in the k blocks of best maxima."""
+    width = math.gcd(scores.shape[2], 64)
+    if width < 8 or scores.shape[2] < 8 * width * k:
+        values, index = scores.topk(k)
+        return values, index
+    blocks = scores.view(*scores.shape[:2], -1, width)  # [B, W, V / width, width]
+    block = blocks.amax(-1).topk(k).indices  # [B, W, k]
+    values, pick = blocks.gather(2, block[..., None].expand(-1, -1, -1, width)).flatten(2).topk(k)
+    return values, block.gather(2, pick // width) * width + pick % width
 
 
 def _ended(

@@ -6,6 +6,7 @@ vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -136,9 +137,8 @@ def decode_steps(request: Request) -> Iterator[Step]:
         found = _asked_for(config, logits, scores, tokens)
         sequences[:, length] = tokens
         ends = stopper(tokens, length + 1 - T, sequences[:, : length + 1])
-        has_token = best.abs() < torch.inf
-        going_on = has_token & (ends == RUNNING)
-        if not (all_run and all(going_on.tolist())):  # seldom: until a row ends, the tensors of before hold
+        if not (all_run and _all_go_on(best, ends)):  # seldom: until a row ends, the tensors of before hold
+            has_token = best.abs() < torch.inf
             refuse(bool((running & ~has_token & (best != -torch.inf)).any()), length - T)
             is_new = running & has_token
             tokens = tokens.where(is_new, request.pad_token_id)
@@ -163,6 +163,11 @@ def _asked_for(config: GenerationConfig, logits: Tensor, scores: Tensor, tokens:
         if config.top_logprobs:
             found["top_logprobs"], found["top_token_ids"] = logprobs.topk(config.top_logprobs)
     return found
+
+
+def _all_go_on(best: Tensor, ends: Tensor) -> bool:
+    """Whether each row has a token and goes on: looked up on the host, where it costs less than a few small kernels."""
+    return all(-math.inf < score < math.inf for score in best.tolist()) and not any(ends.tolist())
 
 
 def _draw(scores: Tensor, best: Tensor, generator: torch.Generator | None) -> Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -45,7 +46,8 @@ def build_rules(
         rules.append(lambda ids, scores: penalize_generated(ids[:, prompt_length:], scores, presence, frequency))
     if config.no_repeat_ngram_size > 0:
         size = config.no_repeat_ngram_size
-        start = padding if config.no_repeat_ngram_include_prompt else torch.full_like(padding, prompt_length)
+        begin = padding if config.no_repeat_ngram_include_prompt else torch.full_like(padding, prompt_length)
+        start = begin if bool(begin.any()) else None
         rules.append(lambda ids, scores: block_ngrams(ids, scores, start, size))
     if config.bad_words_ids:
         rules.append(bias_sequences([(ids, -torch.inf) for ids in config.bad_words_ids], padding))
@@ -124,18 +126,21 @@ def penalize_generated(ids: Tensor, scores: Tensor, presence: float, frequency: 
     return once.scatter_add(1, ids, torch.full_like(ids, -frequency, dtype=scores.dtype))
 
 
-def block_ngrams(ids: Tensor, scores: Tensor, start: Tensor, size: int) -> Tensor:
-    """Excludes what would end an n-gram that is in its row already, from position ``start [R]`` on."""
+def block_ngrams(ids: Tensor, scores: Tensor, start: Tensor | None, size: int) -> Tensor:
+    """Excludes what would end an n-gram that is in its row already, from position ``start [R]`` (``None``: 0) on."""
     S = ids.shape[1]
     if size > S:
         return scores
     windows = S - size + 1
-    repeated = torch.arange(windows, device=ids.device) >= start[:, None]  # [R, W]: begins where counting begins
+    # For each window [R, W] whether it counts, and begins as the newest tokens do.
+    conditions = [] if start is None else [torch.arange(windows, device=ids.device) >= start[:, None]]
     for offset in range(size - 1):
-        repeated &= ids[:, offset : offset + windows] == ids[:, windows + offset, None]
+        conditions.append(ids[:, offset : offset + windows] == ids[:, windows + offset, None])
+    repeated = reduce(torch.Tensor.bitwise_and_, conditions) if conditions else torch.ones_like(ids, dtype=torch.bool)
+    if repeated.device.type == "cpu" and not bool(repeated.any()):  # a GPU would wait to say so
+        return scores
     # Adding 0 where nothing matches needs no index of matches, whose number only the device knows.
-    excluded = torch.zeros_like(repeated, dtype=scores.dtype).masked_fill_(repeated, -torch.inf)
-    return scores.scatter_add(1, ids[:, size - 1 :], excluded)
+    return scores.scatter_add(1, ids[:, size - 1 :], torch.where(repeated, -torch.inf, 0.0))
 
 
 def force_token(scores: Tensor, rows: Tensor, token_id: int) -> Tensor:

@@ -158,7 +158,7 @@ class Stopper:
             count: new tokens of each row.
             sequences: all tokens of each row, ``[R, S]``; not looked at without criteria.
         """
-        reasons = torch.isin(tokens, self.eos).to(torch.int8)  # True is EOS
+        reasons = torch.isin(tokens, self.eos).view(torch.int8)  # True is EOS
         if self.criteria and count >= self.min_new_tokens:
             assert sequences is not None
             for criterion in self.criteria:
