@@ -53,7 +53,7 @@ plt.show()
 """,
     "## Several texts at once\n"
     "\n"
-    "A list is one batch; shorter prompts are padded on the left, and each gets what it would get alone. "
+    "A list runs in batches; shorter prompts are padded on the left, and each gets what it would get alone. "
     "`return_details=True` adds token ids, log-probabilities and the reason for stopping.",
     """
 prompts = ["It was a dark night", "“My dear,” said", "The ship"]

@@ -117,9 +117,9 @@ def test_fields_of_a_jsonl_come_along_and_details_if_asked_for(
     flags = ["--num-beams", "2", "--num-return-sequences", "2", "--top-logprobs", "1", "--output-logprobs"]
     assert generate("--input", str(file), "--max-new-tokens", "4", *flags) == 0
     records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [(r["id"], r["index"], r["sequence"]) for r in records] == [(2, 1, 0), (2, 1, 1), ("a", 0, 0), ("a", 0, 1)]
+    assert [(r["id"], r["index"], r["sequence"]) for r in records] == [("a", 0, 0), ("a", 0, 1), (2, 1, 0), (2, 1, 1)]
     options = {"num_beams": 2, "num_return_sequences": 2, "max_new_tokens": 4, "top_logprobs": 1}
-    expected = [r for found in lm.generate(["Käthe, Käthe", "The\nsea"], return_details=True, **options) for r in found]
+    expected = [r for found in lm.generate(["The\nsea", "Käthe, Käthe"], return_details=True, **options) for r in found]
     for record, detail in zip(records, expected, strict=True):
         assert (record["text"], tuple(record["token_ids"])) == (detail.text, detail.token_ids)
         assert record["score"] == pytest.approx(detail.score, abs=1e-5)
@@ -165,6 +165,11 @@ def test_an_existing_output_is_kept_unless_forced(tmp_path: Path, capsys: pytest
     [
         ("a.jsonl", b'{"prompt": "x"}\nnonsense', "a.jsonl: line 2 is no JSON"),
         ("a.jsonl", b'{"text": "x"}', 'a.jsonl: line 1: expected an object with a text "prompt", got'),
+        (
+            "a.jsonl",
+            b'{"prompt": "x", "text": "y", "score": 1}',
+            "a.jsonl: line 1: the output writes score, text itself",
+        ),
         ("a.jsonl", b'["x"]', 'a.jsonl: line 1: expected an object with a text "prompt"'),
         ("a.jsonl", b'{"prompt": 5}', 'a.jsonl: line 1: expected an object with a text "prompt"'),
         ("a.txt", b"\xff\xfe", "a.txt: expected UTF-8"),

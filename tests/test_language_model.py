@@ -7,6 +7,7 @@ import functools
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import Tensor
 
 import minopt
 from minopt import GenerationConfig, Tokenizer
+from minopt.language_model import SCORES_IN_TOKENS
 from minopt.tokenizer import TokenBytes
 from tests.test_tokenizer import STOP_ALPHABET, STOP_TEXTS, first_stop, stop_ids
 
@@ -403,21 +405,24 @@ def prefills(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     return shapes
 
 
-def test_batches_keep_their_limits_with_new_tokens_and_copies_counted(
+def test_batches_keep_their_limits_with_new_tokens_copies_and_scores_counted(
     lm: minopt.LanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shapes = prefills(monkeypatch)
     prompts = ["The sea"] * 5
     width = len(ids_of(lm, "The sea"))
+    one = width + 4 + SCORES_IN_TOKENS
     sampled: dict[str, Any] = {"do_sample": True, "num_return_sequences": 2}
     for options, rows in (
         ({}, [5]),
         ({"batch_size": 2}, [2, 2, 1]),
-        ({"max_batch_tokens": 3 * (width + 4)}, [3, 2]),
-        ({"max_batch_tokens": 3 * (width + 4) - 1}, [2, 2, 1]),
+        ({"max_batch_tokens": 3 * one}, [3, 2]),
+        ({"max_batch_tokens": 3 * one - 1}, [2, 2, 1]),
         ({"max_batch_tokens": 1}, [1] * 5),
-        ({"max_batch_tokens": 4 * (width + 4), **sampled}, [2, 2, 1]),
-        ({"max_batch_tokens": 6 * (width + 4), "num_beams": 3}, [2, 2, 1]),
+        ({"max_batch_tokens": 4 * one, **sampled}, [2, 2, 1]),
+        ({"max_batch_tokens": 4 * one - 1, **sampled}, [1] * 5),
+        ({"max_batch_tokens": 2 * (width + 3 * (one - width)), "num_beams": 3}, [2, 2, 1]),  # beams share the prompt
+        ({"max_batch_tokens": 2 * (width + 3 * (one - width)) - 1, "num_beams": 3}, [1] * 5),
     ):
         shapes.clear()
         lm.generate(prompts, max_new_tokens=4, show_progress=False, **options)
@@ -425,7 +430,10 @@ def test_batches_keep_their_limits_with_new_tokens_and_copies_counted(
     shapes.clear()
     lm.generate(["The sea"] * 20, max_new_tokens=1024 - width, show_progress=False, eos_token_id=ids_of(lm, "a")[-1],
                 suppress_tokens=[i for i in range(2048) if i != ids_of(lm, "a")[-1]])  # fmt: skip
-    assert [rows for rows, _ in shapes] == [8, 8, 4]  # 8,192 tokens each
+    assert [rows for rows, _ in shapes] == [7, 7, 6]  # of 1,032 tokens, scores included: 8,192 at most
+    shapes.clear()
+    lm.generate(["The sea " * 700] * 3, max_new_tokens=4, truncate_prompt=True, max_batch_tokens=3 * 1032)
+    assert shapes == [(3, 1020)]
 
 
 def test_a_seed_draws_anew_in_each_batch_and_repeats(lm: minopt.LanguageModel) -> None:
@@ -488,7 +496,9 @@ def test_results_come_one_by_one_the_longest_prompt_first(
     assert len(shapes) == 1
     found += results
     lengths = [len(ids_of(lm, MANY[index])) for index, _ in found]
-    assert lengths == sorted(lengths, reverse=True)
+    pairs = list(zip(lengths[::2], lengths[1::2], strict=len(lengths) % 2 == 0))
+    assert all(min(first) >= max(second) for first, second in pairwise(pairs))
+    assert all(first < second for (first, _), (second, _) in zip(found[::2], found[1::2], strict=False))
     assert sorted(index for index, _ in found) == list(range(len(MANY)))
     expected = lm.generate(MANY, return_details=True, show_progress=False, **options)
     for index, records in found:
@@ -871,3 +881,10 @@ def test_an_option_that_only_a_call_can_make_sense_of_is_no_reason_to_refuse_a_m
     assert transformers.GenerationConfig.from_dict(options).min_new_tokens == 25
     record = load_with(folder, options).generate("The", max_new_tokens=26, return_details=True)
     assert len(record.token_ids) >= 25
+
+
+def test_a_config_goes_before_the_files_defaults_and_after_single_options(lm: minopt.LanguageModel) -> None:
+    own = minopt.LanguageModel(lm.model, lm.tokenizer, {"max_new_tokens": 9, "no_repeat_ngram_size": 1})
+    config = minopt.GenerationConfig(max_new_tokens=7)
+    assert own.generate("The sea", config=config) == lm.generate("The sea", max_new_tokens=7)
+    assert own.generate("The sea", config=config, max_new_tokens=3) == lm.generate("The sea", max_new_tokens=3)

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import io
 import json
+import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -46,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RuntimeError as error:
         if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
             raise
-        _tell("error: not enough memory for this model. Try --dtype bfloat16.")
+        _tell("error: not enough memory. Try --dtype bfloat16, or with --input a smaller --max-batch-tokens.")
         return 2
 
 
@@ -305,6 +306,10 @@ def _generate(args: argparse.Namespace) -> None:
         print(*([found] if isinstance(found, str) else found), sep="\n---\n")
 
 
+# The keys of an output line, beside those of the prompt's own.
+_WRITTEN = {"index", "sequence", "text", "stop_reason", "score", "token_ids", "logprobs", "top_logprobs"}
+
+
 def _read_prompts(path: Path) -> list[dict[str, Any]]:
     """Objects with a prompt: a line each of a text, or those of a .jsonl with all that they hold."""
     try:
@@ -324,6 +329,10 @@ def _read_prompts(path: Path) -> list[dict[str, Any]]:
             raise ValueError(f"{path}: line {number} is no JSON, {error}.") from None
         if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
             raise ValueError(f'{path}: line {number}: expected an object with a text "prompt", got {line[:80]!r}.')
+        if taken := sorted(_WRITTEN & record.keys()):
+            raise ValueError(
+                f"{path}: line {number}: the output writes {', '.join(taken)} itself. Rename what is there."
+            )
         prompts.append(record)
     return prompts
 
@@ -339,7 +348,7 @@ def _write_results(results: Iterator[Any], prompts: Sequence[dict[str, Any]], ou
             for sequence, record in enumerate(records):
                 fields: dict[str, Any] = {"text": record.text, "stop_reason": record.stop_reason}
                 if record.score is not None:
-                    fields["score"] = record.score
+                    fields["score"] = record.score if math.isfinite(record.score) else None  # JSON has no infinity
                 if record.logprobs:
                     fields |= {"token_ids": record.token_ids, "logprobs": record.logprobs}
                 if record.top_logprobs:

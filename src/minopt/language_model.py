@@ -19,7 +19,7 @@ from minopt.checkpoint.save import save_model
 from minopt.checkpoint.source import open_checkpoint
 from minopt.config import OPTConfig
 from minopt.generation.batches import cut_batches
-from minopt.generation.config import read_defaults, with_defaults
+from minopt.generation.config import GenerationConfig, read_defaults, with_defaults
 from minopt.generation.decode import decode_steps, run
 from minopt.generation.request import STOP_REASONS, GenerationOutput, Request, prepare
 from minopt.generation.scoring import sliding_logprobs, token_logprobs
@@ -27,6 +27,9 @@ from minopt.model import OPT
 from minopt.tokenizer import StopStrings, Tokenizer, pad_left
 
 logger = logging.getLogger(__name__)
+
+# What a few float32 rows of OPT's vocabulary weigh, in tokens of opt-125m's cache.
+SCORES_IN_TOKENS = 8
 
 
 @dataclass(frozen=True)
@@ -135,7 +138,9 @@ class LanguageModel:
             ValueError: as ``minopt.generate`` does, or if there is no tokenizer.
         """
         if not isinstance(prompt, Sequence):
-            raise ValueError(f"prompt: expected a text or several, got {type(prompt).__name__}.")
+            raise ValueError(
+                f"prompt: expected a text or a list of them, got {type(prompt).__name__}. Put several into a list."
+            )
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if return_details:
             options["output_logprobs"] = True
@@ -159,13 +164,15 @@ class LanguageModel:
 
         Args:
             prompts: any number of texts.
-            **options: those of ``GenerationConfig`` (``max_new_tokens``, ``num_beams``, ``top_p``, ...); the arguments
-                ``logits_processor``, ``stopping_criteria`` and ``generator`` of ``minopt.generate``; ``add_bos`` of
-                ``Tokenizer.encode``; and ``batch_size`` and ``max_batch_tokens`` of ``generation.batches.cut_batches``:
-                prompts run in batches of like length, by default of 8,192 tokens, new ones and padding included.
+            **options: those of ``GenerationConfig`` (``max_new_tokens``, ``num_beams``, ``top_p``, ...), over
+                ``generation_defaults`` or, if given, ``config``; the arguments ``logits_processor``,
+                ``stopping_criteria`` and ``generator`` of ``minopt.generate``, which see the rows of one batch after
+                the other; ``add_bos`` of ``Tokenizer.encode``; and ``batch_size`` and ``max_batch_tokens`` of
+                ``generation.batches.cut_batches``: prompts run in batches of like length, by default of 8,192 tokens,
+                new ones and padding included.
 
         Returns:
-            An iterator of a prompt's index and its continuations, longest prompts first.
+            An iterator of a prompt's index and its continuations, the batch of the longest prompts first.
 
         Raises:
             ValueError: as ``generate`` does, before anything runs.
@@ -301,6 +308,7 @@ class LanguageModel:
         self,
         prompts: Sequence[str],
         *,
+        config: GenerationConfig | None = None,
         add_bos: bool | None = None,
         batch_size: int | None = None,
         max_batch_tokens: int | None = None,
@@ -310,7 +318,8 @@ class LanguageModel:
         **options: Any,
     ) -> list[_Batch]:
         """All that is to run, checked."""
-        tokenizer, config = self._tokenizer(), with_defaults(self.generation_defaults, options)
+        tokenizer = self._tokenizer()
+        config = with_defaults(self.generation_defaults, options) if config is None else config.replace(**options)
         if config.output_scores:
             raise ValueError("output_scores: there is no place for them beside texts. Call minopt.generate with ids.")
         if isinstance(prompts, str):
@@ -318,13 +327,11 @@ class LanguageModel:
         if config.seed is not None and generator is None:  # one for all batches, or each would draw the same
             generator = torch.Generator(self.model.device).manual_seed(config.seed)
             config = config.replace(seed=None)
-        strings, copies = config.stop_strings, max(config.num_beams, config.num_return_sequences)
+        strings = config.stop_strings
         config = config.replace(stop_strings=(), suppress_tokens=config.suppress_tokens + self._rows_without_token)
         rows = [self._encode(text, add_bos) for text in prompts]
         batches = []
-        for indices in cut_batches(
-            [(len(row) + config.max_new_tokens) * copies for row in rows], batch_size, max_batch_tokens
-        ):
+        for indices in cut_batches([self._cost(len(row), config) for row in rows], batch_size, max_batch_tokens):
             input_ids, mask = pad_left([rows[i] for i in indices], self.model.config.pad_token_id)
             request = prepare(self.model, input_ids, mask, config, logits_processor, stopping_criteria, generator)
             stops = tokenizer.stop_strings(strings, request.input_ids.shape[1]) if strings else None
@@ -332,6 +339,15 @@ class LanguageModel:
                 request = replace(request, stopping_criteria=(*request.stopping_criteria, stops))
             batches.append(_Batch(indices, request, stops, tokenizer))
         return batches
+
+    def _cost(self, tokens: int, config: GenerationConfig) -> int:
+        """Tokens that a prompt's keys and values take, new ones included, and its scores as so many more."""
+        if config.truncate_prompt:
+            tokens = min(tokens, self.model.config.max_position_embeddings - config.max_new_tokens)
+        new = config.max_new_tokens + SCORES_IN_TOKENS
+        if config.num_beams > 1:
+            return tokens + config.num_beams * new  # beams share the prompt
+        return (tokens + new) * config.num_return_sequences
 
     def _encode(self, text: str, add_bos: bool | None) -> list[int]:
         if not isinstance(text, str):
@@ -390,7 +406,7 @@ def _generated_text(batch: _Batch, output: GenerationOutput, row: int) -> Genera
 
 def _stream(batch: _Batch, tokenizer: Tokenizer) -> Iterator[str]:
     decoder, ids, held, given, reason = tokenizer.stream_decoder(), list[int](), "", 0, ""
-    for step in decode_steps(batch.request):
+    for step in decode_steps(batch.request.on_device()):
         reason = STOP_REASONS[int(step.reasons)]
         if bool(step.is_new):
             ids.append(int(step.tokens))

@@ -176,7 +176,7 @@ class Tokenizer:
         pairs = []
         for continuation in continuations:
             text = prompt + continuation
-            (ids,) = self._encode([text], add_bos)
+            (ids,) = self._encode([text], add_bos)  # which checks both
             offsets = self.backend.encode(text, add_special_tokens=add_bos is None).offsets
             start = next((i for i, (_, end) in enumerate(offsets) if end > len(prompt)), len(offsets))
             pairs.append((ids, start + len(ids) - len(offsets)))  # one more with a bos that was added here

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import pytest
@@ -21,8 +21,10 @@ def test_every_row_comes_once_in_batches_that_are_full_and_keep_the_limits(
     lengths: list[int], batch_size: int | None, max_batch_tokens: int | None
 ) -> None:
     batches = cut_batches(lengths, batch_size, max_batch_tokens)
-    in_order = [index for batch in batches for index in batch]
-    assert in_order == sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
+    ranked = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
+    ends = list(accumulate(map(len, batches), initial=0))
+    assert batches == [sorted(ranked[begin:end]) for begin, end in pairwise(ends)]
+    assert ends[-1] == len(ranked)
     if batch_size is None and max_batch_tokens is None:
         max_batch_tokens = MAX_BATCH_TOKENS
 
@@ -35,17 +37,17 @@ def test_every_row_comes_once_in_batches_that_are_full_and_keep_the_limits(
     assert all(batch for batch in batches)
     assert all(fits(batch) or len(batch) == 1 for batch in batches)
     for batch, following in pairwise(batches):
-        assert not fits([*batch, following[0]])
+        assert not fits([*batch, max(following, key=lambda index: lengths[index])])
 
 
 @pytest.mark.parametrize(
     ("limits", "expected"),
     [
-        ({}, [[1, 2, 0, 4, 3]]),
+        ({}, [[0, 1, 2, 3, 4]]),
         ({"batch_size": 2}, [[1, 2], [0, 4], [3]]),
-        ({"max_batch_tokens": 18}, [[1, 2], [0, 4, 3]]),
-        ({"max_batch_tokens": 17}, [[1], [2], [0, 4, 3]]),
-        ({"max_batch_tokens": 8}, [[1], [2], [0], [4, 3]]),
+        ({"max_batch_tokens": 18}, [[1, 2], [0, 3, 4]]),
+        ({"max_batch_tokens": 17}, [[1], [2], [0, 3, 4]]),
+        ({"max_batch_tokens": 8}, [[1], [2], [0], [3, 4]]),
         ({"batch_size": 2, "max_batch_tokens": 17}, [[1], [2], [0, 4], [3]]),
     ],
 )

@@ -934,3 +934,57 @@ def test_as_many_tokens_at_least_as_at_most_leave_no_eos(early_stopping: Any) ->
     assert not torch.isin(found.sequences[:, 2:], torch.tensor([11, 5])).any()
     same = generate(ODD, ids, **{**options, "eos_token_id": ()}, suppress_tokens=[11, 5])
     assert torch.equal(found.sequences, same.sequences)
+
+
+# --- rules of the user's see every beam, and broken scores are told
+
+
+def test_a_rule_of_the_users_sees_all_beams_of_all_prompts_at_every_step() -> None:
+    """As transformers' processors that number rows, such as prefix constraints, rely on."""
+    ours, ids = build_ours(build_reference("125m")), torch.tensor([[5, 6], [7, 8]])
+    seen: list[tuple[torch.Size, list[int]]] = []
+
+    def rule(input_ids: Tensor, scores: Tensor) -> Tensor:
+        seen.append((scores.shape, input_ids[:, 0].tolist()))
+        return scores
+
+    generate(ours, ids, num_beams=3, max_new_tokens=4, logits_processor=rule, eos_token_id=())
+    assert seen == [((6, 96), [5, 5, 5, 7, 7, 7])] * 4
+    allowed = {0: [10, 11, 12], 1: [20, 21, 22]}
+    constraint = transformers.PrefixConstrainedLogitsProcessor(lambda row, _: allowed[row], 3)
+    found = generate(ours, ids, num_beams=3, max_new_tokens=4, logits_processor=constraint, eos_token_id=())
+    for row, new in enumerate(found.sequences[:, 2:].tolist()):
+        assert set(new) <= set(allowed[row])
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_drawn_beams_refuse_broken_scores_that_they_do_not_draw(value: float) -> None:
+    ours = build_ours(build_reference("125m"))
+
+    def rule(input_ids: Tensor, scores: Tensor) -> Tensor:
+        scores[:, 7] = value
+        return scores.masked_fill(torch.arange(96) == 8, -torch.inf)
+
+    options: dict[str, Any] = {"num_beams": 2, "do_sample": True, "top_k": 0, "max_new_tokens": 1}
+    for seed in range(20):
+        with pytest.raises(ValueError, match="scores: expected numbers, got NaN or infinity at new token 0"):
+            generate(ours, torch.tensor([[5]]), logits_processor=rule, seed=seed, **options)
+
+
+def test_nothing_depends_on_the_default_dtype() -> None:
+    ours, ids = build_ours(build_reference("125m")), torch.tensor([[5, 6, 5, 6], [7, 8, 7, 8]])
+    options: dict[str, Any] = {
+        "num_beams": 3, "max_new_tokens": 8, "no_repeat_ngram_size": 2, "bad_words_ids": [[9], [5, 6]],
+        "sequence_bias": [[[11], 1.5]], "output_logprobs": True,
+    }  # fmt: skip
+    expected = generate(ours, ids, **options)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = generate(ours, ids, **options)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found.sequences, expected.sequences)
+    assert found.logprobs is not None
+    assert expected.logprobs is not None
+    assert torch.equal(found.logprobs, expected.logprobs)
+    assert torch.equal(found.sequences_scores, expected.sequences_scores)  # type: ignore[arg-type]

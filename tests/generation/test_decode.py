@@ -6,6 +6,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -506,7 +507,9 @@ def test_own_rules_see_all_tokens_and_what_the_other_rules_left() -> None:
 @pytest.mark.parametrize("given", [5, [5], "ab", [len, None], torch.ones(1)], ids=repr)
 def test_what_cannot_be_called_is_refused(name: str, given: Any) -> None:
     decoder = say([[10], [11]])
-    with pytest.raises(ValueError, match=rf"{name}: expected functions of \(input_ids, scores\), got "):
+    with pytest.raises(
+        ValueError, match=rf"{name}: expected a function of \(input_ids, scores\) or a list of them, got "
+    ):
         generate(decoder, torch.ones(2, 1).long(), max_new_tokens=1, **{name: given})
     assert decoder.calls == []
 
@@ -845,3 +848,22 @@ def test_a_model_is_a_decoder_of_its_own_device() -> None:
     model = OPT(OPTConfig(**SIZE)).eval()
     found = generate(model, torch.ones(2, 3, dtype=torch.int32), max_new_tokens=2)
     assert (found.sequences.dtype, found.sequences.device) == (torch.long, model.device)
+
+
+def test_a_mask_without_padding_is_no_mask() -> None:
+    decoder = say([[10, 11], [20, 21]])
+    generate(decoder, torch.ones(2, 3).long(), torch.ones(2, 3), max_new_tokens=2)
+    assert [call[2] for call in decoder.calls[1:]] == [None, None]
+
+
+def test_a_generator_of_another_device_is_refused_before_anything_runs() -> None:
+    decoder = say([[10], [20]])
+    generator = mock.Mock(spec=torch.Generator, device=torch.device("cuda"))
+    with pytest.raises(ValueError, match=r"generator: expected one on cpu, got one on cuda\. Make it with"):
+        generate(decoder, torch.ones(2, 1).long(), max_new_tokens=1, do_sample=True, generator=generator)
+    assert decoder.calls == []
+
+
+def test_rules_that_can_be_read_once_only_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"logits_processor: expected a function .* or a list of them, got map"):
+        generate(say([[10], [20]]), torch.ones(2, 1).long(), max_new_tokens=1, logits_processor=map(len, []))  # type: ignore[arg-type]

@@ -508,3 +508,8 @@ def test_a_file_that_is_no_json_object_is_refused_by_name(tmp_path: Path, conten
     with pytest.raises(ValueError, match=r"generation_config\.json") as error:
         read_defaults(path)
     assert str(error.value).startswith(f"{path}: {message}")
+
+
+def test_names_of_transformers_that_are_not_here_say_what_is() -> None:
+    with pytest.raises(ValueError, match=r"unknown option max_length; .* max_length: set max_new_tokens\.$"):
+        GenerationConfig().replace(max_length=10)

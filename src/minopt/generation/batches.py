@@ -13,7 +13,7 @@ MAX_BATCH_TOKENS = 8192
 def cut_batches(
     lengths: Sequence[int], batch_size: int | None = None, max_batch_tokens: int | None = None
 ) -> list[list[int]]:
-    """Indices of rows, in batches of rows of like length, the longest first: what does not fit fails at once.
+    """Indices of rows, in batches of rows of like length, that of the longest first: what does not fit fails at once.
 
     Args:
         lengths: of each row, in tokens.
@@ -37,4 +37,4 @@ def cut_batches(
         if not batches or too_many or too_wide:
             batches.append([])
         batches[-1].append(index)
-    return batches
+    return [sorted(batch) for batch in batches]

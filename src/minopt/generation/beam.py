@@ -4,8 +4,9 @@ The cache has one row a prompt, not one a beam: the prompt's keys and values onc
 they came. Which of them are a beam's own past is a mask. So a step that drops some beams and continues others twice
 moves rows of that mask and no keys or values, and each step reads the prompt's once for all beams.
 
-Shapes: B prompts, K beams, W running beams (1 at first, then K, or as many as there are), M candidates, T prompt
-tokens (padding included), S tokens so far, C slots of the cache behind the prompt, V vocabulary.
+Shapes: B prompts, K beams, M candidates, T prompt tokens (padding included), S tokens so far, C slots of the cache
+behind the prompt, V vocabulary. A beam with score ``-inf`` is none: all but one at first, and where there are too few
+texts.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class Candidates:
     reason: Tensor  # number in STOP_REASONS, 0 = goes on
 
     def take(self, pick: Tensor) -> Candidates:
-        """Those of indices ``[B, W]``."""
+        """Those of indices ``[B, N]``."""
         return Candidates(*(tensor.gather(1, pick) for tensor in vars(self).values()))
 
 
@@ -67,9 +68,9 @@ class Finished:
 class History:
     """What each step has decided, to go back along a hypothesis; an entry a step."""
 
-    chosen: list[Candidates] = field(default_factory=list)  # [B, W after the step]
-    scores: list[Tensor] = field(default_factory=list)  # [B, W before, V], if asked for
-    top: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # log-probabilities, ids [B, W before, N], if asked
+    chosen: list[Candidates] = field(default_factory=list)  # [B, K], after the step
+    scores: list[Tensor] = field(default_factory=list)  # [B, K, V] before it, if asked for
+    top: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # log-probabilities, ids [B, K, N], if asked for
 
 
 @torch.inference_mode()
@@ -78,22 +79,21 @@ def _search(request: Request) -> tuple[History, Finished]:
     (B, T), K, device = request.input_ids.shape, config.num_beams, decoder.device
     stopper, history = request.stopper(), History()
     cache = decoder.new_cache(B, T + K * (config.max_new_tokens - 1))
-    logits = decoder.prefill(request.input_ids, request.attention_mask, cache)[:, None]  # [B, W, V]
-    sequences = request.input_ids[:, None]  # [B, W, S]
-    sums = torch.zeros(B, 1, device=device)  # [B, W] scores of the running beams, in falling order
-    visible = torch.zeros(B, 1, 0, dtype=torch.bool, device=device)  # [B, W, C] which slots are a beam's own past
+    logits = decoder.prefill(request.input_ids, request.attention_mask, cache)[:, None].expand(-1, K, -1)  # [B, K, V]
+    sequences = request.input_ids[:, None].expand(-1, K, -1)  # [B, K, S]
+    sums = torch.full((B, K), -torch.inf, dtype=torch.float32, device=device)  # scores, in falling order
+    sums[:, 0] = 0.0  # K equal beams would find each continuation K times
+    visible = torch.zeros(B, K, 0, dtype=torch.bool, device=device)  # [B, K, C] which slots are a beam's own past
+    own = torch.eye(K, dtype=torch.bool, device=device).expand(B, -1, -1)
     finished = _nothing(B, K, device)
     is_open = torch.ones(B, dtype=torch.bool, device=device)  # whether a row's finished hypotheses may still change
-    rules, width = request.rules(1), 1
+    rules = request.rules(K)
     for step in range(config.max_new_tokens):
-        if logits.shape[1] != width:
-            width = logits.shape[1]
-            rules = request.rules(width)
         logprobs = logits.flatten(0, 1).float().log_softmax(-1)
         scores = logprobs
         for rule in rules:
             scores = rule(sequences.flatten(0, 1), scores)
-        logprobs, scores = logprobs.view(B, width, -1), scores.view(B, width, -1)
+        logprobs, scores = logprobs.view(B, K, -1), scores.view(B, K, -1)
         _record(history, config, logprobs, scores)
         candidates = _candidates(request, scores, sums, logprobs)
         ids = _extend(sequences, candidates).flatten(0, 1) if stopper.criteria else None
@@ -115,7 +115,7 @@ def _search(request: Request) -> tuple[History, Finished]:
         visible = visible.gather(1, chosen.parent[..., None].expand(-1, -1, visible.shape[2]))
         if step % COMPACT_EVERY == COMPACT_EVERY - 1:
             visible = _compact(cache, T, visible)
-        visible = torch.cat([visible, torch.eye(len(sums[0]), dtype=torch.bool, device=device).expand(B, -1, -1)], 2)
+        visible = torch.cat([visible, own], 2)
         logits = decoder.decode_beams(chosen.token, *_mask_and_positions(request, visible, step), cache)
     return history, finished
 
@@ -123,7 +123,7 @@ def _search(request: Request) -> tuple[History, Finished]:
 def _nothing(B: int, K: int, device: torch.device) -> Finished:
     """Of a search that has not begun."""
     zeros = torch.zeros(B, K, dtype=torch.long, device=device)
-    lowest = torch.full((B, K), -torch.inf, device=device)
+    lowest = torch.full((B, K), -torch.inf, dtype=torch.float32, device=device)
     return Finished(lowest, Candidates(lowest, zeros, zeros, lowest, zeros + EXHAUSTED), zeros - 1)
 
 
@@ -138,17 +138,18 @@ def _record(history: History, config: GenerationConfig, logprobs: Tensor, scores
 def _candidates(request: Request, scores: Tensor, sums: Tensor, logprobs: Tensor) -> Candidates:
     """The best continuations of all beams together, or as many drawn ones; ``reason`` is not known yet.
 
-    There are more than K, so that K can go on whichever of them end. ``scores`` and ``logprobs`` are ``[B, W, V]``.
+    There are more than K, so that K can go on whichever of them end. ``scores`` and ``logprobs`` are ``[B, K, V]``.
     """
     V = scores.shape[2]
     M = max(2, 1 + len(request.eos_token_ids)) * request.config.num_beams
     if request.config.do_sample:
         flat = (scores + sums[..., None]).flatten(1)
-        # Without replacement. multinomial refuses rows without any probability, or with NaN; what those draw has no
-        # score and is not used.
-        probabilities = flat.softmax(-1).masked_fill(~flat.amax(1, keepdim=True).isfinite(), 1.0)
+        # Without replacement. multinomial refuses rows without any probability, or with NaN; those draw at random, and
+        # their best score, which is no number, stands for what they drew.
+        top = flat.amax(1, keepdim=True)
+        probabilities = flat.softmax(-1).masked_fill(~top.isfinite(), 1.0)
         index = torch.multinomial(probabilities, min(M, flat.shape[1]), generator=request.generator)
-        values = flat.gather(1, index)
+        values = torch.where(top.isfinite(), flat.gather(1, index), top)
     else:
         # The best of all are among the best of each beam: short rows to look through, and one pass over scores.
         values, token = _topk(scores, min(M, V))
@@ -159,13 +160,13 @@ def _candidates(request: Request, scores: Tensor, sums: Tensor, logprobs: Tensor
 
 
 def _topk(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """``scores.topk(k)`` of ``[B, W, V]``, faster for a large V: the k best lie in the k blocks of best maxima."""
+    """``scores.topk(k)`` of ``[B, K, V]``, faster for a large V: the k best lie in the k blocks of best maxima."""
     width = math.gcd(scores.shape[2], 64)
     if width < 8 or scores.shape[2] < 8 * width * k:
         values, index = scores.topk(k)
         return values, index
-    blocks = scores.view(*scores.shape[:2], -1, width)  # [B, W, V / width, width]
-    block = blocks.amax(-1).topk(k).indices  # [B, W, k]
+    blocks = scores.view(*scores.shape[:2], -1, width)  # [B, K, V / width, width]
+    block = blocks.amax(-1).topk(k).indices  # [B, K, k]
     values, pick = blocks.gather(2, block[..., None].expand(-1, -1, -1, width)).flatten(2).topk(k)
     return values, block.gather(2, pick // width) * width + pick % width
 
@@ -209,11 +210,11 @@ def _extend(sequences: Tensor, candidates: Candidates) -> Tensor:
 
 
 def _mask_and_positions(request: Request, visible: Tensor, step: int) -> tuple[Tensor, Tensor]:
-    """Mask ``[B, W, T + C]`` and positions ``[B, W]`` of tokens that were chosen in ``step``."""
-    (B, T), W, mask = request.input_ids.shape, visible.shape[1], request.attention_mask
+    """Mask ``[B, K, T + C]`` and positions ``[B, K]`` of tokens that were chosen in ``step``."""
+    (B, T), K, mask = request.input_ids.shape, visible.shape[1], request.attention_mask
     prompt = visible.new_ones(B, T) if mask is None else mask
-    positions = (prompt.sum(1) + step)[:, None].expand(B, W)
-    return torch.cat([prompt[:, None].expand(B, W, T), visible], 2), positions
+    positions = (prompt.sum(1) + step)[:, None].expand(B, K)
+    return torch.cat([prompt[:, None].expand(B, K, T), visible], 2), positions
 
 
 def _compact(cache: Any, prompt_length: int, visible: Tensor) -> Tensor:
@@ -234,7 +235,7 @@ def _trace(request: Request, history: History, finished: Finished) -> Generation
     last, end = finished.last.take(best), finished.step.gather(1, best)
     N = int(end.max()) + 1
     tokens = torch.full((B, R, N), request.pad_token_id, device=best.device)
-    logprobs = torch.zeros(B, R, N, device=best.device)
+    logprobs = torch.zeros(B, R, N, dtype=torch.float32, device=best.device)
     sources = torch.zeros(B, R, N, dtype=torch.long, device=best.device)  # the beam whose distribution a token is from
     beam = last.parent
     for step in reversed(range(N)):
@@ -244,7 +245,7 @@ def _trace(request: Request, history: History, finished: Finished) -> Generation
         sources[..., step] = beam = torch.where(is_last, last.parent, before.parent).where(is_part, beam)
 
     def along(steps: list[Tensor]) -> Tensor | None:
-        """``[B, W, X]`` a step, as ``[B * R, N, X]`` along the hypotheses."""
+        """``[B, K, X]`` a step, as ``[B * R, N, X]`` along the hypotheses."""
         if not steps:
             return None
         rows = [t.gather(1, sources[:, :, n, None].expand(-1, -1, t.shape[2])) for n, t in enumerate(steps[:N])]

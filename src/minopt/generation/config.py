@@ -49,7 +49,7 @@ class GenerationConfig:
         eos_token_id: ids that end a row; ``None`` means the model's; ``()`` ends none.
         pad_token_id: what follows in a row that has ended; ``None`` means the model's.
         stop_strings: texts that end a row and are cut from it; for methods of ``LanguageModel``, which know text.
-        max_time: seconds after which no further step begins.
+        max_time: seconds after which no further step begins; for each batch of a list of texts.
         output_scores: return the scores of every step, after all rules.
         output_logprobs: return the log-probability of every new token.
         top_logprobs: return that many most probable tokens of every step, with their log-probabilities.
@@ -125,11 +125,18 @@ class GenerationConfig:
         known = {f.name: getattr(self, f.name) for f in fields(self)}
         unknown = sorted(set(options) - set(known))
         if unknown:
-            raise ValueError(f"generation: unknown option {', '.join(unknown)}; there are {', '.join(known)}.")
+            hints = "".join(f" {name}: {_HINTS[name]}." for name in unknown if name in _HINTS)
+            raise ValueError(f"generation: unknown option {', '.join(unknown)}; there are {', '.join(known)}.{hints}")
         return GenerationConfig(**(known | options))
 
 
 _DEFAULTS = {field.name: field.default for field in fields(GenerationConfig)}
+
+# What to use instead of names that transformers' generate has.
+_HINTS = {
+    "max_length": "set max_new_tokens", "min_length": "set min_new_tokens", "generation_config": "it is config here",
+    "streamer": "use LanguageModel.stream", "prefix_allowed_tokens_fn": "give a logits_processor",
+}  # fmt: skip
 
 # Options without an effect unless another is set: which that is, and how it reads in an error.
 _ACTS_ONLY: dict[str, tuple[tuple[str, ...], str]] = {

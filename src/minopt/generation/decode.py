@@ -90,7 +90,7 @@ def generate(
 
 def run(request: Request) -> GenerationOutput:
     """What ``generate`` does once its arguments are checked."""
-    config = request.config
+    request, config = request.on_device(), request.config
     if config.num_beams > 1:
         return beam_search(request)
     steps = list(decode_steps(request))
@@ -126,7 +126,7 @@ def decode_steps(request: Request) -> Iterator[Step]:
         mask = None if mask is None else mask.repeat_interleave(copies, dim=0)
     reasons = torch.zeros(B * copies, dtype=torch.int8, device=decoder.device)
     running = is_new = reasons == RUNNING
-    all_run = True
+    all_run = goes_on = True
     for length in range(T, T + N):
         scores = logits.float()
         for rule in rules:
@@ -139,14 +139,16 @@ def decode_steps(request: Request) -> Iterator[Step]:
         ends = stopper(tokens, length + 1 - T, sequences[:, : length + 1])
         if not (all_run and _all_go_on(best, ends)):  # seldom: until a row ends, the tensors of before hold
             has_token = best.abs() < torch.inf
-            refuse(bool((running & ~has_token & (best != -torch.inf)).any()), length - T)
+            broken = running & ~has_token & (best != -torch.inf)
             is_new = running & has_token
             tokens = tokens.where(is_new, request.pad_token_id)
             sequences[:, length] = tokens
             reasons = torch.where(running, ends.masked_fill(~has_token, EXHAUSTED), reasons)
             running, all_run = reasons == RUNNING, False
+            goes_on, is_broken = torch.stack([running, broken]).any(1).tolist()
+            refuse(is_broken, length - T)
         yield Step(tokens, is_new, reasons, **found)
-        if not (all_run or bool(running.any())):
+        if not goes_on:
             return
         logits = decoder.decode_step(tokens[:, None], None if mask is None else mask[:, : length + 1], cache)
 

@@ -93,7 +93,7 @@ def bias_sequences(biases: Sequence[tuple[Sequence[int], float]], padding: Tenso
             length,
             torch.tensor([list(ids[:-1]) for ids, _ in group], dtype=torch.long, device=device),  # [G, length]
             torch.tensor([ids[-1] for ids, _ in group], device=device),
-            torch.tensor([float(bias) for _, bias in group], device=device),
+            torch.tensor([float(bias) for _, bias in group], dtype=torch.float32, device=device),
         )
         for length, group in by_length.items()
     ]
@@ -140,7 +140,8 @@ def block_ngrams(ids: Tensor, scores: Tensor, start: Tensor | None, size: int) -
     if repeated.device.type == "cpu" and not bool(repeated.any()):  # a GPU would wait to say so
         return scores
     # Adding 0 where nothing matches needs no index of matches, whose number only the device knows.
-    return scores.scatter_add(1, ids[:, size - 1 :], torch.where(repeated, -torch.inf, 0.0))
+    excluded = torch.zeros_like(repeated, dtype=scores.dtype).masked_fill_(repeated, -torch.inf)
+    return scores.scatter_add(1, ids[:, size - 1 :], excluded)
 
 
 def force_token(scores: Tensor, rows: Tensor, token_id: int) -> Tensor:

@@ -7,8 +7,8 @@ so far, N new tokens, K beams, V vocabulary.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -96,7 +96,7 @@ class GenerationOutput:
 
 @dataclass(frozen=True)
 class Request:
-    """A checked call; tensors are on the decoder's device.
+    """A checked call.
 
     Attributes:
         input_ids: ``[B, T]`` int64.
@@ -115,6 +115,13 @@ class Request:
     logits_processor: tuple[Rule, ...]
     stopping_criteria: tuple[Criterion, ...]
     generator: torch.Generator | None
+
+    def on_device(self) -> Request:
+        """The same with ids and mask on the decoder's device."""
+        mask, device = self.attention_mask, self.decoder.device
+        return replace(
+            self, input_ids=self.input_ids.to(device), attention_mask=None if mask is None else mask.to(device)
+        )
 
     def padding(self, copies: int) -> Tensor:
         """How many tokens at the left of each row are padding, ``[B * copies]``."""
@@ -181,7 +188,7 @@ def prepare(
     stopping_criteria: Criterion | Sequence[Criterion] | None = None,
     generator: torch.Generator | None = None,
 ) -> Request:
-    """Checks the arguments of ``generate``. Nothing runs, and nothing is allocated but the ids.
+    """Checks the arguments of ``generate``. Nothing runs, and nothing is put on the decoder's device.
 
     Raises:
         ValueError: as ``generate`` says.
@@ -190,6 +197,11 @@ def prepare(
         raise ValueError("generation: give a seed or a generator, not both.")
     if generator is not None and not config.do_sample:
         raise ValueError("generation: a generator acts on sampling only, and do_sample is off.")
+    if generator is not None and generator.device.type != decoder.device.type:
+        raise ValueError(
+            f"generator: expected one on {decoder.device}, got one on {generator.device}. "
+            f"Make it with torch.Generator({decoder.device.type!r}), or give a seed."
+        )
     if config.seed is not None:
         generator = torch.Generator(decoder.device).manual_seed(config.seed)
     _check_prompt(decoder.config.vocab_size, input_ids, attention_mask)
@@ -202,8 +214,8 @@ def prepare(
     return Request(
         decoder,
         config,
-        input_ids.to(decoder.device, torch.long),
-        None if attention_mask is None else attention_mask.bool().to(decoder.device),
+        input_ids.long(),
+        None if attention_mask is None or bool(attention_mask.all()) else attention_mask.bool(),
         eos_token_ids,
         pad_token_id,
         _callables("logits_processor", logits_processor),
@@ -213,10 +225,12 @@ def prepare(
 
 
 def _callables(name: str, given: Any) -> tuple[Any, ...]:
-    several = () if given is None else tuple(given) if isinstance(given, Iterable) and not callable(given) else (given,)
+    several = () if given is None else tuple(given) if isinstance(given, Sequence) and not callable(given) else (given,)
     for item in several:
         if not callable(item):
-            raise ValueError(f"{name}: expected functions of (input_ids, scores), got {type(item).__name__}.")
+            raise ValueError(
+                f"{name}: expected a function of (input_ids, scores) or a list of them, got {type(item).__name__}."
+            )
     return several
 
 

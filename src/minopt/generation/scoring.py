@@ -53,7 +53,7 @@ def token_logprobs(model: OPT, rows: Sequence[Sequence[int]], starts: Sequence[i
         logits = model.head(hidden[row_of[chunk], at[chunk]]).float()  # [CHUNK, V]
         target = wanted[chunk].to(logits.device)
         found.append(logits.gather(1, target[:, None])[:, 0] - logits.logsumexp(1))
-    return list(torch.split(torch.cat(found).cpu(), lengths)) if found else [torch.zeros(0) for _ in rows]
+    return list(torch.split(torch.cat(found).cpu(), lengths))
 
 
 def sliding_logprobs(
@@ -117,7 +117,7 @@ def _common(rows: Sequence[Sequence[int]]) -> int:
 
 
 def _hidden(model: OPT, rows: Sequence[Sequence[int]], P: int, first: int) -> Tensor:
-    """Hidden states behind all tokens from ``first - 1`` on but the last, ``[B, L - first, E]``."""
+    """Hidden states behind tokens ``first - 1`` to ``L - 2`` at least, ``[B, L - first or one more, E]``."""
     L = max(len(row) for row in rows)
     # Padded on the right, where causal attention has nothing to be hidden from.
     rest = torch.tensor([[*row[P:], *[0] * (L - len(row))] for row in rows], device=model.device)
