@@ -32,6 +32,7 @@ from torch import Tensor
 import minopt
 from minopt.generation import beam, request
 from minopt.generation.batches import MAX_BATCH_TOKENS, cut_batches
+from minopt.language_model import SCORES_IN_TOKENS
 from minopt.tokenizer import Tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -173,12 +174,8 @@ def split(ours: minopt.OPT, run: Callable[..., Tensor], args: argparse.Namespace
                 stack.enter_context(mock.patch.object(owner, name, timer.wrap(part, getattr(owner, name))))
         run(1)
         first = dict(timer.spent)
-        begin = time.perf_counter()
         run(args.new_tokens)
-        total = time.perf_counter() - begin
-    one = common.seconds(lambda: run(1), args.device)
     parts = {name: seconds - 2 * first.get(name, 0.0) for name, seconds in timer.spent.items()}
-    parts["others"] = total - one - sum(parts.values())
     return {name: round(value / (args.new_tokens - 1) * 1e3, 3) for name, value in parts.items()}
 
 
@@ -195,7 +192,7 @@ def many_prompts(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
         "16 in the given order": (given, lambda: [lm.generate([prompts[i] for i in b], **options) for b in given]),
         "16 of like length": (cut_batches(lengths, 16), lambda: lm.generate(prompts, batch_size=16, **options)),
         f"{MAX_BATCH_TOKENS} tokens of like length (default)": (
-            cut_batches([n + new for n in lengths]), lambda: lm.generate(prompts, **options)),
+            cut_batches([n + new + SCORES_IN_TOKENS for n in lengths]), lambda: lm.generate(prompts, **options)),
     }  # fmt: skip
     lm.generate(prompts[:2], **options)
     found = []

@@ -110,7 +110,8 @@ def test_figures_of_steps_are_those_of_the_result() -> None:
         ("benchmarks/README.md", result["steps"]),
     ):
         text = (ROOT / file).read_text(encoding="utf-8")
-        lines = re.findall(r"^\| (?:5 beams|greedy), .*$", text, re.M)
+        assert all(case["same_tokens"] == 1 for case in cases if case["dtype"] == "float32")
+        lines = re.findall(r"^\| (?:5 beams|greedy), batch .*$", text, re.M)
         assert len(lines) == len(cases)
         for line, case in zip(lines, cases, strict=True):
             strategy = {"beams": "5 beams", "greedy": "greedy"}[case["strategy"]]
@@ -121,6 +122,8 @@ def test_figures_of_steps_are_those_of_the_result() -> None:
             assert cells[3] == f"**{case['ratio']:.2f}x**"
             assert cells[4] == f"{case['rest_of_model']:.1%}"
         assert name.removeprefix("(benchmarks/").rstrip(")") in text
+        greedy = [case["rest_of_model"] for case in result["steps"] if case["strategy"] == "greedy"]
+        assert file != "README.md" or f"spend {min(greedy):.1%} to {max(greedy):.1%} beside the model" in text
 
 
 def test_figures_of_many_prompts_are_those_of_the_result() -> None:

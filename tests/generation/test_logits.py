@@ -12,7 +12,7 @@ import transformers
 from torch import Tensor
 
 from minopt import GenerationConfig, OPTConfig, generate
-from minopt.generation.logits import Rule, build_rules
+from minopt.generation.logits import NUCLEUS, Rule, build_rules, keep_top_p
 from tests.conftest import SIZE, build_reference
 
 V, PAD, EOS = 24, 1, (2, 9)
@@ -657,3 +657,25 @@ def test_a_forced_token_that_another_rule_excludes_is_not_forced_as_transformers
     assert apply(rules, IDS[:, :1], scores).eq(-INF).all()
     theirs = transformers.ForcedBOSTokenLogitsProcessor(7)(IDS[:, :1], apply(rules[:1], IDS[:, :1], scores))
     assert theirs[:, 7].eq(0).all()
+
+
+@pytest.mark.parametrize("least", [1, 3])
+@pytest.mark.parametrize("p", [1e-6, 0.1, 0.5, 0.9, 0.99])
+def test_the_nucleus_of_a_large_vocabulary_is_that_of_transformers(p: float, least: int) -> None:
+    """Of peaked rows, whose nucleus is found without a sort, and of flat ones."""
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(3, 5000, generator=generator)
+    for sharpness in (0.1, 3.0, 8.0):
+        theirs = transformers.TopPLogitsWarper(p, min_tokens_to_keep=least)(IDS, sharpness * scores)
+        assert torch.equal(keep_top_p(sharpness * scores, p, least), theirs)
+    assert (theirs.isfinite().sum(1) < NUCLEUS).all()
+    few = scores.masked_fill(scores < 3, -INF)
+    assert torch.equal(keep_top_p(few, p, least), transformers.TopPLogitsWarper(p, min_tokens_to_keep=least)(IDS, few))
+
+
+def test_a_nucleus_of_a_peaked_large_vocabulary_sorts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = 8 * torch.randn(3, 5000, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(Tensor, "sort", None)
+    keep_top_p(scores, 0.9)
+    with pytest.raises(TypeError):
+        keep_top_p(scores / 100, 0.9)

@@ -133,7 +133,7 @@ def decode_steps(request: Request) -> Iterator[Step]:
             scores = rule(sequences[:, :length], scores)
         best, tokens = scores.max(-1)
         if config.do_sample:
-            tokens = _draw(scores, best, request.generator)
+            tokens = _draw(scores, request.generator)
         found = _asked_for(config, logits, scores, tokens)
         sequences[:, length] = tokens
         ends = stopper(tokens, length + 1 - T, sequences[:, : length + 1])
@@ -172,7 +172,14 @@ def _all_go_on(best: Tensor, ends: Tensor) -> bool:
     return all(-math.inf < score < math.inf for score in best.tolist()) and not any(ends.tolist())
 
 
-def _draw(scores: Tensor, best: Tensor, generator: torch.Generator | None) -> Tensor:
-    # multinomial refuses a batch for one row without any probability, or with NaN; what such a row draws is not used.
-    probabilities = scores.softmax(-1).masked_fill(~best[:, None].isfinite(), 1.0)
-    return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+def _draw(scores: Tensor, generator: torch.Generator | None) -> Tensor:
+    """A token of each row, by its probability. Rows whose scores are no numbers draw any, which is not used.
+
+    By the inverse of the cumulated distribution, in float64: one random number a row, where ``torch.multinomial`` takes
+    one for each token of the vocabulary.
+    """
+    cumulative = scores.softmax(-1).cumsum(-1, dtype=torch.float64)
+    at = torch.rand(len(scores), 1, dtype=torch.float64, device=scores.device, generator=generator)
+    # The first token whose sum exceeds the number: never one without probability.
+    drawn = torch.searchsorted(cumulative, at * cumulative[:, -1:], right=True)
+    return drawn[:, 0].clamp(max=scores.shape[1] - 1)

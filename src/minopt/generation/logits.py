@@ -19,6 +19,9 @@ from minopt.generation.config import GenerationConfig
 
 Rule = Callable[[Tensor, Tensor], Tensor]
 
+# How many of the most probable tokens are looked at for a nucleus before all are sorted.
+NUCLEUS = 1024
+
 
 def build_rules(
     config: GenerationConfig,
@@ -167,6 +170,15 @@ def keep_top_p(scores: Tensor, p: float, least: int = 1) -> Tensor:
 
     Nucleus sampling (Holtzman et al. 2019, arXiv 1904.09751).
     """
+    if scores.shape[1] > NUCLEUS:
+        # Mostly a few tokens have p between them, and the others need no order among themselves.
+        probabilities, order = scores.softmax(-1).topk(NUCLEUS)
+        up_to = probabilities.cumsum(-1)
+        if bool((up_to[:, -1] >= p).all()):
+            dropped = up_to - probabilities >= p
+            dropped[:, :least] = False
+            kept = scores.gather(1, order).masked_fill(dropped, -torch.inf)
+            return torch.full_like(scores, -torch.inf).scatter(1, order, kept)
     ascending, order = scores.sort(dim=-1)
     dropped = ascending.softmax(-1).cumsum(-1) <= 1 - p
     dropped[:, -least:] = False
