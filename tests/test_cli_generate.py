@@ -5,6 +5,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -135,7 +138,7 @@ def test_each_result_is_written_as_soon_as_it_is_there(tmp_path: Path, monkeypat
 
     def watched(self: minopt.LanguageModel, *args: Any, **kwargs: Any) -> Iterator[Any]:
         for result in whole(self, *args, **kwargs):
-            seen.append(len(lines(out)))
+            seen.append(len(lines(out)) if out.exists() else 0)
             if len(seen) == 3:
                 raise KeyboardInterrupt
             yield result
@@ -173,6 +176,10 @@ def test_an_existing_output_is_kept_unless_forced(tmp_path: Path, capsys: pytest
         ("a.jsonl", b'["x"]', 'a.jsonl: line 1: expected an object with a text "prompt"'),
         ("a.jsonl", b'{"prompt": 5}', 'a.jsonl: line 1: expected an object with a text "prompt"'),
         ("a.txt", b"\xff\xfe", "a.txt: expected UTF-8"),
+        ("a.json", b'[{"prompt": "x"}]', "a.json: expected lines of text, or a .jsonl with an object a line"),
+        ("a.NDJSON", b"nonsense", "a.NDJSON: line 1 is no JSON (Expecting value)"),
+        ("a.jsonl", b"[" * 100_000, "a.jsonl: line 1 is no JSON"),
+        ("a.txt", b"a\nb\n" + b"word " * 2000, "(Prompt 3 of 3.)"),
     ],
 )
 def test_a_file_of_prompts_that_is_none_names_the_line(
@@ -207,7 +214,7 @@ def test_what_goes_together_is_told(arguments: list[str], message: str, capsys: 
     [
         ("--suppress-tokens", "a,b", "expected ids such as 5 or 5,6, got 'a,b'"),
         ("--bad-words-ids", "[[5", "expected JSON, got '[[5'"),
-        ("--early-stopping", "maybe", "expected true or false, got 'maybe'"),
+        ("--early-stopping", "maybe", "expected true, false or never, got 'maybe'"),
         ("--no-repeat-ngram-include-prompt", "1", "expected true or false, got '1'"),
     ],
 )
@@ -225,3 +232,34 @@ def test_an_empty_file_of_prompts_gives_an_empty_output(tmp_path: Path) -> None:
     (tmp_path / "p.jsonl").write_text("")
     assert generate("--input", str(tmp_path / "p.jsonl"), "--output", str(tmp_path / "o.jsonl")) == 0
     assert (tmp_path / "o.jsonl").read_text() == ""
+
+
+def test_the_prompts_are_never_the_output(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, link = tmp_path / "prompts.txt", tmp_path / "link.txt"
+    file.write_text("The sea")
+    link.hardlink_to(file)
+    for output in (file, link):
+        message = refused(capsys, "--input", str(file), "--output", str(output), "--force")
+        assert message == f"{output}: is the --input too. Name another file."
+    assert file.read_text() == "The sea"
+
+
+def test_an_output_that_cannot_be_is_refused_before_a_model_is_loaded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "prompts.txt").write_text("The sea")
+    arguments = ["generate", "--model", "/nowhere", "--input", str(tmp_path / "prompts.txt"), "--output"]
+    for output, message in (
+        (tmp_path / "no" / "o", "there is no folder"),
+        (tmp_path, "is a folder. Name a file in it."),
+    ):
+        assert main([*arguments, str(output)]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_lines_on_stdout_are_utf8_whatever_the_terminals_encoding(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "The sea", "note": "🙂 é"}', encoding="utf-8")
+    command = [sys.executable, "-m", "minopt", "generate", "--input", str(file), "--max-new-tokens", "1"]
+    result = subprocess.run(command, capture_output=True, check=True, env=os.environ | {"PYTHONIOENCODING": "latin-1"})
+    assert json.loads(result.stdout.decode("utf-8"))["note"] == "🙂 é"

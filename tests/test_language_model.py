@@ -120,7 +120,9 @@ def test_a_stream_refuses_before_the_first_piece(lm: minopt.LanguageModel) -> No
         lm.stream("x", max_new_tokens=2000)
     with pytest.raises(ValueError, match="give a seed or a generator, not both"):
         lm.stream("x", do_sample=True, seed=1, generator=torch.Generator())
-    with pytest.raises(ValueError, match=r"^num_beams: a stream has one continuation, got 2\. Use generate\.$"):
+    with pytest.raises(
+        ValueError, match=r"^num_beams: a stream has one continuation, got 2\. Set it to 1, or use generate\.$"
+    ):
         lm.stream("x", num_beams=2)
     with pytest.raises(ValueError, match=r"^num_return_sequences: a stream has one continuation, got 3\."):
         lm.stream("x", do_sample=True, num_return_sequences=3)

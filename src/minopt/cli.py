@@ -86,7 +86,7 @@ _NUMBERS: dict[str, tuple[str, tuple[tuple[str, type, str], ...]]] = {
     "length": ("how long", (
         ("max-new-tokens", int, "the most tokens to add (30)"),
         ("min-new-tokens", int, "do not end before that many (0)"),
-        ("max-time", float, "seconds after which no further token is begun"),
+        ("max-time", float, "seconds after which no further token is begun, for each batch"),
     )),
     "choice": ("how the next token is chosen", (
         ("num-beams", int, "beam search with that many hypotheses (1: none)"),
@@ -126,7 +126,7 @@ def _add_generate(verbs: Any) -> None:
     switch = argparse.BooleanOptionalAction
     groups["length"].add_argument("--truncate-prompt", action=switch, help="keep the end of a prompt that is too long")
     groups["length"].add_argument("--stop-strings", action="append", metavar="TEXT",
-                                  help="end before this text; may be given several times")  # fmt: skip
+                                  help="end before this text (a line end: $'\\n'); may be repeated")  # fmt: skip
     groups["length"].add_argument("--eos-token-id", type=_ids, metavar="IDS", help="what ends a text (the model's)")
     groups["choice"].add_argument("--do-sample", action=switch, help="draw tokens instead of taking the most probable")
     groups["choice"].add_argument("--early-stopping", type=_early_stopping, metavar="true|false|never",
@@ -159,8 +159,8 @@ def _ids(text: str) -> tuple[int, ...]:
 def _json(text: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected JSON, got {text!r}") from None
+    except (ValueError, RecursionError):
+        raise argparse.ArgumentTypeError(f"expected JSON, got {text[:80]!r}") from None
 
 
 def _true_or_false(text: str) -> bool:
@@ -170,7 +170,9 @@ def _true_or_false(text: str) -> bool:
 
 
 def _early_stopping(text: str) -> bool | str:
-    return text if text == "never" else _true_or_false(text)
+    if text.lower() not in ("true", "false", "never"):
+        raise argparse.ArgumentTypeError(f"expected true, false or never, got {text!r}")
+    return "never" if text.lower() == "never" else _true_or_false(text)
 
 
 def _add_convert(verbs: Any) -> None:
@@ -274,8 +276,8 @@ def _generate(args: argparse.Namespace) -> None:
     options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     check_values(options)  # complain before a model is loaded or fetched
     prompts = [] if args.input is None else _read_prompts(Path(args.input))
-    if args.output is not None and Path(args.output).exists() and not args.force:
-        raise FileExistsError(f"{args.output}: is there already. Name another file, or add --force.")
+    if args.output is not None:
+        _check_output(Path(args.output), Path(args.input), args.force)
     if args.model is None and args.revision is not None:
         raise ValueError("--revision needs --model: the small demo model has no revisions.")
     if args.model is None:
@@ -293,7 +295,9 @@ def _generate(args: argparse.Namespace) -> None:
     config = with_defaults(lm.generation_defaults, options)
     if args.input is not None:
         limits = {"batch_size": args.batch_size, "max_batch_tokens": args.max_batch_tokens}
-        _write_results(lm.generate_each([p["prompt"] for p in prompts], **options, **limits), prompts, args.output)
+        texts = [prompt["prompt"] for prompt in prompts]
+        results = lm.generate_each(texts, show_progress=_on_terminal(), **options, **limits)
+        _write_results(results, prompts, args.output)
     elif config.num_beams == config.num_return_sequences == 1:
         pieces = lm.stream(args.prompt, **options)
         if args.echo:
@@ -310,6 +314,18 @@ def _generate(args: argparse.Namespace) -> None:
 _WRITTEN = {"index", "sequence", "text", "stop_reason", "score", "token_ids", "logprobs", "top_logprobs"}
 
 
+def _check_output(output: Path, source: Path, force: bool) -> None:
+    """Refuses what cannot or must not be written, before a model is loaded."""
+    if not output.parent.is_dir():
+        raise FileNotFoundError(f"{output}: there is no folder {output.parent}. Make it first.")
+    if output.is_dir():
+        raise IsADirectoryError(f"{output}: is a folder. Name a file in it.")
+    if output.exists() and output.samefile(source):
+        raise ValueError(f"{output}: is the --input too. Name another file.")
+    if output.exists() and not force:
+        raise FileExistsError(f"{output}: is there already. Name another file, or add --force.")
+
+
 def _read_prompts(path: Path) -> list[dict[str, Any]]:
     """Objects with a prompt: a line each of a text, or those of a .jsonl with all that they hold."""
     try:
@@ -317,7 +333,9 @@ def _read_prompts(path: Path) -> list[dict[str, Any]]:
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: expected UTF-8, {error}. Convert the file.") from None
     lines = text.removesuffix("\n").split("\n") if text else []
-    if path.suffix != ".jsonl":
+    if path.suffix.lower() == ".json":
+        raise ValueError(f"{path}: expected lines of text, or a .jsonl with an object a line. Rename or convert it.")
+    if path.suffix.lower() not in (".jsonl", ".ndjson"):
         return [{"prompt": line} for line in lines]
     prompts = []
     for number, line in enumerate(lines, 1):
@@ -325,8 +343,8 @@ def _read_prompts(path: Path) -> list[dict[str, Any]]:
             continue
         try:
             record = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{path}: line {number} is no JSON, {error}.") from None
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}: line {number} is no JSON ({getattr(error, 'msg', error)}).") from None
         if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
             raise ValueError(f'{path}: line {number}: expected an object with a text "prompt", got {line[:80]!r}.')
         if taken := sorted(_WRITTEN & record.keys()):
@@ -339,12 +357,13 @@ def _read_prompts(path: Path) -> list[dict[str, Any]]:
 
 def _write_results(results: Iterator[Any], prompts: Sequence[dict[str, Any]], output: str | None) -> None:
     """A line of JSON for each continuation, written out when it is there; what has been written stays if it breaks."""
-    from tqdm import tqdm
-
     with contextlib.ExitStack() as stack:
-        file = sys.stdout if output is None else stack.enter_context(open(output, "w", encoding="utf-8"))
-        bar = stack.enter_context(tqdm(total=len(prompts), unit="prompt", mininterval=0, disable=not _on_terminal()))
+        if output is None and isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(encoding="utf-8")  # as JSON has to be, whatever the terminal's is
+        file: Any = None
         for index, records in results:
+            if file is None:  # an old file is kept until there is something new
+                file = sys.stdout if output is None else stack.enter_context(open(output, "w", encoding="utf-8"))
             for sequence, record in enumerate(records):
                 fields: dict[str, Any] = {"text": record.text, "stop_reason": record.stop_reason}
                 if record.score is not None:
@@ -355,7 +374,8 @@ def _write_results(results: Iterator[Any], prompts: Sequence[dict[str, Any]], ou
                     fields |= {"token_ids": record.token_ids, "top_logprobs": record.top_logprobs}
                 line = {**prompts[index], "index": index, "sequence": sequence, **fields}
                 print(json.dumps(line, ensure_ascii=False), file=file, flush=True)
-            bar.update()
+        if file is None and output is not None:
+            Path(output).write_text("")  # of no prompts
 
 
 def _convert(args: argparse.Namespace) -> None:

@@ -21,7 +21,7 @@ from minopt.config import OPTConfig
 from minopt.generation.batches import cut_batches
 from minopt.generation.config import GenerationConfig, read_defaults, with_defaults
 from minopt.generation.decode import decode_steps, run
-from minopt.generation.request import STOP_REASONS, GenerationOutput, Request, prepare
+from minopt.generation.request import STOP_REASONS, GenerationOutput, Request, check_room, prepare
 from minopt.generation.scoring import sliding_logprobs, token_logprobs
 from minopt.model import OPT
 from minopt.tokenizer import StopStrings, Tokenizer, pad_left
@@ -148,22 +148,21 @@ class LanguageModel:
             _refuse_details(options)
         batches = self._batches(prompts, **options)
         found: list[Any] = [None] * len(prompts)
-        with tqdm(
-            total=len(prompts), unit="prompt", mininterval=0, disable=not show_progress or len(batches) < 2
-        ) as bar:
-            for index, records in _run_each(batches):
-                if echo:
-                    records = [replace(record, text=prompts[index] + record.text) for record in records]
-                results = records if return_details else [record.text for record in records]
-                found[index] = results if batches[0].request.config.num_return_sequences > 1 else results[0]
-                bar.update()
+        for index, records in _run_each(batches, show_progress):
+            if echo:
+                records = [replace(record, text=prompts[index] + record.text) for record in records]
+            results = records if return_details else [record.text for record in records]
+            found[index] = results if batches[0].request.config.num_return_sequences > 1 else results[0]
         return found[0] if isinstance(prompt, str) else found
 
-    def generate_each(self, prompts: Sequence[str], **options: Any) -> Iterator[tuple[int, list[GeneratedText]]]:
+    def generate_each(
+        self, prompts: Sequence[str], *, show_progress: bool = False, **options: Any
+    ) -> Iterator[tuple[int, list[GeneratedText]]]:
         """Continues many texts, and gives each result as soon as it is there.
 
         Args:
             prompts: any number of texts.
+            show_progress: draw a bar on stderr where there is more than one batch.
             **options: those of ``GenerationConfig`` (``max_new_tokens``, ``num_beams``, ``top_p``, ...), over
                 ``generation_defaults`` or, if given, ``config``; the arguments ``logits_processor``,
                 ``stopping_criteria`` and ``generator`` of ``minopt.generate``, which see the rows of one batch after
@@ -177,7 +176,7 @@ class LanguageModel:
         Raises:
             ValueError: as ``generate`` does, before anything runs.
         """
-        return _run_each(self._batches(prompts, **options))
+        return _run_each(self._batches(prompts, **options), show_progress)
 
     def stream(self, prompt: str, **options: Any) -> Iterator[str]:
         """Continues a text piece by piece, as the tokens come: greedy or sampled.
@@ -200,7 +199,9 @@ class LanguageModel:
         config = batch.request.config
         for name in ("num_beams", "num_return_sequences"):
             if getattr(config, name) > 1:
-                raise ValueError(f"{name}: a stream has one continuation, got {getattr(config, name)}. Use generate.")
+                raise ValueError(
+                    f"{name}: a stream has one continuation, got {getattr(config, name)}. Set it to 1, or use generate."
+                )
         assert self.tokenizer is not None
         return _stream(batch, self.tokenizer)
 
@@ -319,6 +320,8 @@ class LanguageModel:
     ) -> list[_Batch]:
         """All that is to run, checked."""
         tokenizer = self._tokenizer()
+        if not isinstance(config, GenerationConfig | None):
+            raise ValueError(f"config: expected a minopt.GenerationConfig, got {type(config).__name__}.")
         config = with_defaults(self.generation_defaults, options) if config is None else config.replace(**options)
         if config.output_scores:
             raise ValueError("output_scores: there is no place for them beside texts. Call minopt.generate with ids.")
@@ -329,7 +332,14 @@ class LanguageModel:
             config = config.replace(seed=None)
         strings = config.stop_strings
         config = config.replace(stop_strings=(), suppress_tokens=config.suppress_tokens + self._rows_without_token)
-        rows = [self._encode(text, add_bos) for text in prompts]
+        rows = []
+        for number, text in enumerate(prompts, 1):
+            try:
+                rows.append(self._encode(text, add_bos))
+                check_room(self.model.config.max_position_embeddings, len(rows[-1]), config)
+            except ValueError as error:
+                where = f" (Prompt {number} of {len(prompts)}.)" if len(prompts) > 1 else ""
+                raise ValueError(f"{error}{where}") from None
         batches = []
         for indices in cut_batches([self._cost(len(row), config) for row in rows], batch_size, max_batch_tokens):
             input_ids, mask = pad_left([rows[i] for i in indices], self.model.config.pad_token_id)
@@ -376,13 +386,16 @@ class _Batch:
         return self.tokenizer.decode(ids) if cut is None else cut
 
 
-def _run_each(batches: list[_Batch]) -> Iterator[tuple[int, list[GeneratedText]]]:
+def _run_each(batches: list[_Batch], show_progress: bool) -> Iterator[tuple[int, list[GeneratedText]]]:
     """Runs batches in turn; gives each prompt's index and continuations."""
-    for batch in batches:
-        output, copies = run(batch.request), batch.request.config.num_return_sequences
-        rows = [_generated_text(batch, output, row) for row in range(len(output.lengths))]
-        for at, index in enumerate(batch.indices):
-            yield index, rows[at * copies : (at + 1) * copies]
+    count = sum(len(batch.indices) for batch in batches)
+    with tqdm(total=count, unit="prompt", mininterval=0, disable=not show_progress or len(batches) < 2) as bar:
+        for batch in batches:
+            output, copies = run(batch.request), batch.request.config.num_return_sequences
+            rows = [_generated_text(batch, output, row) for row in range(len(output.lengths))]
+            for at, index in enumerate(batch.indices):
+                yield index, rows[at * copies : (at + 1) * copies]
+                bar.update()
 
 
 def _generated_text(batch: _Batch, output: GenerationOutput, row: int) -> GeneratedText:

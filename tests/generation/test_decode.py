@@ -779,7 +779,7 @@ REFUSED: list[tuple[str, Tensor, Tensor | None, dict[str, Any], str]] = [
      r"prompt: 45 tokens \+ max_new_tokens 20 = 65 positions, the model has 64\. .*at most 19"),
     ("one real token too many", torch.ones(2, 50), (torch.arange(50) > 4).repeat(2, 1), {},
      r"prompt: 45 tokens \+ max_new_tokens 20 = 65 positions, the model has 64"),
-    ("a prompt longer than the model", torch.ones(2, 70), None, {}, r"prompt: 70 tokens .* = 90 .*at most 0"),
+    ("a prompt longer than the model", torch.ones(2, 70), None, {}, r"prompt: 70 tokens .* = 90 .* Shorten"),
     ("one new token too many", torch.ones(2, 60), None, {"max_new_tokens": 5}, "60 tokens .*= 65.*at most 4"),
     ("id behind the vocabulary", torch.tensor([[5, 96], [4, 4]]), None, {}, "expected ids from 0 to 95, got 96"),
     ("negative id", torch.tensor([[5, 4], [4, -1]]), None, {}, "expected ids from 0 to 95, got -1"),
@@ -867,3 +867,37 @@ def test_a_generator_of_another_device_is_refused_before_anything_runs() -> None
 def test_rules_that_can_be_read_once_only_are_refused() -> None:
     with pytest.raises(ValueError, match=r"logits_processor: expected a function .* or a list of them, got map"):
         generate(say([[10], [20]]), torch.ones(2, 1).long(), max_new_tokens=1, logits_processor=map(len, []))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("num_beams", [1, 2])
+@pytest.mark.parametrize(
+    ("rule", "got"),
+    [
+        (lambda ids, scores: None, "NoneType"),
+        (lambda ids, scores: scores[:, :5], r"torch\.float32 \[\d, 5\]"),
+        (lambda ids, scores: scores.argmax(-1), r"torch\.int64 \[\d\]"),
+        (lambda ids, scores: scores.long(), r"torch\.int64 \[\d, 96\]"),
+    ],
+)
+def test_a_rule_that_returns_no_scores_is_told(rule: Any, got: str, num_beams: int) -> None:
+    ours = build_ours(build_reference("125m"))
+    with pytest.raises(ValueError, match=rf"logits_processor: expected it to return scores, float .*, got {got}\.$"):
+        generate(ours, torch.tensor([[5]]), max_new_tokens=1, num_beams=num_beams, logits_processor=rule)
+
+
+@pytest.mark.parametrize("found", [None, torch.ones(7).bool()], ids=["nothing", "of another batch"])
+def test_a_criterion_that_returns_no_booleans_is_told(found: Any) -> None:
+    with pytest.raises(ValueError, match="stopping_criteria: expected a boolean for each of 2 rows, got "):
+        generate(say([[10], [20]]), torch.ones(2, 1).long(), max_new_tokens=1, stopping_criteria=lambda ids, _: found)
+
+
+def test_what_is_no_tensor_or_no_config_is_told() -> None:
+    decoder = say([[10], [20]])
+    for ids, mask in (([[2, 5]], None), (torch.ones(1, 2).long(), [[1, 1]])):
+        with pytest.raises(
+            ValueError, match=r"input_ids: expected ids and mask as tensors, got list\. Use torch\.tensor"
+        ):
+            generate(decoder, ids, mask)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"config: expected a minopt\.GenerationConfig, got dict"):
+        generate(decoder, torch.ones(2, 1).long(), config={"max_new_tokens": 1})  # type: ignore[arg-type]
+    assert decoder.calls == []

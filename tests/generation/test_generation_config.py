@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -513,3 +514,15 @@ def test_a_file_that_is_no_json_object_is_refused_by_name(tmp_path: Path, conten
 def test_names_of_transformers_that_are_not_here_say_what_is() -> None:
     with pytest.raises(ValueError, match=r"unknown option max_length; .* max_length: set max_new_tokens\.$"):
         GenerationConfig().replace(max_length=10)
+
+
+def test_numbers_may_be_numpys() -> None:
+    config = GenerationConfig(max_new_tokens=np.int64(5), do_sample=True, temperature=np.float32(0.5))
+    assert config == GenerationConfig(max_new_tokens=5, do_sample=True, temperature=0.5)
+    assert (type(config.max_new_tokens), type(config.temperature)) == (int, float)
+
+
+def test_a_files_number_of_continuations_gives_way_to_greedy_decoding() -> None:
+    file = {"num_beams": 4, "num_return_sequences": 3}
+    assert with_defaults(file, {}).num_return_sequences == 3
+    assert with_defaults(file, {"num_beams": 1}) == GenerationConfig()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import numbers
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -91,6 +92,9 @@ class GenerationConfig:
     def __post_init__(self) -> None:
         for name, as_kept in _SPELLINGS.items():
             object.__setattr__(self, name, as_kept(getattr(self, name)))
+        for name, value in vars(self).items():
+            if isinstance(value, numbers.Real) and not isinstance(value, (bool, int, float)):  # numpy's
+                object.__setattr__(self, name, int(value) if isinstance(value, numbers.Integral) else float(value))
         if problems := [*_out_of_range(vars(self)), *self._idle_options()] or self._contradictions():
             raise ValueError("generation: " + "; ".join(problems) + ".")
 
@@ -184,7 +188,10 @@ def with_defaults(defaults: Mapping[str, Any], options: Mapping[str, Any]) -> Ge
     Raises:
         ValueError: if an option is unknown or makes no sense.
     """
-    idle = _idle({**defaults, **options})
+    merged = {**defaults, **options}
+    idle = [*_idle(merged)]
+    if not merged.get("do_sample") and merged.get("num_beams", 1) == 1:
+        idle.append("num_return_sequences")
     kept = {name: value for name, value in defaults.items() if name not in idle}
     return GenerationConfig().replace(**{**kept, **options})
 

@@ -83,6 +83,8 @@ def generate(
             ``max_new_tokens`` exceed the model's positions, padding is not on the left, or there is a generator
             beside a seed or without sampling; nothing has run then. And if scores are no numbers (NaN).
     """
+    if not isinstance(config, GenerationConfig | None):
+        raise ValueError(f"config: expected a minopt.GenerationConfig, got {type(config).__name__}.")
     config = (config or GenerationConfig()).replace(**options)
     request = prepare(decoder, input_ids, attention_mask, config, logits_processor, stopping_criteria, generator)
     return run(request)

@@ -82,7 +82,15 @@ def build_rules(
 
 def _on_a_copy(rule: Rule) -> Rule:
     """A user's rule may change the scores that it is given, which are not its own."""
-    return lambda ids, scores: rule(ids, scores.clone())
+
+    def checked(ids: Tensor, scores: Tensor) -> Tensor:
+        found = rule(ids, scores.clone())
+        if not isinstance(found, Tensor) or found.shape != scores.shape or not found.is_floating_point():
+            got = f"{found.dtype} {list(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+            raise ValueError(f"logits_processor: expected it to return scores, float {list(scores.shape)}, got {got}.")
+        return found.float()
+
+    return checked
 
 
 def bias_sequences(biases: Sequence[tuple[Sequence[int], float]], padding: Tensor) -> Rule:

@@ -169,8 +169,16 @@ class Stopper:
         if self.criteria and count >= self.min_new_tokens:
             assert sequences is not None
             for criterion in self.criteria:
-                stops = torch.as_tensor(criterion(sequences, None), dtype=torch.bool, device=tokens.device)
-                stops = stops.expand(len(sequences)).reshape(tokens.shape)
+                found = criterion(sequences, None)
+                if not isinstance(found, (bool, Tensor)) or (
+                    isinstance(found, Tensor) and found.numel() not in (1, tokens.numel())
+                ):
+                    got = list(found.shape) if isinstance(found, Tensor) else found
+                    raise ValueError(
+                        f"stopping_criteria: expected a boolean for each of {tokens.numel()} rows, got {got}."
+                    )
+                stops = torch.as_tensor(found, dtype=torch.bool, device=tokens.device).reshape(-1)
+                stops = stops.expand(tokens.numel()).reshape(tokens.shape)
                 reasons = reasons.masked_fill((reasons == RUNNING) & stops, STOP)
         if count == self.max_new_tokens:
             reasons = reasons.masked_fill(reasons == RUNNING, LENGTH)
@@ -235,6 +243,9 @@ def _callables(name: str, given: Any) -> tuple[Any, ...]:
 
 
 def _check_prompt(vocab_size: int, input_ids: Tensor, attention_mask: Tensor | None) -> None:
+    if not isinstance(input_ids, Tensor) or not isinstance(attention_mask, Tensor | None):
+        wrong = attention_mask if isinstance(input_ids, Tensor) else input_ids
+        raise ValueError(f"input_ids: expected ids and mask as tensors, got {type(wrong).__name__}. Use torch.tensor.")
     if input_ids.ndim != 2 or 0 in input_ids.shape:
         raise ValueError(f"input_ids: expected [batch, tokens] with at least one of each, got {list(input_ids.shape)}.")
     if input_ids.is_floating_point() or input_ids.dtype == torch.bool:
@@ -257,21 +268,31 @@ def _check_prompt(vocab_size: int, input_ids: Tensor, attention_mask: Tensor | N
         raise ValueError("attention_mask: expected padding on the left only, got some behind a token.")
 
 
+def check_room(limit: int, tokens: int, config: GenerationConfig) -> None:
+    """Raises ``ValueError`` if a prompt of so many tokens and the new ones exceed the model's positions."""
+    room, wanted = limit - config.max_new_tokens, tokens + config.max_new_tokens
+    if tokens > room and not (config.truncate_prompt and room > 0):
+        remedies = ["shorten the prompt"]
+        if limit > tokens:
+            remedies.append(f"ask for at most {limit - tokens}")
+        if not config.truncate_prompt:
+            remedies.append("set truncate_prompt")
+        raise ValueError(
+            f"prompt: {tokens} tokens + max_new_tokens {config.max_new_tokens} = {wanted} positions, the model has "
+            f"{limit}. {', or '.join(remedies).capitalize()}."
+        )
+
+
 def _fit(
     limit: int, input_ids: Tensor, attention_mask: Tensor | None, config: GenerationConfig
 ) -> tuple[Tensor, Tensor | None]:
     """Prompts that leave room for the new tokens: as they are, or their ends."""
     longest = input_ids.shape[1] if attention_mask is None else int(attention_mask.bool().sum(1).max())
+    check_room(limit, longest, config)
     room = limit - config.max_new_tokens
     if longest <= room:
         return input_ids, attention_mask
-    if config.truncate_prompt and room > 0:
-        return input_ids[:, -room:], None if attention_mask is None else attention_mask[:, -room:]
-    raise ValueError(
-        f"prompt: {longest} tokens + max_new_tokens {config.max_new_tokens} = {longest + config.max_new_tokens} "
-        f"positions, the model has {limit}. Shorten the prompt, or ask for at most {max(0, limit - longest)}"
-        + ("." if config.truncate_prompt else ", or set truncate_prompt.")
-    )
+    return input_ids[:, -room:], None if attention_mask is None else attention_mask[:, -room:]
 
 
 def _eos_token_ids(decoder: Decoder, config: GenerationConfig) -> tuple[int, ...]:

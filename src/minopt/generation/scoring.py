@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from minopt.config import is_int
 from minopt.model import OPT
 
 # Positions whose logits are in memory at once: 51 MB of OPT's vocabulary in float32.
@@ -76,11 +77,11 @@ def sliding_logprobs(
     """
     limit = model.config.max_position_embeddings
     window = limit if window is None else window
-    if not 2 <= window <= limit:
-        raise ValueError(f"window: expected 2 to the model's {limit} positions, got {window}.")
+    if not is_int(window) or not 2 <= window <= limit:
+        raise ValueError(f"window: expected 2 to the model's {limit} positions, got {window!r}.")
     stride = window // 2 if stride is None else stride
-    if not 1 <= stride < window:
-        raise ValueError(f"stride: expected 1 to {window - 1} (window - 1), got {stride}.")
+    if not is_int(stride) or not 1 <= stride < window:
+        raise ValueError(f"stride: expected 1 to {window - 1} (window - 1), got {stride!r}.")
     rows, starts, done = [], [], 1
     for begin in range(0, max(1, len(ids)), stride):
         end = min(begin + window, len(ids))
