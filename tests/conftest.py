@@ -45,6 +45,18 @@ def build_reference(kind: str, seed: int = 0, dtype: torch.dtype = torch.float32
     return model.to(dtype)
 
 
+def lively(kind: str, dtype: torch.dtype = torch.float64, **changes: Any) -> Any:
+    """A reference whose texts do not settle on one token at once, as those of random models do; no eos of its own."""
+    reference = build_reference(kind, dtype=torch.float64, **({"eos_token_id": None} | changes))
+    with torch.no_grad():
+        reference.model.decoder.embed_positions.weight.mul_(3)
+        if kind == "350m":  # each of its norms sets the residual stream back, and the branches' constant part wins
+            for layer in reference.model.decoder.layers:
+                layer.fc2.weight.mul_(0.1)
+                layer.self_attn.out_proj.weight.mul_(0.1)
+    return reference.to(dtype)
+
+
 def build_ours(reference: Any) -> OPT:
     """minopt's model with a reference's weights, in its dtype."""
     config = OPTConfig.from_dict(reference.config.to_dict())

@@ -17,22 +17,10 @@ import transformers
 from torch import Tensor
 
 from minopt import OPT, GenerationOutput, KVCache, OPTConfig, generate
-from tests.conftest import SIZE, build_ours, build_reference
+from tests.conftest import SIZE, build_ours, build_reference, lively
 
 PAD, V = 1, SIZE["vocab_size"]
 Prompts = list[list[int]]
-
-
-def lively(kind: str, dtype: torch.dtype = torch.float64, **changes: Any) -> Any:
-    """A reference whose texts do not settle on one token at once, as those of random models do; no eos of its own."""
-    reference = build_reference(kind, dtype=torch.float64, **({"eos_token_id": None} | changes))
-    with torch.no_grad():
-        reference.model.decoder.embed_positions.weight.mul_(3)
-        if kind == "350m":  # each of its norms sets the residual stream back, and the branches' constant part wins
-            for layer in reference.model.decoder.layers:
-                layer.fc2.weight.mul_(0.1)
-                layer.self_attn.out_proj.weight.mul_(0.1)
-    return reference.to(dtype)
 
 
 def pad_left(prompts: Prompts) -> tuple[Tensor, Tensor]:

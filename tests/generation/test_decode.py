@@ -16,21 +16,9 @@ from torch import Tensor
 from minopt import OPT, GenerationConfig, GenerationOutput, OPTConfig, generate
 from minopt.generation.decode import decode_steps
 from minopt.generation.request import STOP_REASONS, prepare
-from tests.conftest import SIZE, build_ours, build_reference
+from tests.conftest import SIZE, build_ours, build_reference, lively
 
 NEW, PAD, V = 30, 1, SIZE["vocab_size"]
-
-
-def lively(kind: str, **changes: Any) -> Any:
-    """A float64 reference whose greedy texts do not settle on one token at once, as those of random models do."""
-    reference = build_reference(kind, dtype=torch.float64, **({"eos_token_id": None} | changes))
-    with torch.no_grad():
-        reference.model.decoder.embed_positions.weight.mul_(3)
-        if kind == "350m":  # each of its norms sets the residual stream back, and the branches' constant part wins
-            for layer in reference.model.decoder.layers:
-                layer.fc2.weight.mul_(0.1)
-                layer.self_attn.out_proj.weight.mul_(0.1)
-    return reference
 
 
 def random_prompts(count: int = 20, longest: int = 20, seed: int = 0) -> list[Tensor]:
