@@ -293,9 +293,7 @@ class LanguageModel:
 
     @cached_property
     def _rows_without_token(self) -> tuple[int, ...]:
-        """Rows of the model's vocabulary that stand for no text: OPT's table is padded from 50,265 to 50,272."""
-        used = set(self._tokenizer().backend.get_vocab(with_added_tokens=True).values())
-        return tuple(i for i in range(self.model.config.vocab_size) if i not in used)
+        return self._tokenizer().ids_without_token(self.model.config.vocab_size)
 
     def _tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:

@@ -9,6 +9,8 @@ parameter: the head is the token table, so that the two cannot come apart.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -33,6 +35,17 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         y = torch.mv(weight, x.view(-1)) if bias is None else torch.addmv(bias, weight, x.view(-1))
         return y.view(*x.shape[:-1], -1)
     return F.linear(x, weight, bias)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Texts one behind another in a single row, each of which attends to itself alone: rows without padding.
+
+    Attributes:
+        lengths: of the texts, in tokens; their sum is the row's.
+    """
+
+    lengths: tuple[int, ...]
 
 
 class Linear(nn.Linear):
@@ -66,7 +79,7 @@ class Attention(nn.Module):
         self.q_proj = Linear(C, C, bias=config.enable_bias, device=device, dtype=dtype)
         self.out_proj = Linear(C, C, bias=config.enable_bias, device=device, dtype=dtype)
 
-    def forward(self, x: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | Packed | None, cache: KVCache | None) -> Tensor:
         B, T, _ = x.shape
         # The query is scaled before the product, as in training: q @ k alone can overflow float16.
         q = (self.q_proj(x) * self.head_dim**-0.5).view(B, T, -1, self.head_dim).transpose(1, 2)  # [B, H, T, D]
@@ -75,9 +88,23 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.append(self.index, k, v)  # [B, H, S, D]
         dropout = self.dropout if self.training else 0.0
-        # No mask means that T == S, or that T == 1 and sees everything.
-        y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None and T > 1, scale=1.0)
+        if isinstance(mask, Packed):
+            y = _attend_apart(q, k, v, mask, dropout)
+        else:
+            # No mask means that T == S, or that T == 1 and sees everything.
+            y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None and T > 1, scale=1.0)
         return self.out_proj(y.transpose(1, 2).reshape(B, T, -1))
+
+
+# Not compiled, or a compiled layer would be compiled anew for each batch's lengths.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _attend_apart(q: Tensor, k: Tensor, v: Tensor, packed: Packed, dropout: float) -> Tensor:
+    """Causal attention of each text of a row ``[1, H, T, D]`` to itself: no work goes into pairs of texts."""
+    queries, keys, values = (torch.split(x, list(packed.lengths), dim=2) for x in (q, k, v))
+    return torch.cat([
+        F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=1.0)
+        for q, k, v in zip(queries, keys, values, strict=True)
+    ], dim=2)  # fmt: skip
 
 
 class DecoderLayer(nn.Module):
@@ -99,12 +126,13 @@ class DecoderLayer(nn.Module):
         self.fc2 = Linear(config.ffn_dim, C, bias=config.enable_bias, device=device, dtype=dtype)
         self.final_layer_norm = nn.LayerNorm(C, elementwise_affine=affine, device=device, dtype=dtype)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | Packed | None = None, cache: KVCache | None = None) -> Tensor:
         """Maps ``[B, T, C]`` to ``[B, T, C]``.
 
         Args:
             x: the residual stream.
-            mask: ``None`` where ``causal_mask`` gives none; else boolean ``[B or 1, 1, T, S]``, True = attend.
+            mask: ``None`` where ``causal_mask`` gives none; else boolean ``[B or 1, 1, T, S]``, True = attend; or
+                the ``Packed`` texts of one row.
             cache: written at the layer's own index.
         """
         y = self.self_attn(self.self_attn_layer_norm(x) if self.norm_before else x, mask, cache)
@@ -178,7 +206,7 @@ class OPT(nn.Module):
     def forward(
         self,
         input_ids: Tensor,
-        attention_mask: Tensor | None = None,
+        attention_mask: Tensor | Packed | None = None,
         position_ids: Tensor | None = None,
         cache: KVCache | None = None,
         logits_to_keep: int = 0,
@@ -203,7 +231,7 @@ class OPT(nn.Module):
     def hidden_states(
         self,
         input_ids: Tensor,
-        attention_mask: Tensor | None = None,
+        attention_mask: Tensor | Packed | None = None,
         position_ids: Tensor | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
@@ -214,6 +242,7 @@ class OPT(nn.Module):
             attention_mask: which of the S tokens (cached ones included) are real: ``[B, S]``, 1 or True = real.
                 ``None`` says that none is padding, and is the fast path. Positions count real tokens only, so
                 that a padded row gives what it gives alone. A boolean ``[B, 1, T, S]`` is used as it is.
+                ``Packed`` says that the one row holds several texts; positions begin anew in each.
                 Where ``cache.length`` is a tensor, S is the cache's capacity.
             position_ids: ``[B, T]`` or ``[T]``, from 0 and below ``max_position_embeddings`` (not checked: reading
                 them would wait for a GPU); derived from ``attention_mask`` if ``None``.
@@ -279,7 +308,7 @@ class OPT(nn.Module):
         return self(input_ids, attention_mask[:, None], position_ids, cache)
 
     def _check_shapes(
-        self, input_ids: Tensor, mask: Tensor | None, position_ids: Tensor | None, cache: KVCache | None
+        self, input_ids: Tensor, mask: Tensor | Packed | None, position_ids: Tensor | None, cache: KVCache | None
     ) -> None:
         if input_ids.ndim != 2 or 0 in input_ids.shape:
             raise ValueError(f"input_ids: expected [batch, tokens], at least one of each, got {list(input_ids.shape)}.")
@@ -294,6 +323,13 @@ class OPT(nn.Module):
                 f"cache: {length} tokens cached + {T} new = {S}, its capacity is {cache.capacity}. "
                 "Make it larger, or feed less."
             )
+        if isinstance(mask, Packed):
+            if B != 1 or cache is not None or sum(mask.lengths) != T or min(mask.lengths) < 1:
+                raise ValueError(
+                    f"attention_mask: expected one row without a cache, as long as the packed texts together, got "
+                    f"{list(input_ids.shape)} ids and texts of {list(mask.lengths)}."
+                )
+            S, mask = max(mask.lengths), None
         expected = ([B, S],) if mask is None or mask.ndim != 4 else ([B, 1, T, S], [1, 1, T, S])
         if mask is not None and list(mask.shape) not in expected:
             raise ValueError(f"attention_mask: expected {expected[0]} (cached and new tokens), got {list(mask.shape)}.")
@@ -314,8 +350,10 @@ class OPT(nn.Module):
                 )
 
 
-def _positions(attention_mask: Tensor | None, past: int | Tensor, T: int, device: torch.device) -> Tensor:
+def _positions(attention_mask: Tensor | Packed | None, past: int | Tensor, T: int, device: torch.device) -> Tensor:
     """Position of each new token among the real tokens of its row, -1 for padding: ``[B, T]``, or ``[T]``."""
+    if isinstance(attention_mask, Packed):
+        return torch.cat([torch.arange(length, device=device) for length in attention_mask.lengths])
     new = torch.arange(T, device=device) + past
     if attention_mask is None or attention_mask.ndim == 4:
         return new
@@ -324,12 +362,12 @@ def _positions(attention_mask: Tensor | None, past: int | Tensor, T: int, device
 
 
 def causal_mask(
-    attention_mask: Tensor | None, past: int | Tensor, T: int, S: int, device: torch.device
-) -> Tensor | None:
+    attention_mask: Tensor | Packed | None, past: int | Tensor, T: int, S: int, device: torch.device
+) -> Tensor | Packed | None:
     """Who attends to whom, for ``DecoderLayer``.
 
     Args:
-        attention_mask: ``None``, ``[B, S]`` or ``[B, 1, T, S]``, as ``OPT.hidden_states`` takes it.
+        attention_mask: ``None``, ``[B, S]``, ``[B, 1, T, S]`` or ``Packed``, as ``OPT.hidden_states`` takes it.
         past: tokens before the new ones; a tensor where S is the whole capacity of a cache.
         T: new tokens.
         S: keys to attend.
@@ -337,10 +375,10 @@ def causal_mask(
 
     Returns:
         ``None`` where plain causal attention over all keys is meant (T == S, or T == 1 at the end); else boolean
-        ``[B or 1, 1, T, S]``, True = attend. Every row attends at least to itself, padding too, so that no kernel
-        divides by zero.
+        ``[B or 1, 1, T, S]``, True = attend, or the ``Packed``. Every row attends at least to itself, padding too, so
+        that no kernel divides by zero.
     """
-    if attention_mask is not None and attention_mask.ndim == 4:
+    if isinstance(attention_mask, Packed) or (attention_mask is not None and attention_mask.ndim == 4):
         return attention_mask
     if attention_mask is None and not isinstance(past, Tensor) and (T in (1, S)):
         return None

@@ -133,6 +133,11 @@ class Tokenizer:
         """One more than the highest id that has a token: OPT's 50,265, where the model's table has 50,272 rows."""
         return max(self.backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
+    def ids_without_token(self, vocab_size: int) -> tuple[int, ...]:
+        """Rows of a model's vocabulary that stand for no text: OPT's table is padded from 50,265 to 50,272."""
+        used = set(self.backend.get_vocab(with_added_tokens=True).values())
+        return tuple(i for i in range(vocab_size) if i not in used)
+
     def encode(self, text: str, add_bos: bool | None = None) -> list[int]:
         """Ids of a text.
 
@@ -144,9 +149,10 @@ class Tokenizer:
         Raises:
             ValueError: if the text is not valid Unicode, or ``add_bos`` asks for a token that there is not.
         """
-        return self._encode([text], add_bos)[0]
+        return self.encode_each([text], add_bos)[0]
 
-    def _encode(self, texts: Sequence[str], add_bos: bool | None) -> list[list[int]]:
+    def encode_each(self, texts: Sequence[str], add_bos: bool | None = None) -> list[list[int]]:
+        """Ids of several texts, together and so faster than one by one; see ``encode``, also for what it raises."""
         if add_bos and self.bos_token_id is None:
             raise ValueError("add_bos: the tokenizer's files name no bos_token. Leave add_bos out.")
         for text in texts:
@@ -176,7 +182,7 @@ class Tokenizer:
         pairs = []
         for continuation in continuations:
             text = prompt + continuation
-            (ids,) = self._encode([text], add_bos)  # which checks both
+            (ids,) = self.encode_each([text], add_bos)  # which checks both
             offsets = self.backend.encode(text, add_special_tokens=add_bos is None).offsets
             start = next((i for i, (_, end) in enumerate(offsets) if end > len(prompt)), len(offsets))
             pairs.append((ids, start + len(ids) - len(offsets)))  # one more with a bos that was added here
@@ -194,7 +200,7 @@ class Tokenizer:
         """
         if isinstance(texts, str):
             raise ValueError("texts: expected a list of texts, got one. Put it into a list.")
-        return pad_left(self._encode(texts, add_bos), self.pad_token_id)
+        return pad_left(self.encode_each(texts, add_bos), self.pad_token_id)
 
     def decode(self, ids: Sequence[int] | Tensor, skip_special_tokens: bool = True) -> str:
         """Text of ids. Ids without a token give nothing; bytes that are not UTF-8 give U+FFFD."""

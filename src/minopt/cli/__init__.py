@@ -1,0 +1,70 @@
+"""The command line: each verb is one call to the library. Results go to stdout, all else to stderr."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import sys
+from collections.abc import Sequence
+
+from minopt import __version__
+from minopt.cli.checkpoints import add_convert, add_inspect
+from minopt.cli.common import tell
+from minopt.cli.evaluate import add_evaluate
+from minopt.cli.finetune import add_finetune
+from minopt.cli.generate import add_generate
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+        argv: arguments without the program's name; ``None`` is ``sys.argv``'s.
+
+    Returns:
+        The exit code: 0; 1 where a check that was asked for has failed; 2 for what the user can mend (one line on
+        stderr says what); 130 if interrupted.
+
+    Raises:
+        SystemExit: with 2 for wrong usage, with 0 for ``--help`` and ``--version``.
+    """
+    args = build_parser().parse_args(_hyphenated(sys.argv[1:] if argv is None else argv))
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal without UTF-8 shows "?", not a traceback
+    try:
+        return args.run(args) or 0
+    except BrokenPipeError:  # the reader has had enough: `| head`. What is left to flush goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        return 130
+    except (ValueError, OSError) as error:
+        tell(f"error: {error}")
+        return 2
+    except RuntimeError as error:
+        if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
+            raise
+        tell("error: not enough memory. Try --dtype bfloat16, or with --input a smaller --max-batch-tokens.")
+        return 2
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all verbs; each sets ``run``, the function that takes the parsed arguments."""
+    parser = argparse.ArgumentParser(prog="minopt", description="OPT language models in plain PyTorch.")
+    parser.add_argument("--version", action="version", version=f"minopt {__version__}")
+    verbs = parser.add_subparsers(title="commands", required=True, metavar="command")
+    add_generate(verbs)
+    add_convert(verbs)
+    add_inspect(verbs)
+    add_finetune(verbs)
+    add_evaluate(verbs)
+    return parser
+
+
+def _hyphenated(arguments: Sequence[str]) -> list[str]:
+    """``--max_new_tokens=3`` as ``--max-new-tokens=3``: either spelling works, up to a ``--``."""
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    flags = (argument.partition("=") for argument in arguments[:end])
+    spelt = [(f.replace("_", "-") if f.startswith("--") else f) + equals + value for f, equals, value in flags]
+    return spelt + list(arguments[end:])

@@ -1,0 +1,88 @@
+"""``minopt convert`` and ``minopt inspect``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from minopt.cli.common import MODEL, add_reading_arguments, on_terminal, tell
+
+
+def add_convert(verbs: Any) -> None:
+    parser = verbs.add_parser(
+        "convert", help="write a checkpoint anew, as another kind", allow_abbrev=False,
+        description="Reads a checkpoint of any kind (Hugging Face or metaseq: one file, parts, shards) and writes a "
+        "Hugging Face folder, or metaseq's files.",
+    )  # fmt: skip
+    parser.set_defaults(run=_convert)
+    parser.add_argument("source", help=MODEL)
+    parser.add_argument("destination", help="a folder, made if missing")
+    parser.add_argument("--format", choices=("hf", "metaseq"), default="hf", help="what to write (hf)")
+    parser.add_argument("--parts", type=int, default=1, metavar="N", help="metaseq's model parallel parts (1)")
+    parser.add_argument("--dtype", default="auto", help="float32, bfloat16 or float16 (auto: as stored)")
+    parser.add_argument("--max-shard-size", type=_size, default="2GB", metavar="SIZE",
+                        help="the most that a safetensors file holds (2GB)")  # fmt: skip
+    add_reading_arguments(parser)
+    parser.add_argument("--force", action="store_true", help="replace a model that is there")
+
+
+def add_inspect(verbs: Any) -> None:
+    parser = verbs.add_parser(
+        "inspect", help="say what a checkpoint is", allow_abbrev=False,
+        description="Says what a checkpoint is and whether it is complete. Exits with 1 if it cannot be loaded, or "
+        "--check finds something.",
+    )  # fmt: skip
+    parser.set_defaults(run=_inspect)
+    parser.add_argument("model", help=MODEL)
+    parser.add_argument("--tensors", action="store_true", help="list the tensors")
+    parser.add_argument("--check", action="store_true", help="scan values: not finite, beyond 100, all zero")
+    parser.add_argument("--hash", action="store_true", help="digests that do not depend on how the file was saved")
+    parser.add_argument("--json", action="store_true", help="write JSON")
+    add_reading_arguments(parser, with_tokenizer=False)
+
+
+def _size(text: str) -> int:
+    """Bytes of "2GB", "500MB" or "1000"."""
+    units = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+    number = text.rstrip("KMGBkmgb ")
+    unit = text[len(number) :].strip().upper()
+    if not number.replace(".", "", 1).isdecimal() or unit not in units:
+        raise argparse.ArgumentTypeError(f"expected a size such as 2GB or 500MB, got {text!r}")
+    return int(float(number) * units[unit])
+
+
+def _convert(args: argparse.Namespace) -> None:
+    from minopt.checkpoint.convert import convert
+
+    convert(
+        args.source,
+        args.destination,
+        format=args.format,
+        parts=args.parts,
+        dtype=args.dtype,
+        max_shard_bytes=args.max_shard_size,
+        revision=args.revision,
+        local_files_only=args.local_files_only,
+        model_config=args.model_config,
+        tokenizer=args.tokenizer,
+        force=args.force,
+        show_progress=on_terminal(),
+    )
+    tell(f"wrote {args.destination}")
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from minopt.checkpoint.inspect import inspect_checkpoint
+
+    report = inspect_checkpoint(
+        args.model,
+        check=args.check,
+        digest=args.hash,
+        revision=args.revision,
+        local_files_only=args.local_files_only,
+        model_config=args.model_config,
+        show_progress=on_terminal(),
+    )
+    print(json.dumps(report.to_dict(), indent=2) if args.json else report.to_text(tensors=args.tensors))
+    return 0 if report.is_sound else 1

@@ -1,0 +1,54 @@
+"""What several commands share."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+MODEL = "a folder, any one file of a checkpoint, or a name such as facebook/opt-125m"
+
+
+def tell(text: str) -> None:
+    """One line on stderr, if there is one: where it is closed, print would take stdout."""
+    if sys.stderr is not None:
+        print(f"minopt: {text}", file=sys.stderr)
+
+
+def on_terminal() -> bool:
+    return sys.stderr is not None and sys.stderr.isatty()
+
+
+def true_or_false(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"expected true or false, got {text!r}")
+    return text.lower() == "true"
+
+
+def add_reading_arguments(parser: argparse.ArgumentParser, with_tokenizer: bool = True) -> None:
+    parser.add_argument("--revision", help="branch, tag or commit on the hub")
+    parser.add_argument("--local-files-only", action="store_true", help="use the hub's cache, ask nobody")
+    parser.add_argument(
+        "--model-config",
+        metavar="NAME_OR_JSON",
+        help="a preset such as opt-1.3b, or a config.json, instead of what the checkpoint says",
+    )
+    if with_tokenizer:
+        parser.add_argument(
+            "--tokenizer", metavar="FOLDER", help="of its files (default: beside the weights, or one up)"
+        )
+
+
+def add_model_arguments(parser: argparse.ArgumentParser, with_dtype: bool = True) -> None:
+    parser.add_argument(
+        "--model",
+        metavar="NAME_OR_PATH",
+        help=f"{MODEL} (default: the small model that minopt carries)",
+    )
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: the GPU if there is one)")
+    if with_dtype:
+        parser.add_argument(
+            "--dtype",
+            default="auto",
+            help="auto, float32, bfloat16, float16 or float64 (auto: float32 on a CPU, elsewhere the file's own)",
+        )
+    add_reading_arguments(parser)

@@ -1,0 +1,144 @@
+"""``minopt evaluate``."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from minopt.cli.common import add_model_arguments, on_terminal
+from minopt.cli.finetune import add_settings, settings_of
+from minopt.training.config import TrainingConfig
+
+if TYPE_CHECKING:
+    from minopt.language_model import LanguageModel
+    from minopt.training.distributed import World
+
+_SETTINGS = ("dev_file", "prompt_template", "completion_template", "src_length", "tgt_length", "max_eval_samples",
+             "per_device_eval_batch_size", "num_beams", "min_tgt_length", "length_penalty", "no_repeat_ngram_size",
+             "select_topk")  # fmt: skip
+_TASKS = ("reference", "perplexity", "squad", "squad-question")
+
+
+def add_evaluate(verbs: Any) -> None:
+    """Adds the command to a parser's."""
+    parser = verbs.add_parser(
+        "evaluate", help="measure a model: published numbers, perplexity, questions", allow_abbrev=False,
+        description="Measures a model. With --task reference it exits with 0 only if all published numbers hold.",
+    )  # fmt: skip
+    parser.set_defaults(run=_evaluate)
+    parser.add_argument("--task", choices=_TASKS, required=True,
+                        help="reference: the values in metaseq's and transformers' own tests of opt-125m and opt-350m; "
+                        "perplexity: of a text, as published for WikiText-2; squad: loss, exact match and F1 of "
+                        "answers; squad-question: loss and ROUGE-L of questions")  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="write JSON")
+    add_model_arguments(parser, with_dtype=True)
+    text = parser.add_argument_group("--task perplexity")
+    text.add_argument("--data", metavar="FILE", help="a text; a .raw, such as wiki.test.raw, is joined as published")
+    text.add_argument("--window", type=int, metavar="N", help="tokens read at once (all of the model's positions)")
+    squad = parser.add_argument_group("--task squad, squad-question")
+    squad.add_argument("--output", metavar="FILE", help="write the predictions, in SQuAD's own format")
+    add_settings(parser, _SETTINGS)
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    from minopt.language_model import load
+
+    settings = settings_of(args)
+    questions = args.task in ("squad", "squad-question")
+    if args.model is None:
+        raise ValueError("--model: expected a checkpoint to measure, got none. Name one.")
+    if given := [name for name in (*_SETTINGS, "output") if not questions and getattr(args, name, None) is not None]:
+        raise ValueError(f"--{given[0]}: goes with --task squad, got --task {args.task}. Leave it out.")
+    if given := [name for name in ("data", "window") if args.task != "perplexity" and getattr(args, name) is not None]:
+        raise ValueError(f"--{given[0]}: goes with --task perplexity, got --task {args.task}. Leave it out.")
+    if args.task == "reference" and args.dtype not in ("auto", "float32"):
+        raise ValueError(f"--dtype: published numbers are float32's, got {args.dtype}. Leave it out.")
+    options = {
+        "dtype": "float32" if args.task == "reference" else args.dtype, "revision": args.revision,
+        "local_files_only": args.local_files_only, "model_config": args.model_config, "tokenizer": args.tokenizer,
+    }  # fmt: skip
+    if not questions:
+        lm = load(args.model, device=args.device, **options)
+        return _reference(lm, args.json) if args.task == "reference" else _perplexity(lm, args)
+
+    from minopt.training.data import read_data
+    from minopt.training.distributed import processes
+    from minopt.training.prepare import template_of
+
+    config = TrainingConfig(output_dir=".", do_eval=True, task=args.task, device=args.device, **settings)
+    template = template_of(config)
+    if config.dev_file is None:
+        raise ValueError("--dev_file: expected a file, or squad for the official one, got none. Name one.")
+    dev_file = config.dev_file
+    if args.output is not None and not Path(args.output).parent.is_dir():
+        raise FileNotFoundError(f"--output: there is no folder {Path(args.output).parent}. Make it first.")
+    with processes(args.device) as world:
+        shown = world.is_first and on_terminal()
+        data = world.first_then_all(lambda: read_data(dev_file, template, split="dev", show_progress=shown))
+        lm = world.first_then_all(lambda: load(args.model, device=world.device, **options))
+        return evaluate_examples(lm, data, config, world, args.json, args.output)
+
+
+def evaluate_examples(
+    lm: LanguageModel, data: Any, config: TrainingConfig, world: World, as_json: bool = False,
+    output: str | None = None,
+) -> int:  # fmt: skip
+    """Evaluates on examples in all processes, and writes the result in the first."""
+    from minopt.training.evaluation import evaluate
+    from minopt.training.prepare import check, prepare, warn
+
+    if lm.tokenizer is None:
+        raise ValueError("--model: expected one with a tokenizer, got one without. Name its folder with --tokenizer.")
+    check(lm.model, config, data)
+    if not isinstance(data, str):
+        data = data[: config.max_eval_samples]
+    tokens = prepare(data, lm.model, lm.tokenizer, config, world, training=False)
+    warn(config, world, tokens)
+    result = evaluate(lm.model, lm.tokenizer, data, tokens, config, world, show_progress=on_terminal())
+    assert result is not None
+    if world.is_first:
+        if output is not None:
+            text = json.dumps(dict(result.predictions), ensure_ascii=False)
+            Path(output).write_text(text + "\n", encoding="utf-8")
+        _print(dict(result.metrics), as_json)
+    return 0
+
+
+def _reference(lm: LanguageModel, as_json: bool) -> int:
+    from minopt.evaluation.reference import as_records, compare_with_published, format_table
+
+    comparisons = compare_with_published(lm.model, lm.tokenizer)
+    print(json.dumps(as_records(comparisons), indent=2) if as_json else format_table(comparisons))
+    return 0 if all(comparison.passed for comparison in comparisons) else 1
+
+
+def _perplexity(lm: LanguageModel, args: argparse.Namespace) -> int:
+    from minopt.evaluation.perplexity import wikitext_text, window_perplexity
+    from minopt.training.data import read_data
+
+    if args.data is None:
+        raise ValueError("--data: expected a text file, such as WikiText-2's wiki.test.raw, got none. Name one.")
+    if lm.tokenizer is None:
+        raise ValueError("--model: expected one with a tokenizer, got one without. Name its folder with --tokenizer.")
+    path = Path(args.data)
+    text = read_data(path, split="dev")
+    if not isinstance(text, str):
+        raise ValueError(f"--data: expected a text (.txt, .raw), got {path}. Name another.")
+    if path.suffix == ".raw":
+        text = wikitext_text(io.StringIO(text))
+    result = window_perplexity(lm.model, lm.tokenizer.encode(text), args.window)
+    values: dict[str, Any] = {"perplexity": result.perplexity, "tokens": result.tokens, "windows": result.windows}
+    _print(values, args.json)
+    return 0
+
+
+def _print(values: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(values, indent=2))
+        return
+    width = max(map(len, values))
+    for name, value in values.items():
+        print(f"{name:{width}}  {value:,.0f}" if float(value).is_integer() else f"{name:{width}}  {value:.4f}")

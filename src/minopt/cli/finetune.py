@@ -1,0 +1,117 @@
+"""``minopt finetune``: its flags are the fields of ``TrainingConfig``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+from collections.abc import Iterable
+from dataclasses import MISSING, fields
+from typing import Any
+
+from minopt.cli.common import MODEL, on_terminal, tell, true_or_false
+from minopt.training.config import TrainingConfig
+
+_GROUPS = {
+    "output_dir": "what", "train_file": "data", "num_train_epochs": "optimisation", "fp16": "how it runs",
+    "evaluation_strategy": "evaluation", "logging_steps": "what is written",
+}  # fmt: skip
+
+
+def add_finetune(verbs: Any) -> None:
+    """Adds the command to a parser's."""
+    parser = verbs.add_parser(
+        "finetune", help="fine-tune a model, with torchrun in many processes", allow_abbrev=False,
+        description="Fine-tunes a model on SQuAD, on pairs of prompt and completion, or on a text, and writes it to "
+        "--output_dir. Under torchrun it runs in as many processes as that starts. Started again with the same "
+        "settings, it goes on from its latest checkpoint.",
+    )  # fmt: skip
+    parser.set_defaults(run=_finetune)
+    parser.add_argument("--config", metavar="FILE", help="JSON of settings by their names; flags come before it")
+    add_settings(parser, [f.name for f in fields(TrainingConfig)])
+
+
+def add_settings(parser: argparse.ArgumentParser, names: Iterable[str]) -> None:
+    """Adds flags for fields of ``TrainingConfig``; those that are not given are not set."""
+    group: Any = parser
+    for f in fields(TrainingConfig):
+        if f.name in _GROUPS:
+            group = parser.add_argument_group(_GROUPS[f.name])
+        if f.name not in names:
+            continue
+        assert isinstance(f.type, str)
+        kind = f.type.removesuffix(" | None")
+        options: dict[str, Any] = {"type": {"int": int, "float": float, "bool": true_or_false}.get(kind, str)}
+        options["metavar"] = {"int": "N", "float": "X", "bool": "true|false"}.get(kind, "TEXT")
+        if kind == "bool":
+            options |= {"nargs": "?", "const": True}
+        if f.metadata["choices"]:
+            options |= {"choices": f.metadata["choices"], "metavar": None}
+        default = "" if f.default in (None, "", False, MISSING) else f" ({str(f.default).lower()})"
+        text = f.metadata["help"].replace("%", "%%") + default
+        group.add_argument(f"--{f.name.replace('_', '-')}", help=text, default=argparse.SUPPRESS, **options)
+
+
+def settings_of(args: argparse.Namespace) -> dict[str, Any]:
+    """The fields of ``TrainingConfig`` that flags have set."""
+    names = {f.name for f in fields(TrainingConfig)}
+    return {name: value for name, value in vars(args).items() if name in names}
+
+
+def _finetune(args: argparse.Namespace) -> int:
+    settings = TrainingConfig.from_file(args.config) if args.config is not None else {}
+    config = TrainingConfig(**(settings | settings_of(args)))
+    for name, value in (("model_name_or_path", config.model_name_or_path), ("train_file", config.train_file)):
+        if value is None and (name != "train_file" or config.trains):
+            what = f"{MODEL}" if name == "model_name_or_path" else "a file, or squad for the official ones"
+            raise ValueError(f"--{name}: expected {what}, got none. Name one.")
+
+    from minopt.language_model import load
+    from minopt.training.data import read_data
+    from minopt.training.distributed import processes
+    from minopt.training.prepare import evaluates, template_of
+    from minopt.training.trainer import TrainingStopped, train
+
+    assert config.model_name_or_path is not None
+    template = template_of(config)
+    with processes(config.device) as world:
+        shown = world.is_first and on_terminal()
+        train_data: Any = None
+        eval_data: Any = None
+        if config.trains and config.train_file is not None:
+            train_file = config.train_file
+            train_data = world.first_then_all(lambda: read_data(train_file, template, show_progress=shown))
+        if config.dev_file is not None and (evaluates(config) or not config.trains):
+            dev_file = config.dev_file
+            eval_data = world.first_then_all(lambda: read_data(dev_file, template, split="dev", show_progress=shown))
+        place = "cpu" if config.parallel == "fsdp" else world.device  # a share of it goes on
+        name = config.model_name_or_path
+        lm = world.first_then_all(lambda: load(name, device=place, dtype="float32"))
+        if lm.tokenizer is None:
+            raise ValueError(
+                f"--model_name_or_path: expected a model with a tokenizer, {name} has none. Add its files."
+            )
+        if not config.trains:
+            from minopt.cli.evaluate import evaluate_examples
+
+            return evaluate_examples(lm, eval_data, config, world)
+        try:
+            result = train(lm.model, train_data, config, tokenizer=lm.tokenizer, eval_data=eval_data)
+        except TrainingStopped as stopped:
+            if world.is_first:
+                tell(f"{stopped} To go on:\n{_this_command()}")
+            return 128 + stopped.signal
+        if world.is_first:
+            tell(f"{result.steps} steps, loss {result.loss:.4f}. The model is in {result.output_dir}")
+    return 0
+
+
+def _this_command() -> str:
+    """What was typed, as far as environment variables tell it of torchrun."""
+    command = ["minopt", *sys.argv[1:]]
+    if "LOCAL_WORLD_SIZE" in os.environ:
+        nodes = int(os.environ.get("GROUP_WORLD_SIZE", "1"))
+        several = ["--nnodes", str(nodes)] if nodes > 1 else []
+        command = ["torchrun", *several, "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"], "-m", *command]
+    return shlex.join(command)

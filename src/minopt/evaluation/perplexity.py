@@ -1,0 +1,86 @@
+"""Perplexity of a text as the published WikiText-2 figures of OPT are measured: windows that do not overlap."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import torch
+
+from minopt.config import is_int
+from minopt.generation.scoring import token_logprobs
+from minopt.model import OPT
+
+PUBLISHED_WIKITEXT2: Mapping[str, float] = MappingProxyType(
+    {"opt-125m": 27.65, "opt-350m": 22.00, "opt-1.3b": 14.63, "opt-2.7b": 12.47, "opt-6.7b": 10.86, "opt-13b": 10.13,
+     "opt-30b": 9.56, "opt-66b": 9.34, "opt-175b": 8.34}
+)  # fmt: skip
+"""Perplexity of each size on WikiText-2's test text, in windows of 2048: the GPTQ paper, arXiv 2210.17323."""
+
+
+@dataclass(frozen=True)
+class PerplexityResult:
+    """What ``window_perplexity`` measured.
+
+    Attributes:
+        perplexity: ``exp`` of the mean negative log-likelihood of a token, in nats.
+        tokens: that were scored: one less than the window for each.
+        windows: that were read.
+    """
+
+    perplexity: float
+    tokens: int
+    windows: int
+
+
+def wikitext_text(lines: Iterable[str]) -> str:
+    r"""The text that published WikiText-2 perplexities of OPT are measured on, out of the raw file.
+
+    The protocol joins the rows of the hub's wikitext-2-raw-v1 test split by two newlines (IST-DASLab/gptq,
+    datautils.py). Those rows are the lines of ``wiki.test.raw``, each with its own newline, and ``""`` for each line
+    that is only white space.
+
+    Args:
+        lines: of ``wiki.test.raw`` with their newlines, as a file opened with ``encoding="utf-8"`` gives them
+            (``str.splitlines`` does not: it splits at other characters too).
+
+    Returns:
+        The text, to be encoded in one piece, with ``</s>`` in front as OPT's tokenizer does by default.
+    """
+    return "\n\n".join(line if line.strip() else "" for line in lines)
+
+
+def window_perplexity(model: OPT, input_ids: Sequence[int], window: int | None = None) -> PerplexityResult:
+    """Perplexity of a text in windows that do not overlap, from its first token on.
+
+    Each window is read alone and scores all of its tokens but the first. Tokens at the end that do not fill a window
+    are left out. As IST-DASLab/gptq does (``opt_eval`` of opt.py, with the text of datautils.py); those figures ran in
+    float16, so expect differences of about 0.02 from ``PUBLISHED_WIKITEXT2``. Logits are compared in float32, and
+    exist for a few hundred positions at a time.
+
+    Args:
+        model: on any device, in ``eval()`` mode: dropout counts otherwise.
+        input_ids: of the text, ``[T]``.
+        window: tokens; ``None`` is the model's number of positions, 2048 for OPT.
+
+    Returns:
+        ``exp`` of the mean over windows of the mean over a window's targets, and how many there were.
+
+    Raises:
+        ValueError: if the window makes no sense, if the text does not fill one, and as ``token_logprobs`` does.
+    """
+    limit = model.config.max_position_embeddings
+    window = limit if window is None else window
+    if not is_int(window) or not 2 <= window <= limit:
+        raise ValueError(f"window: expected 2 to the model's {limit} positions, got {window!r}. Change --window.")
+    windows = len(input_ids) // window
+    if windows == 0:
+        raise ValueError(
+            f"text: expected at least the {window} tokens of one window, got {len(input_ids)}. "
+            "Give a longer text, or a smaller --window."
+        )
+    rows = [input_ids[i * window : (i + 1) * window] for i in range(windows)]
+    # One at a time: a window of 2048 fills any device, and memory does not depend on the text.
+    nlls = torch.stack([-token_logprobs(model, [row], [1])[0].double().mean() for row in rows])
+    return PerplexityResult(nlls.mean().exp().item(), windows * (window - 1), windows)

@@ -1,0 +1,173 @@
+"""Checkpoints of a run: each complete or invisible, read by any number of processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+
+from minopt.checkpoint.errors import first_line
+from minopt.config import read_json
+from minopt.training.distributed import World
+
+_NAME = re.compile(r"step-(\d{8})")
+_STATE = "state.json"  # written last
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """The checkpoints in a folder, ``step-00000120`` and the like.
+
+    Each holds the model and the optimizer as torch.distributed.checkpoint writes them, a file a process, and a
+    ``state.json``. It is written under a hidden name and renamed when all of it is on the disk.
+    """
+
+    folder: Path
+    world: World
+
+    def latest(self) -> Path | None:
+        """The checkpoint of the most steps."""
+        steps = self._steps()
+        return self._path(steps[-1]) if steps else None
+
+    def save(self, step: int, module: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> Path:
+        """Writes a checkpoint; every process has to call it.
+
+        Args:
+            step: how many steps are done.
+            module: the model, wrapped or not.
+            optimizer: its.
+            state: what else there is, as JSON takes it.
+
+        Raises:
+            OSError: if it cannot be written; earlier ones are as they were.
+        """
+        path = self._path(step)
+        new = path.with_name(f".{path.name}.saving")
+        if self.world.gather(path.exists())[0]:
+            return path
+        self.world.first(lambda: _make_empty(new))
+        error: OSError | None = None
+        try:
+            with _quietly():
+                save(_state(module, optimizer), checkpoint_id=new, no_dist=self.world.size == 1)
+        except (CheckpointException, OSError, RuntimeError) as e:
+            error = OSError(
+                f"{path}: cannot be written ({_reason(e)}). Is the disk full? Earlier checkpoints are whole."
+            )
+        try:
+            self.world.agree(error)
+            self.world.first(lambda: _publish(new, path, state))
+        except OSError:
+            self.world.first(lambda: shutil.rmtree(new, ignore_errors=True))
+            raise
+        return path
+
+    def load(self, path: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Fills a model and its optimizer, in place; every process has to call it.
+
+        Raises:
+            ValueError: if the checkpoint is not of such a model, or damaged.
+        """
+        state = _state(module, optimizer)
+        error: ValueError | None = None
+        try:
+            with _quietly():
+                load(state, checkpoint_id=path, no_dist=self.world.size == 1)
+        except (CheckpointException, OSError, RuntimeError, ValueError, KeyError) as e:
+            error = ValueError(f"{path}: cannot be read into this model ({_reason(e)}). Use another checkpoint.")
+        self.world.agree(error)
+        set_state_dict(
+            module, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
+        )  # fmt: skip
+
+    def remove_old(self, keep_last: int, best_step: int | None) -> None:
+        """Removes all but the last few and the best; the first process alone does."""
+        for step in self._steps()[:-keep_last] if self.world.is_first else ():
+            if step != best_step:
+                path = self._path(step)
+                # Renamed first: what a crash leaves half removed must not be taken for a checkpoint.
+                shutil.rmtree(path.rename(path.with_name(f".{path.name}.removing")), ignore_errors=True)
+
+    def remove_unfinished(self) -> None:
+        """Removes what a crash has left."""
+        for path in self.folder.glob(".step-*.*ing"):
+            shutil.rmtree(path, ignore_errors=True)
+
+    def _steps(self) -> list[int]:
+        found = (_NAME.fullmatch(path.name) for path in self.folder.glob("step-*") if (path / _STATE).is_file())
+        return sorted(int(match[1]) for match in found if match)
+
+    def _path(self, step: int) -> Path:
+        return self.folder / f"step-{step:08}"
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """The ``state.json`` of a checkpoint.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    if not (path / _STATE).is_file():
+        raise ValueError(f"--resume: expected auto, never or the folder of a checkpoint, got {path}. Name another.")
+    return read_json(path / _STATE)
+
+
+def _state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    model, optim = get_state_dict(module, optimizer)
+    return {"model": model, "optimizer": optim}
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without the library's remark that a single process is alone."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
+
+
+def _make_empty(path: Path) -> None:
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir(parents=True)
+
+
+def _publish(new: Path, path: Path, state: dict[str, Any]) -> None:
+    write_durably(new / _STATE, json.dumps(state, indent=1) + "\n")
+    new.rename(path)
+    handle = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(handle)  # of the name
+    finally:
+        os.close(handle)
+
+
+def write_durably(path: Path, text: str) -> None:
+    """Writes a text file that is whole, old or new, whatever happens meanwhile."""
+    new = path.with_name(f".{path.name}.new")
+    with new.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    new.replace(path)
+
+
+def _reason(error: BaseException) -> str:
+    """The first cause on any process: the library's own message is pages long."""
+    if isinstance(error, CheckpointException):
+        for failure in error.failures.values():
+            return first_line(failure[0])[:200]
+    return first_line(error)[:200]

@@ -1,0 +1,208 @@
+"""How to fine-tune: one frozen, checked record, whose fields are the flags of ``minopt finetune``.
+
+Names and meanings are those of PaddleNLP's OPT example and of transformers' TrainingArguments.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import Field, asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from minopt.config import is_int, is_number, read_json
+
+
+def _option(default: Any, help: str, *, choices: tuple[str, ...] = (), least: float | None = None,
+            below: float | None = None, changes_run: bool = True) -> Any:  # fmt: skip
+    """A field of ``TrainingConfig``.
+
+    Args:
+        default: and, but for ``None``, its type.
+        help: for the command line and the reader.
+        choices: the values allowed.
+        least: the least value allowed.
+        below: what the value must stay below.
+        changes_run: whether another value makes another run of it, which cannot go on from the first one's checkpoint.
+    """
+    metadata = {"help": help, "choices": choices, "least": least, "below": below, "changes_run": changes_run}
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """Settings of a fine-tuning run. ``minopt finetune --help`` describes each field; so does its ``metadata``.
+
+    Raises:
+        ValueError: naming each field whose value makes no sense.
+    """
+
+    # What
+    output_dir: str = _option("", "folder of the run: its checkpoints, metrics and model", changes_run=False)
+    model_name_or_path: str | None = _option(None, "what to begin from: a folder, a file of a checkpoint, or a name "
+                                             "such as facebook/opt-125m")  # fmt: skip
+    do_train: bool = _option(False, "train (so it does if neither this nor --do_eval is given)", changes_run=False)
+    do_eval: bool = _option(False, "evaluate at the end", changes_run=False)
+
+    # Data
+    train_file: str | None = _option(None, "SQuAD JSON, JSON lines of prompt and completion, or a text; squad and "
+                                     "squad-v2 fetch the official files")  # fmt: skip
+    dev_file: str | None = _option(None, "the same, to evaluate on", changes_run=False)
+    task: str = _option("squad", "squad: context and question to answer; squad-question: answer and context to "
+                        "question", choices=("squad", "squad-question"))  # fmt: skip
+    prompt_template: str | None = _option(None, "instead of a task: text with {context}, {question} or {answer}")
+    completion_template: str | None = _option(None, "what is to follow it, such as ' {answer}'")
+    src_length: int = _option(608, "the most tokens of a prompt", least=1)
+    tgt_length: int = _option(160, "the most tokens of a completion, trained on or generated", least=1)
+    batching: str = _option("packed", "packed: the examples of a batch in one row, no padding; grouped: padded, with "
+                            "others of like length; padded: padded to the longest",
+                            choices=("packed", "grouped", "padded"))  # fmt: skip
+
+    # Optimisation
+    num_train_epochs: float = _option(3.0, "passes over the data", least=0)
+    max_steps: int = _option(-1, "steps, instead of epochs (-1: epochs)", least=-1)
+    per_device_train_batch_size: int = _option(8, "examples of a process in a microbatch", least=1, changes_run=False)
+    gradient_accumulation_steps: int = _option(1, "microbatches of a process in a step", least=1, changes_run=False)
+    learning_rate: float = _option(5e-5, "the highest", least=0)
+    lr_scheduler_type: str = _option("linear", "how it falls", choices=("linear", "cosine", "constant"))
+    warmup_ratio: float = _option(0.0, "the part of all steps in which it rises from 0", least=0, below=1)
+    lr_decay_ratio: float = _option(0.0, "the part of it that it falls to", least=0)
+    weight_decay: float = _option(0.0, "AdamW's, on matrices", least=0)
+    adam_beta1: float = _option(0.9, "AdamW's", least=0, below=1)
+    adam_beta2: float = _option(0.999, "AdamW's", least=0, below=1)
+    adam_epsilon: float = _option(1e-8, "AdamW's", least=0)
+    max_grad_norm: float = _option(1.0, "gradients are scaled down to this global norm (0: never)", least=0)
+    label_smoothing: float = _option(0.0, "probability spread over all tokens", least=0, below=1)
+    dropout: float | None = _option(None, "instead of the model's own", least=0, below=1)
+    seed: int = _option(42, "of the order of examples and of dropout", least=0)
+
+    # How it runs
+    fp16: bool = _option(False, "products in float16 with a scaled loss; weights stay float32")
+    bf16: bool = _option(False, "products in bfloat16; weights stay float32")
+    recompute: bool = _option(False, "compute layers again in the backward pass: less memory, a third more time",
+                              changes_run=False)  # fmt: skip
+    compile: bool = _option(False, "compile the layers", changes_run=False)
+    parallel: str = _option("ddp", "ddp: a whole model in each process; fsdp: a share", choices=("ddp", "fsdp"),
+                            changes_run=False)  # fmt: skip
+    device: str | None = _option(None, "cpu or cuda (the GPU if there is one)", changes_run=False)
+
+    # Evaluation
+    evaluation_strategy: str = _option("no", "when to evaluate in between", choices=("no", "steps", "epoch"),
+                                       changes_run=False)  # fmt: skip
+    eval_steps: int = _option(500, "every so many steps, with --evaluation_strategy steps", least=1, changes_run=False)
+    max_eval_samples: int | None = _option(None, "the first so many examples only", least=1, changes_run=False)
+    per_device_eval_batch_size: int = _option(8, "examples of a process at once", least=1, changes_run=False)
+    num_beams: int = _option(1, "beams of generated answers (1: greedy)", least=1, changes_run=False)
+    min_tgt_length: int = _option(0, "the fewest tokens of a generated answer", least=0, changes_run=False)
+    length_penalty: float = _option(1.0, "beams: above 0 favours long answers", changes_run=False)
+    no_repeat_ngram_size: int = _option(0, "no N tokens of an answer come twice in it (0: no limit)", least=0,
+                                        changes_run=False)  # fmt: skip
+    select_topk: bool = _option(True, "false draws the beams' tokens", changes_run=False)
+
+    # What is written
+    logging_steps: int = _option(10, "write metrics every so many steps", least=1, changes_run=False)
+    save_steps: int = _option(500, "write a checkpoint every so many steps", least=1, changes_run=False)
+    keep_last: int = _option(2, "checkpoints to keep, beside the best", least=1, changes_run=False)
+    resume: str = _option("auto", "auto: go on from this run's latest checkpoint; never: begin anew; or the path of a "
+                          "checkpoint", changes_run=False)  # fmt: skip
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, Path):
+                object.__setattr__(self, f.name, str(value))
+            elif isinstance(f.default, float) and is_int(value):
+                object.__setattr__(self, f.name, float(value))
+        problems = [problem for f in fields(self) if (problem := _problem(f, getattr(self, f.name)))]
+        if problems := problems or self._contradictions():
+            raise ValueError("; ".join(problems) + ".")
+
+    def _contradictions(self) -> list[str]:
+        problems = []
+        if not self.output_dir:
+            problems.append("--output_dir: expected a folder for the run, got none. Name one")
+        if self.fp16 and self.bf16:
+            problems.append("--fp16 and --bf16: expected one of them, got both. Leave one out")
+        if self.min_tgt_length > self.tgt_length:
+            problems.append(f"--min_tgt_length: {self.min_tgt_length} exceeds --tgt_length {self.tgt_length}. Lower it")
+        if (self.prompt_template is None) != (self.completion_template is None):
+            problems.append("--prompt_template and --completion_template: expected both or none. Give the other too")
+        if not self.select_topk and self.num_beams == 1:
+            problems.append("--select_topk false draws the tokens of beams, and --num_beams is 1. Set it to 2 or more")
+        if self.max_steps < 0 and not self.num_train_epochs > 0:
+            problems.append("--num_train_epochs: expected more than 0, got 0.0. Or give --max_steps")
+        if self.max_steps == 0:
+            problems.append(
+                "--max_steps: expected -1 or at least 1, got 0. To evaluate alone, use --do_eval without --do_train"
+            )
+        return problems
+
+    @property
+    def trains(self) -> bool:
+        """Whether there is training to do: with ``do_train``, or without any of the two."""
+        return self.do_train or not self.do_eval
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> dict[str, Any]:
+        """Reads settings from JSON: an object whose keys are fields.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if it is no such JSON, or has keys that are no fields.
+        """
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"--config: expected a JSON file, got {path}, which there is not. Name another.")
+        values = {key.replace("-", "_"): value for key, value in read_json(Path(path)).items()}
+        values = values.get("settings", values)  # a run.json
+        if unknown := sorted(values.keys() - {f.name for f in fields(cls)}):
+            raise ValueError(f"{path}: no such settings: {', '.join(unknown)}. See minopt finetune --help.")
+        return values
+
+    def replace(self, **changes: Any) -> TrainingConfig:
+        """A copy with some values changed, checked again."""
+        return replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, as JSON takes them."""
+        return asdict(self)
+
+    def to_text(self) -> str:
+        """All fields, a line each."""
+        width = max(len(f.name) for f in fields(self))
+        return "\n".join(f"{name:{width}}  {json.dumps(value)}" for name, value in self.to_dict().items())
+
+
+def _problem(f: Field[Any], value: Any) -> str | None:
+    """What is wrong with the value of one field, if anything."""
+    expected = _expected(f, value)
+    return None if expected is None else f"--{f.name}: expected {expected}, got {value!r}"
+
+
+def _expected(f: Field[Any], value: Any) -> str | None:
+    optional = " | None" in f.type
+    kind = f.type.removesuffix(" | None")
+    if value is None and optional:
+        return None
+    if kind == "bool":
+        return None if isinstance(value, bool) else "true or false"
+    if kind == "str":
+        choices = f.metadata["choices"]
+        return None if isinstance(value, str) and (not choices or value in choices) else (
+            " or ".join(choices) or "a text")  # fmt: skip
+    least, below = f.metadata["least"], f.metadata["below"]
+    fits = is_int(value) if kind == "int" else is_number(value) and math.isfinite(value)
+    if fits and (least is None or value >= least) and (below is None or value < below):
+        return None
+    bounds = [f"of at least {least}"] * (least is not None) + [f"below {below}"] * (below is not None)
+    return " ".join(["an integer" if kind == "int" else "a number", " and ".join(bounds)]).strip()
+
+
+def differences(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
+    """The settings in which two runs differ that make two runs of them, each as ``name: theirs there, mine here``."""
+    names = [f.name for f in fields(TrainingConfig) if f.metadata["changes_run"]]
+    return [
+        f"{name} is {json.dumps(theirs.get(name))} there and {json.dumps(mine.get(name))} here"
+        for name in names if mine.get(name) != theirs.get(name)
+    ]  # fmt: skip

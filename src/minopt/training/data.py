@@ -1,0 +1,338 @@
+"""Fine-tuning data: records of SQuAD or of JSON lines as pairs of prompt and completion, and plain text.
+
+Knows nothing of tokens: each example says which characters of its prompt may be cut where it is too long.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from http.client import HTTPException
+from pathlib import Path
+from string import Formatter
+from tempfile import TemporaryDirectory
+from typing import Any, Literal, TypeVar
+
+import torch.hub
+
+from minopt.checkpoint.errors import first_line, some
+
+UNANSWERABLE = "unanswerable"
+"""What questions without an answer train to."""
+
+SQUAD_URL = "https://rajpurkar.github.io/SQuAD-explorer/dataset/"
+
+# Of the files as published there.
+_SQUAD_SHA256 = {
+    "train-v1.1.json": "3527663986b8295af4f7fcdff1ba1ff3f72d07d61a20f487cb238a6ef92fd955",
+    "dev-v1.1.json": "95aa6a52d5d6a735563366753ca50492a658031da74f301ac5238b03966972c9",
+    "train-v2.0.json": "68dcfbb971bd3e96d5b46c7177b16c1a4e7d4bdef19fb204502738552dede002",
+    "dev-v2.0.json": "80a5225e94905956a6446d296ca1093975c4d3b3260f1d6c8f68bc2ab77182d8",
+}
+_SQUAD_VERSIONS = {"squad": "v1.1", "squad-v2": "v2.0"}
+
+_LINES = (".jsonl", ".ndjson")
+_TEXTS = (".txt", ".raw")
+_ENDINGS = (".json", *_LINES, *_TEXTS)
+_FORMATS = (
+    "A .json holds SQuAD (v1.1 or v2.0), a .jsonl or .ndjson one object a line with the texts prompt and completion, "
+    "a .txt or .raw plain text."
+)
+
+_FIELDS = ("context", "question", "answer")  # of templates
+
+_KINDS = {str: "a text", list: "a list", dict: "an object", int: "a whole number", float: "a number",
+          bool: "true or false", type(None): "null", type(...): "nothing"}  # fmt: skip
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Example:
+    """A prompt and what is to follow it.
+
+    Attributes:
+        prompt: what the model is given.
+        completion: what it learns to write after that, with the space or newline between the two.
+        references: all right answers, for scoring, without the template around them; ``""`` says that there is no
+            answer. Never empty in what ``read_data`` gives.
+        id: differs between the examples of a file.
+        context: start and end of the characters of the prompt that may be cut where it is too long; empty where the
+            prompt has no such part.
+        answer: start and end of the characters inside ``context`` that must not be cut in training, because the
+            completion repeats or asks for them; empty where there are none.
+    """
+
+    prompt: str
+    completion: str
+    references: tuple[str, ...] = ()
+    id: str = ""
+    context: tuple[int, int] = (0, 0)
+    answer: tuple[int, int] = (0, 0)
+
+
+def _fields(option: str, template: str) -> list[str]:
+    """The names of a template's fields, in order."""
+    names = []
+    try:
+        for _, name, spec, conversion in Formatter().parse(template):
+            if name is None:
+                continue
+            names.append(name)
+            if name not in _FIELDS or spec or conversion:
+                inside = name + (f"!{conversion}" if conversion else "") + (f":{spec}" if spec else "")
+                raise ValueError(f"{{{inside}}}")
+    except ValueError as error:
+        raise ValueError(
+            f"--{option}: expected no fields but {_named(_FIELDS)}, got {error} (in {template!r}). "
+            "Write {{ and }} for braces."
+        ) from None
+    return names
+
+
+def _named(fields: tuple[str, ...] | list[str]) -> str:
+    return ", ".join(f"{{{name}}}" for name in fields) or "none"
+
+
+@dataclass(frozen=True)
+class Template:
+    """How a question on a text becomes a prompt and a completion.
+
+    Both are texts with the fields ``{context}``, ``{question}`` and ``{answer}``; ``{{`` and ``}}`` are braces.
+
+    Attributes:
+        prompt: has one field or more, the context and the answer at most once each.
+        completion: has one field, which the prompt does not have.
+
+    Raises:
+        ValueError: naming the option and the rule that is broken.
+    """
+
+    prompt: str
+    completion: str
+
+    def __post_init__(self) -> None:
+        prompt, completion = _fields("prompt_template", self.prompt), _fields("completion_template", self.completion)
+        if not prompt or prompt.count("context") > 1 or prompt.count("answer") > 1:
+            raise ValueError(
+                "--prompt_template: expected one field or more, {context} and {answer} at most once each, got "
+                f"{_named(prompt)} (in {self.prompt!r}). The fields are {_named(_FIELDS)}."
+            )
+        if len(completion) != 1:
+            raise ValueError(
+                f"--completion_template: expected one field, got {_named(completion)} (in {self.completion!r}). "
+                f"The fields are {_named(_FIELDS)}."
+            )
+        if completion[0] in prompt:
+            raise ValueError(
+                f"--completion_template: expected a field that --prompt_template does not give away, got "
+                f"{_named(completion)} (in {self.completion!r} and {self.prompt!r}). Take it out of one of the two."
+            )
+
+
+TASKS: Mapping[str, Template] = {
+    "squad": Template("{context}\nQuestion: {question}\nAnswer:", " {answer}"),
+    # The words that PaddleNLP's OPT example trains on: a question is asked for, from its answer and the text.
+    "squad-question": Template("answer: {answer} context: {context} question:", " {question}"),
+}
+"""The templates that have a name."""
+
+
+def cache_folder() -> Path:
+    """Where downloads are kept: ``$MINOPT_HOME``, else ``$XDG_CACHE_HOME/minopt``, else ``~/.cache/minopt``."""
+    named, shared = os.environ.get("MINOPT_HOME"), os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(os.path.expanduser(named or os.path.join(shared, "minopt")))
+
+
+def read_data(
+    source: str | Path, template: Template = TASKS["squad"], *, split: Literal["train", "dev"] = "train",
+    show_progress: bool = True,
+) -> list[Example] | str:  # fmt: skip
+    """Reads examples, or a text for language modelling, from a file or from the published SQuAD.
+
+    Args:
+        source: a file, whose ending tells its format: ``.json`` SQuAD v1.1 or v2.0 (arXiv 1606.05250, 1806.03822);
+            ``.jsonl`` or ``.ndjson`` an object a line with the texts ``prompt`` and ``completion`` and perhaps ``id``;
+            ``.txt`` or ``.raw`` plain text. ``"squad"`` and ``"squad-v2"``, where no file is called that, are the
+            published files, downloaded once into ``cache_folder() / "squad"``.
+        template: how questions of SQuAD become examples. A prompt with ``{answer}`` leaves out questions that have
+            none; with other prompts, the answer to those is ``UNANSWERABLE`` and their reference ``""``.
+        split: which published file, and which option a message names: ``train_file`` or ``dev_file``.
+        show_progress: draw a bar on stderr while downloading.
+
+    Returns:
+        The examples in the order of the file, or the text as it is in the file.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if its ending is unknown, it is empty, not UTF-8 or holds no examples, or two have one id; or
+            naming the place in it that is not what the format has there.
+        OSError: if a download fails; nothing is left of it then.
+    """
+    if split not in ("train", "dev"):
+        raise ValueError(f'split: expected "train" or "dev", got {split!r}.')
+    path = Path(source)
+    if str(source) in _SQUAD_VERSIONS and not path.is_file():
+        path = _download(f"{split}-{_SQUAD_VERSIONS[str(source)]}.json", split, show_progress)
+    text = _read_text(path, split)
+    ending = path.suffix.lower()
+    if ending in _TEXTS:
+        return text
+    examples = list(_read_lines(text, path) if ending in _LINES else _read_squad(text, template, path))
+    if not examples:
+        raise ValueError(f"{split}_file: expected examples, got none for the template ({path}). {_FORMATS}")
+    if repeated := [repr(key) for key, count in Counter(e.id for e in examples).items() if count > 1]:
+        raise ValueError(
+            f"{split}_file: expected an id of its own for each example, got {some(repeated)} more than once ({path}). "
+            "Rename or remove the repetitions."
+        )
+    return examples
+
+
+def _download(name: str, split: str, show_progress: bool) -> Path:
+    """A published file in the cache, where only what has the right digest gets that name."""
+    path, url = cache_folder() / "squad" / name, SQUAD_URL + name
+    if path.is_file():
+        return path
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # A folder of its own, because torch leaves its part of a file where the disk is full.
+        with TemporaryDirectory(dir=path.parent) as folder:
+            part = os.path.join(folder, name)
+            torch.hub.download_url_to_file(url, part, hash_prefix=_SQUAD_SHA256[name], progress=show_progress)
+            os.replace(part, path)
+    except (OSError, HTTPException, RuntimeError) as error:  # the last is a wrong digest
+        raise OSError(
+            f"{split}_file: expected {url} to be copied to {path.parent}, got {first_line(error)}. "
+            "Try again, or fetch the file by hand and give its path."
+        ) from None
+    return path
+
+
+def _read_text(path: Path, split: str) -> str:
+    """What a file holds, line ends as they are, but for a byte order mark."""
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{split}_file: expected {', '.join(_SQUAD_VERSIONS)} or a file ({', '.join(_ENDINGS)}), got "
+            f"{'a folder' if path.is_dir() else 'nothing of that name'} ({path}). Check the path."
+        )
+    if path.suffix.lower() not in _ENDINGS:
+        raise ValueError(f"{split}_file: expected a name that ends in {', '.join(_ENDINGS)}, got {path}. {_FORMATS}")
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{split}_file: expected UTF-8, got {error} ({path}). Convert it to UTF-8.") from None
+    if not text.strip():
+        raise ValueError(f"{split}_file: expected data, got an empty file ({path}). {_FORMATS}")
+    return text
+
+
+def _read_lines(text: str, path: Path) -> Iterator[Example]:
+    count = 0
+    for number, line in enumerate(text.split("\n"), 1):  # splitlines would also split inside of JSON's texts
+        if not line.strip():
+            continue
+        at = f"{path}: line {number}: "
+        record = _typed(_parse(line, at), dict, f"{at}all of it")
+        completion = _field(record, "completion", str, at)
+        if not completion:
+            raise ValueError(f"{at}completion: expected a text to train on, got an empty one. {_FORMATS}")
+        key = _field(record, "id", str, at) if "id" in record else str(count)
+        yield Example(_field(record, "prompt", str, at), completion, (completion.strip(),), key)
+        count += 1
+
+
+def _read_squad(text: str, template: Template, path: Path) -> Iterator[Example]:
+    content = _typed(_parse(text, f"{path}: "), dict, f"{path}: all of it")
+    for article, in_article in _objects(content, "data", f"{path}: "):
+        for paragraph, in_paragraph in _objects(article, "paragraphs", in_article):
+            context = _field(paragraph, "context", str, in_paragraph)
+            for question, at in _objects(paragraph, "qas", in_paragraph):
+                yield from _squad_examples(question, context, template, at)
+
+
+def _squad_examples(record: dict[str, Any], context: str, template: Template, at: str) -> Iterator[Example]:
+    """The example that a question gives, or none if the template wants an answer and there is none."""
+    key, question = _field(record, "id", str, at), _field(record, "question", str, at).strip()
+    answers = _answers(record, at)
+    text, start = answers[0] if answers else (UNANSWERABLE, 0)
+    values = {"context": context, "question": question, "answer": text}
+    prompt, starts = _fill(template.prompt, values)
+    if not answers and "answer" in starts:
+        return
+    completion, (asked,) = _fill(template.completion, values)
+    right = tuple(dict.fromkeys(t for t, _ in answers)) or ("",)
+    references = right if asked == "answer" else (values[asked],)
+    cut, kept = (0, 0), (0, 0)
+    if "context" in starts:
+        cut = (starts["context"], starts["context"] + len(context))
+        place = _nearest(context, text, start) if answers else None
+        if place is not None:
+            kept = (cut[0] + place, cut[0] + place + len(text))
+    yield Example(prompt, completion, references, key, cut, kept)
+
+
+def _answers(record: dict[str, Any], at: str) -> list[tuple[str, int]]:
+    """The answers to a question and where they should stand in the context; none if it is said to have none."""
+    is_v2 = "is_impossible" in record
+    if is_v2 and _field(record, "is_impossible", bool, at):
+        return []
+    answers = []
+    for answer, in_answer in _objects(record, "answers", at):
+        text, start = _field(answer, "text", str, in_answer), _field(answer, "answer_start", int, in_answer)
+        if not text.strip():
+            raise ValueError(f"{in_answer}text: expected an answer, got a blank text. {_FORMATS}")
+        answers.append((text.strip(), start + len(text) - len(text.lstrip())))
+    if not answers and not is_v2:
+        raise ValueError(f"{at}answers: expected one or more, got none. A question without has is_impossible: true.")
+    return answers
+
+
+def _nearest(context: str, text: str, start: int) -> int | None:
+    """Where in a context a text stands, nearest to a place."""
+    after = max(start, 0)
+    places = (context.rfind(text, 0, after + len(text)), context.find(text, after))
+    return min((p for p in places if p >= 0), key=lambda p: abs(p - start), default=None)
+
+
+def _fill(template: str, values: Mapping[str, str]) -> tuple[str, dict[str, int]]:
+    """A template with its values, which are taken literally, and where each begins (the last time)."""
+    text, starts = "", dict[str, int]()
+    for literal, name, _, _ in Formatter().parse(template):
+        text += literal
+        if name is not None:
+            starts[name] = len(text)
+            text += values[name]
+    return text, starts
+
+
+def _parse(text: str, at: str) -> object:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{at}expected JSON, got an error: {first_line(error)}. {_FORMATS}") from None
+
+
+def _objects(holder: Mapping[str, Any], key: str, at: str) -> Iterator[tuple[dict[str, Any], str]]:
+    """The objects of a list, and for each the path that its own keys are to follow."""
+    for i, value in enumerate(_field(holder, key, list, at)):
+        yield _typed(value, dict, f"{at}{key}[{i}]"), f"{at}{key}[{i}]."
+
+
+def _field(holder: Mapping[str, Any], key: str, kind: type[_T], at: str) -> _T:
+    return _typed(holder.get(key, ...), kind, f"{at}{key}")
+
+
+def _typed(value: object, kind: type[_T], where: str) -> _T:
+    """A value of JSON that must be of a kind; a text of what UTF-8 can hold, for tokenizers take no other."""
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise ValueError(f"{where}: expected {_KINDS[kind]}, got {_KINDS[type(value)]}. {_FORMATS}")
+    if kind is str:
+        try:
+            str(value).encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"{where}: expected characters, got half of one at {error.start} of the text. "
+                             "Write both halves of a surrogate pair.") from None  # fmt: skip
+    return value

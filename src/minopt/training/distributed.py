@@ -1,0 +1,134 @@
+"""The processes of a run: who they are, and how they agree."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class World:
+    """One process among those of a run.
+
+    Attributes:
+        rank: of this process, from 0.
+        size: how many processes there are.
+        device: on which this one computes.
+    """
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, *values: float) -> list[float]:
+        """Sums numbers over all processes, in float64."""
+        if self.size == 1:
+            return list(values)
+        total = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def gather(self, value: _T) -> list[_T]:
+        """The values of all processes, by rank; any that can be pickled."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def agree(self, error: ValueError | OSError | None) -> None:
+        """Raises the first error of any process in all of them; each has to call it."""
+        if error is not None and self.size == 1:
+            raise error
+        for other in self.gather(error if error is None else (_kind(error), str(error))):
+            if other is not None:
+                raise other[0](other[1]) from error
+
+    def first(self, run: Callable[[], _T]) -> _T | None:
+        """Runs something in the first process alone, while the others wait; its error is everyone's."""
+        result, error = None, None
+        if self.is_first:
+            try:
+                result = run()
+            except (ValueError, OSError) as e:
+                error = e
+        self.agree(error)
+        return result
+
+    def first_then_all(self, run: Callable[[], _T]) -> _T:
+        """Runs something in the first process, then in the others, which find what it has left in a cache."""
+        result, error = self.first(run), None
+        if not self.is_first:
+            try:
+                result = run()
+            except (ValueError, OSError) as e:
+                error = e
+        self.agree(error)
+        assert result is not None
+        return result
+
+
+def _kind(error: ValueError | OSError) -> type[Exception]:
+    """A class that takes a message alone."""
+    return next(kind for kind in (FileNotFoundError, FileExistsError, ValueError, OSError) if isinstance(error, kind))
+
+
+@contextmanager
+def processes(device: str | None) -> Iterator[World]:
+    """Joins the processes that torchrun has started, by its environment variables; without them there is one.
+
+    Args:
+        device: ``"cpu"``, ``"cuda"``, or a device of a single process such as ``"cuda:1"``; ``None`` is the GPU if
+            there is one.
+
+    Raises:
+        ValueError: if there is no such device.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    chosen = _device(device, int(os.environ.get("LOCAL_RANK", "0")) if size > 1 else None)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    if size == 1:
+        yield World(0, 1, chosen)
+        return
+    if chosen.type == "cpu" and os.environ.get("OMP_NUM_THREADS") == "1":
+        # torchrun sets it for want of anything better; an even share of the cores is meant.
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", size))))
+    joined_here = not dist.is_initialized()
+    if joined_here:
+        # Two backends: numbers of the processes (losses, errors) go by way of the CPU and do not wait for a GPU.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo")
+    yield World(dist.get_rank(), dist.get_world_size(), chosen)
+    if joined_here:  # not after an error: the others may not come to the same point
+        dist.destroy_process_group()
+
+
+def _device(device: str | None, local_rank: int | None) -> torch.device:
+    try:
+        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        chosen = torch.device("meta")
+    if chosen.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device: expected cpu or cuda, got {device!r}.")
+    if chosen.type == "cpu":
+        return torch.device("cpu")
+    count, index = torch.cuda.device_count(), chosen.index
+    if index is None:
+        index = local_rank or 0
+    elif local_rank is not None:
+        raise ValueError(f"--device: expected cuda, each process taking its own GPU, got {device!r}.")
+    if index >= count:
+        raise ValueError(f"--device: this needs GPU number {index}, and there are {count}. Start fewer processes.")
+    return torch.device("cuda", index)

@@ -1,0 +1,127 @@
+"""Evaluation on examples: the loss of their completions, and the scores of generated ones."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from tqdm import tqdm
+
+from minopt.evaluation.squad import normalize_answer, rouge_l
+from minopt.evaluation.squad import score as squad_score
+from minopt.generation.batches import cut_batches
+from minopt.generation.config import GenerationConfig
+from minopt.generation.decode import generate
+from minopt.generation.scoring import token_logprobs
+from minopt.model import OPT
+from minopt.tokenizer import Tokenizer, pad_left
+from minopt.training.config import TrainingConfig
+from minopt.training.data import UNANSWERABLE, Example
+from minopt.training.distributed import World
+from minopt.training.tokens import Tokens
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """What a model is worth on some data.
+
+    Attributes:
+        metrics: ``loss``, the mean over all learned tokens in nats, and ``perplexity``, its exponential; of generated
+            answers ``exact_match`` and ``f1`` in percent as SQuAD's script gives them, of generated questions
+            ``rouge_l`` from 0 to 1; ``examples``, how many.
+        score: the one of them by which checkpoints are compared, higher is better.
+        predictions: generated texts by the examples' ids, empty for plain text.
+    """
+
+    metrics: Mapping[str, float]
+    score: float
+    predictions: Mapping[str, str] = field(repr=False)
+
+
+def generation_options(config: TrainingConfig) -> GenerationConfig:
+    """How answers are generated: greedily, unless the settings say otherwise."""
+    beams: dict[str, Any] = {}
+    if config.num_beams > 1:
+        beams = {"num_beams": config.num_beams, "length_penalty": config.length_penalty}
+        if not config.select_topk:
+            beams |= {"do_sample": True, "seed": config.seed}
+    if config.no_repeat_ngram_size:
+        beams |= {"no_repeat_ngram_size": config.no_repeat_ngram_size, "no_repeat_ngram_include_prompt": False}
+    return GenerationConfig(max_new_tokens=config.tgt_length, min_new_tokens=config.min_tgt_length, **beams)
+
+
+def evaluate(
+    model: OPT,
+    tokenizer: Tokenizer,
+    data: Sequence[Example] | str,
+    tokens: Tokens,
+    config: TrainingConfig,
+    world: World,
+    *,
+    stop: Callable[[], bool] = lambda: False,
+    show_progress: bool = False,
+) -> EvaluationResult | None:
+    """Evaluates a model; each process takes its share of the examples, each example is taken once.
+
+    Args:
+        model: whole, on the process' device.
+        tokenizer: its.
+        data: examples, or a text.
+        tokens: of them, as ``tokenise(..., around_answer=False)`` gives them.
+        config: says how to generate, and ``task``.
+        world: the processes.
+        stop: asked between batches; once it says yes in any process, there is no result.
+        show_progress: draw a bar on stderr, in the first process.
+
+    Returns:
+        The result, the same in all processes; ``None`` if stopped.
+    """
+    was_training = model.training
+    model.eval()
+    mine = range(world.rank, len(tokens), world.size)
+    generates = not isinstance(data, str)
+    predictions: dict[str, str] = {}
+    nll, learned = 0.0, 0
+    rows = {i: tokens.row(i) for i in mine}
+    lengths = [len(rows[i][0]) for i in mine]
+    batches = [[mine[i] for i in batch] for batch in cut_batches(lengths, config.per_device_eval_batch_size)]
+    with tqdm(total=len(mine), desc="evaluating", unit="example", leave=False,
+              disable=not (show_progress and world.is_first)) as bar:  # fmt: skip
+        for batch in batches:
+            if stop():
+                break
+            for logprobs in token_logprobs(model, [rows[i][0].tolist() for i in batch], [rows[i][1] for i in batch]):
+                nll -= logprobs.double().sum().item()
+                learned += len(logprobs)
+            if generates:
+                texts = _continue(model, tokenizer, [rows[i][0][: rows[i][1]].tolist() for i in batch], config)
+                predictions |= {data[i].id: text for i, text in zip(batch, texts, strict=True)}  # type: ignore[union-attr]
+            bar.update(len(batch))
+    model.train(was_training)
+    total, count, stopped = world.sum(nll, learned, float(stop()))
+    if stopped:
+        return None
+    loss = total / count
+    metrics = {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "examples": float(len(tokens))}
+    if isinstance(data, str):
+        return EvaluationResult(metrics, -loss, {})
+    everyone = {id: text for part in world.gather(predictions) for id, text in part.items()}
+    predictions = {example.id: everyone[example.id] for example in data}
+    if config.task == "squad-question" and config.prompt_template is None:
+        values = [rouge_l(predictions[example.id], example.references) for example in data]
+        metrics["rouge_l"] = sum(values) / len(values)
+        return EvaluationResult(metrics, metrics["rouge_l"], predictions)
+    metrics |= squad_score(predictions, {example.id: example.references for example in data})
+    return EvaluationResult(metrics, metrics["f1"], predictions)
+
+
+def _continue(model: OPT, tokenizer: Tokenizer, prompts: list[list[int]], config: TrainingConfig) -> list[str]:
+    """The texts that a model adds to prompts; none where it says that there is no answer."""
+    input_ids, mask = pad_left(prompts, model.config.pad_token_id)
+    options = generation_options(config).replace(suppress_tokens=tokenizer.ids_without_token(model.config.vocab_size))
+    output = generate(model, input_ids, mask, config=options)
+    new = output.sequences[:, input_ids.shape[1] :].tolist()
+    texts = [tokenizer.decode(ids[:n]).strip() for ids, n in zip(new, output.lengths, strict=True)]
+    return ["" if normalize_answer(text) == UNANSWERABLE else text for text in texts]

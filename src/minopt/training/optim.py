@@ -1,0 +1,64 @@
+"""The optimizer, and the learning rate as a function of the step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from minopt.training.config import TrainingConfig
+
+
+def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
+    """AdamW with weight decay on matrices alone: neither biases nor norms gain from being small."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+        fused=True,
+    )
+
+
+def learning_rate(step: int, total_steps: int, config: TrainingConfig) -> float:
+    """The learning rate of a step, counted from 0.
+
+    It rises linearly from 0 over the warm-up, and falls from its highest to ``lr_decay_ratio`` of that, which it would
+    reach one step after the last: as transformers' schedules do, whose floor is 0.
+
+    Args:
+        step: from 0 to ``total_steps - 1``.
+        total_steps: of the whole run.
+        config: names the schedule.
+    """
+    warmup = math.ceil(config.warmup_ratio * total_steps)
+    if step < warmup:
+        return config.learning_rate * step / warmup
+    done = (step - warmup) / max(1, total_steps - warmup)
+    left = {"linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2, "constant": 1.0}[config.lr_scheduler_type]
+    floor = config.lr_decay_ratio
+    return config.learning_rate * (floor + (1 - floor) * left)
+
+
+@torch.no_grad()
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+    """Scales gradients down to a norm over all of them, on all processes; 0 leaves them.
+
+    Returns:
+        The norm before that, a float32 scalar, the same on all processes; not finite if any gradient is not.
+    """
+    parameters = [p for p in parameters if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if isinstance(norm, DTensor):  # of sharded gradients
+        norm = norm.full_tensor()
+    if max_norm > 0:
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return norm

@@ -1,0 +1,120 @@
+"""What comes before the first step: settings against model and data, and data as tokens."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from minopt.model import OPT
+from minopt.tokenizer import Tokenizer
+from minopt.training.config import TrainingConfig
+from minopt.training.data import TASKS, Example, Template
+from minopt.training.distributed import World
+from minopt.training.tokens import Tokens, tokenise
+
+logger = logging.getLogger(__name__)
+
+
+def template_of(config: TrainingConfig) -> Template:
+    """The templates that settings name, by a task or in full."""
+    if config.prompt_template is None or config.completion_template is None:
+        return TASKS[config.task]
+    return Template(config.prompt_template, config.completion_template)
+
+
+def check(model: OPT, config: TrainingConfig, eval_data: Sequence[Example] | str | None) -> None:
+    """Refuses settings that do not fit the model or the data.
+
+    Raises:
+        ValueError: naming the option.
+    """
+    positions, longest = model.config.max_position_embeddings, config.src_length + config.tgt_length
+    if longest > positions:
+        raise ValueError(
+            f"--src_length {config.src_length} and --tgt_length {config.tgt_length}: expected at most {positions} "
+            f"tokens together, the model's positions, got {longest}. Lower one."
+        )
+    if model.config.layerdrop > 0:
+        raise ValueError(
+            f"layerdrop: expected 0, got {model.config.layerdrop} (the model's config.json): processes would leave out "
+            "other layers and wait for each other. Set it to 0 there."
+        )
+    if eval_data is None and evaluates(config):
+        raise ValueError("--dev_file: expected one to evaluate on, got none. Name one, or leave evaluation out.")
+    ids = [] if eval_data is None or isinstance(eval_data, str) else [example.id for example in eval_data]
+    if len(set(ids)) < len(ids):
+        raise ValueError("eval_data: expected examples with ids of their own, got some more than once.")
+
+
+def evaluates(config: TrainingConfig) -> bool:
+    """Whether settings ask for any evaluation."""
+    return config.do_eval or config.evaluation_strategy != "no"
+
+
+def prepare(
+    data: Sequence[Example] | str, model: OPT, tokenizer: Tokenizer, config: TrainingConfig, world: World,
+    *, training: bool,
+) -> Tokens:  # fmt: skip
+    """Tokenises data, in the first process before the others, and says what did not fit.
+
+    Args:
+        data: to train on, or to evaluate on.
+        model: says which token ends a completion.
+        tokenizer: the model's.
+        config: says how long.
+        world: the processes; each has to call it.
+        training: whether answers may be looked at to cut their contexts.
+
+    Raises:
+        ValueError: if nothing is left.
+    """
+    option = "--train_file" if training else "--dev_file"
+    eos = model.config.eos_token_ids[0] if model.config.eos_token_ids else tokenizer.eos_token_id
+    tokens = world.first_then_all(lambda: tokenise(
+        data, tokenizer, config.src_length, config.tgt_length, eos_token_id=eos, around_answer=training,
+        show_progress=world.is_first and not isinstance(data, str) and len(data) > 2000,
+    ))  # fmt: skip
+    if len(tokens) == 0:
+        raise ValueError(
+            f"{option}: expected at least one example, got none ({tokens.dropped} exceed --src_length "
+            f"{config.src_length} even without their context). Raise it, or name another file."
+        )
+    if world.is_first and (tokens.cut_prompts or tokens.cut_completions or tokens.dropped):
+        logger.warning(
+            "%s: of %d examples, %d have a prompt cut to --src_length %d, %d a completion cut to --tgt_length %d, "
+            "and %d are left out, for too little of their prompt is context.",
+            option, len(data), tokens.cut_prompts, config.src_length, tokens.cut_completions, config.tgt_length,
+            tokens.dropped,
+        )  # fmt: skip
+    return tokens
+
+
+def warn(config: TrainingConfig, world: World, eval_tokens: Tokens | None) -> None:
+    """Says what is likely not meant, once."""
+    if not world.is_first:
+        return
+    if config.fp16 and world.device.type == "cpu":
+        logger.warning("--fp16: float16 is slow on a CPU. --bf16 is several times faster, and scales no loss.")
+    if eval_tokens is None or not evaluates(config):
+        return
+    completions = [ids[start:].tolist() for ids, start in map(eval_tokens.row, range(len(eval_tokens)))]
+    longest = max(map(len, completions))
+    if config.min_tgt_length > longest:
+        logger.warning(
+            "--min_tgt_length %d: no completion of --dev_file has more than %d tokens, so no generated one can be "
+            "exact. Leave it out.",
+            config.min_tgt_length, longest,
+        )  # fmt: skip
+    n = config.no_repeat_ngram_size
+    banned = sum(_repeats(ids, n) for ids in completions) if n else 0
+    if banned:
+        logger.warning(
+            "--no_repeat_ngram_size %d: %d of %d completions of --dev_file repeat an n-gram themselves and cannot be "
+            "generated. Leave it out.",
+            n, banned, len(completions),
+        )  # fmt: skip
+
+
+def _repeats(ids: list[int], n: int) -> bool:
+    ngrams = [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
+    return len(set(ngrams)) < len(ngrams)

@@ -1,0 +1,128 @@
+"""The folder of a run: who may use it, which settings it was begun with, and what it has measured."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from minopt.checkpoint.errors import some
+from minopt.config import read_json
+from minopt.training.checkpoint import write_durably
+from minopt.training.config import differences
+
+try:
+    import fcntl
+except ImportError:  # Windows: two runs in one folder are not noticed there
+    fcntl = None  # type: ignore[assignment]
+
+SETTINGS = "run.json"
+METRICS = "metrics.jsonl"
+PREDICTIONS = "predictions.json"
+CHECKPOINTS = "checkpoints"
+BEST = "best"
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Makes a folder, and holds it against other runs until the block ends or the process dies.
+
+    Raises:
+        OSError: if it cannot be made, or a run holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("a+") as file:
+        if fcntl is not None:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                raise OSError(
+                    f"--output_dir: {folder} is in use by a run that is alive (process {file.read().strip()}). "
+                    "Wait for it, or name another folder."
+                ) from None
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        yield
+
+
+def check_settings(folder: Path, record: Mapping[str, Any]) -> None:
+    """Refuses a folder that holds another run, or no run but something else.
+
+    Args:
+        folder: of the run to be.
+        record: see ``check_same``.
+
+    Raises:
+        ValueError: naming the settings that differ.
+        FileExistsError: if there are files that are no run's.
+    """
+    if (folder / SETTINGS).is_file():
+        check_same(folder, read_json(folder / SETTINGS), record)
+        return
+    others = sorted(path.name for path in folder.iterdir() if path.name != ".lock")
+    if others:
+        raise FileExistsError(
+            f"--output_dir: {folder} holds files that are no run's: {some(others)}. Name another folder."
+        )
+
+
+def check_same(where: Path, theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
+    """Refuses to take two runs for one.
+
+    Args:
+        where: of the other run or its checkpoint, for the message.
+        theirs, mine: ``settings`` as ``TrainingConfig.to_dict`` gives them, and ``data``, a digest.
+
+    Raises:
+        ValueError: naming the settings that differ.
+    """
+    found = differences(mine["settings"], theirs.get("settings", {}))
+    if not found and theirs.get("data") != mine["data"]:
+        found = ["the training data or the tokenizer are others"]
+    if found:
+        raise ValueError(
+            f"--output_dir: {where} holds a run with other settings: {'; '.join(found)}. Name another folder, or use "
+            "--resume never to put that run aside."
+        )
+
+
+def set_aside(folder: Path) -> Path | None:
+    """Moves all that a run has left into a folder of its own within, and says where; ``None`` if there was nothing."""
+    found = [path for path in folder.iterdir() if path.name != ".lock" and not path.name.startswith("before-")]
+    if not found:
+        return None
+    number = 1
+    while (folder / f"before-{number}").exists():
+        number += 1
+    aside = folder / f"before-{number}"
+    aside.mkdir()
+    for path in found:
+        path.rename(aside / path.name)
+    return aside
+
+
+def begin_metrics(folder: Path, step: int) -> None:
+    """Drops lines of ``metrics.jsonl`` beyond a step: a run that goes on from there writes them again."""
+    path = folder / METRICS
+    if path.is_file():
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        write_durably(path, "".join(line for line in lines if _step(line) <= step))
+
+
+def _step(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):  # the last line of a process that was killed
+        return float("inf")
+
+
+def add_metrics(folder: Path, record: Mapping[str, Any]) -> None:
+    """Adds a line to ``metrics.jsonl``."""
+    with (folder / METRICS).open("a", encoding="utf-8") as file:
+        file.write(json.dumps({**record, "time": round(time.time(), 3)}) + "\n")

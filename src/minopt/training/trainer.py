@@ -1,0 +1,512 @@
+"""The training loop: one for one process and for many, DDP and FSDP, with every precision."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from minopt import __version__
+from minopt.checkpoint.save import save_model
+from minopt.model import OPT
+from minopt.parallel import apply_fsdp, compiled_layers, recomputed_layers
+from minopt.tokenizer import Tokenizer
+from minopt.training.batches import Order, collate, seed_of
+from minopt.training.checkpoint import Checkpoints, read_state, write_durably
+from minopt.training.config import TrainingConfig
+from minopt.training.data import Example
+from minopt.training.distributed import World, processes
+from minopt.training.evaluation import EvaluationResult, evaluate
+from minopt.training.loss import ModelWithLoss
+from minopt.training.optim import build_optimizer, clip_gradients, learning_rate
+from minopt.training.prepare import check, prepare, warn
+from minopt.training.report import Reporter
+from minopt.training.run_folder import (
+    BEST,
+    CHECKPOINTS,
+    PREDICTIONS,
+    SETTINGS,
+    add_metrics,
+    begin_metrics,
+    check_same,
+    check_settings,
+    locked,
+    set_aside,
+)
+from minopt.training.tokens import Tokens
+
+logger = logging.getLogger(__name__)
+
+MOST_SKIPPED = 20  # steps in a row whose gradients are not finite
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run came to.
+
+    Attributes:
+        steps: how many there were, those before a resumption included.
+        skipped_steps: those of them that changed nothing, for their gradients were not finite.
+        loss: mean over the tokens of the last steps that were written to metrics.jsonl; NaN without training.
+        metrics: of the last evaluation; empty if there was none. See ``EvaluationResult``.
+        predictions: of the last evaluation.
+        output_dir: the folder that now holds the model.
+    """
+
+    steps: int
+    skipped_steps: int
+    loss: float
+    metrics: dict[str, float]
+    predictions: dict[str, str] = field(repr=False)
+    output_dir: Path
+
+
+class TrainingStopped(RuntimeError):
+    """A signal has ended the run, after a step and with a checkpoint.
+
+    Attributes:
+        signal: its number.
+        step: how many steps are done.
+        checkpoint: from which the run goes on.
+    """
+
+    def __init__(self, signal: int, step: int, checkpoint: Path) -> None:
+        super().__init__(f"stopped after step {step}; {checkpoint} holds all of it.")
+        self.signal, self.step, self.checkpoint = signal, step, checkpoint
+
+
+def train(
+    model: OPT,
+    train_data: Sequence[Example] | str,
+    config: TrainingConfig,
+    *,
+    tokenizer: Tokenizer,
+    eval_data: Sequence[Example] | str | None = None,
+) -> TrainResult:
+    """Fine-tunes a model, in as many processes as torchrun has started, and writes it to ``config.output_dir``.
+
+    The gradient of a step is that of the mean over all tokens that are learned in it, whatever the number of processes
+    and microbatches. Order and dropout follow from seed and step, so that nothing of them has to be kept.
+
+    Args:
+        model: on any device; it is moved, made float32, and trained in place. Under FSDP it stays sharded.
+        train_data: examples, or one text, of which all tokens are learned; ``read_data`` gives either.
+        config: how.
+        tokenizer: the model's.
+        eval_data: what to evaluate on.
+
+    Returns:
+        The result, the same in all processes; the model is saved, with its tokenizer.
+
+    Raises:
+        ValueError: if the settings do not fit the model, the data, the processes or the run in the folder; or if
+            the gradients of 20 steps in a row are not finite.
+        OSError: if the folder is in use, or cannot be written.
+        TrainingStopped: if SIGTERM or SIGINT has ended it.
+    """
+    check(model, config, eval_data)
+    with processes(config.device) as world, contextlib.ExitStack() as stack:
+        if config.max_eval_samples is not None and eval_data is not None and not isinstance(eval_data, str):
+            eval_data = eval_data[: config.max_eval_samples]
+        tokens = prepare(train_data, model, tokenizer, config, world, training=True)
+        eval_tokens = None
+        if eval_data is not None:
+            eval_tokens = prepare(eval_data, model, tokenizer, config, world, training=False)
+        warn(config, world, eval_tokens)
+        folder = Path(config.output_dir).expanduser()
+        world.first(lambda: stack.enter_context(locked(folder)))
+        run = _Run(model, tokenizer, tokens, eval_data, eval_tokens, config, world, folder)
+        stack.enter_context(run.wrapped())
+        return run.train()
+
+
+class _Run:
+    """A run in one process."""
+
+    def __init__(
+        self, model: OPT, tokenizer: Tokenizer, tokens: Tokens, eval_data: Sequence[Example] | str | None,
+        eval_tokens: Tokens | None, config: TrainingConfig, world: World, folder: Path,
+    ) -> None:  # fmt: skip
+        self.model, self.tokenizer, self.config, self.world = model, tokenizer, config, world
+        self.tokens, self.eval_data, self.eval_tokens = tokens, eval_data, eval_tokens
+        self.folder = folder
+        self.checkpoints = Checkpoints(folder / CHECKPOINTS, world)
+        self.record: dict[str, Any] = {"settings": config.to_dict(), "data": tokens.digest}
+        self.dtype = torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else None
+        self.sharded = config.parallel == "fsdp" and world.size > 1
+        self.signal: int = 0
+        self.evaluated: tuple[int, EvaluationResult] | None = None
+        # What a checkpoint keeps beside the weights; counts since metrics were last written.
+        self.step = 0
+        self.skipped, self.skipped_in_a_row = 0, 0
+        self.best: tuple[int, float] | None = None
+        self.loss_sum, self.loss_tokens, self.grad_norm = 0.0, 0, 0.0
+        self.loss = math.nan
+
+    @contextlib.contextmanager
+    def wrapped(self) -> Iterator[None]:
+        """Makes of the plain model one that is trained, and afterwards a plain one again (under FSDP, sharded)."""
+        config, world, model = self.config, self.world, self.model
+        model.float().train()
+        for layer in model.layers:
+            layer.__dict__["dropout"] = model.config.dropout if config.dropout is None else config.dropout
+        with contextlib.ExitStack() as stack:
+            if config.recompute:
+                stack.enter_context(recomputed_layers(model))
+            if config.compile:
+                stack.enter_context(compiled_layers(model))
+            self.module: Any = ModelWithLoss(model)
+            if self.sharded:
+                apply_fsdp(self.module, model, self.dtype)
+            else:
+                model.to(world.device)
+                if world.size > 1:
+                    self.module = DistributedDataParallel(self.module, gradient_as_bucket_view=True)
+            self.optimizer = build_optimizer(self.module, config)
+            self.scaler = torch.amp.GradScaler(world.device.type, enabled=config.fp16)
+            yield
+        for layer in model.layers:
+            layer.__dict__["dropout"] = model.config.dropout
+        model.eval()
+
+    # The run
+
+    def train(self) -> TrainResult:
+        config, world = self.config, self.world
+        self._begin()
+        order = Order(
+            tuple(self.tokens.lengths().tolist()), self.batch_size, config.seed, grouped=config.batching == "grouped"
+        )
+        total = config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * order.steps_per_epoch)
+        self.reporter = Reporter(world.is_first, self.step, total)
+        with self._signals(), torch.random.fork_rng(devices=_cuda(world)):
+            try:
+                self._loop(order, total)
+            finally:
+                self.reporter.close()
+        self._finish()
+        result = self.evaluated[1] if self.evaluated else None
+        return TrainResult(
+            self.step, self.skipped, self.loss, dict(result.metrics) if result else {},
+            dict(result.predictions) if result else {}, self.folder,
+        )  # fmt: skip
+
+    def _begin(self) -> None:
+        """Takes the folder: finds the checkpoint to go on from, and reads it."""
+        world, config = self.world, self.config
+        world.first(self._claim)
+        path = world.gather(self._checkpoint() if world.is_first else None)[0]
+        state: dict[str, Any] = {}
+        if path is not None:
+            state = read_state(path)
+            check_same(path, state, self.record)
+        self.batch_size = state.get("global_batch_size") or (
+            config.per_device_train_batch_size * config.gradient_accumulation_steps * world.size
+        )
+        self.accumulation = self._accumulation()
+        self.record["global_batch_size"] = self.batch_size
+        if world.is_first:
+            self._say_settings()
+        if world.size > 1 and not self.sharded:
+            self._settle_buckets()
+        if path is not None:
+            self.checkpoints.load(path, self.module, self.optimizer)
+            self._restore(state)
+        world.first(self._write_beginning)
+        if path is not None and world.is_first:
+            logger.info("going on from %s", path)
+
+    def _claim(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        restarted = (
+            os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+        )  # by torchrun: what is there is this run's own
+        if self.config.resume == "never" and not restarted:
+            aside = set_aside(self.folder)
+            if aside is not None:
+                logger.warning("--resume never: the run that was in %s is now in %s.", self.folder, aside)
+        check_settings(self.folder, self.record)
+        self.checkpoints.remove_unfinished()
+
+    def _checkpoint(self) -> Path | None:
+        """What to go on from; ``--resume PATH`` counts until this run has a checkpoint of its own."""
+        own = self.checkpoints.latest()
+        if own is not None or self.config.resume in ("auto", "never"):
+            return own
+        path = Path(self.config.resume).expanduser()
+        return Checkpoints(path / CHECKPOINTS, self.world).latest() or path
+
+    def _accumulation(self) -> int:
+        """Microbatches of a process in a step; the examples of a step stay as many as the run began with."""
+        config, size = self.config, self.world.size
+        at_once = config.per_device_train_batch_size * size
+        if self.batch_size % at_once == 0:
+            return self.batch_size // at_once
+        fits = [n for n in range(1, self.batch_size + 1) if self.batch_size % n == 0]
+        raise ValueError(
+            f"--per_device_train_batch_size: {config.per_device_train_batch_size} in each of {size} processes do not "
+            f"divide the {self.batch_size} examples of a step that the run was begun with. Their product must be one "
+            f"of {', '.join(map(str, fits))}."
+        )
+
+    def _say_settings(self) -> None:
+        print(self.config.to_text(), file=sys.stderr, flush=True)
+        print(
+            f"{len(self.tokens):,} examples, {int(self.tokens.lengths().sum()):,} tokens, "
+            f"{self.tokens.learned():,} of them learned; {self.batch_size} examples a step in {self.world.size} "
+            f"process(es) of {self.accumulation} microbatch(es)",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
+
+    def _write_beginning(self) -> None:
+        text = json.dumps({**self.record, "minopt": __version__, "torch": torch.__version__}, indent=1)
+        write_durably(self.folder / SETTINGS, text + "\n")
+        begin_metrics(self.folder, self.step)
+
+    def _settle_buckets(self) -> None:
+        """Lets DDP arrange its buckets, which it does after a first backward pass.
+
+        It would do so after the first step otherwise, and after the first one of a resumed run: sums over more than two
+        processes would be in another order there than in a run that was not interrupted.
+        """
+        for _ in range(2):
+            batch = collate(self.tokens, [], packed=True).to(self.world.device)
+            with self._precision():
+                loss, _ = self.module(batch.input_ids, batch.lengths, batch.at, batch.targets)
+            loss.backward()
+        self.optimizer.zero_grad()
+
+    def _loop(self, order: Order, total: int) -> None:
+        config = self.config
+        self.last_written = time.perf_counter()
+        self.tokens_seen = 0
+        while self.step < total:
+            stopped = self._step(order, total)
+            self.step += 1
+            last = self.step == total
+            written = None
+            if self.step % config.logging_steps == 0 or last:
+                written = self._write_metrics(order, total)
+            self.reporter.step(written, self.step)
+            due = {"no": False, "steps": self.step % config.eval_steps == 0,
+                   "epoch": self.step % order.steps_per_epoch == 0}[config.evaluation_strategy]  # fmt: skip
+            if self.step % config.save_steps == 0 or last or stopped:
+                self._save()
+            if not stopped and (due or (last and config.do_eval)):
+                stopped = self._evaluate()
+            if stopped:
+                self._save()
+                raise TrainingStopped(self.signal or signal.SIGTERM, self.step, self.checkpoints._path(self.step))
+        if config.do_eval and self.evaluated is None and self._evaluate():  # resumed behind the last step
+            raise TrainingStopped(self.signal or signal.SIGTERM, self.step, self.checkpoints._path(self.step))
+
+    def _step(self, order: Order, total: int) -> bool:
+        """One optimizer step. Returns whether a signal has come to any process."""
+        config, world = self.config, self.world
+        torch.manual_seed(seed_of(config.seed, self.step, world.rank))
+        rate = learning_rate(self.step, total, config)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        learned = self.tokens.learned(order.examples(self.step))
+        mine = order.microbatches(self.step, world.size * self.accumulation)[world.rank :: world.size]
+        loss_sum = torch.zeros((), device=world.device)
+        seen = 0
+        for number, indices in enumerate(mine, 1):
+            batch = collate(self.tokens, indices, packed=config.batching == "packed").to(world.device)
+            seen += batch.tokens
+            with self._synchronised(number == len(mine)):
+                with self._precision():
+                    loss, _ = self.module(
+                        batch.input_ids, batch.lengths, batch.at, batch.targets, config.label_smoothing
+                    )
+                # DDP and FSDP average over the processes; what is wanted is the sum.
+                self.scaler.scale(loss * (world.size / learned)).backward()
+            loss_sum += loss.detach()
+        self.scaler.unscale_(self.optimizer)
+        norm = clip_gradients(self.module.parameters(), config.max_grad_norm).item()
+        finite = math.isfinite(norm)  # the same in all processes, as the norm is
+        if finite:
+            self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        total_loss, total_seen, stopped = world.sum(loss_sum.item(), seen, float(self.signal != 0))
+        self._count(finite, total_loss, learned, norm)
+        self.tokens_seen += int(total_seen)
+        return stopped > 0
+
+    def _count(self, finite: bool, loss_sum: float, learned: int, norm: float) -> None:
+        self.grad_norm = norm
+        if finite:
+            self.loss_sum, self.loss_tokens = self.loss_sum + loss_sum, self.loss_tokens + learned
+            self.skipped_in_a_row = 0
+            return
+        self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
+        if self.skipped_in_a_row >= MOST_SKIPPED:
+            raise ValueError(
+                f"step {self.step + 1}: gradients of {MOST_SKIPPED} steps in a row were not finite, the last loss was "
+                f"{loss_sum / learned}. Lower --learning_rate, or use --bf16 instead of --fp16."
+            )
+
+    # Its parts
+
+    def _precision(self) -> Any:
+        """Products in 16 bits; FSDP hands out parameters in 16 bits itself."""
+        enabled = self.dtype is not None and not self.sharded
+        return torch.autocast(self.world.device.type, dtype=self.dtype or torch.bfloat16, enabled=enabled)
+
+    def _synchronised(self, last: bool) -> Any:
+        """Gradients are summed over the processes with the last microbatch alone."""
+        if self.sharded:
+            self.module.set_requires_gradient_sync(last)
+        elif self.world.size > 1 and not last:
+            return self.module.no_sync()
+        return contextlib.nullcontext()
+
+    def _write_metrics(self, order: Order, total: int) -> dict[str, float]:
+        now = time.perf_counter()
+        if self.loss_tokens:
+            self.loss = self.loss_sum / self.loss_tokens
+        metrics = {
+            "step": self.step,
+            "epoch": round(self.step / order.steps_per_epoch, 6),
+            "loss": self.loss,
+            "learning_rate": learning_rate(self.step - 1, total, self.config),
+            "grad_norm": self.grad_norm,
+            "skipped_steps": self.skipped,
+            "tokens_per_second": round(self.tokens_seen / (now - self.last_written), 1),
+        }
+        self.loss_sum, self.loss_tokens, self.tokens_seen, self.last_written = 0.0, 0, 0, now
+        self.world.first(lambda: add_metrics(self.folder, metrics))
+        return metrics
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            **self.record,
+            "step": self.step,
+            "skipped": [self.skipped, self.skipped_in_a_row],
+            "best": self.best,
+            "loss": [self.loss_sum, self.loss_tokens, self.loss],
+            "scaler": self.scaler.state_dict(),
+            "processes": self.world.size,
+        }
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        self.step = state["step"]
+        self.skipped, self.skipped_in_a_row = state["skipped"]
+        self.best = tuple(state["best"]) if state["best"] else None
+        self.loss_sum, self.loss_tokens, self.loss = state["loss"]
+        if self.config.fp16:
+            self.scaler.load_state_dict(state["scaler"])
+
+    def _save(self) -> None:
+        begin = time.perf_counter()
+        self.checkpoints.save(self.step, self.module, self.optimizer, self._state())
+        self.checkpoints.remove_old(self.config.keep_last, self.best[0] if self.best else None)
+        self.last_written += time.perf_counter() - begin  # tokens a second are those of training
+
+    def _evaluate(self) -> bool:
+        """Evaluates, and keeps the best. Returns whether a signal has come meanwhile."""
+        if self.evaluated is not None and self.evaluated[0] == self.step:
+            return False
+        assert self.eval_data is not None
+        assert self.eval_tokens is not None
+        begin = time.perf_counter()
+        model = self._plain_model(self.world.device, self._evaluation_dtype())
+        assert model is not None
+        result = evaluate(
+            model, self.tokenizer, self.eval_data, self.eval_tokens, self.config, self.world,
+            stop=lambda: self.signal != 0, show_progress=self.reporter.draws,
+        )  # fmt: skip
+        if result is None:
+            return True
+        self.evaluated = (self.step, result)
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in result.metrics.items())
+        self.reporter.say(f"evaluation after step {self.step}: {shown}")
+        self.world.first(lambda: self._write_evaluation(result))
+        if self.best is None or result.score > self.best[1]:
+            self.best = (self.step, result.score)
+            self._save()
+            self._save_model(self.folder / BEST)
+        self.last_written += time.perf_counter() - begin
+        return False
+
+    def _write_evaluation(self, result: EvaluationResult) -> None:
+        record = {"step": self.step} | {f"eval_{name}": value for name, value in result.metrics.items()}
+        add_metrics(self.folder, record)
+        if result.predictions:
+            text = json.dumps(dict(result.predictions), ensure_ascii=False, indent=0)
+            write_durably(self.folder / PREDICTIONS, text + "\n")
+
+    def _evaluation_dtype(self) -> torch.dtype:
+        if self.dtype is None or (self.dtype == torch.float16 and self.world.device.type == "cpu"):
+            return torch.float32
+        return self.dtype
+
+    def _plain_model(self, device: torch.device, dtype: torch.dtype, here: bool = True) -> OPT | None:
+        """The model in one piece: itself where it is that, else a copy; ``None`` in processes that want none."""
+        if not self.sharded and (device, dtype) == (self.world.device, torch.float32):
+            return self.model
+        tensors: dict[str, Tensor] = {}
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+                if here:
+                    tensors[name] = whole.detach().to(device, dtype)
+        if not here:
+            return None
+        copy = OPT(self.model.config, device="meta", dtype=dtype)
+        copy.load_state_dict(tensors, assign=True)
+        return copy.eval()
+
+    def _save_model(self, folder: Path) -> None:
+        model = self._plain_model(torch.device("cpu"), torch.float32, here=self.world.is_first)
+        self.world.first(lambda: save_model(model, folder, self.tokenizer) if model is not None else None)
+
+    def _finish(self) -> None:
+        """Writes the model beside what the folder holds of the run; config.json comes last, and makes it a model's."""
+        new = self.folder / ".model.saving"
+        self._save_model(new)
+
+        def publish() -> None:
+            for path in sorted(new.iterdir(), key=lambda path: path.name == "config.json"):
+                path.replace(self.folder / path.name)
+            new.rmdir()
+
+        self.world.first(publish)
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Has SIGTERM and SIGINT end the run after a step. A second one does what it would have done."""
+        before: dict[int, Any] = {}
+
+        def note(number: int, frame: FrameType | None) -> None:
+            self.signal = int(number)
+            signal.signal(number, before[number])
+
+        with contextlib.suppress(ValueError):  # not in the main thread: nothing to catch there
+            for number in (signal.SIGTERM, signal.SIGINT):
+                before[number] = signal.signal(number, note)
+        try:
+            yield
+        finally:
+            for caught, handler in before.items():
+                signal.signal(caught, handler)
+
+
+def _cuda(world: World) -> list[int]:
+    return [world.device.index or 0] if world.device.type == "cuda" else []

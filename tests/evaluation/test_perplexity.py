@@ -1,0 +1,121 @@
+"""Perplexity in windows is what the published protocol gives with transformers' model, and its text the hub's rows."""
+
+from __future__ import annotations
+
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from minopt import OPT, OPTConfig
+from minopt.evaluation.perplexity import PUBLISHED_WIKITEXT2, PerplexityResult, wikitext_text, window_perplexity
+from minopt.generation import scoring
+from tests.conftest import SIZE, build_ours, build_reference
+
+LIMIT = SIZE["max_position_embeddings"]
+
+
+def random_ids(length: int) -> list[int]:
+    draw = random.Random(0)
+    return [draw.randrange(SIZE["vocab_size"]) for _ in range(length)]
+
+
+@pytest.fixture(scope="module")
+def model() -> OPT:
+    """Any one, where the kind does not matter."""
+    return build_ours(build_reference("125m"))
+
+
+@torch.no_grad()
+def protocol(reference: Any, ids: list[int], window: int) -> float:
+    """The published loop: mean cross-entropy of each window times its length, by the total length."""
+    total, windows = 0.0, len(ids) // window
+    for i in range(windows):
+        batch = torch.tensor([ids[i * window : (i + 1) * window]])
+        logits = reference(batch).logits
+        total += torch.nn.functional.cross_entropy(logits[0, :-1], batch[0, 1:]).item() * window
+    return math.exp(total / (windows * window))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("length", "window", "windows"), [(16 * 5 + 7, 16, 5), (16, 16, 1), (11, 2, 5),
+                                                           (LIMIT * 2 + 5, None, 2)])  # fmt: skip
+def test_it_is_the_published_protocol(
+    kind: str, dtype: torch.dtype, length: int, window: int | None, windows: int
+) -> None:
+    reference = build_reference(kind, dtype=dtype)
+    ids, size = random_ids(length), window or LIMIT
+    result = window_perplexity(build_ours(reference), ids, window)
+    assert result == PerplexityResult(result.perplexity, windows * (size - 1), windows)
+    assert result.perplexity == pytest.approx(protocol(reference, ids, size), rel=1e-5)
+
+
+def test_full_windows_count_to_their_last_token_and_the_tail_does_not(model: OPT) -> None:
+    ids = random_ids(16 * 3 + 15)
+    result = window_perplexity(model, ids, 16)
+    assert result == window_perplexity(model, tuple(ids[: 16 * 3]), 16)
+    assert result == window_perplexity(model, [*ids[: 16 * 3], *ids[:15]], 16)
+    for last in (15, 31, 47):
+        changed = [*ids[:last], (ids[last] + 1) % SIZE["vocab_size"], *ids[last + 1 :]]
+        assert abs(window_perplexity(model, changed, 16).perplexity / result.perplexity - 1) > 1e-3
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 15, 16, 63])
+def test_logits_come_in_chunks_that_do_not_show(model: OPT, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids, sizes, head = random_ids(LIMIT * 2), [], model.head
+
+    def spied(hidden: Tensor) -> Tensor:
+        sizes.append(hidden.shape[:-1].numel())
+        return head(hidden)
+
+    whole = window_perplexity(model, ids)
+    monkeypatch.setattr(scoring, "CHUNK", chunk)
+    monkeypatch.setattr(model, "head", spied)
+    result = window_perplexity(model, ids)
+    assert result.perplexity == pytest.approx(whole.perplexity, rel=1e-5)
+    assert max(sizes) == chunk
+    assert sum(sizes) == result.tokens == whole.tokens == 2 * (LIMIT - 1)
+
+
+@pytest.mark.parametrize(
+    ("length", "window", "message"),
+    [
+        (15, 16, r"text: expected at least the 16 tokens of one window, got 15\. .* or a smaller --window\.$"),
+        (63, None, r"text: expected at least the 64 tokens of one window, got 63\. Give a longer text, or"),
+        (0, 2, r"text: expected at least the 2 tokens of one window, got 0\."),
+        (99, 65, r"window: expected 2 to the model's 64 positions, got 65\. Change --window\.$"),
+        (99, 1, r"window: expected 2 to the model's 64 positions, got 1\."),
+        (99, 16.0, r"window: expected 2 to the model's 64 positions, got 16\.0\."),
+        (99, True, r"window: expected 2 to the model's 64 positions, got True\."),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_with_the_numbers(
+    model: OPT, length: int, window: Any, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        window_perplexity(model, random_ids(length), window)
+
+
+def test_the_raw_file_gives_the_hubs_rows_joined(tmp_path: Path) -> None:
+    path = tmp_path / "wiki.test.raw"
+    raw = " \n = Robert Boulter = \n \n Robert is \u2026 an\u2028actor . \x85 He \n\n \t \n In 2002 \u00e9 @-@ x \n"
+    path.write_bytes(raw.encode())
+    with path.open(encoding="utf-8") as lines:
+        text = wikitext_text(lines)
+    assert text == "\n\n".join(
+        ["", " = Robert Boulter = \n", "", " Robert is \u2026 an\u2028actor . \x85 He \n", "", "",
+         " In 2002 \u00e9 @-@ x \n"]
+    )  # fmt: skip
+
+
+def test_every_size_of_opt_has_a_published_figure_and_larger_ones_are_better() -> None:
+    sizes = [OPTConfig.preset(name) for name in PUBLISHED_WIKITEXT2]
+    assert [config.preset_name for config in sizes] == list(PUBLISHED_WIKITEXT2)
+    assert len(sizes) == 9
+    figures = list(PUBLISHED_WIKITEXT2.values())
+    assert figures == sorted(figures, reverse=True)
+    assert (figures[0], figures[-1]) == (27.65, 8.34)

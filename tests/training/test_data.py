@@ -1,0 +1,470 @@
+"""Fine-tuning data: published files and broken ones, templates of any text, and downloads that go wrong."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import re
+import resource
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from minopt.training import data as module
+from minopt.training.data import TASKS, UNANSWERABLE, Example, Template, cache_folder, read_data
+
+Write = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def write(tmp_path_factory: pytest.TempPathFactory) -> Write:
+    """A function that writes what a file is to hold, as JSON or as it is: ``write(name, content) -> path``."""
+    folder = tmp_path_factory.mktemp("data")
+
+    def write(name: str, content: Any) -> Path:
+        path = folder / name
+        path.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
+        return path
+
+    return write
+
+
+def squad(context: str, *qas: dict[str, Any]) -> dict[str, Any]:
+    """The content of a SQuAD file with one paragraph."""
+    return {"version": "v2.0", "data": [{"title": "T", "paragraphs": [{"context": context, "qas": list(qas)}]}]}
+
+
+def qa(question: str, *answers: tuple[str, int], key: str = "q", **more: Any) -> dict[str, Any]:
+    """A question of SQuAD, with answers as pairs of text and place."""
+    listed = [{"text": text, "answer_start": start} for text, start in answers]
+    return {"question": question, "id": key, "answers": listed} | more
+
+
+def cut(example: Example) -> str:
+    """The part of a prompt that may be cut."""
+    return example.prompt[slice(*example.context)]
+
+
+def kept(example: Example) -> str:
+    """The part of that which training keeps."""
+    return example.prompt[slice(*example.answer)]
+
+
+def test_a_question_becomes_the_prompt_completion_and_references_of_each_task(write: Write) -> None:
+    path = write("a.json", squad("Ann met Bob.", qa(" Who? \n", ("Bob", 8), ("Ann", 0), ("Bob", 8))))
+    assert read_data(path) == [
+        Example("Ann met Bob.\nQuestion: Who?\nAnswer:", " Bob", ("Bob", "Ann"), "q", (0, 12), (8, 11))
+    ]
+    assert read_data(path, TASKS["squad-question"]) == [
+        Example("answer: Bob context: Ann met Bob. question:", " Who?", ("Who?",), "q", (21, 33), (29, 32))
+    ]
+    assert read_data(path, Template("{{{question}}} {question}", "{answer}"), split="dev") == [
+        Example("{Who?} Who?", "Bob", ("Bob", "Ann"), "q")
+    ]
+    assert read_data(path, Template("{question}", "{context}!")) == [
+        Example("Who?", "Ann met Bob.!", ("Ann met Bob.",), "q")
+    ]
+
+
+@pytest.mark.parametrize("more", [{"is_impossible": True}, {"is_impossible": False}])
+def test_a_question_without_an_answer_trains_to_a_word_or_is_left_out_where_the_answer_is_given(
+    write: Write, more: dict[str, bool]
+) -> None:
+    told = {"plausible_answers": [{"text": "met", "answer_start": 4}]} | more
+    path = write("v2.json", squad("unanswerable Bob", qa("Why?", key="1", **told), qa("Who?", ("Bob", 13), key="2")))
+    first, second = read_data(path)
+    assert first == Example("unanswerable Bob\nQuestion: Why?\nAnswer:", f" {UNANSWERABLE}", ("",), "1", (0, 16))
+    assert second.id == "2"
+    assert [e.id for e in read_data(path, TASKS["squad-question"])] == ["2"]
+    asked = read_data(path, Template("{context}", "{question}"))
+    assert [(e.references, kept(e)) for e in asked] == [(("Why?",), ""), (("Who?",), "Bob")]
+    path = write("v2.json", squad("Ann met Bob.", qa("Why?", **told)))
+    with pytest.raises(ValueError, match=r"^train_file: expected examples, got none for the template \(.*v2.json\)\. "):
+        read_data(path, TASKS["squad-question"])
+
+
+@pytest.mark.parametrize(
+    ("text", "start", "place"),
+    [("aba", 0, 0), ("aba", 10, 10), ("aba", 1, 0), ("aba", 3, 4), ("aba", 7, 4), ("aba", 8, 10), ("aba", 99, 10),
+     ("aba", -5, 0), ("aba", 10**30, 10), (" aba ", 3, 4), ("   aba", 7, 10), ("ba a", 0, 1), ("Aba", 0, None),
+     ("aba aba   aba!", 0, None)],
+)  # fmt: skip
+def test_an_answer_is_found_nearest_to_where_it_should_stand(
+    write: Write, text: str, start: int, place: int | None
+) -> None:
+    path = write("a.json", squad("aba aba   aba", qa("?", (text, start))))
+    for template, before in ((TASKS["squad"], 0), (TASKS["squad-question"], len(f"answer: {text.strip()} context: "))):
+        (example,) = read_data(path, template)
+        expected = (0, 0) if place is None else (before + place, before + place + len(text.strip()))
+        assert (cut(example), example.answer) == ("aba aba   aba", expected)
+
+
+@pytest.mark.parametrize(("split", "count"), [("train", 11877), ("dev", 5609)])
+@pytest.mark.parametrize("task", TASKS)
+def test_real_squad_is_read_whole_and_each_span_is_right(shared_data: Path, split: Any, count: int, task: str) -> None:
+    path = shared_data / "squad" / f"{split}.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    real = [(q, p["context"]) for a in content["data"] for p in a["paragraphs"] for q in p["qas"]]
+    examples = read_data(path, TASKS[task], split=split)
+    assert len(examples) == len(real) == count
+    for example, (question, context) in zip(examples, real, strict=True):
+        first = question["answers"][0]
+        assert (example.id, cut(example), kept(example)) == (question["id"], context, first["text"])
+        assert example.answer[0] - example.context[0] == first["answer_start"]  # so in all of these
+        if task == "squad":
+            assert example.completion == " " + first["text"]
+            assert set(example.references) == {a["text"] for a in question["answers"]}
+        else:
+            assert example.references == (question["question"].strip(),) == (example.completion[1:],)
+
+
+texts = st.lists(
+    st.sampled_from(["{question}", "{answer}", "{context}", "{", "}", "{{", "{0}", "%s", "\\1", " ", "\n", "a"])
+    | st.text(max_size=5),
+    max_size=8,
+).map("".join)
+
+
+@given(context=texts, question=texts, data=st.data())
+def test_contexts_questions_and_answers_of_any_characters_are_taken_literally(
+    write: Write, context: str, question: str, data: st.DataObject
+) -> None:
+    start = data.draw(st.integers(0, len(context)))
+    answer = context[start : data.draw(st.integers(start, len(context)))]
+    assume(answer.strip())
+    path = write("any.json", squad(context, qa(question, (answer, start))))
+    start += len(answer) - len(answer.lstrip())
+    question, answer = question.strip(), answer.strip()
+    (example,) = read_data(path)
+    assert example.prompt == context + "\nQuestion: " + question + "\nAnswer:"
+    assert (example.completion, example.references) == (" " + answer, (answer,))
+    assert example.context == (0, len(context))
+    assert example.answer == (start, start + len(answer))
+    (example,) = read_data(path, TASKS["squad-question"])
+    before = "answer: " + answer + " context: "
+    assert example.prompt == before + context + " question:"
+    assert (example.completion, example.references) == (" " + question, (question,))
+    assert example.context == (len(before), len(before) + len(context))
+    assert example.answer == (len(before) + start, len(before) + start + len(answer))
+
+
+GOOD = squad("Ann met Bob.", qa("Who?", ("Bob", 8), ("Ann", 0), key="1", is_impossible=False),
+             qa("Why?", key="2", is_impossible=True, plausible_answers=[]),
+             qa("Whom?", ("Bob", 8), key="3"))  # fmt: skip
+UNREAD = ("title", "version", "plausible_answers")
+
+
+def places(value: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[str | int, ...]]:
+    """The path of each value in a JSON document but the whole."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in items:
+        yield (*path, key)
+        yield from places(inner, (*path, key))
+
+
+def written(path: tuple[str | int, ...]) -> str:
+    """A path as messages have it."""
+    return "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in path).lstrip(".")
+
+
+@given(place=st.sampled_from([*places(GOOD)]), new=st.sampled_from(["x", 3, 2.5, True, None, [], {}, "deleted"]))
+def test_squad_with_anything_missing_or_of_another_type_is_read_or_the_path_to_that_is_named(
+    write: Write, place: tuple[str | int, ...], new: Any
+) -> None:
+    content = copy.deepcopy(GOOD)
+    holder: Any = content
+    for key in place[:-1]:
+        holder = holder[key]
+    if new == "deleted":
+        assume(isinstance(holder, dict))
+        del holder[place[-1]]
+    else:
+        assume(type(new) is not type(holder[place[-1]]))
+        holder[place[-1]] = new
+    path = write("mutated.json", content)
+    unread = place[-1] in UNREAD or (written(place).startswith("data[0].paragraphs[0].qas[1].answers"))
+    if unread or (place[-1] == "is_impossible" and new == "deleted" and "qas[0]" in written(place)):
+        assert len(read_data(path)) == 3
+        return
+    named = re.escape(written(place).replace("is_impossible", "answers" if new == "deleted" else "is_impossible"))
+    with pytest.raises(ValueError, match=rf"^{re.escape(str(path))}: {named}: expected .+, got .+\. ") as caught:
+        read_data(path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([1], "all of it: expected an object, got a list. A .json holds SQuAD (v1.1 or v2.0), a .jsonl"),
+        ({"a": 1}, "data: expected a list, got nothing. "),
+        (squad("c", {"question": None}), "data[0].paragraphs[0].qas[0].id: expected a text, got nothing. "),
+        (squad("c", qa("?", ("c", True))), "qas[0].answers[0].answer_start: expected a whole number, got true or fal"),
+        (squad("c", qa("?", (" \n", 0))), "qas[0].answers[0].text: expected an answer, got a blank text. "),
+        (squad("c", qa("?")), "qas[0].answers: expected one or more, got none. A question without has is_imposs"),
+        (squad("c\ud800", qa("?")), "paragraphs[0].context: expected characters, got half of one at 1 of the text. "),
+        (b'{"data": [}', "expected JSON, got an error: Expecting value: line 1 column 11 (char 10). "),
+        (b"[" * 200_000, "expected JSON, got an error: "),
+        (b'{"data": ' + b"9" * 5000 + b"}", "expected JSON, got an error: Exceeds the limit"),
+    ],
+)
+def test_json_that_is_not_squad_is_one_line_with_the_path_of_what_is_wrong(
+    write: Write, content: Any, message: str
+) -> None:
+    path = write("dev.json", content)
+    with pytest.raises(ValueError, match=rf"^{re.escape(str(path))}: [\w\[\].]*{re.escape(message)}") as caught:
+        read_data(path, split="dev")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".ndjson", ".JSONL"])
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+def test_lines_of_json_are_examples_with_their_texts_as_they_are(write: Write, ending: str, mark: bytes) -> None:
+    lines = ['{"prompt": " {answer}\\n", "completion": " b\\n"}', "", " \r",
+             '{"prompt": "", "completion": "c", "id": "x"}\r',
+             '{"prompt": "\u2028\u0085é", "completion": "\\ud83d\\ude00", "more": 1}']  # fmt: skip
+    path = write(f"a{ending}", mark + "\n".join(lines).encode())
+    assert read_data(path) == [
+        Example(" {answer}\n", " b\n", ("b",), "0"),
+        Example("", "c", ("c",), "x"),
+        Example("\u2028\u0085é", "😀", ("😀",), "2"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("[1]", "all of it: expected an object, got a list. "),
+        ('{"prompt": "a"}', "completion: expected a text, got nothing. A .json holds SQuAD"),
+        ('{"completion": "a"}', "prompt: expected a text, got nothing. "),
+        ('{"prompt": 1, "completion": "a"}', "prompt: expected a text, got a whole number. "),
+        ('{"prompt": "a", "completion": ""}', "completion: expected a text to train on, got an empty one. "),
+        ('{"prompt": "a", "completion": "\\ud83d"}', "completion: expected characters, got half of one at 0 of the "),
+        ('{"prompt": "a", "completion": "b", "id": null}', "id: expected a text, got null. "),
+        ('{"prompt": "a"', "expected JSON, got an error: Expecting ',' delimiter"),
+    ],
+)
+def test_a_bad_line_is_named_with_its_file_and_number(write: Write, line: str, message: str) -> None:
+    path = write("a.jsonl", f'{{"prompt": "a", "completion": "b"}}\n\n{line}'.encode())
+    with pytest.raises(ValueError, match=f"^{re.escape(f'{path}: line 3: {message}')}") as caught:
+        read_data(path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.raw", "A.TXT"])
+def test_a_text_comes_as_it_is_in_the_file(write: Write, name: str) -> None:
+    assert read_data(write(name, "\ufeff é\r\n\n😀\r\u2028 ".encode())) == " é\r\n\n😀\r\u2028 "
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "error", "message"),
+    [
+        ("a.csv", b"a,b", ValueError, "expected a name that ends in .json, .jsonl, .ndjson, .txt, .raw, got {path}. "),
+        ("a", b"a,b", ValueError, "expected a name that ends in .json, "),
+        ("none.json", None, FileNotFoundError, "expected squad, squad-v2 or a file (.json, .jsonl, .ndjson, .txt, "
+         ".raw), got nothing of that name ({path}). Check the path."),
+        ("", None, FileNotFoundError, "expected squad, squad-v2 or a file (.json, .jsonl, .ndjson, .txt, .raw), got a "
+         "folder ({path}). "),
+        ("a.txt", b"", ValueError, "expected data, got an empty file ({path}). "),
+        ("a.json", b"\xef\xbb\xbf \n", ValueError, "expected data, got an empty file ({path}). "),
+        ("a.txt", b"ab\xff", ValueError, "expected UTF-8, got 'utf-8' codec can't decode byte 0xff in position 2"),
+        ("a.json", b'{"data": []}', ValueError, "expected examples, got none for the template ({path}). "),
+        ("a.jsonl", b'{"prompt": "", "completion": "a", "id": "x"}\n' * 2, ValueError, "expected an id of its own for "
+         "each example, got 'x' more than once ({path}). "),
+        ("a.json", json.dumps(squad("c", *[qa("?", ("c", 0), key="\n" + str(n % 7)) for n in range(14)])).encode(),
+         ValueError, r"expected an id of its own for each example, got '\n0', '\n1', '\n2', '\n3', '\n4' and 2 more "
+         "more than once ({path}). "),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("split", ["train", "dev"])
+def test_a_file_that_cannot_be_used_is_one_line_that_names_it(
+    write: Write, tmp_path: Path, name: str, content: bytes | None, error: type[Exception], message: str, split: Any
+) -> None:
+    path = tmp_path / name if content is None else write(name, content)
+    expected = f"{split}_file: {message.replace('{path}', str(path))}"
+    with pytest.raises(error, match=f"^{re.escape(expected)}") as caught:
+        read_data(path, split=split)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_split_that_is_not_published_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"^split: expected \"train\" or \"dev\", got 'test'\.$"):
+        read_data("squad", split="test")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("option", ["prompt", "completion"])
+@pytest.mark.parametrize(
+    ("text", "got"),
+    [("{title}", "{title}"), ("{}", "{}"), ("{0}", "{0}"), ("{ answer }", "{ answer }"), ("{answer!r}", "{answer!r}"),
+     ("{answer:>9}", "{answer:>9}"), ("{answer!s:>9}", "{answer!s:>9}"), ("{answer.x}", "{answer.x}"),
+     ("{answer[0]}", "{answer[0]}"), ("{answer:{question}}", "{answer:{question}}"), ("{answer", "expected '}' before"),
+     ("answer}", "Single '}' encountered"), ("{question} {name}", "{name}")],
+)  # fmt: skip
+def test_a_template_with_anything_but_plain_fields_is_an_error_that_names_them(
+    option: str, text: str, got: str
+) -> None:
+    message = f"--{option}_template: expected no fields but {{context}}, {{question}}, {{answer}}, got {got}"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}") as caught:
+        Template(**{"prompt": "{question}", "completion": "{answer}"} | {option: text})
+    assert repr(text) in str(caught.value)
+    assert str(caught.value).endswith("Write {{ and }} for braces.")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion", "message"),
+    [
+        ("{{question}}", "{answer}", "--prompt_template: expected one field or more, {context} and {answer} at most "
+         "once each, got none (in '{{question}}'). The fields are {context}, {question}, {answer}."),
+        ("{context}{context}", "{answer}", "--prompt_template: expected one field or more, {context} and {answer} at "
+         "most once each, got {context}, {context} (in "),
+        ("{answer}{answer}", "{question}", "--prompt_template: expected one field or more"),
+        ("{question}", "{{}}", "--completion_template: expected one field, got none (in '{{}}'). The fields are "),
+        ("{question}", "{answer} {answer}", "--completion_template: expected one field, got {answer}, {answer} (in "),
+        ("{answer} {question}", "{answer}", "--completion_template: expected a field that --prompt_template does not "
+         "give away, got {answer} (in '{answer}' and '{answer} {question}'). "),
+    ],
+)  # fmt: skip
+def test_a_template_that_breaks_a_rule_is_an_error_that_names_it(prompt: str, completion: str, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        Template(prompt, completion)
+
+
+class Server(ThreadingHTTPServer):
+    """Answers each GET with a status and a body, of which it sends so much."""
+
+    daemon_threads = True
+    status, body, sent = 200, b"", None
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.asked: list[str] = []
+        self.url = f"http://127.0.0.1:{self.server_port}/dataset/"
+        Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+
+    def stop(self) -> None:
+        """Refuses connections from now on."""
+        self.shutdown()
+        self.server_close()
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Answers one request of a connection."""
+
+    server: Server
+    timeout = 20
+
+    def log_message(self, *_: Any) -> None:
+        """Nothing: the server keeps what was asked."""
+
+    def do_GET(self) -> None:
+        """Answers as the server is told to."""
+        self.server.asked.append(self.path)
+        self.send_response(self.server.status)
+        self.send_header("Content-Length", str(len(self.server.body)))
+        self.end_headers()
+        self.wfile.write(self.server.body[: self.server.sent])
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    """A stand-in for the site of SQuAD, with the digests of what it serves, and an empty cache."""
+    server = Server()
+    server.body = json.dumps(squad("Ann met Bob. " * 20_000, qa("Who?", ("Bob", 8)))).encode()
+    monkeypatch.setattr(module, "SQUAD_URL", server.url)
+    for name in module._SQUAD_SHA256:
+        monkeypatch.setitem(module._SQUAD_SHA256, name, hashlib.sha256(server.body).hexdigest())
+    monkeypatch.setenv("MINOPT_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.chdir(tmp_path)
+    yield server
+    server.stop()
+
+
+@pytest.mark.parametrize(
+    ("source", "split", "name"),
+    [("squad", "train", "train-v1.1.json"), ("squad", "dev", "dev-v1.1.json"), ("squad-v2", "train", "train-v2.0.json"),
+     (Path("squad-v2"), "dev", "dev-v2.0.json")],
+)  # fmt: skip
+def test_a_published_file_is_downloaded_once_and_then_read_without_asking(
+    server: Server, tmp_path: Path, capfd: pytest.CaptureFixture[str], source: str | Path, split: Any, name: str
+) -> None:
+    Path(source).mkdir()  # a folder of that name is none of its business
+    (example,) = read_data(source, split=split)
+    assert (server.asked, example.completion) == ([f"/dataset/{name}"], " Bob")
+    assert "100%" in capfd.readouterr().err
+    cached = tmp_path / "home" / "squad"
+    assert [(p.name, p.read_bytes()) for p in cached.iterdir()] == [(name, server.body)]
+    server.stop()
+    assert read_data(source, split=split) == [example]
+
+
+def test_a_download_is_silent_on_request(server: Server, capfd: pytest.CaptureFixture[str]) -> None:
+    assert len(read_data("squad", show_progress=False)) == 1
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_file_that_is_called_squad_is_not_the_published_one(server: Server) -> None:
+    Path("squad").write_text("{}", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"^train_file: expected a name that ends in .json, .*, got squad\. "):
+        read_data("squad")
+    assert server.asked == []
+
+
+@pytest.mark.parametrize(
+    ("trouble", "reason"),
+    [("404", "HTTP Error 404: Not Found"), ("503", "HTTP Error 503: Service Unavailable"), ("cut", "invalid hash val"),
+     ("wrong", "invalid hash value"), ("gone", "<urlopen error "), ("full", "[Errno 27] File too large"),
+     ("home", "[Errno 20] Not a directory")],
+)  # fmt: skip
+def test_a_download_that_fails_is_one_line_and_leaves_nothing(
+    server: Server, tmp_path: Path, trouble: str, reason: str
+) -> None:
+    cached = tmp_path / "home" / "squad"
+    good, limits = server.body, resource.getrlimit(resource.RLIMIT_FSIZE)
+    if trouble.isdigit():
+        server.status = int(trouble)
+    elif trouble == "cut":
+        server.sent = len(good) // 2
+    elif trouble == "wrong":
+        server.body = good[:-1] + b" "
+    elif trouble == "gone":
+        server.stop()
+    elif trouble == "home":
+        (tmp_path / "home").write_bytes(b"")
+    else:  # what a full disk does to a file that grows
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(good) // 2, limits[1]))
+    start = f"dev_file: expected {server.url}dev-v1.1.json to be copied to {cached}, got {reason}"
+    try:
+        with pytest.raises(OSError, match=f"^{re.escape(start)}") as caught:
+            read_data("squad", split="dev", show_progress=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert str(caught.value).endswith("Try again, or fetch the file by hand and give its path.")
+    assert "\n" not in str(caught.value)
+    assert trouble == "home" or list(cached.iterdir()) == []
+    if trouble not in ("gone", "home"):
+        server.status, server.body, server.sent = 200, good, None
+        assert len(read_data("squad", split="dev", show_progress=False)) == 1
+
+
+@pytest.mark.parametrize(
+    ("home", "shared", "expected"),
+    [("/a/b", "/x", "/a/b"), ("~/a", "/x", "HOME/a"), ("", "/x", "/x/minopt"), (None, "~/x", "HOME/x/minopt"),
+     (None, "", "HOME/.cache/minopt"), (None, None, "HOME/.cache/minopt")],
+)  # fmt: skip
+def test_downloads_are_kept_where_the_environment_says(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, home: str | None, shared: str | None, expected: str
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name, value in (("MINOPT_HOME", home), ("XDG_CACHE_HOME", shared)):
+        if value is None:
+            monkeypatch.delenv(name, raising=False)
+        else:
+            monkeypatch.setenv(name, value)
+    assert cache_folder() == Path(expected.replace("HOME", str(tmp_path)))
