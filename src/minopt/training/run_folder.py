@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Iterator, Mapping
@@ -122,7 +123,8 @@ def _step(line: str) -> float:
         return float("inf")
 
 
-def add_metrics(folder: Path, record: Mapping[str, Any]) -> None:
-    """Adds a line to ``metrics.jsonl``."""
+def add_metrics(folder: Path, record: Mapping[str, float]) -> None:
+    """Adds a line to ``metrics.jsonl``; what is no finite number is null there, as JSON has it."""
+    record = {name: value if math.isfinite(value) else None for name, value in record.items()}
     with (folder / METRICS).open("a", encoding="utf-8") as file:
         file.write(json.dumps({**record, "time": round(time.time(), 3)}) + "\n")

@@ -229,7 +229,7 @@ class _Run:
             self._restore(state)
         world.first(self._write_beginning)
         if path is not None and world.is_first:
-            logger.info("going on from %s", path)
+            print(f"going on from {path}, after step {self.step}", file=sys.stderr, flush=True)
 
     def _claim(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -351,8 +351,9 @@ class _Run:
 
     def _count(self, finite: bool, loss_sum: float, learned: int, norm: float) -> None:
         self.grad_norm = norm
-        if finite:
+        if math.isfinite(loss_sum):
             self.loss_sum, self.loss_tokens = self.loss_sum + loss_sum, self.loss_tokens + learned
+        if finite:
             self.skipped_in_a_row = 0
             return
         self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
@@ -379,8 +380,7 @@ class _Run:
 
     def _write_metrics(self, order: Order, total: int) -> dict[str, float]:
         now = time.perf_counter()
-        if self.loss_tokens:
-            self.loss = self.loss_sum / self.loss_tokens
+        self.loss = self.loss_sum / self.loss_tokens if self.loss_tokens else math.nan
         metrics = {
             "step": self.step,
             "epoch": round(self.step / order.steps_per_epoch, 6),
