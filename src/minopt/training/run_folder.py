@@ -125,6 +125,6 @@ def _step(line: str) -> float:
 
 def add_metrics(folder: Path, record: Mapping[str, float]) -> None:
     """Adds a line to ``metrics.jsonl``; what is no finite number is null there, as JSON has it."""
-    record = {name: value if math.isfinite(value) else None for name, value in record.items()}
+    written = {name: value if math.isfinite(value) else None for name, value in record.items()}
     with (folder / METRICS).open("a", encoding="utf-8") as file:
-        file.write(json.dumps({**record, "time": round(time.time(), 3)}) + "\n")
+        file.write(json.dumps({**written, "time": round(time.time(), 3)}) + "\n")

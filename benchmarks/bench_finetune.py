@@ -1,0 +1,264 @@
+"""Speed and peak memory of fine-tuning an opt-125m-size model on SQuAD, minopt and transformers' Trainer in turn.
+
+    python benchmarks/bench_finetune.py --train-file TRAIN.json --tokenizer FOLDER [--hardware NAME]
+    python benchmarks/bench_finetune.py --train-file TRAIN.json --tokenizer FOLDER --device cuda --mfu [--hardware NAME]
+
+Each sample is a step of a process of its own; processes of all variants take turns. The padded variants see the same
+examples in the same order. A token is real if it is no padding; tokens a second are those of the examples of a step over
+its whole time, from the end of the step before: data, forward, backward, clipping, optimizer, logging. Peak memory is
+the process', before anything is saved. With --mfu: model FLOPs over the measured peak of a matrix product.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import common
+import torch
+
+VARIANTS = ("minopt packed", "transformers padded", "minopt grouped", "transformers grouped", "minopt padded")
+WARM_UP = 2  # steps
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--train-file", type=Path, help="SQuAD's JSON")
+    parser.add_argument("--tokenizer", type=Path, help="folder of OPT's tokenizer files")
+    parser.add_argument("--hardware", default="local", help="short name of the machine, for the result's file")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--rounds", type=int, default=3, help="processes of each variant")
+    parser.add_argument("--steps", type=int, default=8, help="that are timed, of a process")
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[8, 2])
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
+    parser.add_argument("--mfu", action="store_true", help="model FLOP utilisation at 2,048 tokens instead")
+    parser.add_argument("--worker", type=json.loads, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        print(json.dumps(run(**args.worker)))
+        return
+    if args.train_file is None or args.tokenizer is None:
+        parser.error("--train-file and --tokenizer are needed")
+    with tempfile.TemporaryDirectory() as temporary:
+        topic, cases = ("finetune-mfu", utilisation(args, temporary)) if args.mfu else (
+            "finetune", [compare(args, temporary, b, d) for d in args.dtypes for b in args.batch_sizes]
+        )  # fmt: skip
+    result = {"topic": topic, **common.machine(args.device), "rounds": args.rounds, "steps": args.steps, "cases": cases}
+    common.keep(topic, args.hardware, result)
+
+
+def compare(args: argparse.Namespace, temporary: str, batch_size: int, dtype: str) -> dict[str, Any]:
+    """All variants in turn at one batch size and precision."""
+    model = Path(temporary) / "opt-125m-random"
+    if not model.exists():
+        common.write_model(Path(temporary))
+        for path in args.tokenizer.iterdir():
+            (model / path.name).write_bytes(path.read_bytes())
+    samples: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
+    peaks: dict[str, list[int]] = {variant: [] for variant in VARIANTS}
+    for round_ in range(args.rounds):
+        for variant in VARIANTS:
+            found = in_a_process(
+                variant=variant, model=str(model), train_file=str(args.train_file), device=args.device,
+                batch_size=batch_size, dtype=dtype, steps=args.steps, seed=round_, temporary=temporary,
+            )  # fmt: skip
+            samples[variant] += found["tokens_per_second"]
+            peaks[variant].append(found["peak_bytes"])
+            print(round_, variant, batch_size, dtype, round(statistics.median(found["tokens_per_second"])), flush=True)
+    case: dict[str, Any] = {"batch_size": batch_size, "dtype": dtype}
+    for variant in VARIANTS:
+        values = sorted(samples[variant])
+        case[variant] = {
+            "tokens_per_second": round(statistics.median(values), 1),
+            "p10": round(values[len(values) // 10], 1),
+            "samples": len(values),
+            "peak_mb": round(max(peaks[variant]) / 1e6),
+        }
+    for peer in ("transformers padded", "transformers grouped"):
+        ours, theirs = case["minopt packed"]["tokens_per_second"], case[peer]["tokens_per_second"]
+        case[f"packed to {peer}"] = round(ours / theirs, 3)
+    print(json.dumps(case), flush=True)
+    return case
+
+
+def in_a_process(**work: Any) -> dict[str, Any]:
+    """One sample."""
+    command = [sys.executable, __file__, "--worker", json.dumps(work)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise SystemExit(f"{work}:\n{done.stderr[-3000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def run(variant: str, steps: int, device: str, temporary: str, **work: Any) -> dict[str, Any]:
+    """Trains some steps and says how fast each was."""
+    library, _, batching = variant.partition(" ")
+    with tempfile.TemporaryDirectory(dir=temporary) as folder:
+        train = train_minopt if library == "minopt" else train_transformers
+        times, tokens, peak = train(
+            batching=batching, steps=WARM_UP + steps, device=device, folder=Path(folder), **work
+        )
+    rates = [n / (end - begin) for n, begin, end in zip(tokens[1:], times, times[1:], strict=False)]
+    return {"tokens_per_second": rates[WARM_UP - 1 :], "peak_bytes": peak}
+
+
+def peak_bytes(device: str) -> int:
+    """The most memory that the process has held, the GPU's where there is one."""
+    if device != "cpu":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def data_for(model: str, train_file: str, batch_size: int, steps: int, seed: int) -> tuple[Any, Any, Any]:
+    """The model's tokenizer, as many random examples as the steps take, and their tokens."""
+    import random
+
+    from minopt import Tokenizer
+    from minopt.training.data import read_data
+    from minopt.training.tokens import tokenise
+
+    tokenizer = Tokenizer.load(model)
+    examples = read_data(train_file)
+    assert not isinstance(examples, str)
+    examples = random.Random(seed).sample(examples, batch_size * steps)
+    return tokenizer, examples, tokenise(examples, tokenizer, 608, 160, eos_token_id=2, around_answer=True)
+
+
+def train_minopt(
+    batching: str, steps: int, device: str, folder: Path, model: str, train_file: str, batch_size: int, dtype: str,
+    seed: int,
+) -> tuple[list[float], list[int], int]:  # fmt: skip
+    """Times at which steps ended, real tokens of each, and the peak memory."""
+    from minopt import load_model
+    from minopt.training import trainer
+    from minopt.training.batches import Order
+    from minopt.training.config import TrainingConfig
+
+    tokenizer, examples, tokens = data_for(model, train_file, batch_size, steps, seed)
+    peaks = []
+    save = trainer._Run._save
+
+    def measured_save(self: Any) -> None:
+        peaks.append(peak_bytes(device))
+        save(self)
+
+    trainer._Run._save = measured_save  # type: ignore[method-assign]
+    config = TrainingConfig(
+        output_dir=str(folder / "run"), per_device_train_batch_size=batch_size, max_steps=steps, logging_steps=1,
+        learning_rate=3e-5, batching=batching, bf16=dtype == "bfloat16", seed=seed, device=device, save_steps=10**6,
+    )  # fmt: skip
+    trainer.train(load_model(model, device=device, dtype="float32"), examples, config, tokenizer=tokenizer)
+    lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    lengths = tokens.lengths()
+    order = Order(tuple(lengths.tolist()), batch_size, seed, grouped=batching == "grouped")
+    counts = [int(lengths[list(order.examples(step))].sum()) for step in range(steps)]
+    return [line["time"] for line in lines], counts, peaks[0]
+
+
+def train_transformers(
+    batching: str, steps: int, device: str, folder: Path, model: str, train_file: str, batch_size: int, dtype: str,
+    seed: int,
+) -> tuple[list[float], list[int], int]:  # fmt: skip
+    """The same, with transformers' Trainer as its users have it: labels of -100 on prompts, padding on the right."""
+    import time
+
+    from transformers import OPTForCausalLM, Trainer, TrainerCallback, TrainingArguments
+
+    from minopt.training.batches import Order
+
+    _, _, tokens = data_for(model, train_file, batch_size, steps, seed)
+    order = Order(tuple(tokens.lengths().tolist()), batch_size, seed, grouped=False)
+    rows = [tokens.row(i) for step in range(steps) for i in order.examples(step)]
+    data = [
+        {"input_ids": ids.tolist(), "labels": [-100] * start + ids[start:].tolist(), "length": len(ids)}
+        for ids, start in rows
+    ]
+    counts: list[int] = []
+    times: list[float] = []
+
+    def pad(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        longest = max(len(e["input_ids"]) for e in examples)
+        counts.append(sum(len(e["input_ids"]) for e in examples))
+        gaps = [longest - len(e["input_ids"]) for e in examples]
+        padded = list(zip(examples, gaps, strict=True))
+        return {
+            "input_ids": torch.tensor([e["input_ids"] + [1] * gap for e, gap in padded]),
+            "attention_mask": torch.tensor([[1] * len(e["input_ids"]) + [0] * gap for e, gap in padded]),
+            "labels": torch.tensor([e["labels"] + [-100] * gap for e, gap in padded]),
+        }
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            common.synchronize(device)
+            times.append(time.time())
+
+    arguments = TrainingArguments(
+        output_dir=str(folder / "run"), per_device_train_batch_size=batch_size, max_steps=steps, learning_rate=3e-5,
+        bf16=dtype == "bfloat16", use_cpu=device == "cpu", save_strategy="no", report_to="none", disable_tqdm=True,
+        logging_steps=1, seed=seed, remove_unused_columns=False,
+        train_sampling_strategy="group_by_length" if batching == "grouped" else "sequential",
+    )  # fmt: skip
+    trainer = Trainer(
+        OPTForCausalLM.from_pretrained(model),
+        arguments,
+        pad,
+        data,
+        callbacks=[Clock()],  # type: ignore[arg-type]
+    )
+    trainer.train()
+    return times, counts, peak_bytes(device)
+
+
+def utilisation(args: argparse.Namespace, temporary: str) -> list[dict[str, Any]]:
+    """Model FLOPs a second of full rows of 2,048 tokens, as a share of a matrix product's."""
+    from minopt import OPT, OPTConfig, Tokenizer
+    from minopt.training.data import read_data
+    from minopt.training.trainer import TrainingConfig, train
+
+    tokenizer = Tokenizer.load(args.tokenizer)
+    examples = read_data(args.train_file)
+    assert not isinstance(examples, str)
+    text = "\n".join(dict.fromkeys(example.prompt for example in examples))
+    peak = common.matmul_flops_per_second(torch.bfloat16, args.device)
+    cases = []
+    for name, rows in (("opt-125m", 16), ("opt-1.3b", 8)):
+        for compiled in (False, True):
+            folder = Path(temporary) / f"{name}-{compiled}"
+            config = TrainingConfig(
+                output_dir=str(folder), src_length=1888, tgt_length=160, per_device_train_batch_size=rows, bf16=True,
+                max_steps=args.steps + 5, logging_steps=1, compile=compiled, device=args.device, save_steps=10**6,
+            )  # fmt: skip
+            model = OPT(OPTConfig.preset(name), device=args.device)
+            torch.cuda.reset_peak_memory_stats()
+            train(model, text, config, tokenizer=tokenizer)
+            lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+            rate = statistics.median(line["tokens_per_second"] for line in lines[5:])
+            flops = rate * flops_per_token(model.config, 2048)
+            cases.append({
+                "model": name, "compile": compiled, "rows": rows, "tokens_per_second": rate,
+                "flops_per_second": flops, "peak_flops_per_second": peak, "utilisation": round(flops / peak, 4),
+                "peak_mb": round(torch.cuda.max_memory_allocated() / 1e6),
+            })  # fmt: skip
+            print(json.dumps(cases[-1]), flush=True)
+            del model
+    return cases
+
+
+def flops_per_token(config: Any, length: int) -> float:
+    """Of forward and backward (twice the forward), recomputation not counted; attention over what causality leaves."""
+    C, F, L, V, E = (
+        config.hidden_size, config.ffn_dim, config.num_hidden_layers, config.vocab_size, config.embed_dim,
+    )  # fmt: skip
+    layer = 2 * (4 * C * C + 2 * C * F) + 2 * 2 * C * length / 2
+    return 3 * (L * layer + 2 * V * E)
+
+
+if __name__ == "__main__":
+    main()
