@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from minopt.language_model import GeneratedText, LanguageModel, load
     from minopt.model import OPT
     from minopt.tokenizer import Tokenizer
+    from minopt.training.config import TrainingConfig
+    from minopt.training.data import Example, read_data
+    from minopt.training.trainer import TrainResult, train
 
 __version__ = "0.1.0"
 
@@ -46,12 +49,18 @@ _HOME = {
     "load": "minopt.language_model",
     "OPT": "minopt.model",
     "Tokenizer": "minopt.tokenizer",
+    "TrainingConfig": "minopt.training.config",
+    "Example": "minopt.training.data",
+    "read_data": "minopt.training.data",
+    "TrainResult": "minopt.training.trainer",
+    "train": "minopt.training.trainer",
 }
 
 __all__ = [
     "DEMO",
     "OPT",
     "CheckpointError",
+    "Example",
     "GeneratedText",
     "GenerationConfig",
     "GenerationOutput",
@@ -59,12 +68,16 @@ __all__ = [
     "LanguageModel",
     "OPTConfig",
     "Tokenizer",
+    "TrainResult",
+    "TrainingConfig",
     "convert",
     "generate",
     "inspect_checkpoint",
     "load",
     "load_model",
+    "read_data",
     "save_model",
+    "train",
 ]
 
 

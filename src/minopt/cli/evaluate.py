@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minopt.cli.common import add_model_arguments, on_terminal
-from minopt.cli.finetune import add_settings, settings_of
+from minopt.cli.settings import add_settings, settings_of
 from minopt.training.config import TrainingConfig
 
 if TYPE_CHECKING:

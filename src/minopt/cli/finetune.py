@@ -6,17 +6,13 @@ import argparse
 import os
 import shlex
 import sys
-from collections.abc import Iterable
-from dataclasses import MISSING, fields
+from dataclasses import fields
 from typing import Any
 
-from minopt.cli.common import MODEL, on_terminal, tell, true_or_false
+from minopt.cli.common import MODEL, on_terminal, tell
+from minopt.cli.evaluate import evaluate_examples
+from minopt.cli.settings import add_settings, settings_of
 from minopt.training.config import TrainingConfig
-
-_GROUPS = {
-    "output_dir": "what", "train_file": "data", "num_train_epochs": "optimisation", "fp16": "how it runs",
-    "evaluation_strategy": "evaluation", "logging_steps": "what is written",
-}  # fmt: skip
 
 
 def add_finetune(verbs: Any) -> None:
@@ -30,33 +26,6 @@ def add_finetune(verbs: Any) -> None:
     parser.set_defaults(run=_finetune)
     parser.add_argument("--config", metavar="FILE", help="JSON of settings by their names; flags come before it")
     add_settings(parser, [f.name for f in fields(TrainingConfig)])
-
-
-def add_settings(parser: argparse.ArgumentParser, names: Iterable[str]) -> None:
-    """Adds flags for fields of ``TrainingConfig``; those that are not given are not set."""
-    group: Any = parser
-    for f in fields(TrainingConfig):
-        if f.name in _GROUPS:
-            group = parser.add_argument_group(_GROUPS[f.name])
-        if f.name not in names:
-            continue
-        assert isinstance(f.type, str)
-        kind = f.type.removesuffix(" | None")
-        options: dict[str, Any] = {"type": {"int": int, "float": float, "bool": true_or_false}.get(kind, str)}
-        options["metavar"] = {"int": "N", "float": "X", "bool": "true|false"}.get(kind, "TEXT")
-        if kind == "bool":
-            options |= {"nargs": "?", "const": True}
-        if f.metadata["choices"]:
-            options |= {"choices": f.metadata["choices"], "metavar": None}
-        default = "" if f.default in (None, "", False, MISSING) else f" ({str(f.default).lower()})"
-        text = f.metadata["help"].replace("%", "%%") + default
-        group.add_argument(f"--{f.name.replace('_', '-')}", help=text, default=argparse.SUPPRESS, **options)
-
-
-def settings_of(args: argparse.Namespace) -> dict[str, Any]:
-    """The fields of ``TrainingConfig`` that flags have set."""
-    names = {f.name for f in fields(TrainingConfig)}
-    return {name: value for name, value in vars(args).items() if name in names}
 
 
 def _finetune(args: argparse.Namespace) -> int:
@@ -93,8 +62,6 @@ def _finetune(args: argparse.Namespace) -> int:
                 f"--model_name_or_path: expected a model with a tokenizer, {name} has none. Add its files."
             )
         if not config.trains:
-            from minopt.cli.evaluate import evaluate_examples
-
             return evaluate_examples(lm, eval_data, config, world)
         try:
             result = train(lm.model, train_data, config, tokenizer=lm.tokenizer, eval_data=eval_data)

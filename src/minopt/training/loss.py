@@ -72,15 +72,15 @@ class _CrossEntropySum(torch.autograd.Function):
     def forward(ctx: Any, h: Tensor, weight: Tensor, targets: Tensor, label_smoothing: float) -> Tensor:
         kind = h.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else h.dtype
+        ctx.dtypes = h.dtype, weight.dtype
         with torch.autocast(kind, enabled=False):
             return _forward(ctx, h, weight, h.to(dtype), weight.to(dtype), targets, label_smoothing)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        grad_h, grad_weight = ctx.gradients
-        ctx.gradients = None
+        (grad_h, grad_weight), ctx.gradients = ctx.gradients, None
         # In place: there is no second use, and the second is as large as the token table.
-        return _scaled(grad_h, grad), _scaled(grad_weight, grad), None, None
+        return _scaled(grad_h, grad, ctx.dtypes[0]), _scaled(grad_weight, grad, ctx.dtypes[1]), None, None
 
 
 def _forward(
@@ -91,7 +91,7 @@ def _forward(
     wide = torch.promote_types(x.dtype, torch.float32)
     loss = torch.zeros((), dtype=wide, device=h.device)
     grad_h = torch.zeros_like(h) if needs_h else None
-    grad_weight = torch.zeros_like(weight, dtype=wide) if needs_weight else None
+    grad_weight: Tensor | None = None
     for begin in range(0, len(x), CHUNK):
         part, target = x[begin : begin + CHUNK], targets[begin : begin + CHUNK, None]
         logits = F.linear(part, w).to(wide)  # [CHUNK, V]
@@ -109,11 +109,14 @@ def _forward(
             error = error.to(x.dtype)
             if grad_h is not None:
                 grad_h[begin : begin + CHUNK] = error @ w
-            if grad_weight is not None:
-                grad_weight += error.T @ part
-    ctx.gradients = grad_h, None if grad_weight is None else grad_weight.to(weight.dtype)
+            if needs_weight:  # summed in float32, where there is anything to sum
+                more = error.T @ part
+                grad_weight = more if grad_weight is None else grad_weight.to(wide).add_(more)
+    if needs_weight:
+        grad_weight = torch.zeros_like(weight) if grad_weight is None else grad_weight
+    ctx.gradients = grad_h, grad_weight
     return loss
 
 
-def _scaled(gradient: Tensor | None, by: Tensor) -> Tensor | None:
-    return None if gradient is None else gradient.mul_(by)
+def _scaled(gradient: Tensor | None, by: Tensor, dtype: torch.dtype) -> Tensor | None:
+    return None if gradient is None else gradient.mul_(by).to(dtype)
