@@ -4,7 +4,7 @@
     python benchmarks/bench_finetune.py --train-file TRAIN.json --tokenizer FOLDER --device cuda --mfu [--hardware NAME]
 
 Each sample is a step of a process of its own; processes of all variants take turns. The padded variants see the same
-examples in the same order. A token is real if it is no padding; tokens a second are those of the examples of a step over
+examples in the same order. A token is real if it is no padding; tokens a second are those of a step's examples over
 its whole time, from the end of the step before: data, forward, backward, clipping, optimizer, logging. Peak memory is
 the process', before anything is saved. With --mfu: model FLOPs over the measured peak of a matrix product.
 """
@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--worker", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        print(json.dumps(run(**args.worker)))
+        print(json.dumps(loss_once(**args.worker) if "whole" in args.worker else run(**args.worker)))
         return
     if args.train_file is None or args.tokenizer is None:
         parser.error("--train-file and --tokenizer are needed")
@@ -51,6 +51,8 @@ def main() -> None:
             "finetune", [compare(args, temporary, b, d) for d in args.dtypes for b in args.batch_sizes]
         )  # fmt: skip
     result = {"topic": topic, **common.machine(args.device), "rounds": args.rounds, "steps": args.steps, "cases": cases}
+    if not args.mfu:
+        result["loss"] = compare_losses(args)
     common.keep(topic, args.hardware, result)
 
 
@@ -86,6 +88,38 @@ def compare(args: argparse.Namespace, temporary: str, batch_size: int, dtype: st
         case[f"packed to {peer}"] = round(ours / theirs, 3)
     print(json.dumps(case), flush=True)
     return case
+
+
+def compare_losses(args: argparse.Namespace) -> dict[str, Any]:
+    """Forward and backward of the head and its loss alone, all positions learned: logits whole, and in chunks."""
+    result: dict[str, Any] = {"positions": 4096, "dtype": "float32"}
+    for name, whole in (("whole", True), ("chunks", False)):
+        samples = [in_a_process(whole=whole, device=args.device, positions=4096) for _ in range(args.rounds)]
+        result[name] = {key: round(statistics.median(s[key] for s in samples), 3) for key in samples[0]}
+    print(json.dumps(result), flush=True)
+    return result
+
+
+def loss_once(whole: bool, device: str, positions: int) -> dict[str, float]:
+    """Seconds and peak memory above what is there before, with a head of opt-125m's size."""
+    import torch.nn.functional as F
+
+    from minopt.training.loss import cross_entropy_sum
+
+    torch.manual_seed(0)
+    weight = torch.randn(50272, 768, device=device, requires_grad=True)
+    h = torch.randn(positions, 768, device=device, requires_grad=True)
+    targets = torch.randint(50272, (positions,), device=device)
+
+    def step() -> None:
+        if whole:
+            F.cross_entropy(F.linear(h, weight), targets, reduction="sum").backward()
+        else:
+            cross_entropy_sum(h, weight, targets).backward()
+
+    before = peak_bytes(device)
+    seconds = min(common.seconds(step, device) for _ in range(3))
+    return {"seconds": seconds, "peak_mb": (peak_bytes(device) - before) / 1e6}
 
 
 def in_a_process(**work: Any) -> dict[str, Any]:

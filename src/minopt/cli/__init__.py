@@ -6,6 +6,7 @@ import argparse
 import io
 import os
 import sys
+import time
 from collections.abc import Sequence
 
 from minopt import __version__
@@ -40,12 +41,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except (ValueError, OSError) as error:
-        tell(f"error: {error}")
+        if os.environ.get("RANK", "0") == "0":
+            tell(f"error: {error}")
+        else:
+            time.sleep(5)  # for torchrun, which ends the others with the first that ends: that one has to say it
         return 2
     except RuntimeError as error:
         if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
             raise
-        tell("error: not enough memory. Try --dtype bfloat16, or with --input a smaller --max-batch-tokens.")
+        tell(f"error: not enough memory. Try {args.when_out_of_memory}.")
         return 2
 
 
@@ -53,6 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser of all verbs; each sets ``run``, the function that takes the parsed arguments."""
     parser = argparse.ArgumentParser(prog="minopt", description="OPT language models in plain PyTorch.")
     parser.add_argument("--version", action="version", version=f"minopt {__version__}")
+    parser.set_defaults(when_out_of_memory="--dtype bfloat16, or with --input a smaller --max-batch-tokens")
     verbs = parser.add_subparsers(title="commands", required=True, metavar="command")
     add_generate(verbs)
     add_convert(verbs)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,7 +47,7 @@ def add_evaluate(verbs: Any) -> None:
 def _evaluate(args: argparse.Namespace) -> int:
     from minopt.language_model import load
 
-    settings = settings_of(args)
+    settings = {name: value for name, value in settings_of(args).items() if name in _SETTINGS}
     questions = args.task in ("squad", "squad-question")
     if args.model is None:
         raise ValueError("--model: expected a checkpoint to measure, got none. Name one.")
@@ -61,6 +62,8 @@ def _evaluate(args: argparse.Namespace) -> int:
         "local_files_only": args.local_files_only, "model_config": args.model_config, "tokenizer": args.tokenizer,
     }  # fmt: skip
     if not questions:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise ValueError(f"--task {args.task}: runs in one process. Start it without torchrun.")
         lm = load(args.model, device=args.device, **options)
         return _reference(lm, args.json) if args.task == "reference" else _perplexity(lm, args)
 
@@ -70,14 +73,15 @@ def _evaluate(args: argparse.Namespace) -> int:
 
     config = TrainingConfig(output_dir=".", do_eval=True, task=args.task, device=args.device, **settings)
     template = template_of(config)
-    if config.dev_file is None:
-        raise ValueError("--dev_file: expected a file, or squad for the official one, got none. Name one.")
-    dev_file = config.dev_file
     if args.output is not None and not Path(args.output).parent.is_dir():
         raise FileNotFoundError(f"--output: there is no folder {Path(args.output).parent}. Make it first.")
+    if args.output is not None and Path(args.output).is_dir():
+        raise IsADirectoryError(f"--output: expected a file, got a folder ({args.output}). Name a file in it.")
     with processes(args.device) as world:
         shown = world.is_first and on_terminal()
-        data = world.first_then_all(lambda: read_data(dev_file, template, split="dev", show_progress=shown))
+        data = world.first_then_all(lambda: read_data(config.dev_file, template, split="dev", show_progress=shown))
+        if args.output is not None and isinstance(data, str):
+            raise ValueError(f"--output: there are no predictions for a text ({config.dev_file}). Leave it out.")
         lm = world.first_then_all(lambda: load(args.model, device=world.device, **options))
         return evaluate_examples(lm, data, config, world, args.json, args.output)
 
@@ -124,6 +128,8 @@ def _perplexity(lm: LanguageModel, args: argparse.Namespace) -> int:
     if lm.tokenizer is None:
         raise ValueError("--model: expected one with a tokenizer, got one without. Name its folder with --tokenizer.")
     path = Path(args.data)
+    if not path.is_file():
+        raise FileNotFoundError(f"--data: expected a file, got {path}, which there is not. Check the path.")
     text = read_data(path, split="dev")
     if not isinstance(text, str):
         raise ValueError(f"--data: expected a text (.txt, .raw), got {path}. Name another.")

@@ -23,7 +23,7 @@ def add_finetune(verbs: Any) -> None:
         "--output_dir. Under torchrun it runs in as many processes as that starts. Started again with the same "
         "settings, it goes on from its latest checkpoint.",
     )  # fmt: skip
-    parser.set_defaults(run=_finetune)
+    parser.set_defaults(run=_finetune, when_out_of_memory="a smaller --per-device-train-batch-size, or --recompute")
     parser.add_argument("--config", metavar="FILE", help="JSON of settings by their names; flags come before it")
     add_settings(parser, [f.name for f in fields(TrainingConfig)])
 
@@ -31,10 +31,8 @@ def add_finetune(verbs: Any) -> None:
 def _finetune(args: argparse.Namespace) -> int:
     settings = TrainingConfig.from_file(args.config) if args.config is not None else {}
     config = TrainingConfig(**(settings | settings_of(args)))
-    for name, value in (("model_name_or_path", config.model_name_or_path), ("train_file", config.train_file)):
-        if value is None and (name != "train_file" or config.trains):
-            what = f"{MODEL}" if name == "model_name_or_path" else "a file, or squad for the official ones"
-            raise ValueError(f"--{name}: expected {what}, got none. Name one.")
+    if config.model_name_or_path is None:
+        raise ValueError(f"--model_name_or_path: expected {MODEL}, got none. Name one.")
 
     from minopt.language_model import load
     from minopt.training.data import read_data
@@ -42,18 +40,17 @@ def _finetune(args: argparse.Namespace) -> int:
     from minopt.training.prepare import evaluates, template_of
     from minopt.training.trainer import TrainingStopped, train
 
-    assert config.model_name_or_path is not None
     template = template_of(config)
     with processes(config.device) as world:
         shown = world.is_first and on_terminal()
         train_data: Any = None
         eval_data: Any = None
-        if config.trains and config.train_file is not None:
-            train_file = config.train_file
-            train_data = world.first_then_all(lambda: read_data(train_file, template, show_progress=shown))
-        if config.dev_file is not None and (evaluates(config) or not config.trains):
-            dev_file = config.dev_file
-            eval_data = world.first_then_all(lambda: read_data(dev_file, template, split="dev", show_progress=shown))
+        if config.trains:
+            train_data = world.first_then_all(lambda: read_data(config.train_file, template, show_progress=shown))
+        if evaluates(config):
+            eval_data = world.first_then_all(
+                lambda: read_data(config.dev_file, template, split="dev", show_progress=shown)
+            )
         place = "cpu" if config.parallel == "fsdp" else world.device  # a share of it goes on
         name = config.model_name_or_path
         lm = world.first_then_all(lambda: load(name, device=place, dtype="float32"))

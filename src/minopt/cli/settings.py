@@ -31,8 +31,9 @@ def add_settings(parser: argparse.ArgumentParser, names: Iterable[str]) -> None:
         if kind == "bool":
             options |= {"nargs": "?", "const": True}
         if f.metadata["choices"]:
-            options |= {"choices": f.metadata["choices"], "metavar": None}
-        default = "" if f.default in (None, "", False, MISSING) else f" ({str(f.default).lower()})"
+            options["metavar"] = "|".join(f.metadata["choices"])  # which TrainingConfig checks
+        said = f.default in (None, "", False, MISSING) or f.metadata["help"].endswith(")")
+        default = "" if said else f" ({str(f.default).lower()})"
         text = f.metadata["help"].replace("%", "%%") + default
         group.add_argument(f"--{f.name.replace('_', '-')}", help=text, default=argparse.SUPPRESS, **options)
 

@@ -42,10 +42,10 @@ class Checkpoints:
     def latest(self) -> Path | None:
         """The checkpoint of the most steps."""
         steps = self._steps()
-        return self._path(steps[-1]) if steps else None
+        return self.path(steps[-1]) if steps else None
 
     def save(self, step: int, module: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> Path:
-        """Writes a checkpoint; every process has to call it.
+        """Writes a checkpoint, or the state alone of one that is there; every process has to call it.
 
         Args:
             step: how many steps are done.
@@ -56,9 +56,10 @@ class Checkpoints:
         Raises:
             OSError: if it cannot be written; earlier ones are as they were.
         """
-        path = self._path(step)
+        path = self.path(step)
         new = path.with_name(f".{path.name}.saving")
         if self.world.gather(path.exists())[0]:
+            self.world.first(lambda: _write_state(path, state))
             return path
         self.world.first(lambda: _make_empty(new))
         error: OSError | None = None
@@ -99,7 +100,7 @@ class Checkpoints:
         """Removes all but the last few and the best; the first process alone does."""
         for step in self._steps()[:-keep_last] if self.world.is_first else ():
             if step != best_step:
-                path = self._path(step)
+                path = self.path(step)
                 # Renamed first: what a crash leaves half removed must not be taken for a checkpoint.
                 shutil.rmtree(path.rename(path.with_name(f".{path.name}.removing")), ignore_errors=True)
 
@@ -112,7 +113,8 @@ class Checkpoints:
         found = (_NAME.fullmatch(path.name) for path in self.folder.glob("step-*") if (path / _STATE).is_file())
         return sorted(int(match[1]) for match in found if match)
 
-    def _path(self, step: int) -> Path:
+    def path(self, step: int) -> Path:
+        """Where the checkpoint after some steps is, or would be."""
         return self.folder / f"step-{step:08}"
 
 
@@ -146,13 +148,17 @@ def _make_empty(path: Path) -> None:
 
 
 def _publish(new: Path, path: Path, state: dict[str, Any]) -> None:
-    write_durably(new / _STATE, json.dumps(state, indent=1) + "\n")
+    _write_state(new, state)
     new.rename(path)
     handle = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(handle)  # of the name
     finally:
         os.close(handle)
+
+
+def _write_state(path: Path, state: dict[str, Any]) -> None:
+    write_durably(path / _STATE, json.dumps(state, indent=1) + "\n")
 
 
 def write_durably(path: Path, text: str) -> None:

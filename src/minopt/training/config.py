@@ -47,9 +47,9 @@ class TrainingConfig:
     do_eval: bool = _option(False, "evaluate at the end", changes_run=False)
 
     # Data
-    train_file: str | None = _option(None, "SQuAD JSON, JSON lines of prompt and completion, or a text; squad and "
-                                     "squad-v2 fetch the official files")  # fmt: skip
-    dev_file: str | None = _option(None, "the same, to evaluate on", changes_run=False)
+    train_file: str = _option("squad", "SQuAD JSON, JSON lines of prompt and completion, or a text; squad and "
+                              "squad-v2 fetch the official files")  # fmt: skip
+    dev_file: str = _option("squad", "the same, to evaluate on", changes_run=False)
     task: str = _option("squad", "squad: context and question to answer; squad-question: answer and context to "
                         "question", choices=("squad", "squad-question"))  # fmt: skip
     prompt_template: str | None = _option(None, "instead of a task: text with {context}, {question} or {answer}")
@@ -68,7 +68,7 @@ class TrainingConfig:
     learning_rate: float = _option(5e-5, "the highest", least=0)
     lr_scheduler_type: str = _option("linear", "how it falls", choices=("linear", "cosine", "constant"))
     warmup_ratio: float = _option(0.0, "the part of all steps in which it rises from 0", least=0, below=1)
-    lr_decay_ratio: float = _option(0.0, "the part of it that it falls to", least=0)
+    lr_decay_ratio: float = _option(0.0, "the part of it that it falls to", least=0, below=1)
     weight_decay: float = _option(0.0, "AdamW's, on matrices", least=0)
     adam_beta1: float = _option(0.9, "AdamW's", least=0, below=1)
     adam_beta2: float = _option(0.999, "AdamW's", least=0, below=1)
@@ -113,7 +113,7 @@ class TrainingConfig:
             value = getattr(self, f.name)
             if isinstance(value, Path):
                 object.__setattr__(self, f.name, str(value))
-            elif isinstance(f.default, float) and is_int(value):
+            elif "float" in f.type and is_int(value) and is_number(value):
                 object.__setattr__(self, f.name, float(value))
         problems = [problem for f in fields(self) if (problem := _problem(f, getattr(self, f.name)))]
         if problems := problems or self._contradictions():
@@ -131,6 +131,8 @@ class TrainingConfig:
             problems.append("--prompt_template and --completion_template: expected both or none. Give the other too")
         if not self.select_topk and self.num_beams == 1:
             problems.append("--select_topk false draws the tokens of beams, and --num_beams is 1. Set it to 2 or more")
+        if self.lr_decay_ratio and self.lr_scheduler_type == "constant":
+            problems.append("--lr_decay_ratio: a constant learning rate does not fall. Leave it out")
         if self.max_steps < 0 and not self.num_train_epochs > 0:
             problems.append("--num_train_epochs: expected more than 0, got 0.0. Or give --max_steps")
         if self.max_steps == 0:
@@ -155,7 +157,8 @@ class TrainingConfig:
         if not Path(path).is_file():
             raise FileNotFoundError(f"--config: expected a JSON file, got {path}, which there is not. Name another.")
         values = {key.replace("-", "_"): value for key, value in read_json(Path(path)).items()}
-        values = values.get("settings", values)  # a run.json
+        if isinstance(values.get("settings"), dict):  # a run.json
+            values = values["settings"]
         if unknown := sorted(values.keys() - {f.name for f in fields(cls)}):
             raise ValueError(f"{path}: no such settings: {', '.join(unknown)}. See minopt finetune --help.")
         return values

@@ -129,6 +129,9 @@ def _device(device: str | None, local_rank: int | None) -> torch.device:
         index = local_rank or 0
     elif local_rank is not None:
         raise ValueError(f"--device: expected cuda, each process taking its own GPU, got {device!r}.")
-    if index >= count:
-        raise ValueError(f"--device: this needs GPU number {index}, and there are {count}. Start fewer processes.")
+    if count == 0:
+        raise ValueError(f"--device: expected cpu, for torch finds no GPU here, got {device!r}. Leave it out.")
+    here = index + 1 if local_rank is None else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if here > count:
+        raise ValueError(f"--device: expected at most {count} GPU(s), as there are, got {here}. Start fewer processes.")
     return torch.device("cuda", index)

@@ -76,16 +76,17 @@ def prepare(
     ))  # fmt: skip
     if len(tokens) == 0:
         raise ValueError(
-            f"{option}: expected at least one example, got none ({tokens.dropped} exceed --src_length "
-            f"{config.src_length} even without their context). Raise it, or name another file."
+            f"{option}: expected at least one example, got none ({tokens.dropped} cannot be cut to --src_length "
+            f"{config.src_length} without losing their answer). Raise it, or name another file."
         )
-    if world.is_first and (tokens.cut_prompts or tokens.cut_completions or tokens.dropped):
-        logger.warning(
-            "%s: of %d examples, %d have a prompt cut to --src_length %d, %d a completion cut to --tgt_length %d, "
-            "and %d are left out, for too little of their prompt is context.",
-            option, len(data), tokens.cut_prompts, config.src_length, tokens.cut_completions, config.tgt_length,
-            tokens.dropped,
-        )  # fmt: skip
+    happened = [
+        (tokens.cut_prompts, f"have their prompt cut to --src_length {config.src_length}"),
+        (tokens.cut_completions, f"have their completion cut to --tgt_length {config.tgt_length}"),
+        (tokens.dropped, "are left out, for their prompt is too long and cannot be cut without its answer"),
+    ]
+    if world.is_first and any(count for count, _ in happened):
+        said = "; ".join(f"{count} {what}" for count, what in happened if count)
+        logger.warning("%s: of %d examples, %s.", option, len(data), said)
     return tokens
 
 

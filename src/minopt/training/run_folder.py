@@ -35,6 +35,8 @@ def locked(folder: Path) -> Iterator[None]:
     Raises:
         OSError: if it cannot be made, or a run holds it.
     """
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"--output_dir: expected a folder, got {folder}, a file. Name another.")
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("a+") as file:
         if fcntl is not None:
@@ -66,7 +68,7 @@ def check_settings(folder: Path, record: Mapping[str, Any]) -> None:
     if (folder / SETTINGS).is_file():
         check_same(folder, read_json(folder / SETTINGS), record)
         return
-    others = sorted(path.name for path in folder.iterdir() if path.name != ".lock")
+    others = sorted(path.name for path in _of_a_run(folder))
     if others:
         raise FileExistsError(
             f"--output_dir: {folder} holds files that are no run's: {some(others)}. Name another folder."
@@ -95,7 +97,7 @@ def check_same(where: Path, theirs: Mapping[str, Any], mine: Mapping[str, Any]) 
 
 def set_aside(folder: Path) -> Path | None:
     """Moves all that a run has left into a folder of its own within, and says where; ``None`` if there was nothing."""
-    found = [path for path in folder.iterdir() if path.name != ".lock" and not path.name.startswith("before-")]
+    found = _of_a_run(folder)
     if not found:
         return None
     number = 1
@@ -108,19 +110,31 @@ def set_aside(folder: Path) -> Path | None:
     return aside
 
 
-def begin_metrics(folder: Path, step: int) -> None:
-    """Drops lines of ``metrics.jsonl`` beyond a step: a run that goes on from there writes them again."""
+def _of_a_run(folder: Path) -> list[Path]:
+    """All but the lock, and runs that were put aside."""
+    return [path for path in folder.iterdir() if path.name != ".lock" and not path.name.startswith("before-")]
+
+
+def begin_metrics(folder: Path, step: int, evaluated: int) -> None:
+    """Drops lines of ``metrics.jsonl`` that a run will write again.
+
+    Args:
+        folder: of the run.
+        step: how many steps are done.
+        evaluated: how many were at the last evaluation.
+    """
     path = folder / METRICS
     if path.is_file():
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        write_durably(path, "".join(line for line in lines if _step(line) <= step))
+        write_durably(path, "".join(line for line in lines if _is_kept(line, step, evaluated)))
 
 
-def _step(line: str) -> float:
+def _is_kept(line: str, step: int, evaluated: int) -> bool:
     try:
-        return float(json.loads(line)["step"])
+        record = json.loads(line)
+        return record["step"] <= (evaluated if "eval_loss" in record else step)
     except (ValueError, KeyError, TypeError):  # the last line of a process that was killed
-        return float("inf")
+        return False
 
 
 def add_metrics(folder: Path, record: Mapping[str, float]) -> None:

@@ -119,32 +119,35 @@ class _Encoder:
         self.cut_prompts = self.cut_completions = self.dropped = 0
 
     def examples(self, data: Sequence[Example], digest: str, show_progress: bool) -> Tokens:
-        rows, starts = list[list[int]](), list[int]()
+        ids, lengths, starts = [torch.zeros(0, dtype=torch.int32)], list[int](), list[int]()
         with tqdm(total=len(data), desc="tokenising", unit="example", disable=not show_progress) as bar:
             for at in range(0, len(data), _AT_ONCE):
-                part = data[at : at + _AT_ONCE]
+                part, flat = data[at : at + _AT_ONCE], list[int]()
                 prompts = self.tokenizer.encode_each([example.prompt for example in part])
                 completions = self.tokenizer.encode_each([example.completion for example in part], add_bos=False)
                 for example, prompt, completion in zip(part, prompts, completions, strict=True):
-                    row = self._fit(example, prompt)
-                    if row is None:
+                    kept = self._fit(example, prompt)
+                    if kept is None:
                         self.dropped += 1
                         continue
-                    rows.append(row + self._cut_completion(completion + self.eos))
-                    starts.append(len(row))
+                    row = kept + self._cut_completion(completion + self.eos)
+                    flat += row
+                    lengths.append(len(row))
+                    starts.append(len(kept))
+                ids.append(torch.tensor(flat, dtype=torch.int32))
                 bar.update(len(part))
-        return self._tokens([i for row in rows for i in row], [len(row) for row in rows], starts, digest)
+        return self._tokens(torch.cat(ids), lengths, starts, digest)
 
     def text(self, data: str, digest: str) -> Tokens:
         ids = self.tokenizer.encode(data)
         width = self.src_length + self.tgt_length
         rows = [ids[at : at + width + 1] for at in range(0, len(ids) - 1, width)]
-        return self._tokens([i for row in rows for i in row], [len(row) for row in rows], [1] * len(rows), digest)
+        flat = torch.tensor([i for row in rows for i in row], dtype=torch.int32)
+        return self._tokens(flat, [len(row) for row in rows], [1] * len(rows), digest)
 
-    def _tokens(self, ids: list[int], lengths: list[int], starts: list[int], digest: str) -> Tokens:
-        ends = torch.tensor(lengths, dtype=torch.long).cumsum(0)
-        flat, learned_from = torch.tensor(ids, dtype=torch.int32), torch.tensor(starts, dtype=torch.long)
-        return Tokens(flat, ends, learned_from, self.cut_prompts, self.cut_completions, self.dropped, digest)
+    def _tokens(self, ids: Tensor, lengths: list[int], starts: list[int], digest: str) -> Tokens:
+        ends, learned_from = torch.tensor(lengths, dtype=torch.long).cumsum(0), torch.tensor(starts, dtype=torch.long)
+        return Tokens(ids, ends, learned_from, self.cut_prompts, self.cut_completions, self.dropped, digest)
 
     def _cut_completion(self, ids: list[int]) -> list[int]:
         if len(ids) > self.tgt_length:
@@ -161,16 +164,24 @@ class _Encoder:
         encoding = self.tokenizer.backend.encode(example.prompt)
         first = encoding.special_tokens_mask.index(0)  # behind the bos
         own = range(first, len(ids))
-        context = [i for i in own if _within(encoding.offsets[i], example.context)]
-        if len(context) < excess and example.context != (0, 0) and self.around_answer:
+        begin, end = example.context
+        begin = len(example.prompt[:begin].rstrip())  # a token may hold a space of the template and a first word
+        context = [
+            i
+            for i in own
+            if begin <= encoding.offsets[i][0]
+            and encoding.offsets[i][1] <= end
+            and _within(encoding.offsets[i], example.context)
+        ]
+        answer = [i for i in context if _within(encoding.offsets[i], example.answer)]
+        if self.around_answer and example.context != (0, 0) and len(context) - len(answer) < excess:
             return None
         self.cut_prompts += 1
         if len(context) < excess:
             return (ids[:first] + ids[first + excess :])[-self.src_length :]
         kept = len(context) - excess
         begin = context[0]
-        if self.around_answer and example.answer != (0, 0):
-            answer = [i for i in context if _within(encoding.offsets[i], example.answer)] or context[:1]
+        if self.around_answer and answer:
             middle = (answer[0] + answer[-1] + 1 - kept) // 2
             begin = min(max(middle, context[0]), context[-1] + 1 - kept)
         return ids[: context[0]] + ids[begin : begin + kept] + ids[context[-1] + 1 :]

@@ -53,6 +53,7 @@ from minopt.training.tokens import Tokens
 logger = logging.getLogger(__name__)
 
 MOST_SKIPPED = 20  # steps in a row whose gradients are not finite
+_REPEATED = 5.0  # seconds within which signals count as one
 
 
 @dataclass(frozen=True)
@@ -150,11 +151,12 @@ class _Run:
         self.dtype = torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else None
         self.sharded = config.parallel == "fsdp" and world.size > 1
         self.signal: int = 0
-        self.evaluated: tuple[int, EvaluationResult] | None = None
+        self.evaluated: EvaluationResult | None = None
         # What a checkpoint keeps beside the weights; counts since metrics were last written.
         self.step = 0
         self.skipped, self.skipped_in_a_row = 0, 0
         self.best: tuple[int, float] | None = None
+        self.evaluated_step = 0
         self.loss_sum, self.loss_tokens, self.grad_norm = 0.0, 0, 0.0
         self.loss = math.nan
 
@@ -179,10 +181,12 @@ class _Run:
                     self.module = DistributedDataParallel(self.module, gradient_as_bucket_view=True)
             self.optimizer = build_optimizer(self.module, config)
             self.scaler = torch.amp.GradScaler(world.device.type, enabled=config.fp16)
-            yield
-        for layer in model.layers:
-            layer.__dict__["dropout"] = model.config.dropout
-        model.eval()
+            try:
+                yield
+            finally:
+                for layer in model.layers:
+                    layer.__dict__["dropout"] = model.config.dropout
+                model.eval()
 
     # The run
 
@@ -200,7 +204,7 @@ class _Run:
             finally:
                 self.reporter.close()
         self._finish()
-        result = self.evaluated[1] if self.evaluated else None
+        result = self.evaluated
         return TrainResult(
             self.step, self.skipped, self.loss, dict(result.metrics) if result else {},
             dict(result.predictions) if result else {}, self.folder,
@@ -227,6 +231,8 @@ class _Run:
         if path is not None:
             self.checkpoints.load(path, self.module, self.optimizer)
             self._restore(state)
+            if path.parent != self.checkpoints.folder:  # of another run, which has its own best
+                self.best = None
         world.first(self._write_beginning)
         if path is not None and world.is_first:
             print(f"going on from {path}, after step {self.step}", file=sys.stderr, flush=True)
@@ -268,15 +274,15 @@ class _Run:
         print(self.config.to_text(), file=sys.stderr, flush=True)
         print(
             f"{len(self.tokens):,} examples, {int(self.tokens.lengths().sum()):,} tokens, "
-            f"{self.tokens.learned():,} of them learned; {self.batch_size} examples a step in {self.world.size} "
-            f"process(es) of {self.accumulation} microbatch(es)",
+            f"{self.tokens.learned():,} of them learned; {self.batch_size} examples a step: {self.world.size} "
+            f"processes x {self.accumulation} microbatches x {self.batch_size // self.world.size // self.accumulation}",
             file=sys.stderr, flush=True,
         )  # fmt: skip
 
     def _write_beginning(self) -> None:
         text = json.dumps({**self.record, "minopt": __version__, "torch": torch.__version__}, indent=1)
         write_durably(self.folder / SETTINGS, text + "\n")
-        begin_metrics(self.folder, self.step)
+        begin_metrics(self.folder, self.step, self.evaluated_step)
 
     def _settle_buckets(self) -> None:
         """Lets DDP arrange its buckets, which it does after a first backward pass.
@@ -295,7 +301,8 @@ class _Run:
         config = self.config
         self.last_written = time.perf_counter()
         self.tokens_seen = 0
-        while self.step < total:
+        stopped = self.step > 0 and self._evaluate_if_due(order, total)  # what a kill has kept from being done
+        while self.step < total and not stopped:
             stopped = self._step(order, total)
             self.step += 1
             last = self.step == total
@@ -303,17 +310,21 @@ class _Run:
             if self.step % config.logging_steps == 0 or last:
                 written = self._write_metrics(order, total)
             self.reporter.step(written, self.step)
-            due = {"no": False, "steps": self.step % config.eval_steps == 0,
-                   "epoch": self.step % order.steps_per_epoch == 0}[config.evaluation_strategy]  # fmt: skip
             if self.step % config.save_steps == 0 or last or stopped:
                 self._save()
-            if not stopped and (due or (last and config.do_eval)):
-                stopped = self._evaluate()
-            if stopped:
-                self._save()
-                raise TrainingStopped(self.signal or signal.SIGTERM, self.step, self.checkpoints._path(self.step))
-        if config.do_eval and self.evaluated is None and self._evaluate():  # resumed behind the last step
-            raise TrainingStopped(self.signal or signal.SIGTERM, self.step, self.checkpoints._path(self.step))
+            stopped = stopped or self._evaluate_if_due(order, total)
+        if stopped:
+            self._save()
+            raise TrainingStopped(self.signal or signal.SIGTERM, self.step, self.checkpoints.path(self.step))
+
+    def _evaluate_if_due(self, order: Order, total: int) -> bool:
+        """Returns whether a signal has come meanwhile."""
+        config = self.config
+        due = {"no": False, "steps": self.step % config.eval_steps == 0,
+               "epoch": self.step % order.steps_per_epoch == 0}[config.evaluation_strategy]  # fmt: skip
+        if not due and not (self.step == total and config.do_eval):
+            return False
+        return self.evaluated_step < self.step and self._evaluate()
 
     def _step(self, order: Order, total: int) -> bool:
         """One optimizer step. Returns whether a signal has come to any process."""
@@ -400,6 +411,7 @@ class _Run:
             "step": self.step,
             "skipped": [self.skipped, self.skipped_in_a_row],
             "best": self.best,
+            "evaluated": self.evaluated_step,
             "loss": [self.loss_sum, self.loss_tokens, self.loss],
             "scaler": self.scaler.state_dict(),
             "processes": self.world.size,
@@ -409,6 +421,7 @@ class _Run:
         self.step = state["step"]
         self.skipped, self.skipped_in_a_row = state["skipped"]
         self.best = tuple(state["best"]) if state["best"] else None
+        self.evaluated_step = state["evaluated"]
         self.loss_sum, self.loss_tokens, self.loss = state["loss"]
         if self.config.fp16:
             self.scaler.load_state_dict(state["scaler"])
@@ -421,8 +434,6 @@ class _Run:
 
     def _evaluate(self) -> bool:
         """Evaluates, and keeps the best. Returns whether a signal has come meanwhile."""
-        if self.evaluated is not None and self.evaluated[0] == self.step:
-            return False
         assert self.eval_data is not None
         assert self.eval_tokens is not None
         begin = time.perf_counter()
@@ -434,14 +445,16 @@ class _Run:
         )  # fmt: skip
         if result is None:
             return True
-        self.evaluated = (self.step, result)
+        self.evaluated, self.evaluated_step = result, self.step
         shown = "  ".join(f"{name} {value:.4g}" for name, value in result.metrics.items())
         self.reporter.say(f"evaluation after step {self.step}: {shown}")
         self.world.first(lambda: self._write_evaluation(result))
-        if self.best is None or result.score > self.best[1]:
+        is_best = self.best is None or result.score > self.best[1]
+        if is_best:
             self.best = (self.step, result.score)
-            self._save()
             self._save_model(self.folder / BEST)
+        if is_best or self.checkpoints.path(self.step).exists():
+            self._save()
         self.last_written += time.perf_counter() - begin
         return False
 
@@ -491,12 +504,20 @@ class _Run:
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
-        """Has SIGTERM and SIGINT end the run after a step. A second one does what it would have done."""
+        """Has SIGTERM and SIGINT end the run after a step; a later one does what it would have done.
+
+        Not one of the same moment: where a terminal or a scheduler signals all processes, torchrun does once more.
+        """
         before: dict[int, Any] = {}
+        first = time.monotonic()
 
         def note(number: int, frame: FrameType | None) -> None:
-            self.signal = int(number)
-            signal.signal(number, before[number])
+            nonlocal first
+            if self.signal == 0:
+                self.signal, first = int(number), time.monotonic()
+            elif time.monotonic() - first > _REPEATED:
+                signal.signal(number, before[number])
+                signal.raise_signal(number)
 
         with contextlib.suppress(ValueError):  # not in the main thread: nothing to catch there
             for number in (signal.SIGTERM, signal.SIGINT):
