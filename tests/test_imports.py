@@ -40,7 +40,7 @@ RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
 LAZY = {
     "minopt.checkpoint.hub": {"huggingface_hub"},
     "minopt.checkpoint.save": {"safetensors"},
-    "minopt.cli": {"minopt"},
+    **{f"minopt.cli.{verb}": {"minopt"} for verb in ("checkpoints", "evaluate", "finetune", "generate")},
 }
 FORBIDDEN = {"transformers", "fairseq", "metaseq"}
 
@@ -109,7 +109,16 @@ def test_imports_run_one_way(module: str) -> None:
         ("minopt.generation.decode", "def f():\n    import numpy", "inside a function"),
         ("minopt.model", "class A:\n    def f(self):\n        from minopt.cache import KVCache", "inside a function"),
         ("minopt.checkpoint.load", "def f():\n    import huggingface_hub", "inside a function"),
-        ("minopt.cli", "def f():\n    import torch", "inside a function"),
+        (
+            "minopt.training.loss",
+            "from minopt.training.trainer import train\nimport minopt.cli.common",
+            "does not come",
+        ),
+        ("minopt.evaluation.squad", "from minopt.training.data import Example", "does not come before it"),
+        ("minopt.generation.decode", "from minopt.parallel import apply_fsdp", "does not come before it"),
+        ("minopt.language_model", "from minopt.cli.common import tell", "does not come before it"),
+        ("minopt.cli.finetune", "def f():\n    import torch", "inside a function"),
+        ("minopt.cli", "def f():\n    from minopt.language_model import load", "inside a function"),
         ("minopt.cli", "import transformers", "minopt.cli imports transformers"),
         ("minopt.checkpoint.hub", "from transformers.utils import hub", "minopt.checkpoint.hub imports transformers"),
         ("minopt.model", "from .cache import KVCache", "relative"),
@@ -126,7 +135,15 @@ def test_a_break_of_the_rules_is_found(module: str, source: str, message: str) -
         ("minopt.model", "import torch\nfrom minopt.cache import KVCache\nfrom minopt import OPTConfig"),
         ("minopt.checkpoint.load", "from minopt.checkpoint.names import from_hf\nfrom minopt import OPT, Tokenizer"),
         ("minopt.checkpoint.hub", "def f():\n    from huggingface_hub.errors import HfHubHTTPError"),
-        ("minopt.cli", "from minopt import DEMO\ndef f():\n    from minopt.language_model import load"),
+        (
+            "minopt.training.trainer",
+            "from minopt.evaluation.squad import score\nfrom minopt.parallel import apply_fsdp",
+        ),
+        ("minopt.cli.generate", "from minopt import DEMO\ndef f():\n    from minopt.language_model import load"),
+        (
+            "minopt.cli.evaluate",
+            "from minopt.cli.common import tell\nfrom minopt.training.config import TrainingConfig",
+        ),
     ],
 )
 def test_what_the_rules_allow_is_let_be(module: str, source: str) -> None:

@@ -90,9 +90,10 @@ class Attention(nn.Module):
         dropout = self.dropout if self.training else 0.0
         if isinstance(mask, Packed):
             y = _attend_apart(q, k, v, mask, dropout)
-        else:
-            # No mask means that T == S, or that T == 1 and sees everything.
-            y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None and T > 1, scale=1.0)
+        elif mask is None and T > 1:  # a branch and no argument: T may be symbolic, which is_causal may not
+            y = F.scaled_dot_product_attention(q, k, v, None, dropout, is_causal=True, scale=1.0)
+        else:  # no mask: the one token sees everything
+            y = F.scaled_dot_product_attention(q, k, v, mask, dropout, scale=1.0)
         return self.out_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 

@@ -33,25 +33,23 @@ def apply_fsdp(module: nn.Module, model: OPT, dtype: torch.dtype | None) -> None
 
 
 @contextmanager
-def recomputed_layers(model: OPT) -> Iterator[None]:
-    """Lets layers keep their inputs alone, and compute the rest anew in the backward pass."""
+def wrapped_layers(model: OPT, *, recompute: bool, compile: bool) -> Iterator[None]:
+    """Lets layers run in another way until the block ends.
+
+    Args:
+        model: whose layers.
+        recompute: keep a layer's inputs alone, and compute the rest anew in the backward pass.
+        compile: each layer apart; they share one program, and texts of any lengths use it.
+    """
     for layer in model.layers:
-        forward: Any = partial(checkpoint, layer.forward, use_reentrant=False)
-        layer.__dict__["forward"] = forward
+        forward: Any = layer.forward
+        if compile:
+            forward = torch.compile(forward)
+        if recompute:
+            forward = partial(checkpoint, forward, use_reentrant=False)
+        layer.__dict__["forward"] = forward  # before the class' own
     try:
         yield
     finally:
         for layer in model.layers:
             del layer.__dict__["forward"]
-
-
-@contextmanager
-def compiled_layers(model: OPT) -> Iterator[None]:
-    """Compiles layers, each apart: they share one program, and texts of any lengths use it."""
-    for layer in model.layers:
-        layer.compile()
-    try:
-        yield
-    finally:
-        for layer in model.layers:
-            layer._compiled_call_impl = None

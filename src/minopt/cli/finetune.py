@@ -64,16 +64,16 @@ def _finetune(args: argparse.Namespace) -> int:
             result = train(lm.model, train_data, config, tokenizer=lm.tokenizer, eval_data=eval_data)
         except TrainingStopped as stopped:
             if world.is_first:
-                tell(f"{stopped} To go on:\n{_this_command()}")
+                tell(f"{stopped} To go on:\n{_this_command(config.resume)}")
             return 128 + stopped.signal
         if world.is_first:
             tell(f"{result.steps} steps, loss {result.loss:.4f}. The model is in {result.output_dir}")
     return 0
 
 
-def _this_command() -> str:
-    """What was typed, as far as environment variables tell it of torchrun."""
-    command = ["minopt", *sys.argv[1:]]
+def _this_command(resume: str) -> str:
+    """What was typed, as far as environment variables tell it of torchrun; with ``never``, not to begin anew."""
+    command = ["minopt", *sys.argv[1:], *(["--resume", "auto"] if resume == "never" else [])]
     if "LOCAL_WORLD_SIZE" in os.environ:
         nodes = int(os.environ.get("GROUP_WORLD_SIZE", "1"))
         several = ["--nnodes", str(nodes)] if nodes > 1 else []

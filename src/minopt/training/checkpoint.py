@@ -59,24 +59,27 @@ class Checkpoints:
         path = self.path(step)
         new = path.with_name(f".{path.name}.saving")
         if self.world.gather(path.exists())[0]:
-            self.world.first(lambda: _write_state(path, state))
+            self.world.first(lambda: write_durably(path / _STATE, _as_text(state)))
             return path
-        self.world.first(lambda: _make_empty(new))
+        try:
+            self.world.first(lambda: _make_empty(new))
+            self._write(new, module, optimizer)
+            self.world.first(lambda: _publish(new, path, state))
+        except OSError as error:
+            self.world.first(lambda: shutil.rmtree(new, ignore_errors=True))
+            raise OSError(
+                f"{path}: cannot be written ({error}). Is the disk full? Earlier checkpoints are whole."
+            ) from None
+        return path
+
+    def _write(self, folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         error: OSError | None = None
         try:
             with _quietly():
-                save(_state(module, optimizer), checkpoint_id=new, no_dist=self.world.size == 1)
+                save(_state(module, optimizer), checkpoint_id=folder, no_dist=self.world.size == 1)
         except (CheckpointException, OSError, RuntimeError) as e:
-            error = OSError(
-                f"{path}: cannot be written ({_reason(e)}). Is the disk full? Earlier checkpoints are whole."
-            )
-        try:
-            self.world.agree(error)
-            self.world.first(lambda: _publish(new, path, state))
-        except OSError:
-            self.world.first(lambda: shutil.rmtree(new, ignore_errors=True))
-            raise
-        return path
+            error = OSError(_reason(e))
+        self.world.agree(error)
 
     def load(self, path: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Fills a model and its optimizer, in place; every process has to call it.
@@ -87,6 +90,8 @@ class Checkpoints:
         state = _state(module, optimizer)
         error: ValueError | None = None
         try:
+            if not (path / ".metadata").is_file():  # the library would write pages about it
+                raise ValueError("there is no .metadata in it")
             with _quietly():
                 load(state, checkpoint_id=path, no_dist=self.world.size == 1)
         except (CheckpointException, OSError, RuntimeError, ValueError, KeyError) as e:
@@ -130,6 +135,10 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def _state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    if not optimizer.state:  # the library fills it by a step that changes nothing, but counts
+        get_state_dict(module, optimizer)
+        for values in optimizer.state.values():
+            values["step"].zero_()
     model, optim = get_state_dict(module, optimizer)
     return {"model": model, "optimizer": optim}
 
@@ -148,7 +157,7 @@ def _make_empty(path: Path) -> None:
 
 
 def _publish(new: Path, path: Path, state: dict[str, Any]) -> None:
-    _write_state(new, state)
+    _replace_text(new / _STATE, _as_text(state))
     new.rename(path)
     handle = os.open(path.parent, os.O_RDONLY)
     try:
@@ -157,12 +166,23 @@ def _publish(new: Path, path: Path, state: dict[str, Any]) -> None:
         os.close(handle)
 
 
-def _write_state(path: Path, state: dict[str, Any]) -> None:
-    write_durably(path / _STATE, json.dumps(state, indent=1) + "\n")
+def _as_text(state: dict[str, Any]) -> str:
+    return json.dumps(state, indent=1) + "\n"
 
 
 def write_durably(path: Path, text: str) -> None:
-    """Writes a text file that is whole, old or new, whatever happens meanwhile."""
+    """Writes a text file that is whole, old or new, whatever happens meanwhile.
+
+    Raises:
+        OSError: naming the file.
+    """
+    try:
+        _replace_text(path, text)
+    except OSError as error:
+        raise OSError(f"{path}: cannot be written ({error.strerror}). Is the disk full?") from None
+
+
+def _replace_text(path: Path, text: str) -> None:
     new = path.with_name(f".{path.name}.new")
     with new.open("w", encoding="utf-8") as file:
         file.write(text)

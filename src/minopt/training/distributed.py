@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 _T = TypeVar("_T")
 
@@ -109,10 +111,20 @@ def processes(device: str | None) -> Iterator[World]:
     joined_here = not dist.is_initialized()
     if joined_here:
         # Two backends: numbers of the processes (losses, errors) go by way of the CPU and do not wait for a GPU.
-        dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo")
+        _join("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo")
     yield World(dist.get_rank(), dist.get_world_size(), chosen)
     if joined_here:  # not after an error: the others may not come to the same point
         dist.destroy_process_group()
+
+
+def _join(backend: str) -> None:
+    if os.environ.get("GROUP_WORLD_SIZE", "1") != "1":  # several nodes, which meet anew for each restart
+        dist.init_process_group(backend)
+        return
+    # A restart by torchrun on one node goes on with the same store, which still has the addresses of dead processes.
+    store, rank, size = next(rendezvous("env://"))
+    store = PrefixStore(f"restart-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
 
 
 def _device(device: str | None, local_rank: int | None) -> torch.device:

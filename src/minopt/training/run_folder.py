@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ METRICS = "metrics.jsonl"
 PREDICTIONS = "predictions.json"
 CHECKPOINTS = "checkpoints"
 BEST = "best"
+MODEL = ".model.saving"  # where the model is written before it takes its place in the run's folder
 
 
 @contextmanager
@@ -96,18 +98,26 @@ def check_same(where: Path, theirs: Mapping[str, Any], mine: Mapping[str, Any]) 
 
 
 def set_aside(folder: Path) -> Path | None:
-    """Moves all that a run has left into a folder of its own within, and says where; ``None`` if there was nothing."""
-    found = _of_a_run(folder)
-    if not found:
+    """Moves all that a run has left into a folder of its own within, and says where; ``None`` if there is no run."""
+    if not (folder / SETTINGS).is_file():
         return None
     number = 1
     while (folder / f"before-{number}").exists():
         number += 1
     aside = folder / f"before-{number}"
     aside.mkdir()
-    for path in found:
+    for path in sorted(_of_a_run(folder), key=lambda path: path.name == SETTINGS):  # last: it can be done again
         path.rename(aside / path.name)
     return aside
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes what a process that was killed while writing has left."""
+    for name in (SETTINGS, METRICS, PREDICTIONS):
+        (folder / f".{name}.new").unlink(missing_ok=True)
+    for name in (MODEL, f".{MODEL}.*.saving", f".{BEST}.*.saving"):
+        for path in folder.glob(name):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _of_a_run(folder: Path) -> list[Path]:
@@ -140,5 +150,8 @@ def _is_kept(line: str, step: int, evaluated: int) -> bool:
 def add_metrics(folder: Path, record: Mapping[str, float]) -> None:
     """Adds a line to ``metrics.jsonl``; what is no finite number is null there, as JSON has it."""
     written = {name: value if math.isfinite(value) else None for name, value in record.items()}
-    with (folder / METRICS).open("a", encoding="utf-8") as file:
-        file.write(json.dumps({**written, "time": round(time.time(), 3)}) + "\n")
+    try:
+        with (folder / METRICS).open("a", encoding="utf-8") as file:
+            file.write(json.dumps({**written, "time": round(time.time(), 3)}) + "\n")
+    except OSError as error:
+        raise OSError(f"{folder / METRICS}: cannot be written ({error.strerror}). Is the disk full?") from None

@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from minopt import __version__
 from minopt.checkpoint.save import save_model
 from minopt.model import OPT
-from minopt.parallel import apply_fsdp, compiled_layers, recomputed_layers
+from minopt.parallel import apply_fsdp, wrapped_layers
 from minopt.tokenizer import Tokenizer
 from minopt.training.batches import Order, collate, seed_of
 from minopt.training.checkpoint import Checkpoints, read_state, write_durably
@@ -39,6 +39,7 @@ from minopt.training.report import Reporter
 from minopt.training.run_folder import (
     BEST,
     CHECKPOINTS,
+    MODEL,
     PREDICTIONS,
     SETTINGS,
     add_metrics,
@@ -46,6 +47,7 @@ from minopt.training.run_folder import (
     check_same,
     check_settings,
     locked,
+    remove_leftovers,
     set_aside,
 )
 from minopt.training.tokens import Tokens
@@ -167,11 +169,7 @@ class _Run:
         model.float().train()
         for layer in model.layers:
             layer.__dict__["dropout"] = model.config.dropout if config.dropout is None else config.dropout
-        with contextlib.ExitStack() as stack:
-            if config.recompute:
-                stack.enter_context(recomputed_layers(model))
-            if config.compile:
-                stack.enter_context(compiled_layers(model))
+        with wrapped_layers(model, recompute=config.recompute, compile=config.compile):
             self.module: Any = ModelWithLoss(model)
             if self.sharded:
                 apply_fsdp(self.module, model, self.dtype)
@@ -239,6 +237,7 @@ class _Run:
 
     def _claim(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(self.folder)
         restarted = (
             os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
         )  # by torchrun: what is there is this run's own
@@ -436,7 +435,7 @@ class _Run:
         """Evaluates, and keeps the best. Returns whether a signal has come meanwhile."""
         assert self.eval_data is not None
         assert self.eval_tokens is not None
-        begin = time.perf_counter()
+        begin, last_written = time.perf_counter(), self.last_written
         model = self._plain_model(self.world.device, self._evaluation_dtype())
         assert model is not None
         result = evaluate(
@@ -455,7 +454,7 @@ class _Run:
             self._save_model(self.folder / BEST)
         if is_best or self.checkpoints.path(self.step).exists():
             self._save()
-        self.last_written += time.perf_counter() - begin
+        self.last_written = last_written + time.perf_counter() - begin
         return False
 
     def _write_evaluation(self, result: EvaluationResult) -> None:
@@ -492,7 +491,7 @@ class _Run:
 
     def _finish(self) -> None:
         """Writes the model beside what the folder holds of the run; config.json comes last, and makes it a model's."""
-        new = self.folder / ".model.saving"
+        new = self.folder / MODEL
         self._save_model(new)
 
         def publish() -> None:

@@ -1,0 +1,415 @@
+"""``minopt finetune`` as users start it: PaddleNLP's recipe under torchrun, each flag, one line for what is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+import minopt
+from minopt import DEMO
+from minopt.cli import build_parser, main
+from minopt.training.config import TrainingConfig
+from minopt.training.run_folder import locked
+
+Capture = pytest.CaptureFixture[str]
+
+# As the issue has it, but for the launcher, the paths and the last line, which makes it short.
+RECIPE = """--model_name_or_path {model} --num_train_epochs 4 --learning_rate 3e-5 --warmup_ratio 0.06
+--weight_decay 0.1 --label_smoothing 0.1 --save_steps 10000 --logging_steps 1 --eval_steps 4 --output_dir {out}
+--src_length 608 --tgt_length 160 --min_tgt_length 55 --length_penalty 0.7 --no_repeat_ngram_size 3 --num_beams 5
+--select_topk True --per_device_eval_batch_size 2 --per_device_train_batch_size 2 --max_grad_norm 1.0
+--lr_scheduler_type linear --fp16 --recompute --do_train --do_eval
+--train_file {data}/train.json --dev_file {data}/dev.json --max_steps 6 --max_eval_samples 2"""
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache of its own."""
+    monkeypatch.setenv("MINOPT_HOME", str(tmp_path / "home"))
+
+
+def squad(questions: int, answer: str = "Rome") -> dict[str, Any]:
+    """SQuAD v1.1, a paragraph a question."""
+    texts = [f"{answer} was the capital in year {i}, and all roads led there." for i in range(questions)]
+    return {"version": "1.1", "data": [{"title": "capitals", "paragraphs": [
+        {"context": text, "qas": [{"id": f"q{i}", "question": f"Which town was the capital in year {i}?",
+                                   "answers": [{"text": answer, "answer_start": 0}]}]}
+        for i, text in enumerate(texts)]}]}  # fmt: skip
+
+
+def write_data(folder: Path) -> Path:
+    """Small files of each kind."""
+    folder.mkdir()
+    (folder / "train.json").write_text(json.dumps(squad(12)))
+    (folder / "dev.json").write_text(json.dumps(squad(3, "Dodoma")))
+    pairs = [{"prompt": f"{i} and {i} are", "completion": f" {2 * i}"} for i in range(6)]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    (folder / "book.txt").write_text("The old house stood at the end of the road.\n" * 40)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_data(tmp_path_factory.mktemp("finetune") / "data")
+
+
+def launch(*arguments: object, processes: int, **env: str) -> subprocess.CompletedProcess[str]:
+    """``torchrun --nproc-per-node N -m minopt ...``, without torchrun's own reports."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", processes, "--master-port", port,
+               "-m", "minopt", *arguments]  # fmt: skip
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | env
+    return subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False, timeout=100,
+                          env=environment)  # fmt: skip
+
+
+def shown_settings(stderr: str) -> dict[str, Any]:
+    """What is printed of the settings, as JSON's values."""
+    names = {f.name for f in fields(TrainingConfig)}
+    found = (re.fullmatch(r"(\w+) +(\S.*)", line) for line in stderr.splitlines())
+    return {match[1]: json.loads(match[2]) for match in found if match and match[1] in names}
+
+
+@pytest.fixture(scope="module")
+def recipe(data: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """The recipe's run in two processes."""
+    out, home = data.parent / "checkpoints" / "opt", tmp_path_factory.mktemp("home")
+    result = launch("finetune", *RECIPE.format(model=DEMO, out=out, data=data).split(), processes=2,
+                    MINOPT_HOME=str(home))  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    return SimpleNamespace(out=out, stdout=result.stdout, stderr=result.stderr)
+
+
+# --- the recipe ---
+
+
+def test_the_recipe_runs_to_its_end_and_writes_what_it_measured(recipe: SimpleNamespace) -> None:
+    records = [json.loads(line) for line in (recipe.out / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records if "loss" in record] == [1, 2, 3, 4, 5, 6]
+    (evaluation,) = [record for record in records if "eval_loss" in record]  # no strategy: at the end alone
+    assert (evaluation["step"], evaluation["eval_examples"]) == (6, 2)
+    predictions = json.loads((recipe.out / "predictions.json").read_text())
+    assert predictions.keys() == {"q0", "q1"}
+    assert all(len(text) > 55 for text in predictions.values())  # --min_tgt_length, in tokens of a letter or more
+    assert recipe.stdout == ""
+
+
+def test_the_recipe_says_each_thing_once(recipe: SimpleNamespace) -> None:
+    lines = recipe.stderr.splitlines()
+    for said in ("--fp16: float16 is slow on a CPU. --bf16 is", "--min_tgt_length 55: no completion of --dev_file",
+                 "12 examples, ", "4 examples a step: 2 processes x ", "step 1/6  loss ", "step 6/6  loss ",
+                 "evaluation after step 6: loss ", f"The model is in {recipe.out}"):  # fmt: skip
+        assert sum(said in line for line in lines) == 1, said
+    assert not any("--no_repeat_ngram_size" in line for line in lines)  # bans none of these answers
+    assert "Traceback" not in recipe.stderr
+    assert "Warning" not in recipe.stderr
+
+
+def test_the_settings_that_are_printed_are_those_of_run_json(recipe: SimpleNamespace) -> None:
+    settings = json.loads((recipe.out / "run.json").read_text())["settings"]
+    assert shown_settings(recipe.stderr) == settings
+    assert settings.keys() == {f.name for f in fields(TrainingConfig)}
+    wanted = {"learning_rate": 3e-5, "warmup_ratio": 0.06, "src_length": 608, "tgt_length": 160, "num_beams": 5,
+              "min_tgt_length": 55, "length_penalty": 0.7, "no_repeat_ngram_size": 3, "select_topk": True,
+              "fp16": True, "recompute": True, "do_train": True, "do_eval": True, "evaluation_strategy": "no",
+              "eval_steps": 4, "label_smoothing": 0.1, "weight_decay": 0.1}  # fmt: skip
+    assert {name: settings[name] for name in wanted} == wanted
+
+
+def test_the_model_is_one_to_generate_with_and_transformers_opens_it(recipe: SimpleNamespace, capsys: Capture) -> None:
+    lm = minopt.load(recipe.out, device="cpu")
+    prompt = "Rome was the capital.\nQuestion: Which town was the capital?\nAnswer:"
+    for model in (recipe.out, recipe.out / "best"):
+        assert main(["generate", prompt, "--model", str(model), "--max-new-tokens", "5", "--device", "cpu"]) == 0
+        assert capsys.readouterr().out == lm.generate(prompt, max_new_tokens=5) + "\n"
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(recipe.out).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(recipe.out)
+    ids = tokenizer(prompt, return_tensors="pt").input_ids
+    assert lm.tokenizer is not None
+    assert ids[0].tolist() == lm.tokenizer.encode(prompt)
+    with torch.no_grad():
+        torch.testing.assert_close(lm.model(ids), theirs(ids).logits, rtol=1e-5, atol=1e-5)
+    before = minopt.load(DEMO, device="cpu").model
+    assert not torch.equal(lm.model.embed_tokens.weight, before.embed_tokens.weight)
+
+
+# --- flags ---
+
+
+def finetune(data: Path, out: Path, flags: str = "", **settings: object) -> int:
+    """A run of one step in this process."""
+    base = {"model_name_or_path": DEMO, "train_file": data / "train.json", "output_dir": out, "max_steps": 1,
+            "src_length": 96, "tgt_length": 8, "device": "cpu"}  # fmt: skip
+    words = [word for name, value in (base | settings).items() if value is not None
+             for word in (f"--{name}", str(value))]  # fmt: skip
+    return main(["finetune", *words, *shlex.split(flags)])
+
+
+def settings_in(out: Path) -> dict[str, Any]:
+    return json.loads((out / "run.json").read_text())["settings"]
+
+
+def given(*arguments: str) -> Mapping[str, Any]:
+    """What a parsed command line sets."""
+    return vars(build_parser().parse_args(["finetune", *arguments]))
+
+
+def test_each_field_has_a_flag_with_help_and_no_other_flags_are_there(capsys: Capture) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["finetune", "--help"])
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    flags = re.findall(r"^  (?:-h, )?--([\w-]+)(.*(?:\n {20,}\S.*)*)", text, re.MULTILINE)
+    assert [name.replace("-", "_") for name, _ in flags] == [
+        "help",
+        "config",
+        *(f.name for f in fields(TrainingConfig)),
+    ]
+    for name, said in flags:
+        assert re.search(r"  [a-zA-Z]\w+", said) or "\n" in said, f"--{name} has no help"
+
+
+@pytest.mark.parametrize("f", fields(TrainingConfig), ids=lambda f: f.name)
+def test_a_flag_sets_its_field(f: Any) -> None:
+    value: Any = {"int": 3, "float": 0.25, "bool": not f.default, "str": "x"}[f.type.removesuffix(" | None")]
+    if f.metadata["choices"]:
+        value = f.metadata["choices"][-1]
+    flag = f"--{f.name.replace('_', '-')}"
+    assert given(flag, str(value))[f.name] == value
+    assert f.name not in given()
+    if isinstance(value, bool):
+        assert [given(flag, word)[f.name] for word in ("true", "True", "false", "False")] == [True, True, False, False]
+        assert given(flag)[f.name] is True
+
+
+def test_either_spelling_and_each_way_to_say_true_make_one_run(data: Path, tmp_path: Path, capsys: Capture) -> None:
+    for number, flags in enumerate(("--bf16 --lr_scheduler_type cosine", "--bf16 True --lr-scheduler-type cosine",
+                                    "--bf16=true --lr-scheduler_type=cosine")):  # fmt: skip
+        assert finetune(data, tmp_path / "run", flags) == 0
+        assert ("going on from" in capsys.readouterr().err) == (number > 0)  # other settings would be refused
+
+
+def test_settings_come_from_a_file_and_flags_come_before_it(data: Path, tmp_path: Path, capsys: Capture) -> None:
+    first, second, third = (tmp_path / name for name in ("first", "second", "third"))
+    config = tmp_path / "config.json"
+    written = {"model-name-or-path": DEMO, "train_file": str(data / "train.json"), "max_steps": 2, "src_length": 96,
+               "tgt_length": 8, "learning_rate": 1, "recompute": True}  # fmt: skip
+    config.write_text(json.dumps(written))
+    assert main(["finetune", "--config", str(config), "--output_dir", str(first), "--learning-rate", "0.5",
+                 "--max_steps", "1", "--recompute", "false", "--device", "cpu"]) == 0  # fmt: skip
+    settings = settings_in(first)
+    assert (settings["learning_rate"], settings["max_steps"], settings["recompute"]) == (0.5, 1, False)
+    assert (settings["src_length"], settings["model_name_or_path"]) == (96, DEMO)
+    capsys.readouterr()
+    assert main(["finetune", "--config", str(first / "run.json"), "--output_dir", str(second)]) == 0
+    assert settings_in(second) == settings | {"output_dir": str(second)}
+    assert shown_settings(capsys.readouterr().err) == settings_in(second)
+    assert main(["finetune", "--config", str(second / "run.json"), "--output_dir", str(third), "--seed", "7"]) == 0
+    assert settings_in(third) == settings | {"output_dir": str(third), "seed": 7}
+    losses = [(folder / "metrics.jsonl").read_text().split('"loss": ')[1].split(",")[0] for folder in (first, second)]
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize(
+    ("file", "flags", "rows"),
+    [
+        ("pairs.jsonl", "", "6 examples"),
+        ("book.txt", "--src_length 20 --tgt_length 12", None),
+        ("train.json", "--task squad-question", "12 examples"),
+        ("train.json", "--prompt_template 'Q: {question} A:' --completion_template ' {answer}'", "12 examples"),
+    ],
+    ids=["pairs", "text", "squad-question", "templates"],
+)
+def test_each_kind_of_data_is_trained_and_evaluated_on(
+    file: str, flags: str, rows: str | None, data: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    out = tmp_path / "run"
+    assert finetune(data, out, f"--do_train --do_eval {flags}", train_file=data / file, dev_file=data / file) == 0
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert rows is None or rows in captured.err
+    last = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
+    metrics = {"eval_loss", "eval_perplexity", "eval_examples"}
+    if "question" in flags and "template" not in flags:
+        metrics |= {"eval_rouge_l"}
+    elif file != "book.txt":
+        metrics |= {"eval_exact_match", "eval_f1"}
+    assert last.keys() - {"step", "time"} == metrics
+    assert (out / "predictions.json").is_file() == (file != "book.txt")
+
+
+def test_do_eval_alone_evaluates_and_writes_no_run(data: Path, tmp_path: Path, capsys: Capture) -> None:
+    out = tmp_path / "run"
+    assert finetune(data, out, "--do_eval --max_eval_samples 2", train_file=None, dev_file=data / "dev.json") == 0
+    captured = capsys.readouterr()
+    values = dict(line.split() for line in captured.out.splitlines())
+    assert values.keys() == {"loss", "perplexity", "examples", "exact_match", "f1"}
+    assert values["examples"] == "2"
+    assert not out.exists()
+
+
+# --- bad input ---
+
+
+def error_of(status: int, capsys: Capture) -> str:
+    """The one line of what a user can mend."""
+    captured = capsys.readouterr()
+    assert (status, captured.out) == (2, "")
+    (line,) = captured.err.splitlines()
+    assert line.startswith("minopt: error: ")
+    return line.removeprefix("minopt: error: ")
+
+
+@pytest.mark.parametrize(
+    ("settings", "flags", "message"),
+    [
+        ({"train_file": "nope.json"}, "", "train_file: expected squad, squad-v2 or a file"),
+        ({"dev_file": "nope.json"}, "--do_train --do_eval", "dev_file: expected squad, squad-v2 or a file"),
+        ({"src_length": 1020}, "", "--src_length 1020 and --tgt_length 8: expected at most 1024 tokens together, the "
+         "model's positions, got 1028. Lower one."),
+        ({"src_length": 1}, "", "--train_file: expected at least one example, got none (12 cannot be cut to "),
+        ({"output_dir": None}, "", "--output_dir: expected a folder for the run, got none. Name one."),
+        ({"model_name_or_path": None}, "", "--model_name_or_path: expected a folder, any one file of a checkpoint, or"),
+        ({}, "--fp16 --bf16", "--fp16 and --bf16: expected one of them, got both. Leave one out."),
+        ({}, "--task poetry", "--task: expected squad or squad-question, got 'poetry'"),
+        ({}, "--lr_scheduler_type steep", "--lr_scheduler_type: expected linear or cosine or constant, got 'steep'"),
+        ({"device": "nonsense"}, "", "--device: expected cpu or cuda, got 'nonsense'."),
+        ({}, "--prompt_template Why --completion_template ' {answer}'", "--prompt_template: expected one field or mor"),
+        ({}, "--prompt_template '{context}'", "--prompt_template and --completion_template: expected both or none."),
+        ({}, "--prompt_template '{text}' --completion_template ' {answer}'", "{question}, {answer}, got {text} (in"),
+        ({"model_name_or_path": "/nowhere"}, "", "/nowhere: no such folder"),
+        ({}, "--config nope.json", "--config: expected a JSON file, got nope.json, which there is not. Name another."),
+        ({}, "--resume nowhere", "--resume: expected auto, never or the folder of a checkpoint, got nowhere."),
+        ({}, "--learning_rate -1", "--learning_rate: expected a number of at least 0, got -1.0"),
+    ],
+)  # fmt: skip
+def test_what_a_user_can_mend_is_one_line_and_exit_code_2(
+    settings: dict[str, Any], flags: str, message: str, data: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    assert message in error_of(finetune(data, **({"out": tmp_path / "run", "flags": flags} | settings)), capsys)
+    assert not (tmp_path / "run" / "run.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{}", "data: expected a list, got nothing"),
+        ('{"data": [{"paragraphs": [{"qas": []}]}]}', "data[0].paragraphs[0].context: expected a text, got nothing"),
+        ("[1", "expected JSON, got an error"),
+        ("", "train_file: expected data, got an empty file"),
+        ('{"data": []}', "train_file: expected examples, got none"),
+    ],
+)
+def test_a_file_that_is_not_squad_is_named_with_the_place_in_it(
+    content: str, message: str, data: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    path = tmp_path / "bad.json"
+    path.write_text(content)
+    line = error_of(finetune(data, tmp_path / "run", train_file=path), capsys)
+    assert message in line
+    assert str(path) in line
+
+
+def test_unknown_settings_of_a_file_are_named(data: Path, tmp_path: Path, capsys: Capture) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"seed": 3, "src-lenght": 3, "learn_rate": 1}))
+    line = error_of(finetune(data, tmp_path / "run", f"--config {tmp_path / 'config.json'}"), capsys)
+    assert line == f"{tmp_path / 'config.json'}: no such settings: learn_rate, src_lenght. See minopt finetune --help."
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_one_line(data: Path, tmp_path: Path, capsys: Capture) -> None:
+    line = error_of(finetune(data, tmp_path / "run", device="cuda"), capsys)
+    assert line.startswith("--device: ")
+    assert "Start fewer processes" not in line  # there is one
+    assert "cpu" in line
+
+
+def test_a_model_without_a_tokenizer_is_one_line(
+    data: Path, write_checkpoint: Callable[..., Path], tmp_path: Path, capsys: Capture
+) -> None:
+    model = write_checkpoint()
+    capsys.readouterr()  # what transformers says while it writes
+    line = error_of(finetune(data, tmp_path / "run", model_name_or_path=model), capsys)
+    assert line == f"--model_name_or_path: expected a model with a tokenizer, {model} has none. Add its files."
+
+
+def test_what_is_in_the_folder_is_not_touched(data: Path, tmp_path: Path, capsys: Capture) -> None:
+    out = tmp_path / "run"
+    with locked(out):
+        line = error_of(finetune(data, out), capsys)
+    assert f"--output_dir: {out} is in use by a run that is alive (process {os.getpid()}). Wait for it" in line
+    (out / "notes").write_text("mine")
+    line = error_of(finetune(data, out), capsys)
+    assert line == f"--output_dir: {out} holds files that are no run's: notes. Name another folder."
+    line = error_of(finetune(data, out / "notes"), capsys)
+    assert line.startswith(f"--output_dir: expected a folder, got {out / 'notes'}")
+    assert (out / "notes").read_text() == "mine"
+
+
+def test_a_run_with_other_settings_is_refused_and_the_differences_are_listed(
+    recipe: SimpleNamespace, capsys: Capture
+) -> None:
+    def again(*flags: str) -> str:
+        words = [word for name, value in settings_in(recipe.out).items() if value is not None
+                 for word in (f"--{name}", str(value))]  # fmt: skip
+        before = {path: path.stat().st_mtime_ns for path in recipe.out.rglob("*") if path.name != ".lock"}
+        status = main(["finetune", *words, "--do_eval", "false", "--fp16", "false", *flags])
+        assert {path: path.stat().st_mtime_ns for path in recipe.out.rglob("*") if path.name != ".lock"} == before
+        return error_of(status, capsys)
+
+    line = again("--seed", "3")
+    assert line.startswith(f"--output_dir: {recipe.out} holds a run with other settings: ")
+    assert "seed is 42 there and 3 here; fp16 is true there and false here. Name another folder, or use" in line
+    assert "do_eval" not in line  # makes no other run of it
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--train_file nope.json", "train_file: expected squad, squad-v2 or a file"),
+        ("--fp16 --bf16", "--fp16 and --bf16: expected one of them, got both. Leave one out."),
+        ("--output_dir {recipe}", "holds a run with other settings: "),
+    ],
+    ids=["file", "contradiction", "folder"],
+)
+def test_many_processes_say_it_once_and_all_end(
+    flags: str, message: str, data: Path, recipe: SimpleNamespace, tmp_path: Path
+) -> None:
+    base = (f"--model_name_or_path {DEMO} --train_file {data / 'train.json'} --output_dir {tmp_path / 'run'} "
+            "--src_length 96 --tgt_length 8 --max_steps 1 --device cpu ")  # fmt: skip
+    result = launch("finetune", *shlex.split(base + flags.format(recipe=recipe.out)), processes=2)
+    assert result.returncode == 1  # torchrun's own
+    (line,) = [line for line in result.stderr.splitlines() if "minopt: error:" in line]
+    assert message in line
+    codes = re.findall(r"exitcode +: (-?\d+)", result.stderr)
+    assert len(codes) == 2
+    assert "0" not in codes
+    assert "site-packages/minopt" not in result.stderr
+    assert "src/minopt" not in result.stderr  # no traceback but torchrun's
+    assert result.stdout == ""
+
+
+def test_a_batch_that_does_not_fit_the_run_is_refused_with_what_would(recipe: SimpleNamespace, capsys: Capture) -> None:
+    status = main(["finetune", "--config", str(recipe.out / "run.json"), "--per_device_train_batch_size", "3"])
+    *_, line = capsys.readouterr().err.splitlines()
+    assert status == 2
+    assert line == (
+        "minopt: error: --per_device_train_batch_size: 3 in each of 1 processes do not divide the 4 examples of a step "
+        "that the run was begun with. Their product must be one of 1, 2, 4."
+    )

@@ -1,0 +1,245 @@
+"""Evaluation: losses and generated answers against transformers, one example at a time, and what is warned of."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList, NoRepeatNGramLogitsProcessor
+
+from minopt.evaluation.squad import exact_match, f1, rouge_l
+from minopt.training import evaluation
+from minopt.training.config import TrainingConfig
+from minopt.training.data import Example
+from minopt.training.distributed import World
+from minopt.training.evaluation import EvaluationResult, evaluate
+from minopt.training.prepare import warn
+from minopt.training.tokens import tokenise
+from tests.conftest import build_ours, lively
+from tests.training.test_trainer import EOS, VOCAB, examples, rows_of, settings, tokenizer
+
+ALONE = World(0, 1, torch.device("cpu"))
+WITHOUT_TOKEN = [100, 101, 102, 103]
+
+
+class OfContinuation(LogitsProcessor):
+    """A rule of transformers' that does not see the prompt."""
+
+    def __init__(self, rule: LogitsProcessor, prompt_length: int) -> None:
+        self.rule, self.prompt_length = rule, prompt_length
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        return self.rule(input_ids[:, self.prompt_length :], scores)
+
+
+def reference_of(kind: str) -> Any:
+    """A model whose texts vary, and of which some end before they are 16 tokens long."""
+    reference = lively(kind, torch.float32, vocab_size=VOCAB, eos_token_id=EOS)
+    with torch.no_grad():
+        reference.model.decoder.embed_tokens.weight[EOS] *= {"125m": 1.5, "350m": 3.0, "galactica": 1.2}[kind]
+    return reference
+
+
+def result_of(reference: Any, data: list[Example] | str, config: TrainingConfig) -> EvaluationResult:
+    tokens = tokenise(data, tokenizer(), config.src_length, config.tgt_length, eos_token_id=EOS, around_answer=False)
+    result = evaluate(build_ours(reference), tokenizer(), data, tokens, config, ALONE)
+    assert result is not None
+    return result
+
+
+@torch.no_grad()
+def loss_of(reference: Any, rows: list[tuple[list[int], int]]) -> float:
+    """The mean over all tokens from the given ones on, one row at a time, as labels of transformers' give it."""
+    total, count = 0.0, 0
+    for ids, start in rows:
+        input_ids = torch.tensor([ids])
+        labels = input_ids.clone()
+        labels[:, :start] = -100
+        total += reference(input_ids, labels=labels).loss.item() * (len(ids) - start)
+        count += len(ids) - start
+    return total / count
+
+
+@torch.no_grad()
+def answers_of(reference: Any, data: list[Example], ngram: int = 0, **options: Any) -> tuple[dict[str, str], list[int]]:
+    """transformers' continuations, one prompt at a time, and how many tokens each has."""
+    answers, lengths = {}, []
+    for example in data:
+        ids = torch.tensor([tokenizer().encode(example.prompt)])
+        rules = LogitsProcessorList()
+        if ngram:
+            rules.append(OfContinuation(NoRepeatNGramLogitsProcessor(ngram), ids.shape[1]))
+        new = reference.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=16, do_sample=False, pad_token_id=1,
+            suppress_tokens=WITHOUT_TOKEN, logits_processor=rules, **options,
+        )[0, ids.shape[1] :].tolist()  # fmt: skip
+        lengths.append(new.index(EOS) + 1 if EOS in new else len(new))
+        answers[example.id] = tokenizer().decode(new[: lengths[-1]]).strip()
+    return answers, lengths
+
+
+@pytest.mark.parametrize("size", [1, 3, 8])
+def test_loss_is_transformers_mean_over_all_completions(kind: str, size: int) -> None:
+    reference, data = reference_of(kind), examples(7)
+    result = result_of(reference, data, settings(Path("unused"), per_device_eval_batch_size=size))
+    expected = loss_of(reference, rows_of(data))
+    assert result.metrics["loss"] == pytest.approx(expected, rel=1e-5)
+    assert result.metrics["perplexity"] == pytest.approx(math.exp(expected), rel=1e-4)
+    assert result.metrics["examples"] == 7
+    every = loss_of(reference, [(ids, 1) for ids, _ in rows_of(data)])
+    assert result.metrics["loss"] != pytest.approx(every, rel=1e-4)  # of prompts too
+
+
+GREEDY: dict[str, Any] = {}
+BEAMS = {"num_beams": 3}
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        (GREEDY, {}),
+        ({"min_tgt_length": 8}, {"min_new_tokens": 8}),
+        ({"no_repeat_ngram_size": 1}, {"ngram": 1}),
+        (BEAMS, BEAMS),
+        (BEAMS | {"length_penalty": 3.0}, BEAMS | {"length_penalty": 3.0}),
+        (BEAMS | {"length_penalty": -2.0}, BEAMS | {"length_penalty": -2.0}),
+        (BEAMS | {"no_repeat_ngram_size": 2, "min_tgt_length": 5}, BEAMS | {"ngram": 2, "min_new_tokens": 5}),
+    ],
+    ids=["greedy", "least length", "no token twice", "beams", "long beams", "short beams", "all of it"],
+)
+def test_answers_are_those_of_transformers_on_each_prompt_alone(
+    kind: str, ours: dict[str, Any], theirs: dict[str, Any]
+) -> None:
+    reference, data = reference_of(kind), examples(8)
+    expected, _ = answers_of(reference, data, **theirs)
+    result = result_of(reference, data, settings(Path("unused"), per_device_eval_batch_size=3, **ours))
+    assert result.predictions == expected
+    references = {example.id: example.references for example in data}
+    for name, metric in (("exact_match", exact_match), ("f1", f1)):
+        mean = sum(metric(expected[id], references[id]) for id in expected) / len(expected)
+        assert result.metrics[name] == pytest.approx(100 * mean)
+    assert result.score == result.metrics["f1"]
+
+
+def test_the_options_above_change_answers_and_some_end_early(kind: str) -> None:
+    """What shows that the comparison is of something."""
+    reference, data = reference_of(kind), examples(8)
+    greedy, lengths = answers_of(reference, data)
+    assert min(lengths) < 8 < max(lengths)
+    changes: list[dict[str, Any]] = [{"min_new_tokens": 8}, {"ngram": 1}, BEAMS, {"no_repeat_ngram_size": 1}]
+    answers = [greedy, *(answers_of(reference, data, **options)[0] for options in changes)]
+    answers += [answers_of(reference, data, length_penalty=x, **BEAMS)[0] for x in (3.0, -2.0)]
+    assert not [(i, j) for i in range(len(answers)) for j in range(i) if answers[i] == answers[j]]
+
+
+def says(texts: list[str]) -> Callable[..., Any]:
+    """A ``generate`` that gives texts, one a row, each with an eos."""
+    left = iter(texts)
+
+    def generate(model: Any, input_ids: Tensor, mask: Tensor, *, config: Any) -> Any:
+        rows = [[*tokenizer().encode(next(left), add_bos=False), EOS] for _ in input_ids]
+        width = max(map(len, rows))
+        new = torch.tensor([row + [1] * (width - len(row)) for row in rows])
+        return type("Output", (), {"sequences": torch.cat([input_ids, new], 1), "lengths": list(map(len, rows))})
+
+    return generate
+
+
+def made_of(answers: list[str], references: list[tuple[str, ...]]) -> list[Example]:
+    """Examples of prompts that get longer, so that their order is kept in batches."""
+    return [Example("a" * (9 - i), " b", r, f"q{i}") for i, r in enumerate(references[: len(answers)])]
+
+
+def test_unanswerable_is_no_answer_however_it_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = [" unanswerable", "The Unanswerable.", "unanswerable", " unanswerable x"]
+    data = made_of(answers, [("",), ("",), ("dog",), ("x unanswerable",)])
+    monkeypatch.setattr(evaluation, "generate", says(answers))
+    result = result_of(reference_of("125m"), data, settings(Path("unused"), per_device_eval_batch_size=1))
+    assert sorted(result.predictions.values()) == ["", "", "", "unanswerable x"]
+    assert result.predictions["q3"] == "unanswerable x"
+    assert result.metrics["exact_match"] == 50
+    assert result.metrics["f1"] == 75
+
+
+def test_questions_are_scored_by_rouge_l(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = ["what is it?", "who came"]
+    data = made_of(answers, [("What is this?",), ("who came home",)])
+    monkeypatch.setattr(evaluation, "generate", says(answers))
+    config = settings(Path("unused"), task="squad-question", per_device_eval_batch_size=1)
+    result = result_of(reference_of("125m"), data, config)
+    expected = sum(rouge_l(a, e.references) for a, e in zip(answers, data, strict=True)) / 2
+    assert set(result.metrics) == {"loss", "perplexity", "examples", "rouge_l"}
+    assert result.metrics["rouge_l"] == result.score == pytest.approx(expected)
+    assert expected == pytest.approx((2 / 3 + 0.8) / 2)
+
+
+@torch.no_grad()
+def test_a_text_gives_the_perplexity_of_all_its_tokens(kind: str) -> None:
+    reference, text = reference_of(kind), "abc def gh " * 11
+    result = result_of(reference, text, settings(Path("unused")))
+    ids, nll = tokenizer().encode(text), 0.0
+    for at in range(0, len(ids) - 1, 48):
+        window = torch.tensor(ids[at : at + 49])
+        nll += F.cross_entropy(reference(window[None, :-1]).logits[0], window[1:], reduction="sum").item()
+    assert result.metrics["loss"] == pytest.approx(nll / (len(ids) - 1), rel=1e-5)
+    assert set(result.metrics) == {"loss", "perplexity", "examples"}
+    assert result.score == -result.metrics["loss"]
+    assert result.predictions == {}
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_model_is_evaluated_without_dropout_and_left_as_it_was(training: bool) -> None:
+    reference, data = lively("125m", torch.float32, vocab_size=VOCAB, eos_token_id=EOS, dropout=0.5), examples(4)
+    model = build_ours(reference).train(training)
+    tokens = tokenise(data, tokenizer(), 32, 16, eos_token_id=EOS, around_answer=False)
+    result = evaluate(model, tokenizer(), data, tokens, settings(Path("unused")), ALONE)
+    assert result is not None
+    assert result.metrics["loss"] == pytest.approx(loss_of(reference, rows_of(data)), rel=1e-5)
+    assert model.training is training
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_asked_to_stop_between_batches_there_is_no_result() -> None:
+    data, asked = examples(6), list[bool]()
+    tokens = tokenise(data, tokenizer(), 32, 16, eos_token_id=EOS, around_answer=False)
+    config = settings(Path("unused"), per_device_eval_batch_size=2)
+
+    def stop() -> bool:
+        asked.append(True)
+        return len(asked) > 1
+
+    model = build_ours(reference_of("125m")).train()
+    assert evaluate(model, tokenizer(), data, tokens, config, ALONE, stop=stop) is None
+    assert len(asked) <= 3
+    assert model.training
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"min_tgt_length": 6}, "--min_tgt_length 6: no completion of --dev_file has more than 5 tokens"),
+        ({"no_repeat_ngram_size": 1}, "--no_repeat_ngram_size 1: 2 of 2 completions of --dev_file repeat an n-gram"),
+        ({"no_repeat_ngram_size": 2}, "--no_repeat_ngram_size 2: 1 of 2 completions of --dev_file repeat an n-gram"),
+        ({"min_tgt_length": 5}, ""),
+        ({"no_repeat_ngram_size": 3}, ""),
+        ({"min_tgt_length": 6, "do_eval": False}, ""),  # nothing is generated
+    ],
+)
+def test_settings_with_which_no_answer_can_be_right_are_warned_of(
+    changes: dict[str, Any], message: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = [Example("ab", " aaa", ("aaa",), "x"), Example("ab", "aba", ("aba",), "y")]  # 5 and 4 tokens with an eos
+    tokens = tokenise(data, tokenizer(), 32, 16, eos_token_id=EOS, around_answer=False)
+    with caplog.at_level(logging.WARNING, "minopt"):
+        warn(settings(Path("unused"), **({"do_eval": True} | changes)), ALONE, tokens)
+        warn(settings(Path("unused"), **({"do_eval": True} | changes)), World(1, 2, ALONE.device), tokens)
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == bool(message)  # of the first process alone
+    assert all(m.startswith(message) and m.endswith("Leave it out.") for m in messages)

@@ -1,0 +1,175 @@
+"""The optimizer, the schedule and the clipping are torch's and transformers'; decay is for matrices alone."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from minopt.model import OPT
+from minopt.training.config import TrainingConfig
+from minopt.training.optim import build_optimizer, clip_gradients, learning_rate
+from tests.conftest import build_ours, build_reference
+
+CONFIG = TrainingConfig(output_dir="x", learning_rate=0.1, weight_decay=0.5, adam_beta1=0.8, adam_beta2=0.95,
+                        adam_epsilon=1e-3)  # fmt: skip
+
+
+def build(kind: str, dtype: torch.dtype = torch.float64) -> OPT:
+    return build_ours(build_reference(kind, dtype=dtype))
+
+
+def draw_gradients(model: nn.Module) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+
+
+# --- the optimizer
+
+
+def test_every_parameter_that_learns_is_in_one_group_and_matrices_alone_decay(kind: str) -> None:
+    model = build(kind)
+    frozen = [model.embed_positions.weight, *model.layers[0].fc1.parameters()]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    groups = build_optimizer(model, CONFIG).param_groups
+    held = [id(p) for group in groups for p in group["params"]]
+    learned = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
+    assert sorted(held) == sorted(learned)
+    decaying = {learned[id(p)] for group in groups if group["weight_decay"] for p in group["params"]}
+    assert decaying == {name for name in learned.values() if name.endswith("weight") and "norm" not in name}
+    assert {group["weight_decay"] for group in groups} == ({0.5} if kind == "galactica" else {0.0, 0.5})
+
+
+def test_where_all_gradients_are_0_matrices_shrink_and_nothing_else_moves(kind: str) -> None:
+    model = build(kind)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    build_optimizer(model, CONFIG).step()
+    for name, parameter in model.named_parameters():
+        shrunk = before[name] * (1 - 0.1 * 0.5) if parameter.ndim == 2 else before[name]
+        assert torch.allclose(parameter, shrunk, rtol=1e-12, atol=0), name
+
+
+def test_steps_are_those_of_adamw_as_published(kind: str) -> None:
+    """Arxiv 1711.05101, algorithm 2, with the settings of the configuration."""
+    model, steps = build(kind), 3
+    expected = {name: p.detach().clone() for name, p in model.named_parameters()}
+    first, second = ({name: torch.zeros_like(p) for name, p in expected.items()} for _ in range(2))
+    optimizer = build_optimizer(model, CONFIG)
+    draw_gradients(model)
+    for step in range(1, steps + 1):
+        optimizer.step()
+        for name, parameter in model.named_parameters():
+            gradient = parameter.grad
+            assert gradient is not None
+            first[name].mul_(0.8).add_(0.2 * gradient)
+            second[name].mul_(0.95).add_(0.05 * gradient**2)
+            scale = (second[name] / (1 - 0.95**step)).sqrt() + 1e-3
+            decay = 0.5 * expected[name] if parameter.ndim == 2 else 0
+            expected[name] = expected[name] - 0.1 * (first[name] / (1 - 0.8**step) / scale + decay)
+            parameter.grad = gradient.roll(1)
+    for name, parameter in model.named_parameters():
+        assert torch.allclose(parameter, expected[name], rtol=1e-10, atol=1e-10), name
+
+
+# --- the schedule
+
+SCHEDULES: dict[str, Any] = {
+    "linear": transformers.get_linear_schedule_with_warmup,
+    "cosine": transformers.get_cosine_schedule_with_warmup,
+    "constant": lambda optimizer, warmup, total: transformers.get_constant_schedule_with_warmup(optimizer, warmup),
+}
+
+
+def rates(total: int, **changes: Any) -> list[float]:
+    config = CONFIG.replace(**changes)
+    return [learning_rate(step, total, config) for step in range(total)]
+
+
+def theirs(name: str, total: int, warmup: int) -> list[float]:
+    """What transformers' scheduler sets, step for step."""
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=CONFIG.learning_rate)
+    schedule, found = SCHEDULES[name](optimizer, warmup, total), []
+    for _ in range(total):
+        found.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    return found
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.06, 0.5, 0.999])
+@pytest.mark.parametrize("total", [1, 2, 3, 10, 157])
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_rates_of_all_steps_are_those_of_transformers(name: str, total: int, ratio: float) -> None:
+    warmup = transformers.TrainingArguments(output_dir="x", warmup_steps=ratio).get_warmup_steps(total)
+    assert rates(total, lr_scheduler_type=name, warmup_ratio=ratio) == pytest.approx(theirs(name, total, warmup))
+
+
+@pytest.mark.parametrize("floor", [0.1, 0.9])
+@pytest.mark.parametrize("ratio", [0.0, 0.2])
+@pytest.mark.parametrize("name", ["linear", "cosine"])
+def test_a_floor_lifts_what_falls_and_not_what_rises(name: str, ratio: float, floor: float) -> None:
+    total, warmup = 50, math.ceil(50 * ratio)
+    plain = rates(total, lr_scheduler_type=name, warmup_ratio=ratio)
+    lifted = rates(total, lr_scheduler_type=name, warmup_ratio=ratio, lr_decay_ratio=floor)
+    assert lifted[:warmup] == plain[:warmup]
+    assert lifted[warmup:] == pytest.approx([0.1 * floor + (1 - floor) * rate for rate in plain[warmup:]])
+    assert max(lifted) == lifted[warmup] == 0.1
+    assert min(lifted[warmup:]) >= 0.1 * floor
+    end = CONFIG.replace(lr_scheduler_type=name, warmup_ratio=ratio, lr_decay_ratio=floor)
+    assert learning_rate(total, total, end) == pytest.approx(0.1 * floor)
+
+
+def test_the_shape_of_a_schedule_is_as_drawn() -> None:
+    linear = rates(10, lr_scheduler_type="linear", warmup_ratio=0.2)
+    assert linear == pytest.approx([0, 0.05, 0.1, 0.0875, 0.075, 0.0625, 0.05, 0.0375, 0.025, 0.0125])
+    assert rates(4, lr_scheduler_type="cosine")[2] == pytest.approx(0.05)
+    assert rates(3, lr_scheduler_type="constant") == [0.1] * 3
+
+
+# --- clipping
+
+
+@pytest.mark.parametrize("max_norm", [0.01, 1.0, 1e9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_clipping_is_that_of_torch(max_norm: float, dtype: torch.dtype) -> None:
+    ours, reference = build("125m", dtype), build("125m", dtype)
+    for model in (ours, reference):
+        draw_gradients(model)
+        model.embed_positions.weight.grad = None
+    norm = clip_gradients(ours.parameters(), max_norm)
+    assert torch.equal(norm, nn.utils.clip_grad_norm_(reference.parameters(), max_norm))
+    total = torch.stack([p.grad.pow(2).sum() for p in ours.parameters() if p.grad is not None]).sum().sqrt()
+    assert total.item() == pytest.approx(min(norm.item(), max_norm), rel=1e-4)
+    for mine, other in zip(ours.parameters(), reference.parameters(), strict=True):
+        assert (mine.grad is None) == (other.grad is None)
+        assert mine.grad is None or torch.equal(mine.grad, other.grad)
+
+
+def test_a_limit_of_0_measures_and_changes_nothing() -> None:
+    model = build("125m")
+    draw_gradients(model)
+    before = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    norm = clip_gradients(model.parameters(), 0.0)
+    assert norm.item() == pytest.approx(torch.cat([g.flatten() for g in before]).norm().item())
+    assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), before, strict=True) if p.grad is not None)
+
+
+@pytest.mark.parametrize("max_norm", [0.0, 1.0])
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+def test_one_gradient_that_is_not_finite_shows_in_the_norm(bad: float, max_norm: float) -> None:
+    for place in (0, -1):
+        model = build("125m", torch.float32)
+        draw_gradients(model)
+        assert clip_gradients(model.parameters(), max_norm).isfinite()
+        gradient = list(model.parameters())[place].grad
+        assert gradient is not None
+        gradient.view(-1)[-1] = bad
+        assert not clip_gradients(model.parameters(), max_norm).isfinite()

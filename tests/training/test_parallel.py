@@ -1,0 +1,325 @@
+"""Training in several processes: the same losses, gradients and scores as in one, and no more messages than needed."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import traceback
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+import transformers
+from torch import Tensor
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.nn.parallel import DistributedDataParallel
+
+import minopt
+from minopt import OPT
+from minopt.training import evaluation, trainer
+from minopt.training.distributed import World
+from minopt.training.evaluation import evaluate
+from minopt.training.tokens import tokenise
+from minopt.training.trainer import train
+from tests.training.test_trainer import (
+    EOS,
+    break_gradients,
+    distance,
+    examples,
+    lines,
+    losses,
+    model_of,
+    settings,
+    tokenizer,
+    watched,
+    whole,
+)
+
+IDS = torch.tensor([[2, 9, 30, 41, 7], [2, 8, 8, 50, 60]])
+
+
+@dataclass(frozen=True)
+class Case:
+    """A run to make in some number of processes: an epoch's last step has a single example."""
+
+    kind: str = "125m"
+    count: int = 9
+    changes: dict[str, Any] = field(default_factory=dict)
+    broken_step: int = -1  # in which a gradient of the last process is not finite
+
+
+def case(kind: str = "125m", count: int = 9, broken_step: int = -1, **changes: Any) -> Case:
+    return Case(kind, count, {"max_steps": -1, "num_train_epochs": 2} | changes, broken_step)
+
+
+ACCUMULATED = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
+WAYS: dict[str, dict[str, Any]] = {
+    "ddp": {"per_device_train_batch_size": 2},
+    "ddp, accumulated": ACCUMULATED,
+    "fsdp": {"per_device_train_batch_size": 2, "parallel": "fsdp"},
+    "fsdp, accumulated": {"parallel": "fsdp"} | ACCUMULATED,
+    "fsdp, recomputed": {"parallel": "fsdp", "recompute": True} | ACCUMULATED,
+}
+ACCUMULATING = ["ddp, accumulated", "fsdp, accumulated"]
+WAYS_OF_KINDS = [("125m", way) for way in WAYS] + [
+    (kind, way) for kind in ("350m", "galactica") for way in ACCUMULATING
+]
+BROKEN: dict[str, dict[str, Any]] = {"float32": {}, "fp16": {"fp16": True}, "bf16": {"bf16": True}}
+IN_TWO = (
+    {f"{kind}, {way}": case(kind, do_eval=True, **WAYS[way]) for kind, way in WAYS_OF_KINDS}
+    | {f"alone, {way}": case(count=1, max_steps=1, **WAYS[way]) for way in ACCUMULATING}
+    | {
+        f"broken, {way}, {precision}": case(
+            count=12, max_steps=4, broken_step=1, weight_decay=0.1, **WAYS[way], **changes
+        )
+        for way in ("ddp", "fsdp")
+        for precision, changes in BROKEN.items()
+    }
+)
+IN_THREE = {"ddp": case(count=13, per_device_train_batch_size=2), "fsdp": case(count=13, per_device_train_batch_size=2,
+                                                                               parallel="fsdp")}  # fmt: skip
+
+
+@dataclass
+class Report:
+    """What a process saw of a run."""
+
+    gradients: list[Tensor]
+    weights: list[list[Tensor]]
+    scales: list[float]
+    skipped: int
+    metrics: dict[str, float]
+    predictions: dict[str, str]
+    logits: Tensor
+    sums: int  # of gradients, over all processes
+    state: dict[str, Tensor]
+
+
+@contextmanager
+def counted() -> Iterator[list[int]]:
+    """Counts sums of gradients over the processes: of DDP's buckets, and of the groups of FSDP."""
+    count, scatter = [0], dist.reduce_scatter_single
+
+    class Counted(DistributedDataParallel):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            self.register_comm_hook(None, hook)
+
+    def hook(state: Any, bucket: Any) -> Any:
+        count[0] += 1
+        return allreduce_hook(state, bucket)
+
+    hook.__annotations__.clear()  # DDP refuses those that are texts
+
+    def watch(*args: Any, **options: Any) -> Any:
+        count[0] += 1
+        return scatter(*args, **options)
+
+    replaced = mock.patch.object(trainer, "DistributedDataParallel", Counted)
+    with replaced, mock.patch.object(dist, "reduce_scatter_single", watch):
+        yield count
+
+
+def run(case: Case, folder: Path, rank: int = 0) -> Report:
+    """Trains, in this process or together with others."""
+    model = model_of(case.kind)
+    config = settings(folder, **case.changes)
+    eval_data = examples(5, seed=1) if config.do_eval else None
+    with ExitStack() as stack:
+        count = stack.enter_context(counted()) if dist.is_initialized() else [0]
+        seen = stack.enter_context(watched())
+        if rank == int(os.environ.get("WORLD_SIZE", "1")) - 1:
+            break_gradients(model, lambda: seen.step == case.broken_step)
+        result = train(model, examples(case.count), config, tokenizer=tokenizer(), eval_data=eval_data)
+    state = {name: whole(tensor) for name, tensor in model.state_dict().items()}
+    plain = OPT(model.config)
+    plain.load_state_dict(state)
+    with torch.no_grad():
+        logits = plain.eval()(IDS)
+    return Report(seen.gradients[0], seen.weights, seen.scales, result.skipped_steps, result.metrics,
+                  result.predictions, logits, count[0], state)  # fmt: skip
+
+
+def score(rank: int, size: int) -> tuple[list[list[int]], Any]:
+    """Evaluates in all processes. Returns the rows that this one read, and the result."""
+    model, data, taken = model_of(), examples(7, seed=3), list[list[int]]()
+    config = settings(Path("unused"), per_device_eval_batch_size=2)
+    tokens = tokenise(data, tokenizer(), 32, 16, eos_token_id=EOS, around_answer=False)
+    logprobs = evaluation.token_logprobs
+
+    def watch(model: OPT, rows: list[list[int]], *args: Any) -> Any:
+        taken.extend(rows)
+        return logprobs(model, rows, *args)
+
+    with mock.patch.object(evaluation, "token_logprobs", watch):
+        result = evaluate(model, tokenizer(), data, tokens, config, World(rank, size, torch.device("cpu")))
+    assert result is not None
+    return taken, (dict(result.metrics), dict(result.predictions), result.score)
+
+
+def _process(rank: int, size: int, port: int, folder: Path, cases: dict[str, Case]) -> None:
+    environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1",
+                   "MASTER_PORT": port, "MINOPT_HOME": folder / "home"}  # fmt: skip
+    os.environ.update({name: str(value) for name, value in environment.items()})
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    found: dict[str, Any] = {}
+    try:
+        for name, case in cases.items():
+            found[name] = run(case, folder / name, rank)
+        found["scores"] = score(rank, size)
+    except Exception:  # of which the test has to tell
+        found["error"] = traceback.format_exc()
+    torch.save(found, folder / f"{rank}.pt")
+    os._exit(0)  # the others may hang by now, and destroying the group would wait for them
+
+
+@dataclass(frozen=True)
+class Together:
+    """What came of runs in several processes: by rank and name, and the folder that holds theirs."""
+
+    found: list[dict[str, Any]]
+    folder: Path
+
+
+def together(size: int, folder: Path, cases: dict[str, Case]) -> Together:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])  # what takes seconds is imported once
+    started = [context.Process(target=_process, args=(rank, size, port, folder, cases)) for rank in range(size)]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join(100)
+        process.kill()
+    found = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(size)]
+    for report in found:
+        assert "error" not in report, report["error"]
+    return Together(found, folder)
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Together:
+    return together(2, tmp_path_factory.mktemp("two"), IN_TWO)
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory: pytest.TempPathFactory) -> Together:
+    return together(3, tmp_path_factory.mktemp("three"), IN_THREE)
+
+
+def assert_same(found: Report, expected: Report) -> None:
+    """That gradients of the first step, and what was learned with them, are the same."""
+    assert distance(found.gradients, expected.gradients) < 1e-6
+    torch.testing.assert_close(found.logits, expected.logits, rtol=1e-4, atol=1e-4)
+    assert found.metrics == pytest.approx(expected.metrics, rel=1e-5)
+    assert found.predictions == expected.predictions
+
+
+@pytest.mark.parametrize("batching", ["packed", "padded"])
+def test_accumulation_gives_what_a_whole_batch_gives(kind: str, batching: str, tmp_path: Path) -> None:
+    expected = run(case(kind, batching=batching), tmp_path / "whole")
+    parts = case(kind, batching=batching, per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    assert_same(run(parts, tmp_path / "parts"), expected)
+    assert losses(tmp_path / "parts") == pytest.approx(losses(tmp_path / "whole"), rel=1e-6)
+    assert len(losses(tmp_path / "whole")) == 6
+
+
+def test_a_batch_of_other_examples_has_other_gradients(tmp_path: Path) -> None:
+    """What shows that the comparisons here can fail."""
+    expected = run(case(), tmp_path / "expected")
+    other = run(case(count=8), tmp_path / "other")
+    assert distance(other.gradients, expected.gradients) > 1e-2
+    assert losses(tmp_path / "other") != pytest.approx(losses(tmp_path / "expected")[:4], rel=1e-3)
+
+
+@pytest.mark.parametrize(("kind", "way"), WAYS_OF_KINDS)
+def test_two_processes_give_what_one_gives(kind: str, way: str, two: Together, tmp_path: Path) -> None:
+    expected = run(case(kind, do_eval=True), tmp_path / "one")
+    for report in two.found:
+        assert_same(report[f"{kind}, {way}"], expected)
+    found = losses(two.folder / f"{kind}, {way}")
+    assert len(found) == 6  # of which the third and the last have one example, and one process none
+    assert found == pytest.approx(losses(tmp_path / "one"), rel=1e-6)
+
+
+@pytest.mark.parametrize("way", ACCUMULATING)
+def test_processes_without_any_example_add_nothing(way: str, two: Together, tmp_path: Path) -> None:
+    expected = run(case(count=1, max_steps=1), tmp_path / "one")
+    for report in two.found:
+        assert_same(report[f"alone, {way}"], expected)
+
+
+@pytest.mark.parametrize("way", IN_THREE)
+def test_three_processes_give_what_one_gives(way: str, three: Together, tmp_path: Path) -> None:
+    expected = run(case(count=13, per_device_train_batch_size=6), tmp_path / "one")
+    for report in three.found:
+        assert_same(report[way], expected)
+    assert losses(three.folder / way) == pytest.approx(losses(tmp_path / "one"), rel=1e-6)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_gradients_are_summed_over_the_processes_once_a_step(way: str, two: Together) -> None:
+    """However many microbatches there are. DDP has one bucket, and two backward passes before the first step."""
+    groups = 3 + 1  # a layer each, and all the rest
+    expected = 6 * groups if "fsdp" in way else 2 + 6
+    assert [report[f"125m, {way}"].sums for report in two.found] == [expected] * 2
+
+
+@pytest.mark.parametrize(("kind", "way"), WAYS_OF_KINDS)
+def test_what_is_saved_is_the_trained_model_its_table_tied(kind: str, way: str, two: Together) -> None:
+    folder, report = two.folder / f"{kind}, {way}", two.found[0][f"{kind}, {way}"]
+    model = minopt.load(folder, device="cpu", dtype="float32").model
+    state = model.state_dict()
+    assert state.keys() == report.state.keys()
+    assert all(torch.equal(state[name], report.state[name]) for name in state)
+    reference = transformers.OPTForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        assert torch.equal(model(IDS), report.logits)
+        torch.testing.assert_close(reference(IDS).logits, report.logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("precision", BROKEN)
+@pytest.mark.parametrize("way", ["ddp", "fsdp"])
+def test_a_gradient_that_is_not_finite_in_one_process_skips_the_step_in_all(
+    way: str, precision: str, two: Together
+) -> None:
+    name = f"broken, {way}, {precision}"
+    reports = [found[name] for found in two.found]
+    counts = [0] + [line["skipped_steps"] for line in lines(two.folder / name)]
+    skipped = [after > before for before, after in pairwise(counts)]
+    assert skipped[1]
+    assert skipped.count(True) == 1 or (precision == "fp16" and skipped == [True, True, False, False])  # by overflow
+    for report in reports:
+        assert report.skipped == counts[-1]
+        assert [all(map(torch.equal, a, b)) for a, b in pairwise(report.weights)] == skipped[1:]
+        assert all(torch.isfinite(w).all() for w in report.weights[-1])
+        if precision == "fp16":
+            assert report.scales == [65536.0 / 2**count for count in counts[1:]]
+    for step, of_each in enumerate(zip(*(report.weights for report in reports), strict=True)):
+        assert all(map(torch.equal, *of_each)), step
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_evaluation_takes_each_example_once_and_scores_as_one_process_does(
+    size: int, request: pytest.FixtureRequest
+) -> None:
+    taken, expected = score(0, 1)
+    several: Together = request.getfixturevalue({2: "two", 3: "three"}[size])
+    reports = [found["scores"] for found in several.found]
+    assert sorted(row for rows, _ in reports for row in rows) == sorted(taken)
+    assert max(len(rows) for rows, _ in reports) == -(-7 // size)
+    for _, (metrics, predictions, value) in reports:
+        assert metrics == pytest.approx(expected[0], rel=1e-6)
+        assert predictions == expected[1]
+        assert value == pytest.approx(expected[2], rel=1e-6)

@@ -1,0 +1,276 @@
+"""The settings of a run: each value checked, by the flag's name, and the same after a file."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import FrozenInstanceError, fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from minopt.training.config import TrainingConfig, differences
+
+# For each field: what a message expects, values that are none, and values that are, each unlike the default.
+TEXT = ("a text", [None, 3, True, ["x"]], ["other"])
+TEXT_OR_NONE = ("a text", [3, 1.5, False, ["x"]], ["other"])
+BOOL = ("true or false", [None, 0, 1, "true", "False"], [])
+
+
+def choice(*names: str) -> tuple[str, list[Any], list[Any]]:
+    return " or ".join(names), [None, "", 1, names[0].upper(), [names[0]]], list(names)
+
+
+def integer(least: int, *good: int) -> tuple[str, list[Any], list[Any]]:
+    bad = [None, least - 1, 1.5, 2.0, "2", True, math.nan, math.inf, [2]]
+    return f"an integer of at least {least}", bad, [least, *good]
+
+
+def number(bounds: str, bad: list[Any], good: list[Any]) -> tuple[str, list[Any], list[Any]]:
+    return f"a number {bounds}".strip(), [*bad, "2", True, math.nan, math.inf, -math.inf, [0.5]], good
+
+
+FROM_0 = number("of at least 0", [None, -1e-9, -1.0], [0, 0.0, 3, 1e-3, 7.5])
+PART = number("of at least 0 and below 1", [None, -1e-9, 1.0, 2.0], [0, 0.0, 0.5, 0.999])
+
+FIELDS: dict[str, tuple[str, list[Any], list[Any]]] = {
+    "output_dir": TEXT,
+    "model_name_or_path": TEXT_OR_NONE,
+    "do_train": BOOL,
+    "do_eval": BOOL,
+    "train_file": TEXT_OR_NONE,
+    "dev_file": TEXT_OR_NONE,
+    "task": choice("squad", "squad-question"),
+    "prompt_template": TEXT_OR_NONE,
+    "completion_template": TEXT_OR_NONE,
+    "src_length": integer(1, 2048),
+    "tgt_length": integer(1, 10**9),
+    "batching": choice("packed", "grouped", "padded"),
+    "num_train_epochs": number("of at least 0", [None, -0.5], [0.01, 1, 4.0]),
+    "max_steps": integer(-1, 1, 10),
+    "per_device_train_batch_size": integer(1, 3),
+    "gradient_accumulation_steps": integer(1, 3),
+    "learning_rate": FROM_0,
+    "lr_scheduler_type": choice("linear", "cosine", "constant"),
+    "warmup_ratio": PART,
+    "lr_decay_ratio": PART,
+    "weight_decay": FROM_0,
+    "adam_beta1": PART,
+    "adam_beta2": PART,
+    "adam_epsilon": FROM_0,
+    "max_grad_norm": FROM_0,
+    "label_smoothing": PART,
+    "dropout": number("of at least 0 and below 1", [-0.1, 1.0, 1.5], [0, 0.0, 0.5]),
+    "seed": integer(0, 7, 2**70),
+    "fp16": BOOL,
+    "bf16": BOOL,
+    "recompute": BOOL,
+    "compile": BOOL,
+    "parallel": choice("ddp", "fsdp"),
+    "device": TEXT_OR_NONE,
+    "evaluation_strategy": choice("no", "steps", "epoch"),
+    "eval_steps": integer(1, 3),
+    "max_eval_samples": ("an integer of at least 1", [0, -1, 1.5, "2", True], [1, 9]),
+    "per_device_eval_batch_size": integer(1, 3),
+    "num_beams": integer(1, 5),
+    "min_tgt_length": integer(0, 55, 160),
+    "length_penalty": number("", [None], [-1.5, 0, 0.7]),
+    "no_repeat_ngram_size": integer(0, 3),
+    "select_topk": BOOL,
+    "logging_steps": integer(1, 3),
+    "save_steps": integer(1, 3),
+    "keep_last": integer(1, 3),
+    "resume": TEXT,
+}
+
+# What a run must keep to be the same run: the data, the model, and every number on the way to the weights.
+CHANGES_RUN = {
+    "model_name_or_path", "train_file", "task", "prompt_template", "completion_template", "src_length", "tgt_length",
+    "batching", "num_train_epochs", "max_steps", "learning_rate", "lr_scheduler_type", "warmup_ratio",
+    "lr_decay_ratio", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "label_smoothing",
+    "dropout", "seed", "fp16", "bf16",
+}  # fmt: skip
+
+# No setting has its default.
+OTHER: dict[str, Any] = {
+    "output_dir": "out", "model_name_or_path": "m", "do_train": True, "do_eval": True, "train_file": "t.json",
+    "dev_file": "d.json", "task": "squad-question", "prompt_template": "{context}", "completion_template": "{answer}",
+    "src_length": 9, "tgt_length": 8, "batching": "padded", "num_train_epochs": 1.5, "max_steps": 4,
+    "per_device_train_batch_size": 2, "gradient_accumulation_steps": 3, "learning_rate": 1e-7,
+    "lr_scheduler_type": "cosine", "warmup_ratio": 0.1, "lr_decay_ratio": 0.2, "weight_decay": 0.3, "adam_beta1": 0.4,
+    "adam_beta2": 0.5, "adam_epsilon": 0.6, "max_grad_norm": 0.7, "label_smoothing": 0.8, "dropout": 0.9, "seed": 0,
+    "fp16": True, "bf16": False, "recompute": True, "compile": True, "parallel": "fsdp", "device": "cpu",
+    "evaluation_strategy": "epoch", "eval_steps": 1, "max_eval_samples": 2, "per_device_eval_batch_size": 3,
+    "num_beams": 4, "min_tgt_length": 5, "length_penalty": 6.0, "no_repeat_ngram_size": 7, "select_topk": False,
+    "logging_steps": 8, "save_steps": 9, "keep_last": 10, "resume": "never",
+}  # fmt: skip
+
+
+def config_of(**changes: Any) -> TrainingConfig:
+    return TrainingConfig(**({"output_dir": "x"} | changes))
+
+
+def partners(name: str, value: Any) -> dict[str, Any]:
+    """What a value needs beside it."""
+    if name.endswith("_template") and value is not None:
+        return {"prompt_template": "{context}", "completion_template": "{answer}"}
+    if name == "select_topk" and value is False:
+        return {"num_beams": 2}
+    return {"tgt_length": 10**9} if name == "min_tgt_length" else {}
+
+
+def test_every_field_is_checked_below() -> None:
+    assert list(FIELDS) == [f.name for f in fields(TrainingConfig)] == list(OTHER)
+    default = config_of()
+    same = {name for name, value in OTHER.items() if getattr(default, name) == value}
+    assert same == {"bf16"}  # which contradicts fp16
+    assert all(f.metadata["help"] for f in fields(TrainingConfig))
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, bad) for name, (_, values, _) in FIELDS.items() for bad in values],
+                         ids=lambda v: repr(v)[:20])  # fmt: skip
+def test_a_value_that_makes_no_sense_is_named_by_its_flag(name: str, value: Any) -> None:
+    message = f"--{name}: expected {FIELDS[name][0]}, got {value!r}."
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        config_of(**{name: value})
+
+
+@pytest.mark.parametrize("name", [name for name, (expected, *_) in FIELDS.items() if "a number" in expected])
+def test_an_integer_that_no_float_holds_is_refused_like_others(name: str) -> None:
+    for value in (10**400, -(10**400), 10**305):
+        with pytest.raises(ValueError, match=f"^--{name}: expected {FIELDS[name][0]}, got -?1"):
+            config_of(**{name: value})
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_values_up_to_the_bounds_are_taken_and_numbers_are_of_the_type_of_their_field(name: str) -> None:
+    annotation = {f.name: f.type for f in fields(TrainingConfig)}[name]
+    good = FIELDS[name][2] or [True, False]
+    for value in [*good, None] if " | None" in str(annotation) else good:
+        taken = getattr(config_of(**(partners(name, value) | {name: value})), name)
+        assert taken == value
+        assert str(annotation).startswith(type(taken).__name__) or value is None
+        assert not isinstance(taken, bool) or annotation == "bool"
+
+
+def test_several_wrong_values_are_named_together() -> None:
+    with pytest.raises(ValueError, match=r"^--task: .* got 'x'; --num_beams: .* got 0; --resume: .* got None\.$"):
+        config_of(task="x", num_beams=0, resume=None)
+
+
+def test_paths_become_text(tmp_path: Path) -> None:
+    config = config_of(output_dir=tmp_path, train_file=tmp_path / "a.json", resume=tmp_path)
+    assert (config.output_dir, config.train_file, config.resume) == (str(tmp_path), f"{tmp_path}/a.json", str(tmp_path))
+
+
+CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
+    ({"output_dir": ""}, "--output_dir: expected a folder for the run, got none. Name one."),
+    ({"fp16": True, "bf16": True}, "--fp16 and --bf16: expected one of them, got both. Leave one out."),
+    ({"min_tgt_length": 161}, "--min_tgt_length: 161 exceeds --tgt_length 160. Lower it."),
+    ({"prompt_template": "{context}"},
+     "--prompt_template and --completion_template: expected both or none. Give the other too."),
+    ({"completion_template": ""},
+     "--prompt_template and --completion_template: expected both or none. Give the other too."),
+    ({"select_topk": False},
+     "--select_topk false draws the tokens of beams, and --num_beams is 1. Set it to 2 or more."),
+    ({"num_train_epochs": 0}, "--num_train_epochs: expected more than 0, got 0.0. Or give --max_steps."),
+    ({"max_steps": 0},
+     "--max_steps: expected -1 or at least 1, got 0. To evaluate alone, use --do_eval without --do_train."),
+    ({"max_steps": 0, "output_dir": ""},
+     "--output_dir: expected a folder for the run, got none. Name one; --max_steps: expected -1 or at least 1, got 0. "
+     "To evaluate alone, use --do_eval without --do_train."),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("values", "message"), CONTRADICTIONS, ids=lambda v: None if isinstance(v, str) else str(v))
+def test_values_that_contradict_each_other_are_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        config_of(**values)
+
+
+def test_epochs_may_be_0_where_steps_are_given() -> None:
+    assert config_of(num_train_epochs=0, max_steps=1).max_steps == 1
+
+
+@pytest.mark.parametrize(("do_train", "do_eval", "trains"), [(False, False, True), (True, False, True),
+                                                             (False, True, False), (True, True, True)])  # fmt: skip
+def test_a_run_trains_unless_it_is_told_to_evaluate_alone(do_train: bool, do_eval: bool, trains: bool) -> None:
+    assert config_of(do_train=do_train, do_eval=do_eval).trains == trains
+
+
+def test_a_config_is_frozen_and_a_copy_is_checked_again() -> None:
+    config = config_of()
+    with pytest.raises(FrozenInstanceError):
+        config.seed = 3  # type: ignore[misc]
+    assert (config.replace(seed=3).seed, config.seed) == (3, 42)
+    with pytest.raises(ValueError, match=r"^--seed: expected an integer of at least 0, got -1\.$"):
+        config.replace(seed=-1)
+
+
+# --- files
+
+
+@pytest.mark.parametrize("hyphens", [False, True])
+@pytest.mark.parametrize("in_run", [False, True])
+def test_settings_come_back_from_a_file(tmp_path: Path, hyphens: bool, in_run: bool) -> None:
+    config, path = TrainingConfig(**OTHER), tmp_path / "c.json"
+    settings = {name.replace("_", "-") if hyphens and not in_run else name: v for name, v in config.to_dict().items()}
+    path.write_text(json.dumps({"settings": settings, "version": "1", "data": {"train": "d"}} if in_run else settings))
+    for given in (path, str(path)):
+        assert TrainingConfig.from_file(given) == OTHER
+    assert TrainingConfig(**TrainingConfig.from_file(path)) == config
+
+
+def test_a_file_may_give_some_settings_only(tmp_path: Path) -> None:
+    (tmp_path / "c.json").write_text('{"num-beams": 5, "learning_rate": 1}')
+    assert TrainingConfig.from_file(tmp_path / "c.json") == {"num_beams": 5, "learning_rate": 1}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [('{"seed": 1, "num_beam": 5, "a-b": 1}', "no such settings: a_b, num_beam. See minopt finetune --help."),
+     ('{"settings": {"zeal": 1}, "version": "1"}', "no such settings: zeal. See minopt finetune --help."),
+     ("[1]", "expected a JSON object, got list. Fetch the file again."),
+     ('{"settings": 3}', "no such settings: settings. "), ("{", "expected JSON, "), ("", "expected JSON, ")],
+)  # fmt: skip
+def test_a_file_of_something_else_is_refused(tmp_path: Path, content: str, message: str) -> None:
+    path = tmp_path / "c.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=f"^{re.escape(f'{path}: {message}')}"):
+        TrainingConfig.from_file(path)
+
+
+@pytest.mark.parametrize("name", ["none.json", "."])
+def test_a_file_that_is_not_there_is_named(tmp_path: Path, name: str) -> None:
+    message = f"--config: expected a JSON file, got {tmp_path / name}, which there is not. Name another."
+    with pytest.raises(FileNotFoundError, match=f"^{re.escape(message)}$"):
+        TrainingConfig.from_file(tmp_path / name)
+
+
+def test_a_line_a_setting_is_shown_as_a_file_would_have_it() -> None:
+    lines = [line.split(None, 1) for line in TrainingConfig(**OTHER).to_text().splitlines()]
+    assert {name: json.loads(value) for name, value in lines} == OTHER
+
+
+# --- two runs
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_two_runs_differ_in_what_changes_a_run(name: str) -> None:
+    mine = config_of().to_dict()
+    value = True if name == "bf16" else OTHER[name]
+    expected = [f"{name} is {json.dumps(value)} there and {json.dumps(mine[name])} here"]
+    assert differences(mine, mine | {name: value}) == (expected if name in CHANGES_RUN else [])
+
+
+def test_differences_are_all_named_and_a_setting_that_is_not_there_is_null() -> None:
+    mine = config_of(seed=3, learning_rate=1).to_dict()
+    assert differences(mine, mine) == []
+    assert differences(mine, json.loads(json.dumps(mine | {"learning_rate": 1}))) == []
+    theirs = mine | {"seed": 4, "dropout": 0.5, "keep_last": 7}
+    del theirs["task"]
+    assert differences(mine, theirs) == [
+        'task is null there and "squad" here', "dropout is 0.5 there and null here", "seed is 4 there and 3 here"
+    ]  # fmt: skip
