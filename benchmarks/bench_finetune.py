@@ -107,7 +107,7 @@ def loss_once(whole: bool, device: str, positions: int) -> dict[str, float]:
     from minopt.training.loss import cross_entropy_sum
 
     torch.manual_seed(0)
-    weight = torch.randn(50272, 768, device=device, requires_grad=True)
+    weight = (0.02 * torch.randn(50272, 768, device=device)).requires_grad_()
     h = torch.randn(positions, 768, device=device, requires_grad=True)
     targets = torch.randint(50272, (positions,), device=device)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 import minopt.model as model_module
 from minopt import OPT
 from minopt.model import Packed
-from minopt.parallel import recomputed_layers
+from minopt.parallel import wrapped_layers
 from tests.conftest import SIZE, build_ours, lively
 
 POSITIONS = SIZE["max_position_embeddings"]
@@ -104,7 +104,7 @@ def test_recomputed_layers_give_the_same_bits(kind: str, monkeypatch: pytest.Mon
     model = build(kind, torch.float32)
     h, gradients = together(model, ROWS[0])
     once = len(calls)
-    with recomputed_layers(model):
+    with wrapped_layers(model, recompute=True, compile=False):
         again, recomputed = together(model, ROWS[0])
     assert (once, len(calls)) == (len(model.layers), 3 * len(model.layers))
     assert torch.equal(h, again)
