@@ -267,7 +267,8 @@ def utilisation(args: argparse.Namespace, temporary: str) -> list[dict[str, Any]
             folder = Path(temporary) / f"{name}-{compiled}"
             config = TrainingConfig(
                 output_dir=str(folder), src_length=1888, tgt_length=160, per_device_train_batch_size=rows, bf16=True,
-                max_steps=args.steps + 5, logging_steps=1, compile=compiled, device=args.device, save_steps=10**6,
+                max_steps=max(args.steps, 20) + 5, logging_steps=1, compile=compiled, device=args.device,
+                save_steps=10**6,
             )  # fmt: skip
             model = OPT(OPTConfig.preset(name), device=args.device)
             torch.cuda.reset_peak_memory_stats()

@@ -139,3 +139,23 @@ def test_figures_of_many_prompts_are_those_of_the_result() -> None:
                          f"**{way['speedup']:.2f}x**"]  # fmt: skip
     assert f"{prompts['count']} SQuAD prompts of {prompts['shortest']} to {prompts['longest']} tokens" in README
     assert name in README
+
+
+def test_figures_of_fine_tuning_are_those_of_the_results() -> None:
+    (kept,) = (ROOT / "benchmarks" / "results").glob("finetune_xeon2_*.json")
+    result = json.loads(kept.read_text())
+    lines = re.findall(r"^\| batch \d+, \w+ \|.*$", README, re.M)
+    assert len(lines) == len(result["cases"])
+    for line, case in zip(lines, result["cases"], strict=True):
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        ours, *peers = (case[name] for name in ("minopt packed", "transformers padded", "transformers grouped"))
+        assert cells == [
+            f"batch {case['batch_size']}, {case['dtype']}",
+            *(f"{v['tokens_per_second']:.0f} tokens/s, {v['peak_mb'] / 1e3:.1f} GB" for v in (ours, *peers)),
+            f"**{case['packed to transformers padded']:.2f}x**",
+            f"{case['packed to transformers grouped']:.2f}x",
+        ]
+        assert ours["peak_mb"] <= min(peer["peak_mb"] for peer in peers)
+    whole, chunks = result["loss"]["whole"], result["loss"]["chunks"]
+    assert f"{chunks['peak_mb']:.0f} MB instead of {whole['peak_mb']:,.0f} MB" in README
+    assert f"{chunks['seconds']:.1f} s instead of {whole['seconds']:.1f} s" in README

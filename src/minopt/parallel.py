@@ -8,14 +8,17 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from minopt.model import OPT
 
 
-def apply_fsdp(module: nn.Module, model: OPT, dtype: torch.dtype | None) -> None:
+def apply_fsdp(module: nn.Module, model: OPT, dtype: torch.dtype | None, device: torch.device) -> None:
     """Shards a model's parameters over all processes, each layer apart, in place (FSDP2).
 
     All that is in no layer makes one group with the module's root: the token table is used first and last, and must
@@ -25,11 +28,37 @@ def apply_fsdp(module: nn.Module, model: OPT, dtype: torch.dtype | None) -> None
         module: the module whose forward is called; holds ``model``.
         model: in float32; its layers are sharded one by one.
         dtype: in which parameters are gathered and used; gradients are summed in float32. ``None`` is float32.
+        device: of this process.
     """
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=None if dtype is None else torch.float32)
     for layer in model.layers:
-        fully_shard(layer, mp_policy=policy)
-    fully_shard(module, mp_policy=policy)
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    fully_shard(module, mesh=mesh, mp_policy=policy)
+
+
+@torch.no_grad()
+def gathered(model: OPT, device: torch.device, dtype: torch.dtype, here: bool = True) -> OPT | None:
+    """A plain model in evaluation mode, with a model's parameters, sharded or not; every process has to call it.
+
+    Args:
+        model: whose layers may be wrapped.
+        device, dtype: of the result, which shares what is there already.
+        here: whether this process wants it; it takes part either way.
+
+    Returns:
+        The model; ``None`` where it was not wanted.
+    """
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+        if here:
+            tensors[name] = whole.detach().to(device, dtype)
+    if not here:
+        return None
+    plain = OPT(model.config, device="meta", dtype=dtype)
+    plain.load_state_dict(tensors, assign=True)
+    return plain.eval()
 
 
 @contextmanager

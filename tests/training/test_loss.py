@@ -191,3 +191,19 @@ def test_a_batch_of_nothing_gives_no_loss_and_gradients_of_0() -> None:
     assert (loss.item(), count) == (0, 0)
     loss.backward()  # as all processes must, or those that have examples would wait
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
+
+
+def test_float16_keeps_the_gradients_of_improbable_tokens() -> None:
+    """The loss is scaled behind this function, where float16 would have taken them for 0."""
+    torch.manual_seed(0)
+    weight = torch.zeros(8, 4, requires_grad=True)
+    with torch.no_grad():
+        weight[0] = 4.0
+    h = torch.ones(3, 4, requires_grad=True)
+    targets = torch.zeros(3, dtype=torch.long)
+    with torch.autocast("cpu", dtype=torch.float16):
+        cross_entropy_sum(h, weight, targets).backward()
+    assert weight.grad is not None
+    p = torch.tensor([16.0] + 7 * [0.0]).softmax(0)  # 1e-7 each
+    assert p[1] < 2**-23
+    torch.testing.assert_close(weight.grad[1:], (3 * p[1:, None]).expand(7, 4), rtol=0.02, atol=0)

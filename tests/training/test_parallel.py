@@ -269,10 +269,11 @@ def test_three_processes_give_what_one_gives(way: str, three: Together, tmp_path
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_gradients_are_summed_over_the_processes_once_a_step(way: str, two: Together) -> None:
-    """However many microbatches there are. DDP has one bucket, and two backward passes before the first step."""
+def test_ddp_sums_gradients_once_a_step_and_fsdp_keeps_none_whole(way: str, two: Together) -> None:
+    """DDP has one bucket, and two backward passes before the first step; FSDP gives shares away at each microbatch."""
     groups = 3 + 1  # a layer each, and all the rest
-    expected = 6 * groups if "fsdp" in way else 2 + 6
+    microbatches = WAYS[way].get("gradient_accumulation_steps", 1)
+    expected = 6 * groups * microbatches if "fsdp" in way else 2 + 6
     assert [report[f"125m, {way}"].sums for report in two.found] == [expected] * 2
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,11 +60,10 @@ def _evaluate(args: argparse.Namespace) -> int:
         "dtype": "float32" if args.task == "reference" else args.dtype, "revision": args.revision,
         "local_files_only": args.local_files_only, "model_config": args.model_config, "tokenizer": args.tokenizer,
     }  # fmt: skip
-    if not questions:
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise ValueError(f"--task {args.task}: runs in one process. Start it without torchrun.")
-        lm = load(args.model, device=args.device, **options)
-        return _reference(lm, args.json) if args.task == "reference" else _perplexity(lm, args)
+    if args.task == "reference":
+        return _reference(load(args.model, device=args.device, **options), args.json)
+    if args.task == "perplexity":
+        return _perplexity(args, options)
 
     from minopt.training.data import read_data
     from minopt.training.distributed import processes
@@ -119,14 +117,14 @@ def _reference(lm: LanguageModel, as_json: bool) -> int:
     return 0 if all(comparison.passed for comparison in comparisons) else 1
 
 
-def _perplexity(lm: LanguageModel, args: argparse.Namespace) -> int:
-    from minopt.evaluation.perplexity import wikitext_text, window_perplexity
+def _perplexity(args: argparse.Namespace, options: dict[str, Any]) -> int:
+    from minopt.evaluation.perplexity import perplexity_of, wikitext_text, window_losses
+    from minopt.language_model import load
     from minopt.training.data import read_data
+    from minopt.training.distributed import processes
 
     if args.data is None:
         raise ValueError("--data: expected a text file, such as WikiText-2's wiki.test.raw, got none. Name one.")
-    if lm.tokenizer is None:
-        raise ValueError("--model: expected one with a tokenizer, got one without. Name its folder with --tokenizer.")
     path = Path(args.data)
     if not path.is_file():
         raise FileNotFoundError(f"--data: expected a file, got {path}, which there is not. Check the path.")
@@ -135,9 +133,15 @@ def _perplexity(lm: LanguageModel, args: argparse.Namespace) -> int:
         raise ValueError(f"--data: expected a text (.txt, .raw), got {path}. Name another.")
     if path.suffix == ".raw":
         text = wikitext_text(io.StringIO(text))
-    result = window_perplexity(lm.model, lm.tokenizer.encode(text), args.window)
-    values: dict[str, Any] = {"perplexity": result.perplexity, "tokens": result.tokens, "windows": result.windows}
-    _print(values, args.json)
+    with processes(args.device) as world:
+        lm = world.first_then_all(lambda: load(args.model, device=world.device, **options))
+        if lm.tokenizer is None:
+            raise ValueError("--model: expected one with a tokenizer, got none beside it. Name it with --tokenizer.")
+        window = args.window if args.window is not None else lm.model.config.max_position_embeddings
+        share = window_losses(lm.model, lm.tokenizer.encode(text), window, first=world.rank, every=world.size)
+        result = perplexity_of([loss for losses in world.gather(share) for loss in losses], window)
+    if world.is_first:
+        _print({"perplexity": result.perplexity, "tokens": result.tokens, "windows": result.windows}, args.json)
     return 0
 
 

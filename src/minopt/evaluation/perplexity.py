@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-
-import torch
 
 from minopt.config import is_int
 from minopt.generation.scoring import token_logprobs
@@ -21,7 +20,7 @@ PUBLISHED_WIKITEXT2: Mapping[str, float] = MappingProxyType(
 
 @dataclass(frozen=True)
 class PerplexityResult:
-    """What ``window_perplexity`` measured.
+    """Perplexity of a text.
 
     Attributes:
         perplexity: ``exp`` of the mean negative log-likelihood of a token, in nats.
@@ -52,7 +51,24 @@ def wikitext_text(lines: Iterable[str]) -> str:
 
 
 def window_perplexity(model: OPT, input_ids: Sequence[int], window: int | None = None) -> PerplexityResult:
-    """Perplexity of a text in windows that do not overlap, from its first token on.
+    """Perplexity of a text in windows that do not overlap; see ``window_losses``, also for what it raises.
+
+    Args:
+        model: on any device, in ``eval()`` mode.
+        input_ids: of the text, ``[T]``.
+        window: tokens; ``None`` is the model's number of positions, 2048 for OPT.
+    """
+    window = model.config.max_position_embeddings if window is None else window
+    return perplexity_of(window_losses(model, input_ids, window), window)
+
+
+def perplexity_of(losses: Sequence[float], window: int) -> PerplexityResult:
+    """What the losses of all windows of a text, as ``window_losses`` gives them, come to."""
+    return PerplexityResult(math.exp(math.fsum(losses) / len(losses)), len(losses) * (window - 1), len(losses))
+
+
+def window_losses(model: OPT, input_ids: Sequence[int], window: int, *, first: int = 0, every: int = 1) -> list[float]:
+    """Losses of a text in windows that do not overlap, from its first token on.
 
     Each window is read alone and scores all of its tokens but the first. Tokens at the end that do not fill a window
     are left out. As IST-DASLab/gptq does (``opt_eval`` of opt.py, with the text of datautils.py); those figures ran in
@@ -62,16 +78,16 @@ def window_perplexity(model: OPT, input_ids: Sequence[int], window: int | None =
     Args:
         model: on any device, in ``eval()`` mode: dropout counts otherwise.
         input_ids: of the text, ``[T]``.
-        window: tokens; ``None`` is the model's number of positions, 2048 for OPT.
+        window: tokens, at most the model's number of positions (2048 for OPT).
+        first, every: windows ``first``, ``first + every`` and so on: a process' share.
 
     Returns:
-        ``exp`` of the mean over windows of the mean over a window's targets, and how many there were.
+        Of each window the mean over its targets, in nats.
 
     Raises:
         ValueError: if the window makes no sense, if the text does not fill one, and as ``token_logprobs`` does.
     """
     limit = model.config.max_position_embeddings
-    window = limit if window is None else window
     if not is_int(window) or not 2 <= window <= limit:
         raise ValueError(f"window: expected 2 to the model's {limit} positions, got {window!r}. Change --window.")
     windows = len(input_ids) // window
@@ -80,7 +96,6 @@ def window_perplexity(model: OPT, input_ids: Sequence[int], window: int | None =
             f"text: expected at least the {window} tokens of one window, got {len(input_ids)}. "
             "Give a longer text, or a smaller --window."
         )
-    rows = [input_ids[i * window : (i + 1) * window] for i in range(windows)]
+    rows = [input_ids[i * window : (i + 1) * window] for i in range(first, windows, every)]
     # One at a time: a window of 2048 fills any device, and memory does not depend on the text.
-    nlls = torch.stack([-token_logprobs(model, [row], [1])[0].double().mean() for row in rows])
-    return PerplexityResult(nlls.mean().exp().item(), windows * (window - 1), windows)
+    return [-token_logprobs(model, [row], [1])[0].double().mean().item() for row in rows]

@@ -102,12 +102,16 @@ class Checkpoints:
         )  # fmt: skip
 
     def remove_old(self, keep_last: int, best_step: int | None) -> None:
-        """Removes all but the last few and the best; the first process alone does."""
-        for step in self._steps()[:-keep_last] if self.world.is_first else ():
+        """Removes all but the last few and the best."""
+        for step in self._steps()[:-keep_last]:
             if step != best_step:
-                path = self.path(step)
-                # Renamed first: what a crash leaves half removed must not be taken for a checkpoint.
-                shutil.rmtree(path.rename(path.with_name(f".{path.name}.removing")), ignore_errors=True)
+                _remove(self.path(step))
+
+    def remove_later(self, path: Path) -> None:
+        """Removes the checkpoints behind one, which a run that goes on from there writes again."""
+        for step in self._steps():
+            if self.path(step) > path:
+                _remove(self.path(step))
 
     def remove_unfinished(self) -> None:
         """Removes what a crash has left."""
@@ -149,6 +153,11 @@ def _quietly() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield
+
+
+def _remove(path: Path) -> None:
+    # Renamed first: what a crash leaves half removed must not be taken for a checkpoint.
+    shutil.rmtree(path.rename(path.with_name(f".{path.name}.removing")), ignore_errors=True)
 
 
 def _make_empty(path: Path) -> None:

@@ -75,7 +75,8 @@ class TrainingConfig:
     adam_epsilon: float = _option(1e-8, "AdamW's", least=0)
     max_grad_norm: float = _option(1.0, "gradients are scaled down to this global norm (0: never)", least=0)
     label_smoothing: float = _option(0.0, "probability spread over all tokens", least=0, below=1)
-    dropout: float | None = _option(None, "instead of the model's own", least=0, below=1)
+    dropout: float | None = _option(None, "instead of the model's own (but attention_dropout)", least=0,
+                                    below=1)  # fmt: skip
     seed: int = _option(42, "of the order of examples and of dropout", least=0)
 
     # How it runs

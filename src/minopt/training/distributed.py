@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 _T = TypeVar("_T")
@@ -123,7 +122,9 @@ def _join(backend: str) -> None:
         return
     # A restart by torchrun on one node goes on with the same store, which still has the addresses of dead processes.
     store, rank, size = next(rendezvous("env://"))
-    store = PrefixStore(f"restart-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    store = dist.PrefixStore(  # type: ignore[attr-defined]
+        f"restart-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store
+    )
     dist.init_process_group(backend, store=store, rank=rank, world_size=size)
 
 

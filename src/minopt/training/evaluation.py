@@ -66,7 +66,7 @@ def evaluate(
     """Evaluates a model; each process takes its share of the examples, each example is taken once.
 
     Args:
-        model: whole, on the process' device.
+        model: whole, on the process' device, in ``eval()`` mode.
         tokenizer: its.
         data: examples, or a text.
         tokens: of them, as ``tokenise(..., around_answer=False)`` gives them.
@@ -78,8 +78,6 @@ def evaluate(
     Returns:
         The result, the same in all processes; ``None`` if stopped.
     """
-    was_training = model.training
-    model.eval()
     mine = range(world.rank, len(tokens), world.size)
     generates = not isinstance(data, str)
     predictions: dict[str, str] = {}
@@ -96,10 +94,9 @@ def evaluate(
                 nll -= logprobs.double().sum().item()
                 learned += len(logprobs)
             if generates:
-                texts = _continue(model, tokenizer, [rows[i][0][: rows[i][1]].tolist() for i in batch], config)
+                texts = _continue(model, tokenizer, [tokens.prompt(i) for i in batch], config)
                 predictions |= {data[i].id: text for i, text in zip(batch, texts, strict=True)}  # type: ignore[union-attr]
             bar.update(len(batch))
-    model.train(was_training)
     total, count, stopped = world.sum(nll, learned, float(stop()))
     if stopped:
         return None
@@ -109,11 +106,12 @@ def evaluate(
         return EvaluationResult(metrics, -loss, {})
     everyone = {id: text for part in world.gather(predictions) for id, text in part.items()}
     predictions = {example.id: everyone[example.id] for example in data}
+    references = {example.id: example.references or (example.completion.strip(),) for example in data}
     if config.task == "squad-question" and config.prompt_template is None:
-        values = [rouge_l(predictions[example.id], example.references) for example in data]
+        values = [rouge_l(predictions[id], right) for id, right in references.items()]
         metrics["rouge_l"] = sum(values) / len(values)
         return EvaluationResult(metrics, metrics["rouge_l"], predictions)
-    metrics |= squad_score(predictions, {example.id: example.references for example in data})
+    metrics |= squad_score(predictions, references)
     return EvaluationResult(metrics, metrics["f1"], predictions)
 
 

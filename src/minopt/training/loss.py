@@ -89,6 +89,8 @@ def _forward(
     V = len(w)
     needs_h, needs_weight = ctx.needs_input_grad[:2]
     wide = torch.promote_types(x.dtype, torch.float32)
+    # The loss is not scaled yet, and float16 would take small probabilities for 0.
+    narrow = torch.bfloat16 if x.dtype == torch.float16 else x.dtype
     loss = torch.zeros((), dtype=wide, device=h.device)
     grad_h = torch.zeros_like(h) if needs_h else None
     grad_weight: Tensor | None = None
@@ -106,11 +108,11 @@ def _forward(
             # The gradient by the logits: the model's distribution less the wanted one.
             error = logits.sub_(total).exp_().sub_(label_smoothing / V)
             error.scatter_add_(1, target, torch.full_like(target, label_smoothing - 1, dtype=error.dtype))
-            error = error.to(x.dtype)
+            error = error.to(narrow)
             if grad_h is not None:
-                grad_h[begin : begin + CHUNK] = error @ w
+                grad_h[begin : begin + CHUNK] = error @ w.to(narrow)
             if needs_weight:  # summed in float32, where there is anything to sum
-                more = error.T @ part
+                more = error.T @ part.to(narrow)
                 grad_weight = more if grad_weight is None else grad_weight.to(wide).add_(more)
     if needs_weight:
         grad_weight = torch.zeros_like(weight) if grad_weight is None else grad_weight
@@ -119,4 +121,4 @@ def _forward(
 
 
 def _scaled(gradient: Tensor | None, by: Tensor, dtype: torch.dtype) -> Tensor | None:
-    return None if gradient is None else gradient.mul_(by).to(dtype)
+    return None if gradient is None else gradient.to(torch.promote_types(gradient.dtype, dtype)).mul_(by).to(dtype)

@@ -41,6 +41,8 @@ def check(model: OPT, config: TrainingConfig, eval_data: Sequence[Example] | str
         )
     if eval_data is None and evaluates(config):
         raise ValueError("--dev_file: expected one to evaluate on, got none. Name one, or leave evaluation out.")
+    if config.max_eval_samples is not None and isinstance(eval_data, str):
+        raise ValueError("--max_eval_samples: counts examples, and --dev_file is a text. Leave it out.")
     ids = [] if eval_data is None or isinstance(eval_data, str) else [example.id for example in eval_data]
     if len(set(ids)) < len(ids):
         raise ValueError("eval_data: expected examples with ids of their own, got some more than once.")

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from collections.abc import Mapping
 
 from tqdm import tqdm
+
+
+def say(text: str) -> None:
+    """A line on stderr, if somebody reads it: a run does not end with its reader."""
+    if sys.stderr is not None:
+        with contextlib.suppress(OSError):
+            tqdm.write(text, file=sys.stderr)
 
 
 class Reporter:
@@ -28,7 +36,7 @@ class Reporter:
     def say(self, text: str) -> None:
         """A line."""
         if self.shown:
-            tqdm.write(text, file=sys.stderr)
+            say(text)
 
     def step(self, metrics: Mapping[str, float] | None, step: int) -> None:
         """One more step is done.
@@ -37,7 +45,7 @@ class Reporter:
             metrics: of the steps since the last that had any, or ``None``.
             step: how many are done.
         """
-        if self.draws:
+        if self.draws:  # on a terminal, which does not go away
             if metrics is not None:
                 self.bar.set_postfix_str(_short(metrics), refresh=False)
             self.bar.update()

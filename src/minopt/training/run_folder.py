@@ -152,6 +152,6 @@ def add_metrics(folder: Path, record: Mapping[str, float]) -> None:
     written = {name: value if math.isfinite(value) else None for name, value in record.items()}
     try:
         with (folder / METRICS).open("a", encoding="utf-8") as file:
-            file.write(json.dumps({**written, "time": round(time.time(), 3)}) + "\n")
+            file.write(json.dumps({**written, "time": round(time.time(), 6)}) + "\n")
     except OSError as error:
         raise OSError(f"{folder / METRICS}: cannot be written ({error.strerror}). Is the disk full?") from None

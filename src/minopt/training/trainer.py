@@ -8,23 +8,20 @@ import logging
 import math
 import os
 import signal
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from minopt import __version__
 from minopt.checkpoint.save import save_model
+from minopt.config import read_json
 from minopt.model import OPT
-from minopt.parallel import apply_fsdp, wrapped_layers
+from minopt.parallel import apply_fsdp, gathered, wrapped_layers
 from minopt.tokenizer import Tokenizer
 from minopt.training.batches import Order, collate, seed_of
 from minopt.training.checkpoint import Checkpoints, read_state, write_durably
@@ -35,7 +32,7 @@ from minopt.training.evaluation import EvaluationResult, evaluate
 from minopt.training.loss import ModelWithLoss
 from minopt.training.optim import build_optimizer, clip_gradients, learning_rate
 from minopt.training.prepare import check, prepare, warn
-from minopt.training.report import Reporter
+from minopt.training.report import Reporter, say
 from minopt.training.run_folder import (
     BEST,
     CHECKPOINTS,
@@ -50,12 +47,12 @@ from minopt.training.run_folder import (
     remove_leftovers,
     set_aside,
 )
+from minopt.training.signals import StopSignal
 from minopt.training.tokens import Tokens
 
 logger = logging.getLogger(__name__)
 
 MOST_SKIPPED = 20  # steps in a row whose gradients are not finite
-_REPEATED = 5.0  # seconds within which signals count as one
 
 
 @dataclass(frozen=True)
@@ -147,12 +144,13 @@ class _Run:
     ) -> None:  # fmt: skip
         self.model, self.tokenizer, self.config, self.world = model, tokenizer, config, world
         self.tokens, self.eval_data, self.eval_tokens = tokens, eval_data, eval_tokens
-        self.folder = folder
-        self.checkpoints = Checkpoints(folder / CHECKPOINTS, world)
+        self.folder = folder.resolve()
+        self.checkpoints = Checkpoints(self.folder / CHECKPOINTS, world)
         self.record: dict[str, Any] = {"settings": config.to_dict(), "data": tokens.digest}
         self.dtype = torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else None
         self.sharded = config.parallel == "fsdp" and world.size > 1
-        self.signal: int = 0
+        self.stop = StopSignal()
+        self.restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # by torchrun, after a process died
         self.evaluated: EvaluationResult | None = None
         # What a checkpoint keeps beside the weights; counts since metrics were last written.
         self.step = 0
@@ -172,7 +170,7 @@ class _Run:
         with wrapped_layers(model, recompute=config.recompute, compile=config.compile):
             self.module: Any = ModelWithLoss(model)
             if self.sharded:
-                apply_fsdp(self.module, model, self.dtype)
+                apply_fsdp(self.module, model, self.dtype, world.device)
             else:
                 model.to(world.device)
                 if world.size > 1:
@@ -196,7 +194,7 @@ class _Run:
         )
         total = config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * order.steps_per_epoch)
         self.reporter = Reporter(world.is_first, self.step, total)
-        with self._signals(), torch.random.fork_rng(devices=_cuda(world)):
+        with self.stop.caught(), torch.random.fork_rng(devices=_cuda(world)):
             try:
                 self._loop(order, total)
             finally:
@@ -212,7 +210,7 @@ class _Run:
         """Takes the folder: finds the checkpoint to go on from, and reads it."""
         world, config = self.world, self.config
         world.first(self._claim)
-        path = world.gather(self._checkpoint() if world.is_first else None)[0]
+        path = world.gather(world.first(self._checkpoint))[0]
         state: dict[str, Any] = {}
         if path is not None:
             state = read_state(path)
@@ -222,26 +220,22 @@ class _Run:
         )
         self.accumulation = self._accumulation()
         self.record["global_batch_size"] = self.batch_size
-        if world.is_first:
-            self._say_settings()
+        self._say_settings()
         if world.size > 1 and not self.sharded:
             self._settle_buckets()
         if path is not None:
             self.checkpoints.load(path, self.module, self.optimizer)
             self._restore(state)
             if path.parent != self.checkpoints.folder:  # of another run, which has its own best
-                self.best = None
+                self.best, self.evaluated, self.evaluated_step = None, None, 0
         world.first(self._write_beginning)
         if path is not None and world.is_first:
-            print(f"going on from {path}, after step {self.step}", file=sys.stderr, flush=True)
+            say(f"going on from {path}, after step {self.step}")
 
     def _claim(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         remove_leftovers(self.folder)
-        restarted = (
-            os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-        )  # by torchrun: what is there is this run's own
-        if self.config.resume == "never" and not restarted:
+        if self.config.resume == "never" and not self.restarted:
             aside = set_aside(self.folder)
             if aside is not None:
                 logger.warning("--resume never: the run that was in %s is now in %s.", self.folder, aside)
@@ -249,19 +243,32 @@ class _Run:
         self.checkpoints.remove_unfinished()
 
     def _checkpoint(self) -> Path | None:
-        """What to go on from; ``--resume PATH`` counts until this run has a checkpoint of its own."""
+        """What to go on from; another run's counts until this one has a checkpoint of its own."""
         own = self.checkpoints.latest()
-        if own is not None or self.config.resume in ("auto", "never"):
+        if self.config.resume in ("auto", "never") or self.restarted:
             return own
-        path = Path(self.config.resume).expanduser()
-        return Checkpoints(path / CHECKPOINTS, self.world).latest() or path
+        path = Path(self.config.resume).expanduser().resolve()
+        path = Checkpoints(path / CHECKPOINTS, self.world).latest() or path
+        if path.parent == self.checkpoints.folder:
+            read_state(path)
+            self.checkpoints.remove_later(path)
+            return path
+        if own is not None:
+            logger.warning("--resume %s: this run goes on from %s, its own.", path, own)
+        return own or path
 
     def _accumulation(self) -> int:
         """Microbatches of a process in a step; the examples of a step stay as many as the run began with."""
         config, size = self.config, self.world.size
         at_once = config.per_device_train_batch_size * size
         if self.batch_size % at_once == 0:
-            return self.batch_size // at_once
+            found = self.batch_size // at_once
+            if found != config.gradient_accumulation_steps and self.world.is_first:
+                logger.warning(
+                    "--gradient_accumulation_steps is %d: the run keeps the %d examples a step that it began with.",
+                    found, self.batch_size,
+                )  # fmt: skip
+            return found
         fits = [n for n in range(1, self.batch_size + 1) if self.batch_size % n == 0]
         raise ValueError(
             f"--per_device_train_batch_size: {config.per_device_train_batch_size} in each of {size} processes do not "
@@ -270,13 +277,14 @@ class _Run:
         )
 
     def _say_settings(self) -> None:
-        print(self.config.to_text(), file=sys.stderr, flush=True)
-        print(
+        if not self.world.is_first:
+            return
+        say(self.config.to_text())
+        say(
             f"{len(self.tokens):,} examples, {int(self.tokens.lengths().sum()):,} tokens, "
             f"{self.tokens.learned():,} of them learned; {self.batch_size} examples a step: {self.world.size} "
             f"processes x {self.accumulation} microbatches x {self.batch_size // self.world.size // self.accumulation}",
-            file=sys.stderr, flush=True,
-        )  # fmt: skip
+        )
 
     def _write_beginning(self) -> None:
         text = json.dumps({**self.record, "minopt": __version__, "torch": torch.__version__}, indent=1)
@@ -309,12 +317,12 @@ class _Run:
             if self.step % config.logging_steps == 0 or last:
                 written = self._write_metrics(order, total)
             self.reporter.step(written, self.step)
-            if self.step % config.save_steps == 0 or last or stopped:
+            if self.step % config.save_steps == 0 or last:
                 self._save()
             stopped = stopped or self._evaluate_if_due(order, total)
         if stopped:
             self._save()
-            raise TrainingStopped(self.signal or signal.SIGTERM, self.step, self.checkpoints.path(self.step))
+            raise TrainingStopped(self.stop.number or signal.SIGTERM, self.step, self.checkpoints.path(self.step))
 
     def _evaluate_if_due(self, order: Order, total: int) -> bool:
         """Returns whether a signal has come meanwhile."""
@@ -354,7 +362,7 @@ class _Run:
             self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
-        total_loss, total_seen, stopped = world.sum(loss_sum.item(), seen, float(self.signal != 0))
+        total_loss, total_seen, stopped = world.sum(loss_sum.item(), seen, float(self.stop.number != 0))
         self._count(finite, total_loss, learned, norm)
         self.tokens_seen += int(total_seen)
         return stopped > 0
@@ -381,10 +389,8 @@ class _Run:
         return torch.autocast(self.world.device.type, dtype=self.dtype or torch.bfloat16, enabled=enabled)
 
     def _synchronised(self, last: bool) -> Any:
-        """Gradients are summed over the processes with the last microbatch alone."""
-        if self.sharded:
-            self.module.set_requires_gradient_sync(last)
-        elif self.world.size > 1 and not last:
+        """DDP sums gradients over the processes with the last microbatch alone; FSDP's would be whole until then."""
+        if self.world.size > 1 and not self.sharded and not last:
             return self.module.no_sync()
         return contextlib.nullcontext()
 
@@ -405,22 +411,25 @@ class _Run:
         return metrics
 
     def _state(self) -> dict[str, Any]:
+        result = self.evaluated
         return {
             **self.record,
             "step": self.step,
             "skipped": [self.skipped, self.skipped_in_a_row],
             "best": self.best,
-            "evaluated": self.evaluated_step,
+            "evaluated": [self.evaluated_step, *((dict(result.metrics), result.score) if result else (None, None))],
             "loss": [self.loss_sum, self.loss_tokens, self.loss],
             "scaler": self.scaler.state_dict(),
-            "processes": self.world.size,
         }
 
     def _restore(self, state: dict[str, Any]) -> None:
         self.step = state["step"]
         self.skipped, self.skipped_in_a_row = state["skipped"]
         self.best = tuple(state["best"]) if state["best"] else None
-        self.evaluated_step = state["evaluated"]
+        self.evaluated_step, metrics, score = state["evaluated"]
+        if metrics is not None:
+            path = self.folder / PREDICTIONS
+            self.evaluated = EvaluationResult(metrics, score, read_json(path) if path.is_file() else {})
         self.loss_sum, self.loss_tokens, self.loss = state["loss"]
         if self.config.fp16:
             self.scaler.load_state_dict(state["scaler"])
@@ -428,7 +437,8 @@ class _Run:
     def _save(self) -> None:
         begin = time.perf_counter()
         self.checkpoints.save(self.step, self.module, self.optimizer, self._state())
-        self.checkpoints.remove_old(self.config.keep_last, self.best[0] if self.best else None)
+        best = self.best[0] if self.best else None
+        self.world.first(lambda: self.checkpoints.remove_old(self.config.keep_last, best))
         self.last_written += time.perf_counter() - begin  # tokens a second are those of training
 
     def _evaluate(self) -> bool:
@@ -436,11 +446,11 @@ class _Run:
         assert self.eval_data is not None
         assert self.eval_tokens is not None
         begin, last_written = time.perf_counter(), self.last_written
-        model = self._plain_model(self.world.device, self._evaluation_dtype())
+        model = gathered(self.model, self.world.device, self._evaluation_dtype())
         assert model is not None
         result = evaluate(
             model, self.tokenizer, self.eval_data, self.eval_tokens, self.config, self.world,
-            stop=lambda: self.signal != 0, show_progress=self.reporter.draws,
+            stop=lambda: self.stop.number != 0, show_progress=self.reporter.draws,
         )  # fmt: skip
         if result is None:
             return True
@@ -448,7 +458,7 @@ class _Run:
         shown = "  ".join(f"{name} {value:.4g}" for name, value in result.metrics.items())
         self.reporter.say(f"evaluation after step {self.step}: {shown}")
         self.world.first(lambda: self._write_evaluation(result))
-        is_best = self.best is None or result.score > self.best[1]
+        is_best = not math.isnan(result.score) and (self.best is None or result.score > self.best[1])
         if is_best:
             self.best = (self.step, result.score)
             self._save_model(self.folder / BEST)
@@ -469,24 +479,8 @@ class _Run:
             return torch.float32
         return self.dtype
 
-    def _plain_model(self, device: torch.device, dtype: torch.dtype, here: bool = True) -> OPT | None:
-        """The model in one piece: itself where it is that, else a copy; ``None`` in processes that want none."""
-        if not self.sharded and (device, dtype) == (self.world.device, torch.float32):
-            return self.model
-        tensors: dict[str, Tensor] = {}
-        with torch.no_grad():
-            for name, parameter in self.model.named_parameters():
-                whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
-                if here:
-                    tensors[name] = whole.detach().to(device, dtype)
-        if not here:
-            return None
-        copy = OPT(self.model.config, device="meta", dtype=dtype)
-        copy.load_state_dict(tensors, assign=True)
-        return copy.eval()
-
     def _save_model(self, folder: Path) -> None:
-        model = self._plain_model(torch.device("cpu"), torch.float32, here=self.world.is_first)
+        model = gathered(self.model, torch.device("cpu"), torch.float32, here=self.world.is_first)
         self.world.first(lambda: save_model(model, folder, self.tokenizer) if model is not None else None)
 
     def _finish(self) -> None:
@@ -500,32 +494,6 @@ class _Run:
             new.rmdir()
 
         self.world.first(publish)
-
-    @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
-        """Has SIGTERM and SIGINT end the run after a step; a later one does what it would have done.
-
-        Not one of the same moment: where a terminal or a scheduler signals all processes, torchrun does once more.
-        """
-        before: dict[int, Any] = {}
-        first = time.monotonic()
-
-        def note(number: int, frame: FrameType | None) -> None:
-            nonlocal first
-            if self.signal == 0:
-                self.signal, first = int(number), time.monotonic()
-            elif time.monotonic() - first > _REPEATED:
-                signal.signal(number, before[number])
-                signal.raise_signal(number)
-
-        with contextlib.suppress(ValueError):  # not in the main thread: nothing to catch there
-            for number in (signal.SIGTERM, signal.SIGINT):
-                before[number] = signal.signal(number, note)
-        try:
-            yield
-        finally:
-            for caught, handler in before.items():
-                signal.signal(caught, handler)
 
 
 def _cuda(world: World) -> list[int]:
