@@ -540,7 +540,7 @@ def test_float16_on_a_cpu_is_warned_of(tmp_path: Path, caplog: pytest.LogCapture
 
 def test_a_finished_run_says_again_what_it_found(tmp_path: Path) -> None:
     data = examples(4)
-    config = settings(tmp_path, do_eval=True)
+    config = settings(tmp_path / "run", do_eval=True)
     first, second = (
         train(model_of(), data, config, tokenizer=tokenizer(), eval_data=data) for _ in range(2)
     )  # fmt: skip
@@ -557,9 +557,14 @@ def test_an_evaluation_without_a_number_is_never_the_best(tmp_path: Path, monkey
         return dataclasses.replace(evaluate(*args, **options), score=next(scores))
 
     monkeypatch.setattr(trainer, "evaluate", with_score)
-    config = settings(tmp_path, max_steps=4, evaluation_strategy="steps", eval_steps=1, keep_last=1, save_steps=1)
+    config = settings(
+        tmp_path / "run", max_steps=4, evaluation_strategy="steps", eval_steps=1, keep_last=1, save_steps=1
+    )
     train(model_of(), examples(4), config, tokenizer=tokenizer(), eval_data=examples(2))
-    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-00000002", "step-00000004"]
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == [
+        "step-00000002",
+        "step-00000004",
+    ]
 
 
 @pytest.mark.parametrize("changes", [{"recompute": True}, {"compile": True}, {"bf16": True}], ids=str)
@@ -574,26 +579,26 @@ def test_what_is_evaluated_is_a_plain_model(
 
     monkeypatch.setattr(trainer, "evaluate", watch)
     monkeypatch.setattr(torch, "compile", lambda function: lambda *args, **kwargs: function(*args, **kwargs))
-    config = settings(tmp_path, max_steps=1, do_eval=True, **changes)
+    config = settings(tmp_path / "run", max_steps=1, do_eval=True, **changes)
     train(model_of(), examples(4), config, tokenizer=tokenizer(), eval_data=examples(2))
     assert seen == [(False, False, torch.bfloat16 if "bf16" in changes else torch.float32)]
 
 
 def test_an_earlier_checkpoint_of_the_run_itself_is_gone_on_from(tmp_path: Path) -> None:
-    config = settings(tmp_path, max_steps=6, save_steps=2, keep_last=3)
+    config = settings(tmp_path / "run", max_steps=6, save_steps=2, keep_last=3)
     train(model_of(), examples(8), config, tokenizer=tokenizer())
-    expected = (tmp_path / "model.safetensors").read_bytes()
+    expected = (tmp_path / "run" / "model.safetensors").read_bytes()
     for name in ("step-00000004", "step-00000006"):  # damaged
-        (tmp_path / "checkpoints" / name / ".metadata").unlink()
+        (tmp_path / "run" / "checkpoints" / name / ".metadata").unlink()
     with pytest.raises(ValueError, match="Use another checkpoint"):
         train(model_of(), examples(8), config, tokenizer=tokenizer())
-    again = config.replace(resume=str(tmp_path / "checkpoints" / "step-00000002"))
-    (tmp_path / "model.safetensors").unlink()
+    again = config.replace(resume=str(tmp_path / "run" / "checkpoints" / "step-00000002"))
+    (tmp_path / "run" / "model.safetensors").unlink()
     train(model_of(), examples(8), again, tokenizer=tokenizer())
-    assert (tmp_path / "model.safetensors").read_bytes() == expected
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == expected
 
 
 def test_limits_that_would_be_ignored_are_refused(tmp_path: Path) -> None:
-    config = settings(tmp_path, max_eval_samples=2, do_eval=True)
+    config = settings(tmp_path / "run", max_eval_samples=2, do_eval=True)
     with pytest.raises(ValueError, match="--max_eval_samples: counts examples, and --dev_file is a text"):
         train(model_of(), examples(4), config, tokenizer=tokenizer(), eval_data="a text")

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 _SETTINGS = ("dev_file", "prompt_template", "completion_template", "src_length", "tgt_length", "max_eval_samples",
              "per_device_eval_batch_size", "num_beams", "min_tgt_length", "length_penalty", "no_repeat_ngram_size",
              "select_topk")  # fmt: skip
+_NO_TOKENIZER = "--model: expected one with a tokenizer, got one without. Name its folder with --tokenizer."
 _TASKS = ("reference", "perplexity", "squad", "squad-question")
 
 
@@ -93,7 +94,7 @@ def evaluate_examples(
     from minopt.training.prepare import check, prepare, warn
 
     if lm.tokenizer is None:
-        raise ValueError("--model: expected one with a tokenizer, got one without. Name its folder with --tokenizer.")
+        raise ValueError(_NO_TOKENIZER)
     check(lm.model, config, data)
     if not isinstance(data, str):
         data = data[: config.max_eval_samples]
@@ -136,7 +137,7 @@ def _perplexity(args: argparse.Namespace, options: dict[str, Any]) -> int:
     with processes(args.device) as world:
         lm = world.first_then_all(lambda: load(args.model, device=world.device, **options))
         if lm.tokenizer is None:
-            raise ValueError("--model: expected one with a tokenizer, got none beside it. Name it with --tokenizer.")
+            raise ValueError(_NO_TOKENIZER)
         window = args.window if args.window is not None else lm.model.config.max_position_embeddings
         share = window_losses(lm.model, lm.tokenizer.encode(text), window, first=world.rank, every=world.size)
         result = perplexity_of([loss for losses in world.gather(share) for loss in losses], window)

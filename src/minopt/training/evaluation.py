@@ -66,7 +66,7 @@ def evaluate(
     """Evaluates a model; each process takes its share of the examples, each example is taken once.
 
     Args:
-        model: whole, on the process' device, in ``eval()`` mode.
+        model: whole, on the process' device.
         tokenizer: its.
         data: examples, or a text.
         tokens: of them, as ``tokenise(..., around_answer=False)`` gives them.
@@ -78,6 +78,8 @@ def evaluate(
     Returns:
         The result, the same in all processes; ``None`` if stopped.
     """
+    was_training = model.training
+    model.eval()
     mine = range(world.rank, len(tokens), world.size)
     generates = not isinstance(data, str)
     predictions: dict[str, str] = {}
@@ -97,6 +99,7 @@ def evaluate(
                 texts = _continue(model, tokenizer, [tokens.prompt(i) for i in batch], config)
                 predictions |= {data[i].id: text for i, text in zip(batch, texts, strict=True)}  # type: ignore[union-attr]
             bar.update(len(batch))
+    model.train(was_training)
     total, count, stopped = world.sum(nll, learned, float(stop()))
     if stopped:
         return None

@@ -226,7 +226,7 @@ class _Run:
         if path is not None:
             self.checkpoints.load(path, self.module, self.optimizer)
             self._restore(state)
-            if path.parent != self.checkpoints.folder:  # of another run, which has its own best
+            if path.resolve().parent != self.checkpoints.folder:  # of another run, which has its own best
                 self.best, self.evaluated, self.evaluated_step = None, None, 0
         world.first(self._write_beginning)
         if path is not None and world.is_first:
@@ -247,11 +247,11 @@ class _Run:
         own = self.checkpoints.latest()
         if self.config.resume in ("auto", "never") or self.restarted:
             return own
-        path = Path(self.config.resume).expanduser().resolve()
+        path = Path(self.config.resume).expanduser()
         path = Checkpoints(path / CHECKPOINTS, self.world).latest() or path
-        if path.parent == self.checkpoints.folder:
+        if path.resolve().parent == self.checkpoints.folder:
             read_state(path)
-            self.checkpoints.remove_later(path)
+            self.checkpoints.remove_later(path.resolve())
             return path
         if own is not None:
             logger.warning("--resume %s: this run goes on from %s, its own.", path, own)
