@@ -162,18 +162,15 @@ class _Encoder:
         if excess <= 0:
             return ids
         encoding = self.tokenizer.backend.encode(example.prompt)
+        spans = encoding.offsets  # made anew at each access
         first = encoding.special_tokens_mask.index(0)  # behind the bos
-        own = range(first, len(ids))
         begin, end = example.context
         begin = len(example.prompt[:begin].rstrip())  # a token may hold a space of the template and a first word
         context = [
-            i
-            for i in own
-            if begin <= encoding.offsets[i][0]
-            and encoding.offsets[i][1] <= end
-            and _within(encoding.offsets[i], example.context)
-        ]
-        answer = [i for i in context if _within(encoding.offsets[i], example.answer)]
+            i for i in range(first, len(ids))
+            if begin <= spans[i][0] and spans[i][1] <= end and _within(spans[i], example.context)
+        ]  # fmt: skip
+        answer = [i for i in context if _within(spans[i], example.answer)]
         if self.around_answer and example.context != (0, 0) and len(context) - len(answer) < excess:
             return None
         self.cut_prompts += 1
