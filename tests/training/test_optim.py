@@ -108,7 +108,7 @@ def theirs(name: str, total: int, warmup: int) -> list[float]:
 @pytest.mark.parametrize("total", [1, 2, 3, 10, 157])
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_rates_of_all_steps_are_those_of_transformers(name: str, total: int, ratio: float) -> None:
-    warmup = transformers.TrainingArguments(output_dir="x", warmup_steps=ratio).get_warmup_steps(total)
+    warmup = math.ceil(ratio * total)  # as TrainingArguments.get_warmup_steps has it
     assert rates(total, lr_scheduler_type=name, warmup_ratio=ratio) == pytest.approx(theirs(name, total, warmup))
 
 
