@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from minopt import OPT, OPTConfig
-from minopt.evaluation.perplexity import PUBLISHED_WIKITEXT2, PerplexityResult, wikitext_text, window_perplexity
+from minopt import OPT
+from minopt.evaluation.perplexity import PerplexityResult, wikitext_text, window_perplexity
 from minopt.generation import scoring
 from tests.conftest import SIZE, build_ours, build_reference
 
@@ -110,12 +110,3 @@ def test_the_raw_file_gives_the_hubs_rows_joined(tmp_path: Path) -> None:
         ["", " = Robert Boulter = \n", "", " Robert is \u2026 an\u2028actor . \x85 He \n", "", "",
          " In 2002 \u00e9 @-@ x \n"]
     )  # fmt: skip
-
-
-def test_every_size_of_opt_has_a_published_figure_and_larger_ones_are_better() -> None:
-    sizes = [OPTConfig.preset(name) for name in PUBLISHED_WIKITEXT2]
-    assert [config.preset_name for config in sizes] == list(PUBLISHED_WIKITEXT2)
-    assert len(sizes) == 9
-    figures = list(PUBLISHED_WIKITEXT2.values())
-    assert figures == sorted(figures, reverse=True)
-    assert (figures[0], figures[-1]) == (27.65, 8.34)

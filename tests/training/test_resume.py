@@ -355,6 +355,16 @@ def test_torchrun_goes_on_by_itself_after_ranks_are_killed(runs: Runs, whole: Ca
     assert_each_example_once_an_epoch(runs.seen("elastic"))
 
 
+def test_a_restart_before_the_first_checkpoint_begins_where_resume_says(runs: Runs, whole: Callable[..., str]) -> None:
+    checkpoint = runs.folder / whole() / "checkpoints" / "step-00000015"
+    restarted = {"TORCHELASTIC_RESTART_COUNT": "1"}
+    process = runs.start("again", environment=restarted, resume=checkpoint)
+    process.join(60)
+    said = runs.log("again").read_text()
+    assert process.exitcode == 0, said
+    assert f"going on from {checkpoint}, after step 15" in said
+
+
 def test_float16_goes_on_with_its_scale_and_its_skipped_steps(runs: Runs, whole: Callable[..., str]) -> None:
     settings = {"fp16": "true", "save_steps": 4}
     name = whole(scale_too_high, **settings)

@@ -37,7 +37,7 @@ def _finetune(args: argparse.Namespace) -> int:
     from minopt.language_model import load
     from minopt.training.data import read_data
     from minopt.training.distributed import processes
-    from minopt.training.prepare import evaluates, template_of
+    from minopt.training.prepare import template_of
     from minopt.training.trainer import TrainingStopped, train
 
     template = template_of(config)
@@ -47,7 +47,7 @@ def _finetune(args: argparse.Namespace) -> int:
         eval_data: Any = None
         if config.trains:
             train_data = world.first_then_all(lambda: read_data(config.train_file, template, show_progress=shown))
-        if evaluates(config):
+        if config.evaluates:
             eval_data = world.first_then_all(
                 lambda: read_data(config.dev_file, template, split="dev", show_progress=shown)
             )

@@ -3,19 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 
 from minopt.config import is_int
 from minopt.generation.scoring import token_logprobs
 from minopt.model import OPT
-
-PUBLISHED_WIKITEXT2: Mapping[str, float] = MappingProxyType(
-    {"opt-125m": 27.65, "opt-350m": 22.00, "opt-1.3b": 14.63, "opt-2.7b": 12.47, "opt-6.7b": 10.86, "opt-13b": 10.13,
-     "opt-30b": 9.56, "opt-66b": 9.34, "opt-175b": 8.34}
-)  # fmt: skip
-"""Perplexity of each size on WikiText-2's test text, in windows of 2048: the GPTQ paper, arXiv 2210.17323."""
 
 
 @dataclass(frozen=True)
@@ -71,9 +64,9 @@ def window_losses(model: OPT, input_ids: Sequence[int], window: int, *, first: i
     """Losses of a text in windows that do not overlap, from its first token on.
 
     Each window is read alone and scores all of its tokens but the first. Tokens at the end that do not fill a window
-    are left out. As IST-DASLab/gptq does (``opt_eval`` of opt.py, with the text of datautils.py); those figures ran in
-    float16, so expect differences of about 0.02 from ``PUBLISHED_WIKITEXT2``. Logits are compared in float32, and
-    exist for a few hundred positions at a time.
+    are left out. As IST-DASLab/gptq does (``opt_eval`` of opt.py, with the text of datautils.py); the figures
+    of the GPTQ paper (arXiv 2210.17323) ran in float16, so expect differences of about 0.02. Logits are compared in
+    float32, and exist for a few hundred positions at a time.
 
     Args:
         model: on any device, in ``eval()`` mode: dropout counts otherwise.

@@ -44,7 +44,7 @@ class Checkpoints:
         steps = self._steps()
         return self.path(steps[-1]) if steps else None
 
-    def save(self, step: int, module: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> Path:
+    def save(self, step: int, module: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
         """Writes a checkpoint, or the state alone of one that is there; every process has to call it.
 
         Args:
@@ -60,7 +60,7 @@ class Checkpoints:
         new = path.with_name(f".{path.name}.saving")
         if self.world.gather(path.exists())[0]:
             self.world.first(lambda: write_durably(path / _STATE, _as_text(state)))
-            return path
+            return
         try:
             self.world.first(lambda: _make_empty(new))
             self._write(new, module, optimizer)
@@ -70,7 +70,6 @@ class Checkpoints:
             raise OSError(
                 f"{path}: cannot be written ({error}). Is the disk full? Earlier checkpoints are whole."
             ) from None
-        return path
 
     def _write(self, folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         error: OSError | None = None
@@ -97,9 +96,7 @@ class Checkpoints:
         except (CheckpointException, OSError, RuntimeError, ValueError, KeyError) as e:
             error = ValueError(f"{path}: cannot be read into this model ({_reason(e)}). Use another checkpoint.")
         self.world.agree(error)
-        set_state_dict(
-            module, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
-        )  # fmt: skip
+        set_state_dict(module, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
 
     def remove_old(self, keep_last: int, best_step: int | None) -> None:
         """Removes all but the last few and the best."""

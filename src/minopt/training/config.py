@@ -147,6 +147,11 @@ class TrainingConfig:
         """Whether there is training to do: with ``do_train``, or without any of the two."""
         return self.do_train or not self.do_eval
 
+    @property
+    def evaluates(self) -> bool:
+        """Whether there is anything to evaluate, at the end or on the way."""
+        return self.do_eval or self.evaluation_strategy != "no"
+
     @classmethod
     def from_file(cls, path: str | Path) -> dict[str, Any]:
         """Reads settings from JSON: an object whose keys are fields.

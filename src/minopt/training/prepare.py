@@ -39,18 +39,13 @@ def check(model: OPT, config: TrainingConfig, eval_data: Sequence[Example] | str
             f"layerdrop: expected 0, got {model.config.layerdrop} (the model's config.json): processes would leave out "
             "other layers and wait for each other. Set it to 0 there."
         )
-    if eval_data is None and evaluates(config):
+    if eval_data is None and config.evaluates:
         raise ValueError("--dev_file: expected one to evaluate on, got none. Name one, or leave evaluation out.")
     if config.max_eval_samples is not None and isinstance(eval_data, str):
         raise ValueError("--max_eval_samples: counts examples, and --dev_file is a text. Leave it out.")
     ids = [] if eval_data is None or isinstance(eval_data, str) else [example.id for example in eval_data]
     if len(set(ids)) < len(ids):
         raise ValueError("eval_data: expected examples with ids of their own, got some more than once.")
-
-
-def evaluates(config: TrainingConfig) -> bool:
-    """Whether settings ask for any evaluation."""
-    return config.do_eval or config.evaluation_strategy != "no"
 
 
 def prepare(
@@ -98,7 +93,7 @@ def warn(config: TrainingConfig, world: World, eval_tokens: Tokens | None) -> No
         return
     if config.fp16 and world.device.type == "cpu":
         logger.warning("--fp16: float16 is slow on a CPU. --bf16 is several times faster, and scales no loss.")
-    if eval_tokens is None or not evaluates(config):
+    if eval_tokens is None or not config.evaluates:
         return
     completions = [ids[start:].tolist() for ids, start in map(eval_tokens.row, range(len(eval_tokens)))]
     longest = max(map(len, completions))

@@ -245,7 +245,7 @@ class _Run:
     def _checkpoint(self) -> Path | None:
         """What to go on from; another run's counts until this one has a checkpoint of its own."""
         own = self.checkpoints.latest()
-        if self.config.resume in ("auto", "never") or self.restarted:
+        if self.config.resume in ("auto", "never") or (self.restarted and own is not None):
             return own
         path = Path(self.config.resume).expanduser()
         path = Checkpoints(path / CHECKPOINTS, self.world).latest() or path
