@@ -88,13 +88,19 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.append(self.index, k, v)  # [B, H, S, D]
         dropout = self.dropout if self.training else 0.0
-        if isinstance(mask, Packed):
-            y = _attend_apart(q, k, v, mask, dropout)
-        elif mask is None and T > 1:  # a branch and no argument: T may be symbolic, which is_causal may not
-            y = F.scaled_dot_product_attention(q, k, v, None, dropout, is_causal=True, scale=1.0)
-        else:  # no mask: the one token sees everything
-            y = F.scaled_dot_product_attention(q, k, v, mask, dropout, scale=1.0)
-        return self.out_proj(y.transpose(1, 2).reshape(B, T, -1))
+        return self.out_proj(attend(q, k, v, mask, dropout).transpose(1, 2).reshape(B, T, -1))
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | Packed | None, dropout: float = 0.0, scale: float = 1.0
+) -> Tensor:
+    """Causal attention of ``q`` ``[B, H, T, D]`` to ``k`` and ``v`` ``[B, H, S, D]``; ``mask`` is ``causal_mask``'s."""
+    if isinstance(mask, Packed):
+        return _attend_apart(q * scale, k, v, mask, dropout)
+    if mask is None and q.shape[2] > 1:  # a branch and no argument: T may be symbolic, which is_causal may not
+        return F.scaled_dot_product_attention(q, k, v, None, dropout, is_causal=True, scale=scale)
+    # No mask: the one token sees everything.
+    return F.scaled_dot_product_attention(q, k, v, mask, dropout, scale=scale)
 
 
 # Not compiled, or a compiled layer would be compiled anew for each batch's lengths.

@@ -1,0 +1,139 @@
+"""An OPT for inference alone: the same function, its weights in the form that a step reads fastest.
+
+Shapes: B batch, T tokens this call, S cached + T, H heads, D head_dim, C hidden_size, E word_embed_proj_dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minopt import int8
+from minopt.cache import KVCache
+from minopt.config import OPTConfig
+from minopt.inference.products import Product, build_product
+from minopt.model import OPT, Packed, attend
+
+# From this width on (6.7B), OPT's activations have outlier channels that int8 cannot hold: arXiv 2208.07339, table 4.
+OUTLIERS_FROM = 4096
+
+_PROJECTIONS = ("q_proj", "k_proj", "v_proj")
+
+
+class FastOPT(OPT):
+    """An OPT that cannot be trained, moved or cast, and is fast.
+
+    It has all methods of ``OPT``. ``state_dict`` gives the plain weights, to the bit; beside them no copy is kept but
+    the head's, which the token table cannot serve in another layout.
+
+    Args:
+        config: shape and options.
+        state: an OPT's weights by name; taken out of it one after the other, so that a weight that nobody else
+            holds is freed as soon as it is packed. Weights may be int8 with scales under ``minopt.int8``'s names.
+        quantize: make int8 of the layers' weights and the head's.
+    """
+
+    def __init__(self, config: OPTConfig, state: dict[str, Tensor], *, quantize: bool = False) -> None:
+        super().__init__(config, device="meta", dtype=state["embed_tokens.weight"].dtype)
+        build = _Builder(state, quantize or any(name.endswith(int8.SCALE) for name in state), config)
+        self.layers = nn.ModuleList(FastLayer(config, index, build) for index in range(config.num_hidden_layers))
+        self.load_state_dict(state, assign=True)
+        self.requires_grad_(False).eval()
+        self._head = build.product(self.embed_tokens.weight, None)
+
+    def head(self, h: Tensor) -> Tensor:
+        """Logits ``[..., V]`` of hidden states ``[..., E]``."""
+        return self._head(h)
+
+    def state_dict(self, *args: Any, **options: Any) -> dict[str, Any]:
+        """The weights of an ``OPT``, int8 ones with their scales."""
+        state = super().state_dict(*args, **options)
+        prefix = options.get("prefix", "")
+        for layer in self.layers:
+            state.update((prefix + name, tensor) for name, tensor in layer.tensors().items())
+        return state
+
+    def _apply(self, *args: Any, **options: Any) -> Any:
+        raise ValueError("model: loaded for inference, it cannot be moved or cast. Say device and dtype when loading.")
+
+    def train(self, mode: bool = True) -> FastOPT:
+        """Refuses to be trained."""
+        if mode:
+            raise ValueError("model: loaded for inference, it cannot be trained. Load it with minopt.load_model.")
+        return super().train(False)
+
+
+class _Builder:
+    """Takes weights out of a state and makes products of them."""
+
+    def __init__(self, state: dict[str, Tensor], quantize: bool, config: OPTConfig) -> None:
+        self.state, self.quantize, self.outliers = state, quantize, config.hidden_size >= OUTLIERS_FROM
+
+    def product(self, weight: Tensor, bias: Tensor | None, activation: str = "none") -> Product:
+        """Of a weight that is not int8 yet."""
+        if not self.quantize:
+            return build_product(weight, bias, activation)
+        quantized, scale = int8.quantize(weight)
+        return build_product(quantized, bias, activation, scale=scale, outliers=self.outliers)
+
+    def __call__(self, prefix: str, names: tuple[str, ...], activation: str = "none") -> Product:
+        """Of one linear layer, or of several that read the same, side by side."""
+        weights = [self.state.pop(f"{prefix}{name}.weight") for name in names]
+        scales = [self.state.pop(f"{prefix}{name}.weight{int8.SCALE}", None) for name in names]
+        biases = [self.state.pop(f"{prefix}{name}.bias", None) for name in names]
+        bias = None if biases[0] is None else _joined(biases)
+        if scales[0] is None:
+            return self.product(_joined(weights), bias, activation)
+        return build_product(_joined(weights), bias, activation, scale=_joined(scales), outliers=self.outliers)
+
+
+def _joined(tensors: list[Any]) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+
+
+class FastLayer(nn.Module):
+    """``DecoderLayer`` with four products: query, key and value are one."""
+
+    def __init__(self, config: OPTConfig, index: int, build: Callable[..., Product]) -> None:
+        super().__init__()
+        self.index, self.prefix, self.norm_before = index, f"layers.{index}.", config.do_layer_norm_before
+        self.num_heads, self.head_dim = config.num_attention_heads, config.head_dim
+        C, affine = config.hidden_size, config.layer_norm_elementwise_affine
+        self.self_attn_layer_norm = nn.LayerNorm(C, elementwise_affine=affine, device="meta")
+        self.final_layer_norm = nn.LayerNorm(C, elementwise_affine=affine, device="meta")
+        self._qkv = build(f"{self.prefix}self_attn.", _PROJECTIONS)
+        self._out = build(f"{self.prefix}self_attn.", ("out_proj",))
+        self._fc1 = build(self.prefix, ("fc1",), config.activation_function)
+        self._fc2 = build(self.prefix, ("fc2",))
+
+    def forward(self, x: Tensor, mask: Tensor | Packed | None = None, cache: KVCache | None = None) -> Tensor:
+        """As ``DecoderLayer``'s."""
+        B, T, C = x.shape
+        y = self._qkv(self.self_attn_layer_norm(x) if self.norm_before else x)
+        q, k, v = y.view(B, T, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind()  # [B, H, T, D]
+        if cache is not None:
+            k, v = cache.append(self.index, k, v)
+        x = x + self._out(attend(q, k, v, mask, scale=self.head_dim**-0.5).transpose(1, 2).reshape(B, T, C))
+        if not self.norm_before:
+            x = self.self_attn_layer_norm(x)
+        x = x + self._fc2(self._fc1(self.final_layer_norm(x) if self.norm_before else x))
+        return x if self.norm_before else self.final_layer_norm(x)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The weights of a ``DecoderLayer`` but for its norms, by their names in an OPT."""
+        found: dict[str, Tensor] = {}
+        for prefix, names, product in (
+            ("self_attn.", _PROJECTIONS, self._qkv),
+            ("self_attn.", ("out_proj",), self._out),
+            ("", ("fc1",), self._fc1),
+            ("", ("fc2",), self._fc2),
+        ):
+            weight, scale = product.weight()
+            for part, tensor in (("weight", weight), ("weight" + int8.SCALE, scale), ("bias", product.bias)):
+                if tensor is not None:
+                    pieces = tensor.chunk(len(names))
+                    found |= {f"{self.prefix}{prefix}{n}.{part}": t for n, t in zip(names, pieces, strict=True)}
+        return found

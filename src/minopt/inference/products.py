@@ -1,0 +1,187 @@
+"""Products of activations and weights that are fixed: each kept in the layout that its kernel reads fastest.
+
+Shapes: M rows (all dims of the input but the last), I inputs, O outputs.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import cache
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minopt import int8
+
+logger = logging.getLogger(__name__)
+
+# Without VNNI the kernel adds pairs of products in 16 bits, which take one bit less of the activations.
+_LEVELS = 127 if torch.cpu._is_vnni_supported() else 63
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"none": lambda y: y, "relu": F.relu, "gelu": F.gelu}
+
+
+class Product(Protocol):
+    """``activation(x @ weight.T + bias)`` of ``[..., I]``, as ``[..., O]`` in the input's dtype."""
+
+    bias: Tensor | None
+
+    def __call__(self, x: Tensor) -> Tensor: ...
+
+    def weight(self) -> tuple[Tensor, Tensor | None]:
+        """The weight ``[O, I]`` as it was given, to the bit, and its scale if it is int8."""
+
+
+class Plain:
+    """``F.linear``."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, activation: str = "none") -> None:
+        self._weight, self.bias, self._activation = weight, bias, _ACTIVATIONS[activation]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._activation(F.linear(x, self._weight, self.bias))
+
+    def weight(self) -> tuple[Tensor, Tensor | None]:
+        return self._weight, None
+
+
+class Packed:
+    """oneDNN's product with a weight in its blocked layout: at the memory's speed for few rows, on any x86 processor.
+
+    The plain product of torch hands float32 to MKL, which is slow on processors of other makers and for 2 to 32 rows,
+    and finds the blocked layout anew in each call for bfloat16.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, activation: str = "none") -> None:
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
+        self.bias, self._activation = bias, activation
+        self._algorithm = "none" if activation == "gelu" else ""  # of two, the exact one
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self._weight, self.bias, self._activation, [], self._algorithm)
+
+    def weight(self) -> tuple[Tensor, Tensor | None]:
+        return self._weight.to_dense(), None
+
+
+class Int8:
+    """A product of int8 weights and activations that are rounded to int8, with a scale for each row, as they come.
+
+    Each row's largest value becomes 127 (arXiv 2206.01861, token-wise). A row's result does not depend on the others.
+
+    Args:
+        weight: int8 ``[O, I]``.
+        scale: ``[O, 1]``.
+        bias: ``[O]``.
+        activation: as of the others.
+        outliers: the input has channels far larger than the rest, as OPT's has from 6.7B on (arXiv 2208.07339): what
+            rounding a row leaves is rounded to int8 as well and multiplied in the same pass over the weight. The
+            activations then are as exact as 16 bits make them.
+    """
+
+    def __init__(
+        self, weight: Tensor, scale: Tensor, bias: Tensor | None, activation: str = "none", *, outliers: bool = False
+    ) -> None:
+        self.bias, self._activation, self._outliers = bias, _ACTIVATIONS[activation], outliers
+        self._bias = None if bias is None else bias.float()
+        zeros = torch.zeros(len(weight), dtype=torch.long)
+        tensor = torch._make_per_channel_quantized_tensor(weight, scale.flatten().double(), zeros, 0)
+        before = torch.backends.quantized.engine
+        torch.backends.quantized.engine = "fbgemm"
+        try:
+            self._packed = torch.ops.quantized.linear_prepack(tensor, None)
+        finally:
+            torch.backends.quantized.engine = before
+
+    def __call__(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1]).float()
+        scale = rows.abs().amax(1, keepdim=True).clamp_min_(torch.finfo(torch.float32).tiny)
+        rows = rows / scale
+        if self._outliers:
+            whole = (rows * _LEVELS).round_().div_(_LEVELS)
+            rows = torch.cat([whole, (rows - whole).mul_(2 * _LEVELS)])
+        y = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
+            rows, 1 / _LEVELS, _LEVELS + 1, self._packed
+        )
+        if self._outliers:
+            y, rest = y.chunk(2)
+            y = y + rest / (2 * _LEVELS)
+        y = y * scale if self._bias is None else torch.addcmul(self._bias, y, scale)
+        return self._activation(y).to(x.dtype).view(*x.shape[:-1], -1)
+
+    def weight(self) -> tuple[Tensor, Tensor | None]:
+        tensor = torch.ops.quantized.linear_unpack(self._packed)[0]
+        return tensor.int_repr(), tensor.q_per_channel_scales().float()[:, None]
+
+
+class WeightOnlyInt8:
+    """A product of int8 weights and activations as they are, of plain operators: right everywhere, fast if compiled."""
+
+    def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None, activation: str = "none") -> None:
+        self._weight, self._scale, self.bias = weight, scale, bias
+        self._row = scale.flatten()
+        self._activation = _ACTIVATIONS[activation]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y = F.linear(x, self._weight.to(x.dtype)) * self._row.to(x.dtype)
+        return self._activation(y if self.bias is None else y + self.bias)
+
+    def weight(self) -> tuple[Tensor, Tensor | None]:
+        return self._weight, self._scale
+
+
+def build_product(
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str = "none",
+    *,
+    scale: Tensor | None = None,
+    outliers: bool = False,
+) -> Product:
+    """The fastest product that this machine and this torch have for a weight.
+
+    Args:
+        weight: ``[O, I]``; int8 where there is a scale.
+        bias: ``[O]``.
+        activation: ``"none"``, ``"relu"`` or ``"gelu"``.
+        scale: ``[O, 1]`` of an int8 weight.
+        outliers: see ``Int8``.
+    """
+    on_cpu = weight.device.type == "cpu"
+    if scale is not None:
+        if on_cpu and _has_int8():
+            return Int8(weight, scale, bias, activation, outliers=outliers)
+        return WeightOnlyInt8(weight, scale, bias, activation)
+    if on_cpu and _has_packed(weight.dtype):
+        return Packed(weight, bias, activation)
+    return Plain(weight, bias, activation)
+
+
+@cache
+def _has_packed(dtype: torch.dtype) -> bool:
+    if dtype not in (torch.float32, torch.bfloat16):
+        return False
+    return _works(f"packed {dtype} weights", lambda: Packed(torch.ones(8, 8, dtype=dtype), torch.ones(8, dtype=dtype)))
+
+
+@cache
+def _has_int8() -> bool:
+    weight, scale = int8.quantize(torch.ones(8, 8))
+    return _works("int8 products", lambda: Int8(weight, scale, torch.ones(8)))
+
+
+def _works(what: str, build: Callable[[], Any]) -> bool:
+    """Whether a product gives the right numbers: operators that are no part of torch's interface may be missing."""
+    try:
+        product = build()
+        x = torch.ones(2, 8, dtype=product.bias.dtype)
+        works = torch.allclose(product(x), torch.full_like(x, 9.0))
+        reason = "wrong results"
+    except (RuntimeError, AttributeError, NotImplementedError) as error:
+        works, reason = False, str(error).splitlines()[0]
+    if not works:
+        logger.debug("%s: not available here (%s); the plain product is used.", what, reason)
+    return works
