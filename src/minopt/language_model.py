@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from minopt.checkpoint.hub import find_model
-from minopt.checkpoint.load import load_checkpoint, resolve_device, resolve_dtype
+from minopt.checkpoint.load import load_checkpoint, read_state, resolve_device, resolve_dtype
 from minopt.checkpoint.save import save_model
 from minopt.checkpoint.source import open_checkpoint
 from minopt.config import OPTConfig
@@ -23,6 +23,7 @@ from minopt.generation.config import GenerationConfig, read_defaults, with_defau
 from minopt.generation.decode import decode_steps, run
 from minopt.generation.request import STOP_REASONS, GenerationOutput, Request, check_room, prepare
 from minopt.generation.scoring import sliding_logprobs, token_logprobs
+from minopt.inference.fast import FastOPT
 from minopt.model import OPT
 from minopt.tokenizer import StopStrings, Tokenizer, pad_left
 
@@ -449,6 +450,8 @@ def load(
     *,
     device: torch.device | str | None = None,
     dtype: torch.dtype | str = "auto",
+    quantize: str | None = None,
+    optimize: bool = True,
     revision: str | None = None,
     local_files_only: bool = False,
     model_config: OPTConfig | str | Path | None = None,
@@ -457,21 +460,33 @@ def load(
     """Loads a model with its tokenizer: ``minopt.load("facebook/opt-125m").generate("Today is")``.
 
     Args and Raises: see ``minopt.load_model``; and ``ValueError`` if the tokenizer's files or generation_config.json
-    cannot be read.
+    cannot be read, or the options for speed do not fit.
 
     Args:
+        quantize: ``"int8"`` rounds the layers' weights and the head's to 8 bits (a scale for each output channel),
+            ``None`` leaves them as the checkpoint has them.
+        optimize: make it fast, and for inference only (``minopt.inference.fast.FastOPT``). ``False`` gives the plain
+            model, which can be trained, moved and cast. ``save`` writes the plain weights of either.
         tokenizer: the folder of its files; ``None`` looks beside the weights, then one folder up.
 
     Returns:
         A ``LanguageModel``; its ``tokenizer`` is ``None`` where the checkpoint has no tokenizer files.
     """
     target, number_type = resolve_device(device), resolve_dtype(dtype)
+    if quantize not in (None, "int8"):
+        raise ValueError(f'quantize: expected None or "int8", got {quantize!r}.')
+    if quantize and not optimize:
+        raise ValueError("quantize: int8 weights are for inference, got optimize=False. Leave one of the two out.")
     path = find_model(name_or_path, revision=revision, local_files_only=local_files_only)
     checkpoint = open_checkpoint(path, model_config)
     folder = Tokenizer.find(checkpoint.found.folder) if tokenizer is None else Path(tokenizer).expanduser()
     reader = None if folder is None else Tokenizer.load(folder)
     defaults = read_defaults(checkpoint.found.folder / "generation_config.json")
-    model = load_checkpoint(checkpoint, target, number_type)
+    if optimize:
+        state = read_state(checkpoint, target, number_type)
+        model: OPT = FastOPT(checkpoint.config, state, quantize=quantize == "int8")
+    else:
+        model = load_checkpoint(checkpoint, target, number_type)
     if reader is not None:
         _warn_of_conflicts(model.config, reader, checkpoint.found.folder)
     return LanguageModel(model, reader, defaults)

@@ -57,10 +57,16 @@ def load_model(
 
 def load_checkpoint(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype | None) -> OPT:
     """``load_model`` of a checkpoint that is open; ``dtype`` ``None`` is ``"auto"``."""
+    model = OPT(checkpoint.config, device="meta")
+    model.load_state_dict(read_state(checkpoint, device, dtype), assign=True)
+    return model.eval()
+
+
+def read_state(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """The weights of a checkpoint by minopt's names, as ``load_model`` has them; ``dtype`` ``None`` is ``"auto"``."""
     if dtype is None:
         dtype = torch.float32 if device.type == "cpu" else main_dtype(checkpoint.tensors.values())
     checkpoint.check_head()
-    model = OPT(checkpoint.config, device="meta", dtype=dtype)
     state: dict[str, Tensor] = {}
     taken: set[int] = set()
     for name, source in checkpoint.tensors.items():
@@ -71,8 +77,7 @@ def load_checkpoint(checkpoint: Checkpoint, device: torch.device, dtype: torch.d
             tensor = tensor.clone(memory_format=torch.contiguous_format)
         taken.add(tensor.data_ptr())
         state[name] = tensor.to(device)
-    model.load_state_dict(state, assign=True)
-    return model.eval()
+    return state
 
 
 def resolve_device(device: torch.device | str | None) -> torch.device:

@@ -5,7 +5,7 @@ Shapes: B batch, T tokens this call, S cached + T, H heads, D head_dim, C hidden
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -41,20 +41,29 @@ class FastOPT(OPT):
         build = _Builder(state, quantize or any(name.endswith(int8.SCALE) for name in state), config)
         self.layers = nn.ModuleList(FastLayer(config, index, build) for index in range(config.num_hidden_layers))
         self.load_state_dict(state, assign=True)
-        self.requires_grad_(False).eval()
+        for _, parameter in nn.Module.named_parameters(self):
+            parameter.requires_grad = False
+        self.eval()
         self._head = build.product(self.embed_tokens.weight, None)
 
     def head(self, h: Tensor) -> Tensor:
         """Logits ``[..., V]`` of hidden states ``[..., E]``."""
         return self._head(h)
 
-    def state_dict(self, *args: Any, **options: Any) -> dict[str, Any]:
-        """The weights of an ``OPT``, int8 ones with their scales."""
-        state = super().state_dict(*args, **options)
-        prefix = options.get("prefix", "")
+    def state_dict(self, **options: Any) -> dict[str, Any]:  # type: ignore[override]
+        """The weights of an ``OPT``, int8 ones with their scales; options are those of ``nn.Module.state_dict``."""
+        state = super().state_dict(**options)
         for layer in self.layers:
-            state.update((prefix + name, tensor) for name, tensor in layer.tensors().items())
+            assert isinstance(layer, FastLayer)
+            state.update((options.get("prefix", "") + name, tensor) for name, tensor in layer.tensors().items())
         return state
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """The weights of an ``OPT``: copies, where this model has them in another layout."""
+        for name, tensor in self.state_dict().items():
+            yield f"{prefix}.{name}" if prefix else name, nn.Parameter(tensor, requires_grad=False)
 
     def _apply(self, *args: Any, **options: Any) -> Any:
         raise ValueError("model: loaded for inference, it cannot be moved or cast. Say device and dtype when loading.")
