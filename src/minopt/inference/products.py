@@ -6,6 +6,7 @@ Shapes: M rows (all dims of the input but the last), I inputs, O outputs.
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable
 from functools import cache
 from typing import Any, Protocol
@@ -88,10 +89,12 @@ class Int8:
         self.bias, self._activation, self._outliers = bias, _ACTIVATIONS[activation], outliers
         self._bias = None if bias is None else bias.float()
         zeros = torch.zeros(len(weight), dtype=torch.long)
-        tensor = torch._make_per_channel_quantized_tensor(weight, scale.flatten().double(), zeros, 0)
         before = torch.backends.quantized.engine
         torch.backends.quantized.engine = "fbgemm"
         try:
+            with warnings.catch_warnings():  # torch means to drop these tensors; minopt's range of versions has them
+                warnings.simplefilter("ignore", UserWarning)
+                tensor = torch._make_per_channel_quantized_tensor(weight, scale.flatten().double(), zeros, 0)
             self._packed = torch.ops.quantized.linear_prepack(tensor, None)
         finally:
             torch.backends.quantized.engine = before

@@ -1,0 +1,277 @@
+"""The fast model is the plain one: the same logits, tokens and weights, whatever kernels the machine has."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import minopt
+from minopt import OPT, int8
+from minopt.evaluation.perplexity import window_perplexity
+from minopt.inference import products
+from minopt.inference.fast import OUTLIERS_FROM, FastOPT
+from tests.conftest import build_ours, build_reference, lively
+
+PADDED = torch.tensor([[0, 0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1]])
+
+
+def fast_of(model: OPT, **options: Any) -> FastOPT:
+    return FastOPT(model.config, dict(model.state_dict()), **options)
+
+
+def ids_of(model: OPT, *shape: int) -> Tensor:
+    return torch.randint(3, model.config.vocab_size, shape, generator=torch.Generator().manual_seed(5))
+
+
+def difference(found: Tensor, expected: Tensor) -> float:
+    """The largest, as a share of the largest expected value."""
+    return ((found.float() - expected.float()).abs().max() / expected.float().abs().max()).item()
+
+
+@pytest.fixture(params=["packed", "plain"])
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """With the operators that this machine has, and without."""
+    if request.param == "plain":
+        monkeypatch.setattr(products, "_has_packed", lambda dtype: False)
+        monkeypatch.setattr(products, "_has_int8", lambda: False)
+    return request.param
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 4e-2)])
+def test_logits_are_those_of_transformers(kind: str, kernels: str, dtype: torch.dtype, tolerance: float) -> None:
+    reference = build_reference(kind)
+    plain = build_ours(reference)
+    fast = fast_of(plain.to(dtype))
+    ids = ids_of(plain, 2, 7)
+    with torch.no_grad():
+        expected = reference(ids, attention_mask=PADDED).logits[PADDED.bool()]
+        assert difference(fast(ids, PADDED)[PADDED.bool()], expected) < tolerance
+        assert difference(fast(ids), reference(ids).logits) < tolerance
+
+
+@pytest.mark.parametrize("part", ["self_attn.q_proj", "self_attn.v_proj", "self_attn.out_proj", "fc1", "fc2"])
+def test_each_bias_and_weight_counts(part: str) -> None:
+    """A negative control: the test above would see any of them lost or swapped."""
+    plain = build_ours(build_reference("125m"))
+    ids = ids_of(plain, 2, 7)
+    for name in ("weight", "bias"):
+        state = dict(plain.state_dict())
+        key = f"layers.1.{part}.{name}"
+        state[key] = torch.zeros_like(state[key])
+        assert difference(FastOPT(plain.config, state)(ids), plain(ids)) > 1e-3
+
+
+def test_every_split_into_prefill_and_steps_gives_the_same_logits(kind: str) -> None:
+    fast = fast_of(build_ours(build_reference(kind)))
+    ids = ids_of(fast, 2, 9)
+    whole = fast(ids)
+    for split in range(1, 9):
+        cache = fast.new_cache(2, 9)
+        parts = [fast(ids[:, :split], cache=cache)]
+        parts += [fast(ids[:, i : i + 1], cache=cache) for i in range(split, 9)]
+        assert difference(torch.cat(parts, 1), whole) < 1e-5
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3, "no_repeat_ngram_size": 2}, {"do_sample": True, "seed": 3}])
+def test_generated_tokens_are_the_plain_models(kind: str, kernels: str, options: dict[str, Any]) -> None:
+    plain = build_ours(lively(kind, torch.float32))
+    fast = fast_of(plain)
+    ids = ids_of(plain, 2, 7)
+    for mask in (None, PADDED):
+        expected = minopt.generate(plain, ids, mask, max_new_tokens=20, **options)
+        assert torch.equal(minopt.generate(fast, ids, mask, max_new_tokens=20, **options).sequences, expected.sequences)
+
+
+def test_the_embedded_model_says_the_same_with_and_without() -> None:
+    prompts = ["The ship", "It was a dark and stormy night when", "Alice"]
+    fast, plain = (minopt.load(minopt.DEMO, device="cpu", optimize=optimize) for optimize in (True, False))
+    assert isinstance(fast.model, FastOPT)
+    assert type(plain.model) is OPT
+    assert fast.generate(prompts, max_new_tokens=40) == plain.generate(prompts, max_new_tokens=40)
+    assert "".join(fast.stream("The ship", max_new_tokens=9)) == plain.generate("The ship", max_new_tokens=9)
+    scores = [lm.score("The ship sailed", [" the sea", " ceiling"])[0].total for lm in (fast, plain)]
+    assert scores[0] == pytest.approx(scores[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_the_weights_are_given_back_to_the_bit(kind: str, dtype: torch.dtype) -> None:
+    plain = build_ours(build_reference(kind)).to(dtype)
+    fast = fast_of(plain)
+    expected = plain.state_dict()
+    for found in (fast.state_dict(), dict(fast.named_parameters())):
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], tensor) and found[name].dtype == dtype for name, tensor in expected.items())
+    assert sum(p.numel() for p in fast.parameters()) == sum(p.numel() for p in plain.parameters())
+
+
+def test_what_was_packed_is_let_go() -> None:
+    plain = build_ours(build_reference("125m"))
+    state = dict(plain.state_dict())
+    FastOPT(plain.config, state)
+    assert not [name for name in state if name.startswith("layers.") and "norm" not in name]
+
+
+def test_saving_writes_the_plain_weights(tmp_path: Path) -> None:
+    lm = minopt.load(minopt.DEMO, device="cpu")
+    lm.save(tmp_path / "saved")
+    saved, original = (minopt.load_model(folder, device="cpu") for folder in (tmp_path / "saved", minopt.DEMO))
+    assert all(torch.equal(t, original.state_dict()[name]) for name, t in saved.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda model: model.train(), "cannot be trained. Load it with minopt.load_model."),
+        (lambda model: model.half(), "cannot be moved or cast. Say device and dtype when loading."),
+        (lambda model: model.to("meta"), "cannot be moved or cast. Say device and dtype when loading."),
+    ],
+)
+def test_it_refuses_to_be_trained_moved_or_cast(change: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        change(minopt.load(minopt.DEMO, device="cpu").model)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"quantize": "int4"}, "quantize: expected None or \"int8\", got 'int4'."),
+        ({"quantize": "int8", "optimize": False}, "quantize: int8 weights are for inference, got optimize=False."),
+    ],
+)
+def test_options_that_do_not_fit_are_refused_before_anything_is_read(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        minopt.load("no/such-model", device="cpu", **options)
+
+
+# int8
+
+
+def dequantised(model: OPT) -> OPT:
+    """A plain model of the numbers that int8 weights stand for; the head apart, which has them as well."""
+    plain = OPT(model.config)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for name in filter(int8.is_quantized, list(state)):
+        state[name] = int8.dequantize(*int8.quantize(state[name]), torch.float32)
+    plain.load_state_dict(state)
+    table = int8.dequantize(*int8.quantize(plain.embed_tokens.weight), torch.float32)
+    plain.head = lambda h: h @ table.T  # type: ignore[method-assign]
+    return plain.eval()
+
+
+@pytest.mark.parametrize(("seed", "shape"), [(0, (40, 33)), (1, (1, 5))])
+def test_a_quantised_weight_is_off_by_half_a_step_at_most(seed: int, shape: tuple[int, int]) -> None:
+    weight = (
+        torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * torch.logspace(-4, 4, shape[0])[:, None]
+    )
+    weight[0] = 0.0
+    quantised, scale = int8.quantize(weight)
+    assert quantised.dtype == torch.int8
+    assert scale.shape == (shape[0], 1)
+    assert torch.all((int8.dequantize(quantised, scale, torch.float32) - weight).abs() <= scale * 0.5001)
+    assert shape[0] == 1 or torch.equal(quantised[1:].abs().amax(1), torch.full((shape[0] - 1,), 127, dtype=torch.int8))
+    again = int8.quantize(int8.dequantize(quantised, scale, torch.float32))[0]
+    assert torch.equal(again, quantised)
+
+
+@pytest.mark.parametrize(("outliers", "tolerance"), [(False, 3e-2), (True, 2e-4)])
+def test_int8_is_its_own_dequantised_reference(
+    kind: str, outliers: bool, tolerance: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("minopt.inference.fast.OUTLIERS_FROM", 1 if outliers else OUTLIERS_FROM)
+    plain = build_ours(build_reference(kind))
+    quantised, ids = fast_of(plain, quantize=True), ids_of(plain, 2, 7)
+    with torch.no_grad():
+        expected = dequantised(plain)(ids)
+        error = ((quantised(ids) - expected).norm() / expected.norm()).item()
+        assert error < tolerance
+        assert (plain(ids) - expected).norm() / expected.norm() > 2 * tolerance or not outliers
+
+
+def test_weight_only_int8_is_its_own_dequantised_reference(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "_has_int8", lambda: False)
+    plain = build_ours(build_reference(kind))
+    quantised, ids = fast_of(plain, quantize=True), ids_of(plain, 2, 7)
+    with torch.no_grad():
+        assert difference(quantised(ids), dequantised(plain)(ids)) < 1e-5
+
+
+@pytest.mark.parametrize("outliers", [False, True])
+def test_a_row_of_an_int8_product_does_not_depend_on_the_others(outliers: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight, scale = int8.quantize(torch.randn(48, 64, generator=generator))
+    product = products.build_product(weight, torch.randn(48, generator=generator), scale=scale, outliers=outliers)
+    rows = torch.randn(5, 64, generator=generator) * torch.tensor([[1e-3], [1.0], [50.0], [0.0], [1.0]])
+    together = product(rows)
+    for i, row in enumerate(rows):
+        assert torch.equal(product(row[None])[0], together[i])
+
+
+def test_outlier_channels_ruin_plain_rounding_and_not_that_of_large_models() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight, scale = int8.quantize(torch.randn(64, 256, generator=generator))
+    x = torch.randn(8, 256, generator=generator)
+    x[:, [3, 77]] *= 100
+    expected = x.double() @ (weight.double() * scale.double()).T
+    small = [i for i in range(256) if i not in (3, 77)]
+    signal = (x[:, small].double() @ (weight[:, small].double() * scale.double()).T).norm()
+    errors = [
+        ((products.build_product(weight, None, scale=scale, outliers=outliers)(x) - expected).norm() / signal).item()
+        for outliers in (False, True)
+    ]
+    assert errors[0] > 0.2  # what the other channels say is drowned
+    assert errors[1] < 3e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_int8_weights_and_scales_are_given_back_to_the_bit(kind: str, kernels: str, dtype: torch.dtype) -> None:
+    plain = build_ours(build_reference(kind)).to(dtype)
+    found = fast_of(plain, quantize=True).state_dict()
+    for name, tensor in plain.state_dict().items():
+        if int8.is_quantized(name):
+            weight, scale = int8.quantize(tensor)
+            assert torch.equal(found.pop(name), weight)
+            assert torch.equal(found.pop(name + int8.SCALE), scale)
+        else:
+            assert torch.equal(found.pop(name), tensor)
+    assert not found
+
+
+def test_a_state_with_int8_weights_is_taken_as_it_is(kind: str) -> None:
+    quantised = fast_of(build_ours(build_reference(kind)), quantize=True)
+    again = FastOPT(quantised.config, dict(quantised.state_dict()))
+    ids = ids_of(quantised, 2, 7)
+    assert torch.equal(again(ids), quantised(ids))
+
+
+def test_int8_of_the_embedded_model_reads_nearly_as_well() -> None:
+    text = (Path(minopt.DEMO) / "README.md").read_text(encoding="utf-8")
+    perplexities = []
+    for options in ({"optimize": False}, {"quantize": "int8"}):
+        lm = minopt.load(minopt.DEMO, device="cpu", **options)
+        assert lm.tokenizer is not None
+        perplexities.append(window_perplexity(lm.model, lm.tokenizer.encode(text), 256).perplexity)
+    assert perplexities[0] != perplexities[1]
+    assert perplexities[1] == pytest.approx(perplexities[0], rel=0.02)
+
+
+def test_a_missing_operator_is_said_in_the_debug_log_and_the_plain_product_runs(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Missing:
+        def __init__(self, *_: Any) -> None:
+            raise AttributeError("no such operator\nand more")
+
+    monkeypatch.setattr(products, "Packed", Missing)
+    products._has_packed.cache_clear()
+    with caplog.at_level(logging.DEBUG, "minopt"):
+        product = products.build_product(torch.ones(8, 8), None)
+    products._has_packed.cache_clear()
+    assert isinstance(product, products.Plain)
+    assert caplog.messages == [
+        "packed torch.float32 weights: not available here (no such operator); the plain product is used."
+    ]
