@@ -24,6 +24,7 @@ from minopt.generation.decode import decode_steps, run
 from minopt.generation.request import STOP_REASONS, GenerationOutput, Request, check_room, prepare
 from minopt.generation.scoring import sliding_logprobs, token_logprobs
 from minopt.inference.fast import FastOPT
+from minopt.inference.graphs import GraphedOPT
 from minopt.model import OPT
 from minopt.tokenizer import StopStrings, Tokenizer, pad_left
 
@@ -484,7 +485,8 @@ def load(
     defaults = read_defaults(checkpoint.found.folder / "generation_config.json")
     if optimize:
         state = read_state(checkpoint, target, number_type)
-        model: OPT = FastOPT(checkpoint.config, state, quantize=quantize == "int8")
+        kind = GraphedOPT if target.type == "cuda" else FastOPT
+        model: OPT = kind(checkpoint.config, state, quantize=quantize == "int8")
     else:
         model = load_checkpoint(checkpoint, target, number_type)
     if reader is not None:

@@ -51,4 +51,5 @@ def add_model_arguments(parser: argparse.ArgumentParser, with_dtype: bool = True
             default="auto",
             help="auto, float32, bfloat16, float16 or float64 (auto: float32 on a CPU, elsewhere the file's own)",
         )
+        parser.add_argument("--quantize", choices=("int8",), help="round weights to 8 bits: half as much to read")
     add_reading_arguments(parser)

@@ -53,7 +53,7 @@ def _finetune(args: argparse.Namespace) -> int:
             )
         place = "cpu" if config.parallel == "fsdp" else world.device  # a share of it goes on
         name = config.model_name_or_path
-        lm = world.first_then_all(lambda: load(name, device=place, dtype="float32"))
+        lm = world.first_then_all(lambda: load(name, device=place, dtype="float32", optimize=False))
         if lm.tokenizer is None:
             raise ValueError(
                 f"--model_name_or_path: expected a model with a tokenizer, {name} has none. Add its files."

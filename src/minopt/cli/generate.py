@@ -128,6 +128,7 @@ def _generate(args: argparse.Namespace) -> None:
         args.model or DEMO,
         device=args.device,
         dtype=args.dtype,
+        quantize=args.quantize,
         revision=args.revision,
         local_files_only=args.local_files_only,
         model_config=args.model_config,

@@ -1,0 +1,82 @@
+"""What surrounds CUDA graphs, with plain calls in their place; and, where there is a GPU, the graphs."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import minopt
+from minopt.inference import graphs
+from minopt.inference.fast import FastOPT
+from minopt.inference.graphs import GraphedOPT
+from tests.conftest import build_ours, lively
+
+PADDED = torch.tensor([[0, 0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1]])
+OPTIONS: list[dict[str, Any]] = [
+    {}, {"num_return_sequences": 2, "do_sample": True, "seed": 1}, {"num_beams": 3, "num_return_sequences": 2},
+]  # fmt: skip
+
+captured: list[int] = []
+
+
+@pytest.fixture(autouse=True)
+def plain_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph is the call that it would have captured, after the warm-up that writes where it may."""
+
+    def capture(step: Callable[[], Tensor], length: Tensor, free: int) -> Callable[[], Tensor]:
+        length.fill_(free)
+        step()
+        captured.append(free)
+        return step
+
+    captured.clear()
+    monkeypatch.setattr(graphs, "ROUND", 16)
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(graphs, "capture", capture)
+
+
+def build(kind: str) -> tuple[FastOPT, GraphedOPT]:
+    model = build_ours(lively(kind, torch.float32))
+    if torch.cuda.is_available():
+        model = model.cuda()
+    return FastOPT(model.config, dict(model.state_dict())), GraphedOPT(model.config, dict(model.state_dict()))
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("mask", [None, PADDED])
+def test_tokens_are_those_without_graphs(kind: str, options: dict[str, Any], mask: Tensor | None) -> None:
+    plain, graphed = build(kind)
+    ids = torch.randint(3, 90, (2, 7), generator=torch.Generator().manual_seed(5))
+    expected = minopt.generate(plain, ids, mask, max_new_tokens=20, **options)
+    for _ in range(2):  # the second time with the graphs of the first
+        found = minopt.generate(graphed, ids, mask, max_new_tokens=20, **options)
+        assert torch.equal(found.sequences, expected.sequences)
+
+
+def test_the_graphs_of_a_cache_serve_the_next_text_and_none_that_is_still_held() -> None:
+    _, graphed = build("125m")
+    ids = torch.randint(3, 90, (2, 7), generator=torch.Generator().manual_seed(5), device=graphed.device)
+    for _ in range(3):
+        minopt.generate(graphed, ids, max_new_tokens=5)
+        gc.collect()
+    held = graphed.new_cache(2, 12)
+    assert len(captured) <= 1
+    assert len(held.graphs) == 1
+    assert not any(t.any() for t in held.keys)
+    assert graphed.new_cache(2, 12).keys[0] is not held.keys[0]
+    del held
+    assert not graphed.new_cache(1, 12).graphs
+    assert graphed.new_cache(2, 40).capacity == 48
+    assert graphed.new_cache(2, 60).capacity == 64
+
+
+def test_text_to_the_last_position(kind: str) -> None:
+    plain, graphed = build(kind)
+    ids = torch.randint(3, 90, (2, 7), generator=torch.Generator().manual_seed(5))
+    expected = minopt.generate(plain, ids, max_new_tokens=57).sequences
+    assert torch.equal(minopt.generate(graphed, ids, max_new_tokens=57).sequences, expected)
