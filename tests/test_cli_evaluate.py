@@ -189,6 +189,7 @@ def test_perplexity_is_that_of_the_library(name: str, lm: LanguageModel, tmp_pat
         ("--task perplexity --data x.txt --dev_file {dev}", "--dev_file: goes with --task squad, got --task perplex"),
         ("--task reference --output x.json", "--output: goes with --task squad, got --task reference. Leave it out."),
         ("--task reference --data x.txt", "--data: goes with --task perplexity, got --task reference. Leave it out."),
+        ("--task reference --quantize int8", "--quantize: published numbers are float32's, got int8. Leave it out."),
         ("--task reference --dtype bfloat16", "--dtype: published numbers are float32's, got bfloat16. Leave it out."),
         ("--task squad --dev_file nope.json", "dev_file: expected squad, squad-v2 or a file"),
         ("--task squad --dev_file {dev} --output {tmp}/nowhere/x.json", "--output: there is no folder"),

@@ -57,8 +57,11 @@ def _evaluate(args: argparse.Namespace) -> int:
         raise ValueError(f"--{given[0]}: goes with --task perplexity, got --task {args.task}. Leave it out.")
     if args.task == "reference" and args.dtype not in ("auto", "float32"):
         raise ValueError(f"--dtype: published numbers are float32's, got {args.dtype}. Leave it out.")
+    if args.task == "reference" and args.quantize is not None:
+        raise ValueError(f"--quantize: published numbers are float32's, got {args.quantize}. Leave it out.")
     options = {
-        "dtype": "float32" if args.task == "reference" else args.dtype, "revision": args.revision,
+        "dtype": "float32" if args.task == "reference" else args.dtype, "quantize": args.quantize,
+        "revision": args.revision,
         "local_files_only": args.local_files_only, "model_config": args.model_config, "tokenizer": args.tokenizer,
     }  # fmt: skip
     if args.task == "reference":
