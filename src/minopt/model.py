@@ -23,20 +23,6 @@ from minopt.config import OPTConfig
 POSITION_OFFSET = 2
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``F.linear``; for a single token in bfloat16 on a CPU, the product of matrix and vector that it then is.
-
-    torch's general product leaves much of the memory's bandwidth unused there (benchmarks/README.md). In inference
-    mode only, so that training, tracing and export see the one plain operator.
-    """
-    one_token = x.numel() == x.shape[-1] and not torch.compiler.is_compiling()
-    bfloat16 = x.dtype == weight.dtype == torch.bfloat16  # autocast mixes dtypes
-    if one_token and bfloat16 and x.device.type == "cpu" and torch.is_inference_mode_enabled():
-        y = torch.mv(weight, x.view(-1)) if bias is None else torch.addmv(bias, weight, x.view(-1))
-        return y.view(*x.shape[:-1], -1)
-    return F.linear(x, weight, bias)
-
-
 @dataclass(frozen=True)
 class Packed:
     """Texts one behind another in a single row, each of which attends to itself alone: rows without padding.
@@ -53,9 +39,6 @@ class Linear(nn.Linear):
 
     def reset_parameters(self) -> None:
         pass
-
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
 
 
 class Embedding(nn.Embedding):
@@ -291,7 +274,7 @@ class OPT(nn.Module):
 
     def head(self, h: Tensor) -> Tensor:
         """Logits ``[..., V]`` of hidden states ``[..., E]``: the product with the token table."""
-        return linear(h, self.embed_tokens.weight)
+        return F.linear(h, self.embed_tokens.weight)
 
     def new_cache(self, batch_size: int, capacity: int) -> KVCache:
         """An empty cache for ``batch_size`` rows of up to ``capacity`` tokens, in the model's dtype and place."""
