@@ -19,8 +19,9 @@ from minopt import int8
 
 logger = logging.getLogger(__name__)
 
-# Without VNNI the kernel adds pairs of products in 16 bits, which take one bit less of the activations.
-_LEVELS = 127 if torch.cpu._is_vnni_supported() else 63
+# Without these instructions the kernel adds pairs of products in 16 bits, which take one bit less of the activations.
+_VNNI = torch.cpu._is_vnni_supported()
+_LEVELS = 127 if _VNNI else 63
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"none": lambda y: y, "relu": F.relu, "gelu": F.gelu}
 
@@ -71,7 +72,8 @@ class Packed:
 class Int8:
     """A product of int8 weights and activations that are rounded to int8, with a scale for each row, as they come.
 
-    Each row's largest value becomes 127 (arXiv 2206.01861, token-wise). A row's result does not depend on the others.
+    Each row's largest value becomes 127 (arXiv 2206.01861, token-wise), so that the rows of a batch do not depend on
+    each other. A row that comes alone is rounded between its own least and largest value: one pass of the kernel.
 
     Args:
         weight: int8 ``[O, I]``.
@@ -95,12 +97,19 @@ class Int8:
             with warnings.catch_warnings():  # torch means to drop these tensors; minopt's range of versions has them
                 warnings.simplefilter("ignore", UserWarning)
                 tensor = torch._make_per_channel_quantized_tensor(weight, scale.flatten().double(), zeros, 0)
-            self._packed = torch.ops.quantized.linear_prepack(tensor, None)
+            self._packed = torch.ops.quantized.linear_prepack(tensor, None if outliers else self._bias)
         finally:
             torch.backends.quantized.engine = before
 
     def __call__(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1]).float()
+        if len(rows) == 1 and not self._outliers:
+            y = torch.ops.quantized.linear_dynamic(rows, self._packed, not _VNNI)
+        else:
+            y = self._row_by_row(rows)
+        return self._activation(y).to(x.dtype).view(*x.shape[:-1], -1)
+
+    def _row_by_row(self, rows: Tensor) -> Tensor:
         scale = rows.abs().amax(1, keepdim=True).clamp_min_(torch.finfo(torch.float32).tiny)
         rows = rows / scale
         if self._outliers:
@@ -111,9 +120,9 @@ class Int8:
         )
         if self._outliers:
             y, rest = y.chunk(2)
-            y = y + rest / (2 * _LEVELS)
-        y = y * scale if self._bias is None else torch.addcmul(self._bias, y, scale)
-        return self._activation(y).to(x.dtype).view(*x.shape[:-1], -1)
+            y = (y + rest / (2 * _LEVELS)) * scale
+            return y if self._bias is None else y + self._bias
+        return y * scale if self._bias is None else torch.lerp(self._bias, y, scale)  # the kernel has added the bias
 
     def weight(self) -> tuple[Tensor, Tensor | None]:
         tensor = torch.ops.quantized.linear_unpack(self._packed)[0]
