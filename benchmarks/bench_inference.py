@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -23,6 +24,8 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache, partial
+from importlib.metadata import version
+from importlib.util import find_spec
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -92,14 +95,14 @@ ON_GPU = ("minopt", "transformers", "transformers static")
 
 CASES: dict[str, list[Case]] = {
     "decode1": on_cpu("decode1", 1, [9], 25, ALL),
-    "decode8": on_cpu("decode8", 8, [128], 17, ALL, others_every=4),
-    "decode32": on_cpu("decode32", 32, [128], 11, ALL, others_every=5),
+    "decode8": on_cpu("decode8", 8, [128], 13, ALL, others_every=4),
+    "decode32": on_cpu("decode32", 32, [128], 9, ALL, others_every=5),
     **{
         f"prefill{prompt}": on_cpu(f"prefill{prompt}", 1, [prompt], 1, "float32", others_every=4)
         + on_cpu(f"prefill{prompt}", 1, [prompt], 1, "bfloat16", **WITH_PRODUCTS)
         for prompt in (512, 1536)
     },
-    "beams": on_cpu("beams", 1, [9, 1400], 21, "float32 int8", options=BEAMS, others_every=5),
+    "beams": on_cpu("beams", 1, [9, 1400], 13, "float32 int8", options=BEAMS, others_every=5),
     "sizes": on_cpu("sizes", 1, [9], 13, ALL, model="opt-350m", others_every=4)
     + on_cpu("sizes", 1, [9], 9, "bfloat16 int8", model="opt-1.3b", others_every=4),
     # Prompts that make 64, 512, 1,024 and 2,000 tokens of context, the mean over the steps.
@@ -127,10 +130,13 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(args.threads)
+    os.environ["OMP_NUM_THREADS"] = str(args.threads)  # of the processes that are started
     groups = args.cases or [group for group in CASES if (group == "gpu") == (args.device != "cpu")]
     bandwidth = bandwidths(args.device)
     print({name: f"{value / 1e9:.1f} GB/s" for name, value in bandwidth.items()}, flush=True)
     result = {"topic": "inference", **common.machine(args.device)}
+    if find_spec("ctranslate2"):
+        result["ctranslate2"] = version("ctranslate2")
     result["read_gb_per_second"] = {name: round(value / 1e9, 1) for name, value in bandwidth.items()}
     with tempfile.TemporaryDirectory() as temporary:
         models = Models(Path(temporary), args)
@@ -143,7 +149,7 @@ def main() -> None:
             if not args.quick:
                 keep(result, [origin | line for line in lines], args.hardware)
     if not args.quick:
-        print(common.kept("inference", args.hardware).read_text())
+        print(json.dumps(json.loads(common.kept("inference", args.hardware).read_text())))
 
 
 def keep(result: dict[str, Any], lines: list[dict[str, Any]], hardware: str) -> None:
