@@ -17,6 +17,8 @@ from typing import Any
 import torch
 import transformers
 
+from minopt import OPTConfig
+
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -59,15 +61,19 @@ def matmul_flops_per_second(dtype: torch.dtype, device: str) -> float:
     return 2 * size**3 / min(seconds(lambda: a @ a, device) for _ in range(5))
 
 
-def write_model(folder: Path) -> Path:
-    """opt-125m's shape with random weights; biases are moved off 0."""
+def write_model(
+    folder: Path, preset: str = "opt-125m", dtype: torch.dtype = torch.float32, layers: int | None = None
+) -> Path:
+    """A preset's shape, or its first layers, with random weights; biases are moved off 0. Holds one copy in memory."""
+    shape = OPTConfig.preset(preset).to_dict()
+    config = transformers.OPTConfig(**shape | {"num_hidden_layers": layers or shape["num_hidden_layers"]})
     torch.manual_seed(0)
-    model = transformers.OPTForCausalLM(transformers.OPTConfig())
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
-    model.save_pretrained(folder / "opt-125m-random")
-    return folder / "opt-125m-random"
+    model.save_pretrained(folder / f"{preset}-random")
+    return folder / f"{preset}-random"
 
 
 def machine(device: str) -> dict[str, Any]:
@@ -94,7 +100,12 @@ def _processor() -> str:
 def keep(topic: str, hardware: str, result: dict[str, Any]) -> None:
     """Writes ``results/<topic>_<hardware>_<yyyymmdd>.json`` and prints it as the last line."""
     RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{topic}_{hardware}_{date.today():%Y%m%d}.json"
+    path = kept(topic, hardware)
     path.write_text(json.dumps(result, indent=1) + "\n")
     print(f"kept in {path}")
     print(json.dumps(result))
+
+
+def kept(topic: str, hardware: str) -> Path:
+    """Where today's result of a topic is."""
+    return RESULTS / f"{topic}_{hardware}_{date.today():%Y%m%d}.json"
