@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 SCALE = "_scale"  # what a weight's scale is called, behind the weight's own name
+CONFIG_KEY = "quantization_config"  # in config.json
 
 _QUANTIZED = re.compile(r"layers\.\d+\.(self_attn\.[kvq]_proj|self_attn\.out_proj|fc1|fc2)\.weight")
 
@@ -30,7 +31,9 @@ CONFIG: dict[str, Any] = {
     },
     "ignore": ["lm_head", "model.decoder.project_in", "model.decoder.project_out"],
 }
-"""``quantization_config`` of such a folder."""
+"""``quantization_config`` of such a folder. Other programs round activations too, a scale for each token."""
+
+_CHUNK_NUMBERS = 4_000_000
 
 
 def is_quantized(name: str) -> bool:
@@ -39,12 +42,58 @@ def is_quantized(name: str) -> bool:
 
 
 def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """A weight ``[out, in]`` as int8 and its scales ``[out, 1]`` in float32: ``weight ~ int8 * scale``, to nearest."""
-    exact = weight.float()
-    scale = (exact.abs().amax(1, keepdim=True) / 127).clamp_min(torch.finfo(torch.float32).tiny)
-    return (exact / scale).round().clamp(-127, 127).to(torch.int8), scale
+    """A weight ``[out, in]`` as int8 and its scales ``[out, 1]`` in float32: ``weight ~ int8 * scale``, to nearest.
+
+    Raises:
+        ValueError: if the weight holds numbers that are not finite.
+    """
+    quantized = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    scale = torch.empty(len(weight), 1, dtype=torch.float32, device=weight.device)
+    rows = max(1, _CHUNK_NUMBERS // weight.shape[1])  # at a time: float32 copies of all would be several weights
+    for first in range(0, len(weight), rows):
+        part = slice(first, first + rows)
+        exact, s = weight[part].float(), scale[part]
+        s.copy_((exact.abs().amax(1, keepdim=True) / 127).clamp_min_(torch.finfo(torch.float32).tiny))
+        quantized[part] = (exact / s).round_().clamp_(-127, 127)
+    if not scale.isfinite().all():
+        raise ValueError("int8: expected a weight of finite numbers, got some that are not. Is the checkpoint sound?")
+    return quantized, scale
 
 
-def dequantize(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """The weight that an int8 one stands for."""
+def dequantize(weight: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The weight ``[out, in]`` that an int8 one stands for: the product in float32, then cast."""
     return (weight.float() * scale.float().view(-1, 1)).to(dtype)
+
+
+def other_scheme(config: object) -> str | None:
+    """What a ``quantization_config`` describes in words, ``None`` where that is int8 weights as ours."""
+    match config:
+        case {"quant_method": "compressed-tensors", "config_groups": {**groups}, **rest} if groups:
+            others = [group for group in groups.values() if not _is_int8(group)]
+            if not others and rest.get("format") in ("int-quantized", "naive-quantized"):  # two names of one layout
+                return None
+            words = [str(rest.get("format")), *(_weights_in_words(group) for group in others[:1])]
+            return f"compressed-tensors, {', '.join(words)}"[:200]
+        case {"quant_method": method}:
+            return str(method)[:200]
+    return "no quant_method"
+
+
+def _is_int8(group: object) -> bool:
+    match group:
+        case {"weights": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}, **rest}:
+            # Activations whose scales are fixed come with tensors that an OPT has no place for.
+            activations = rest.get("input_activations")
+            return activations is None or (isinstance(activations, dict) and activations.get("dynamic") is True)
+    return False
+
+
+def _weights_in_words(group: object) -> str:
+    match group:
+        case {"weights": {"num_bits": bits, "type": kind, **rest}}:
+            words = [f"{kind}{bits}", "symmetric" if rest.get("symmetric", True) is True else "asymmetric"]
+            if "strategy" in rest:
+                words.append(f"a scale for each {rest['strategy']}")
+            fixed = words == ["int8", "symmetric", "a scale for each channel"]  # as ours, so it is the activations'
+            return ", ".join([*words, "fixed scales of activations"] if fixed else words)
+    return "a scheme without weights"

@@ -484,7 +484,7 @@ def load(
     reader = None if folder is None else Tokenizer.load(folder)
     defaults = read_defaults(checkpoint.found.folder / "generation_config.json")
     if optimize:
-        state = read_state(checkpoint, target, number_type)
+        state = read_state(checkpoint, target, number_type, keep_int8=True)
         kind = GraphedOPT if target.type == "cuda" else FastOPT
         model: OPT = kind(checkpoint.config, state, quantize=quantize == "int8")
     else:

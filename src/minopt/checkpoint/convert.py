@@ -8,13 +8,14 @@ import logging
 import math
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from minopt import int8
 from minopt.checkpoint.errors import CheckpointError, some
 from minopt.checkpoint.hub import find_model
 from minopt.checkpoint.load import resolve_dtype
@@ -45,6 +46,7 @@ def convert(
     format: str = "hf",
     parts: int = 1,
     dtype: torch.dtype | str = "auto",
+    quantize: str | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     revision: str | None = None,
     local_files_only: bool = False,
@@ -66,6 +68,9 @@ def convert(
         parts: of metaseq's format; more than 1 needs a model without projections, whose heads, ffn_dim and
             vocab_size it divides.
         dtype: of all tensors; ``"auto"`` keeps each as it is stored.
+        quantize: ``"int8"`` rounds the layers' weights to 8 bits, with a float32 scale for each output channel, in the
+            format that compressed-tensors calls int-quantized; ``dtype`` then is that of the other tensors, and what
+            is int8 already stays so. ``None`` writes int8 weights as what they stand for.
         max_shard_bytes: the most that one safetensors file holds, unless a single tensor is larger.
         revision, local_files_only, model_config: see ``minopt.load_model``.
         tokenizer: the folder of its files; ``None`` looks beside the weights, then one folder up.
@@ -84,6 +89,10 @@ def convert(
         raise ValueError(f"format: expected {' or '.join(FORMATS)}, got {format!r}.")
     if format == "hf" and parts != 1:
         raise ValueError(f"parts: metaseq's format has them, got {parts} with hf. Add --format metaseq.")
+    if quantize not in (None, "int8"):
+        raise ValueError(f'quantize: expected None or "int8", got {quantize!r}.')
+    if quantize and format == "metaseq":
+        raise ValueError("quantize: metaseq's format has no int8 weights, got both. Leave out one of the two.")
     if parts < 1:
         raise ValueError(f"parts: expected 1 or more, got {parts}.")
     if format == "metaseq" and max_shard_bytes != MAX_SHARD_BYTES:
@@ -105,20 +114,21 @@ def convert(
     generation_file = checkpoint.found.folder / "generation_config.json"
     generation = read_json(generation_file) if generation_file.is_file() else {
         "_from_model_config": True, **generation_config(checkpoint.config)}  # fmt: skip
-    total = sum(t.numel * (number_type or t.dtype or torch.float32).itemsize for t in checkpoint.tensors.values())
-    _check_space(destination, total)
+    sizes = _sizes(checkpoint, number_type, bool(quantize))
+    _check_space(destination, sum(sizes.values()))
     # A bar of bytes would be finer, but a tensor is what is read and written as one.
     with (
-        tqdm(total=len(checkpoint.tensors) * (parts if format == "metaseq" else 1), unit=" tensors", file=sys.stderr,
+        tqdm(total=len(sizes) * (parts if format == "metaseq" else 1), unit=" tensors", file=sys.stderr,
              disable=not show_progress, desc=destination.name) as bar,
         replacing(destination, (*TOKENIZER_FILES, "generation_config.json")) as new,
     ):  # fmt: skip
         if format == "hf":
-            _write_hf(new, checkpoint, number_type, max_shard_bytes, bar.update)
+            _write_hf(new, checkpoint, number_type, sizes, max_shard_bytes, bar.update)
             write_json(new / "generation_config.json", generation)
         else:
             _write_parts(new, checkpoint, number_type, parts, bar.update)
-        write_config(new, checkpoint.config, number_type or main_dtype(checkpoint.tensors.values()))
+        main = number_type or main_dtype(checkpoint.tensors.values())
+        write_config(new, checkpoint.config, main, is_int8=bool(quantize))
         if reader is not None:
             reader.save(new) if format == "hf" else _write_vocabulary(new, reader)
 
@@ -152,17 +162,44 @@ def _check_space(destination: Path, total_bytes: int) -> None:
                       "Make room, or name a folder on another disk.")  # fmt: skip
 
 
+def _sizes(checkpoint: Checkpoint, dtype: torch.dtype | None, quantize: bool) -> dict[str, int]:
+    """Bytes of each tensor to write, by its Hugging Face key; an int8 weight is followed by its scale."""
+    sizes: dict[str, int] = {}
+    for name, tensor in checkpoint.tensors.items():
+        key = to_hf(name)
+        if quantize and int8.is_quantized(name):
+            sizes[key], sizes[key + int8.SCALE] = tensor.numel, 4 * tensor.shape[0]
+        else:
+            sizes[key] = tensor.numel * (dtype or tensor.dtype or torch.float32).itemsize
+    return sizes
+
+
 def _write_hf(
-    new: Path, checkpoint: Checkpoint, dtype: torch.dtype | None, max_bytes: int, update: Callable[[], object]
-) -> None:
+    new: Path, checkpoint: Checkpoint, dtype: torch.dtype | None, sizes: Mapping[str, int], max_bytes: int,
+    update: Callable[[], object],
+) -> None:  # fmt: skip
     sources = {to_hf(name): tensor for name, tensor in checkpoint.tensors.items()}
+    scales: dict[str, Tensor] = {}  # of the weight that was read last
 
     def read(key: str) -> Tensor:
         update()
-        return sources[key].read(dtype)
+        if key in scales:
+            return scales.pop(key)
+        if key + int8.SCALE not in sizes:
+            return sources[key].read(dtype)
+        weight, scales[key + int8.SCALE] = _quantized(sources[key])
+        return weight
 
-    sizes = {key: t.numel * (dtype or t.dtype or torch.float32).itemsize for key, t in sources.items()}
     write_safetensors(new, sizes, read, max_bytes)
+
+
+def _quantized(tensor: SourceTensor) -> tuple[Tensor, Tensor]:
+    if tensor.int8 is not None and tensor.scale is not None:
+        return tensor.int8.read(), tensor.scale
+    try:
+        return int8.quantize(tensor.read())
+    except ValueError as error:
+        raise CheckpointError(f"{tensor.name}: {error}") from None
 
 
 def _write_parts(

@@ -118,8 +118,8 @@ def inspect_checkpoint(
         check: read all values and look for numbers that are not finite or beyond 100, and for tensors of zeros.
         digest: read all values and compute SHA-256 digests that do not depend on how the file was saved: of each
             tensor, over its name, dtype and shape as three lines (``layers.0.fc1.weight``, ``float16``, ``3072,768``)
-            and then its little-endian bytes in row-major order; and of the whole, over the lines
-            ``<name> <digest>`` sorted by name. Each line ends with a newline.
+            and then its little-endian bytes in row-major order, those of an int8 weight followed by its scales' as
+            float32; and of the whole, over the lines ``<name> <digest>`` sorted by name. Each line ends with a newline.
         revision, local_files_only, model_config: see ``minopt.load_model``.
         show_progress: draw a bar on stderr while values are read.
 
@@ -153,7 +153,8 @@ def _describe(base: Report, checkpoint: Checkpoint, check: bool, digest: bool, s
     reports, problem = [], None
     disable = not (show_progress and (check or digest))
     for tensor in tqdm(checkpoint.tensors.values(), unit=" tensors", file=sys.stderr, disable=disable, leave=False):
-        dtypes[_name(tensor.dtype)] = dtypes.get(_name(tensor.dtype), 0) + tensor.numel
+        dtype = _name(tensor.stored.dtype)
+        dtypes[dtype] = dtypes.get(dtype, 0) + tensor.numel
         try:
             if check:
                 tensor.check_copies()
@@ -161,7 +162,7 @@ def _describe(base: Report, checkpoint: Checkpoint, check: bool, digest: bool, s
             own = digest_of(tensor) if digest else None
         except CheckpointError as error:
             findings, own, problem = None, None, problem or str(error)
-        reports.append(TensorReport(tensor.name, tensor.shape, _name(tensor.dtype), findings, own))
+        reports.append(TensorReport(tensor.name, tensor.shape, dtype, findings, own))
     if problem is None and check:
         try:
             checkpoint.check_head()
@@ -221,7 +222,8 @@ def digest_of(tensor: SourceTensor) -> str:
     Raises:
         CheckpointError: if parts hold different numbers where each should hold the same.
     """
-    shape = ",".join(map(str, tensor.shape))
+    shape, scale = ",".join(map(str, tensor.shape)), tensor.scale
+    tensor = tensor.stored
     state = hashlib.sha256(f"{tensor.name}\n{_name(tensor.dtype)}\n{shape}\n".encode())
     if len(tensor.slices) > 1 and tensor.dim != 0:
         _update(state, tensor.read().view(-1))
@@ -230,6 +232,8 @@ def digest_of(tensor: SourceTensor) -> str:
         numbers = torch.empty(min(_CHUNK_NUMBERS, tensor.numel - begin), dtype=tensor.dtype)
         tensor.read_into(numbers, begin)
         _update(state, numbers)
+    if scale is not None:
+        _update(state, scale.view(-1))
     return state.hexdigest()
 
 

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from minopt import int8
+from minopt.checkpoint.errors import some
 from minopt.checkpoint.hub import find_model
 from minopt.checkpoint.pieces import main_dtype
 from minopt.checkpoint.source import Checkpoint, open_checkpoint
 from minopt.config import OPTConfig
 from minopt.model import OPT
+
+logger = logging.getLogger(__name__)
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
@@ -62,22 +67,49 @@ def load_checkpoint(checkpoint: Checkpoint, device: torch.device, dtype: torch.d
     return model.eval()
 
 
-def read_state(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """The weights of a checkpoint by minopt's names, as ``load_model`` has them; ``dtype`` ``None`` is ``"auto"``."""
+def read_state(
+    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype | None, *, keep_int8: bool = False
+) -> dict[str, Tensor]:
+    """The weights of a checkpoint by minopt's names, as ``load_model`` has them.
+
+    Args:
+        checkpoint: an open one.
+        device: where to.
+        dtype: ``None`` is ``"auto"``.
+        keep_int8: leave int8 weights as they are, each followed by its float32 scale under its name and
+            ``int8.SCALE``; where only some of the layers' weights are int8, none are left so.
+    """
     if dtype is None:
         dtype = torch.float32 if device.type == "cpu" else main_dtype(checkpoint.tensors.values())
     checkpoint.check_head()
+    kept = _int8_names(checkpoint) if keep_int8 else set()
     state: dict[str, Tensor] = {}
     taken: set[int] = set()
     for name, source in checkpoint.tensors.items():
-        tensor = source.map() if device.type == "cpu" and source.dtype == dtype else None
+        target = dtype
+        if name in kept:
+            source, target = source.stored, torch.int8
+        tensor = source.map() if device.type == "cpu" and source.dtype == target else None
         if tensor is None:
-            tensor = source.read(dtype)
+            tensor = source.read(target)
         elif not tensor.is_contiguous() or tensor.data_ptr() in taken:  # a view, or one tensor under two names
             tensor = tensor.clone(memory_format=torch.contiguous_format)
         taken.add(tensor.data_ptr())
         state[name] = tensor.to(device)
+        scale = checkpoint.tensors[name].scale
+        if name in kept and scale is not None:
+            state[name + int8.SCALE] = scale.to(device)
     return state
+
+
+def _int8_names(checkpoint: Checkpoint) -> set[str]:
+    """The int8 weights of the layers, if all of those are."""
+    names = {name for name in checkpoint.tensors if int8.is_quantized(name)}
+    other = sorted(name for name in names if checkpoint.tensors[name].int8 is None)
+    if other and len(other) < len(names):
+        logger.warning("%s: %d of the layers' %d weights are not int8 (%s), so the others are not kept so either.",
+                       checkpoint.found.folder, len(other), len(names), some(other))  # fmt: skip
+    return set() if other else names
 
 
 def resolve_device(device: torch.device | str | None) -> torch.device:

@@ -93,9 +93,11 @@ class SourceTensor:
     Attributes:
         name: the model's.
         shape: of the whole.
-        dtype: as stored; ``None`` for one that no OPT has (integers).
+        dtype: as stored; ``None`` for one that no OPT has (integers); of an int8 weight, that of the other tensors.
         slices: one for each model parallel part.
         dim: along which the slices follow one another; ``None`` where each holds the whole.
+        int8: an int8 weight as it is stored; what ``slices`` then give is the weight that it stands for.
+        scale: of ``int8``: float32 ``[out, 1]``.
     """
 
     name: str
@@ -103,14 +105,21 @@ class SourceTensor:
     dtype: torch.dtype | None
     slices: tuple[Slice, ...]
     dim: int | None = None
+    int8: SourceTensor | None = None
+    scale: Tensor | None = None
+
+    @property
+    def stored(self) -> SourceTensor:
+        """The tensor as it lies in files: itself, or its int8 weight."""
+        return self if self.int8 is None else self.int8
 
     @property
     def numel(self) -> int:
         return math.prod(self.shape)
 
     def map(self) -> Tensor | None:
-        """The tensor in its file's pages, where nothing is read until it is used; ``None`` if it has to be joined."""
-        return self.slices[0].map() if len(self.slices) == 1 else None
+        """The tensor in its file's pages, where nothing is read until it is used; ``None`` if it has to be computed."""
+        return self.slices[0].map() if len(self.slices) == 1 and self.int8 is None else None
 
     def read(self, dtype: torch.dtype | None = None) -> Tensor:
         """The tensor in memory of its own, on the CPU.
@@ -190,7 +199,7 @@ def main_dtype(tensors: Iterable[SourceTensor]) -> torch.dtype:
     """The floating dtype that most numbers are stored in (norms may be kept in float32 beside float16)."""
     numbers: dict[torch.dtype, int] = {}
     for tensor in tensors:
-        if tensor.dtype is not None:
+        if tensor.dtype is not None and tensor.dtype.is_floating_point:
             numbers[tensor.dtype] = numbers.get(tensor.dtype, 0) + tensor.numel
     return max(numbers, key=lambda dtype: numbers[dtype], default=torch.float32)
 

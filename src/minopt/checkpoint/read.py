@@ -20,7 +20,7 @@ from minopt.checkpoint.unpickle import NOT_TEXT, Placeholder, StoredTensor, Unpi
 
 _PIECE_BYTES = 64_000_000
 
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I8": torch.int8}
 
 
 class TensorFile:
@@ -29,7 +29,7 @@ class TensorFile:
     Attributes:
         path: the file.
         shapes: by key.
-        dtypes: by key; ``None`` for one that no OPT has (integers).
+        dtypes: by key; ``None`` for one that no OPT has (integers but int8).
     """
 
     path: Path

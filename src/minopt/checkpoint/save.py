@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from minopt import int8
 from minopt.checkpoint.errors import first_line, some
 from minopt.checkpoint.names import to_hf
 from minopt.checkpoint.source import weight_files
@@ -43,7 +44,7 @@ def save_model(
     the hidden ``.NAME.*.saving`` beside.
 
     Args:
-        model: saved in its own dtype.
+        model: saved in its own dtype; one of int8 weights as ``minopt.convert(..., quantize="int8")`` writes it.
         folder: made if missing. An existing folder must be a model's (hold a config.json) or be empty.
         tokenizer: ``None`` writes none, and keeps the one that is there.
         generation_defaults: options of ``GenerationConfig`` for a generation_config.json; without any, the one that is
@@ -64,7 +65,7 @@ def save_model(
             tokenizer.save(new)
         if generation_defaults:
             write_json(new / "generation_config.json", generation_config(model.config) | dict(generation_defaults))
-        write_config(new, model.config, model.dtype)
+        write_config(new, model.config, model.dtype, is_int8=any(key.endswith(int8.SCALE) for key in tensors))
 
 
 def generation_config(config: OPTConfig) -> dict[str, Any]:
@@ -73,11 +74,14 @@ def generation_config(config: OPTConfig) -> dict[str, Any]:
     return {"bos_token_id": config.bos_token_id, "eos_token_id": eos, "pad_token_id": config.pad_token_id}
 
 
-def write_config(folder: Path, config: OPTConfig, dtype: torch.dtype) -> None:
-    """Writes config.json, for weights of ``dtype``."""
+def write_config(folder: Path, config: OPTConfig, dtype: torch.dtype, *, is_int8: bool = False) -> None:
+    """Writes config.json, for weights of ``dtype``, or int8 ones beside other tensors of it."""
     # The head is the token table, whatever the file said that the model came from (loading has compared the two).
     values = config.to_dict() | {"tie_word_embeddings": True, "torch_dtype": str(dtype).removeprefix("torch.")}
     values.pop("dtype", None)  # the newer name of the same key, from the file that was loaded
+    values.pop(int8.CONFIG_KEY, None)  # what that file's weights were
+    if is_int8:
+        values[int8.CONFIG_KEY] = int8.CONFIG
     write_json(folder / "config.json", values)
 
 
@@ -118,8 +122,10 @@ def _tensors(model: OPT) -> dict[str, Tensor]:
     """
     model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
     parameters = dict(model.named_parameters())
-    expected = OPT(model.config, device="meta").state_dict()
-    if wrong := sorted(parameters.keys() ^ expected.keys()):
+    expected = set(OPT(model.config, device="meta").state_dict())
+    if any(name.endswith(int8.SCALE) for name in parameters):
+        expected |= {name + int8.SCALE for name in expected if int8.is_quantized(name)}
+    if wrong := sorted(parameters.keys() ^ expected):
         raise ValueError(f"model: expected an OPT's own parameters, these differ: {some(wrong)}. Merge or unwrap it.")
     return {to_hf(name): parameter.detach() for name, parameter in parameters.items()}
 

@@ -6,11 +6,15 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
+from minopt import int8
 from minopt.checkpoint.errors import AmbiguousPathError, CheckpointError, MissingFileError, some
 from minopt.checkpoint.metaseq import FileSet, group_files, open_metaseq
 from minopt.checkpoint.metaseq_config import facts_of, infer_config
 from minopt.checkpoint.names import HF_HEAD, from_hf, from_metaseq, is_metaseq, looks_like
 from minopt.checkpoint.pieces import Slice, SourceTensor, same_numbers
+from minopt.checkpoint.quantized import check_quantization, with_scales
 from minopt.checkpoint.read import SafetensorsFile, TensorFile, TorchFile
 from minopt.config import OPTConfig, read_json
 from minopt.model import OPT
@@ -253,6 +257,8 @@ def _open_hf(found: Found, override: OPTConfig | None) -> Checkpoint:
     if found.missing:
         raise MissingFileError(f"{found.folder}: {len(found.missing)} of the {len(found.files)} files in its index are "
                                f"missing: {some(found.missing)}. Fetch them again.")  # fmt: skip
+    quantization = _quantization_of(found.folder, override)
+    check_quantization(quantization, found.folder / "config.json")
     files = [_open(path) for path in found.files]
     counts = Counter(key for file in files for key in file.shapes)
     if twice := sorted(key for key, count in counts.items() if count > 1):
@@ -275,13 +281,28 @@ def _open_hf(found: Found, override: OPTConfig | None) -> Checkpoint:
     if twice:
         raise CheckpointError(f"{where}: {len(twice)} stored twice ({some(twice)}). Keep one of each.")
     head = pieces.get(HF_HEAD)
+    if head is not None and head.dtype == torch.int8:
+        raise CheckpointError(f"{where}: {HF_HEAD}: expected the token embeddings, to which OPT's head is tied, got "
+                              "int8. Make the int8 weights anew, and ignore lm_head.")  # fmt: skip
     if "embed_tokens.weight" not in named and head is not None:
         named["embed_tokens.weight"], head = (HF_HEAD, head), None  # tied, written once under the head's name
-    config, source = _hf_config(
-        found.folder, override, {name: piece.shape for name, (_, piece) in named.items()}, where
-    )
     tensors = {name: SourceTensor(name, p.shape, p.dtype, (p,)) for name, (_, p) in named.items()}
+    tensors = with_scales(tensors, quantization is not None, where)
+    config, source = _hf_config(found.folder, override, {name: t.shape for name, t in tensors.items()}, where)
     return Checkpoint(found, config, source, tensors, () if head is None else ((head, 0),))
+
+
+def _quantization_of(folder: Path, override: OPTConfig | None) -> object:
+    """The ``quantization_config`` of a folder, or of the configuration that takes its place; ``None`` without one."""
+    given, path = None if override is None else override.extra.get(int8.CONFIG_KEY), folder / "config.json"
+    if given is not None or not path.is_file():
+        return given
+    try:
+        return read_json(path).get(int8.CONFIG_KEY)
+    except ValueError as error:
+        if override is not None:
+            return None
+        raise CheckpointError(str(error)) from None
 
 
 def _open(path: Path) -> TensorFile:
@@ -341,8 +362,8 @@ def _matched(checkpoint: Checkpoint) -> Checkpoint:
     expected = {name: tuple(p.shape) for name, p in OPT(config, device="meta").state_dict().items()}
     wrong = [f"{n}: expected {list(expected[n])}, got {list(t.shape)}"
              for n, t in tensors.items() if n in expected and t.shape != expected[n]]  # fmt: skip
-    wrong += [f"{n}: expected float64, float32, float16 or bfloat16, got another kind"
-              for n, t in tensors.items() if expected.get(n) == t.shape and t.dtype is None]  # fmt: skip
+    wrong += [f"{n}: expected float64, float32, float16 or bfloat16, got {'int8' if t.dtype else 'another kind'}"
+              for n, t in tensors.items() if expected.get(n) == t.shape and t.dtype in (None, torch.int8)]  # fmt: skip
     missing = [name for name in expected if name not in tensors]
     unexpected = [_key(tensor) for name, tensor in tensors.items() if name not in expected]
     problems = [

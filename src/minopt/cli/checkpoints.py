@@ -21,6 +21,7 @@ def add_convert(verbs: Any) -> None:
     parser.add_argument("--format", choices=("hf", "metaseq"), default="hf", help="what to write (hf)")
     parser.add_argument("--parts", type=int, default=1, metavar="N", help="metaseq's model parallel parts (1)")
     parser.add_argument("--dtype", default="auto", help="float32, bfloat16 or float16 (auto: as stored)")
+    parser.add_argument("--quantize", choices=("int8",), help="round the layers' weights to 8 bits (--format hf)")
     parser.add_argument("--max-shard-size", type=_size, default="2GB", metavar="SIZE",
                         help="the most that a safetensors file holds (2GB)")  # fmt: skip
     add_reading_arguments(parser)
@@ -61,6 +62,7 @@ def _convert(args: argparse.Namespace) -> None:
         format=args.format,
         parts=args.parts,
         dtype=args.dtype,
+        quantize=args.quantize,
         max_shard_bytes=args.max_shard_size,
         revision=args.revision,
         local_files_only=args.local_files_only,
