@@ -66,7 +66,7 @@ LAYOUTS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "metaseq, shards, no metadata": (("narrow",), {"shards": 2, "config": "dict", "metadata": False,
                                                    "dtype": torch.float16}),
 }  # fmt: skip
-HF_LAYOUTS = ("safetensors", "safetensors shards", "bin", "bin, legacy", "bin shards")
+HF_LAYOUTS = ("safetensors", "safetensors shards", "safetensors, int8", "bin", "bin, legacy", "bin shards")
 
 
 @dataclass(frozen=True)
@@ -174,6 +174,11 @@ def _save(content: Any, path: Path, _use_new_zipfile_serialization: bool = True)
 def _write_hf(folder: Path, reference: Any, layout: str) -> None:
     reference.save_pretrained(folder, **({"max_shard_size": "8KB"} if layout == "safetensors shards" else {}))
     (folder / "generation_config.json").unlink()  # which nothing here reads
+    if layout == "safetensors, int8":
+        minopt.convert(folder, folder.with_suffix(".int8"), quantize="int8")
+        shutil.rmtree(folder)
+        folder.with_suffix(".int8").rename(folder)
+        (folder / "generation_config.json").unlink()
     if layout.startswith("safetensors"):
         return
     (folder / "model.safetensors").unlink()
