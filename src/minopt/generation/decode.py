@@ -17,6 +17,7 @@ from torch import Tensor
 from minopt.generation.beam import beam_search
 from minopt.generation.config import GenerationConfig
 from minopt.generation.logits import Rule
+from minopt.generation.lookup import PromptLookup
 from minopt.generation.request import (
     EXHAUSTED,
     RUNNING,
@@ -39,6 +40,7 @@ class Step:
         is_new: ``[R]``, whether a row got a token.
         reasons: ``[R]``, the number in ``STOP_REASONS`` of a row that has ended, now or before; else 0.
         scores, logprobs, top_token_ids, top_logprobs: as in ``GenerationOutput``, of this step.
+        drafted_tokens, accepted_tokens: as in ``GenerationOutput``, so far.
     """
 
     tokens: Tensor
@@ -48,6 +50,8 @@ class Step:
     logprobs: Tensor | None = None
     top_token_ids: Tensor | None = None
     top_logprobs: Tensor | None = None
+    drafted_tokens: tuple[int, ...] | None = None
+    accepted_tokens: tuple[int, ...] | None = None
 
 
 def generate(
@@ -109,6 +113,8 @@ def run(request: Request) -> GenerationOutput:
         tuple(lengths),
         tuple(STOP_REASONS[reason] for reason in steps[-1].reasons.tolist()),
         **{name: stacked(name) for name in ("scores", "logprobs", "top_token_ids", "top_logprobs")},
+        drafted_tokens=steps[-1].drafted_tokens,
+        accepted_tokens=steps[-1].accepted_tokens,
     )
 
 
@@ -128,6 +134,7 @@ def decode_steps(request: Request) -> Iterator[Step]:
         mask = None if mask is None else mask.repeat_interleave(copies, dim=0)
     reasons = torch.zeros(B * copies, dtype=torch.int8, device=decoder.device)
     running = is_new = reasons == RUNNING
+    lookup = None if config.prompt_lookup_num_tokens is None else PromptLookup(request, cache)
     all_run = goes_on = True
     for length in range(T, T + N):
         scores = logits.float()
@@ -149,13 +156,18 @@ def decode_steps(request: Request) -> Iterator[Step]:
             running, all_run = reasons == RUNNING, False
             goes_on, is_broken = torch.stack([running, broken]).any(1).tolist()
             refuse(is_broken, length - T)
+        if lookup is not None:
+            found |= lookup.counts()
         yield Step(tokens, is_new, reasons, **found)
         if not goes_on:
             return
-        logits = decoder.decode_step(tokens[:, None], None if mask is None else mask[:, : length + 1], cache)
+        if lookup is not None:
+            logits = lookup.read(tokens, running)
+        else:
+            logits = decoder.decode_step(tokens[:, None], None if mask is None else mask[:, : length + 1], cache)
 
 
-def _asked_for(config: GenerationConfig, logits: Tensor, scores: Tensor, tokens: Tensor) -> dict[str, Tensor]:
+def _asked_for(config: GenerationConfig, logits: Tensor, scores: Tensor, tokens: Tensor) -> dict[str, Any]:
     """The parts of a ``Step`` that the configuration asks for."""
     found = {}
     if config.output_scores:
