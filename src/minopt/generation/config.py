@@ -47,10 +47,10 @@ class GenerationConfig:
         bad_words_ids: sequences of ids that are never completed.
         suppress_tokens: ids that are never generated.
         forced_bos_token_id: the first new token, where the prompt is a single token.
-        prompt_lookup_num_tokens: greedy decoding only: where the newest tokens stand in the text before, read up to that
-            many of those that followed there in one pass, and keep them as far as they are what is chosen. Changes no
-            token; ``None`` is off.
-        max_matching_ngram_size: the most tokens of the text's end that are looked for; the longest match counts.
+        prompt_lookup_num_tokens: where the newest tokens stand earlier in the text, read up to that many of those that
+            followed there in one pass, which spares passes as far as they come true. It changes no token, and is for
+            greedy decoding; ``None`` is off.
+        max_matching_ngram_size: the most tokens at the end of the text that are looked for; the longest match counts.
         eos_token_id: ids that end a row; ``None`` means the model's; ``()`` ends none.
         pad_token_id: what follows in a row that has ended; ``None`` means the model's.
         stop_strings: texts that end a row and are cut from it; for methods of ``LanguageModel``, which know text.
@@ -159,7 +159,8 @@ _ACTS_ONLY: dict[str, tuple[tuple[str, ...], str]] = {
     "num_beams": (("length_penalty", "early_stopping"), "on beam search only, and num_beams is 1"),
     "no_repeat_ngram_size": (("no_repeat_ngram_include_prompt",), "on n-grams only, and no_repeat_ngram_size is 0"),
     "prompt_lookup_num_tokens": (
-        ("max_matching_ngram_size",), "on prompt lookup only, and prompt_lookup_num_tokens is None",
+        ("max_matching_ngram_size",),
+        "on prompt lookup only, and prompt_lookup_num_tokens is None",
     ),
 }
 
@@ -333,7 +334,10 @@ _VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "bad_words_ids": (_are_sequences, "sequences of at least one id each"),
     "suppress_tokens": (_are_ids, "ids"),
     "forced_bos_token_id": (lambda value: value is None or _is_count(value), "an id, or None"),
-    "prompt_lookup_num_tokens": (lambda value: value is None or _is_count(value, 1), "an integer of at least 1, or None"),
+    "prompt_lookup_num_tokens": (
+        lambda value: value is None or _is_count(value, 1),
+        "an integer of at least 1, or None",
+    ),
     "max_matching_ngram_size": _AT_LEAST_1,
     "eos_token_id": (lambda value: value is None or _is_count(value) or _are_ids(value), "an id, several, or None"),
     "pad_token_id": (lambda value: value is None or _is_count(value), "an id, or None"),
