@@ -100,7 +100,9 @@ class Hashing:
         cache.append(input_ids, torch.ones_like(input_ids).bool())
         assert attention_mask.shape == (B, K, cache.tokens.shape[1])
         own = torch.ones(K, K).bool()  # of the new tokens, each sees itself; or, in a draft, those before it too
-        assert any(torch.equal(attention_mask[..., -K:], new.expand(B, K, K)) for new in (own.diag().diag(), own.tril()))
+        assert any(
+            torch.equal(attention_mask[..., -K:], new.expand(B, K, K)) for new in (own.diag().diag(), own.tril())
+        )
         assert not (attention_mask & ~cache.real[:, None]).any()
         assert torch.equal(position_ids, attention_mask.sum(-1) - 1)
         rows = cache.tokens[:, None].expand_as(attention_mask).flatten(0, 1)
