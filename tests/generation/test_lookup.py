@@ -22,7 +22,17 @@ from minopt.generation.lookup import Text
 from minopt.generation.request import prepare
 from tests.conftest import build_ours, build_reference, lively
 from tests.generation.test_decode import pad_left, random_prompts
-from tests.generation.test_properties import SHAPE, Case, Hashing, build_table, check, search, sensible
+from tests.generation.test_properties import (
+    SHAPE,
+    Case,
+    Hashing,
+    build_table,
+    check,
+    ends_with_odd,
+    nothing_behind_even,
+    search,
+    sensible,
+)
 
 # --- what is drafted
 
@@ -90,15 +100,28 @@ def assert_same(found: GenerationOutput, plain: GenerationOutput, tolerance: flo
 # --- nothing else changes
 
 
+def now_and_then(ids: Tensor, scores: Any) -> Tensor:
+    """A criterion that lets a text go on for a while."""
+    return ids.sum(1) % 11 == 0
+
+
+def nothing_now_and_then(ids: Tensor, scores: Tensor) -> Tensor:
+    return scores.masked_fill((ids.sum(1) % 13 == 0)[:, None], -torch.inf)
+
+
 def test_every_call_gives_what_it_gives_without_in_as_many_fewer_passes() -> None:
     """All rules, ends and outputs, in padded batches too; and the search meets what it should."""
     met: Counter[str] = Counter()
 
-    @search(700)
+    @search(500)
     @given(case=sensible(do_sample=False), most=st.sampled_from((1, 2, 3, 10)), size=st.sampled_from((1, 2, 5)))
     def is_the_same(case: Case, most: int, size: int) -> None:
-        for name in ("num_beams", "num_return_sequences", "length_penalty", "early_stopping"):
+        for name in ("num_beams", "num_return_sequences", "length_penalty", "early_stopping", "max_time"):
             case.options.pop(name, None)
+        case.options["max_new_tokens"] += 15  # time for a circle
+        case.decoder = (case.decoder[0], case.decoder[1] + 15, *case.decoder[2:])
+        case.processors = [nothing_now_and_then if rule is nothing_behind_even else rule for rule in case.processors]
+        case.criteria = [now_and_then if criterion is ends_with_odd else criterion for criterion in case.criteria]
         decoder = Counting(repeating(*case.decoder))
         plain = case.run(decoder)
         assert (plain.drafted_tokens, plain.accepted_tokens) == (None, None)
