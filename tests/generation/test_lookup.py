@@ -210,17 +210,17 @@ def circle(*ids: int, vocab_size: int = 60) -> Repeating:
     return decoder
 
 
-@pytest.mark.parametrize("new", range(1, 24))
+@pytest.mark.parametrize("new", range(1, 40))
 def test_a_draft_ends_with_the_new_tokens(new: int) -> None:
-    """A circle of three from the first token on: drafts of 2, 6, 10, 10, ... tokens, all of them right."""
+    """A circle of three from the first token on: drafts of 2, 6, 14, 15, ... tokens, all of them right."""
     decoder = Counting(circle(4, 5, 6))
     ids = torch.tensor([[4, 5, 6, 4]])
-    found = generate(decoder, ids, max_new_tokens=new, prompt_lookup_num_tokens=10)
+    found = generate(decoder, ids, max_new_tokens=new, prompt_lookup_num_tokens=15)
     assert_same(found, generate(circle(4, 5, 6), ids, max_new_tokens=new))
     left, draft, passes, drafted = new - 1, 2, 1, 0
     while left:
         count = min(draft, left - 1)
-        left, passes, drafted, draft = left - count - 1, passes + 1, drafted + count, min(10, 2 * count + 2)
+        left, passes, drafted, draft = left - count - 1, passes + 1, drafted + count, min(15, 2 * count + 2)
     assert (found.drafted_tokens, found.accepted_tokens) == ((drafted,), (drafted,))
     assert decoder.passes == passes
 
@@ -251,6 +251,19 @@ def test_rows_of_a_batch_read_ahead_together_and_alone_once_others_have_ended() 
     assert (found.lengths, found.stop_reasons) == ((5, 20), ("eos", "length"))
     assert found.drafted_tokens == found.accepted_tokens == (0, 2 + 6 + 4)
     assert decoder.passes == 20 - 12
+
+
+def test_a_row_that_ends_within_a_draft_lets_the_others_go_on_along_theirs() -> None:
+    decoder, ids = Counting(circle(4, 5)), torch.tensor([[4, 5, 4, 5], [14, 15, 14, 15]])
+    follows = {4: 5, 5: 4, 14: 15, 15: 14}
+    decoder.decoder.logits = lambda past: torch.eye(60)[
+        9 if len(past) == 9 and past[0] == 4 else follows.get(past[-1], 1)
+    ]
+    found = generate(decoder, ids, max_new_tokens=12, eos_token_id=9, prompt_lookup_num_tokens=10)
+    assert (found.lengths, found.stop_reasons) == ((6, 12), ("eos", "length"))
+    assert found.drafted_tokens == (2 + 6, 2 + 6)
+    assert found.accepted_tokens == (2 + 1, 2 + 6)
+    assert decoder.passes == 12 - 8
 
 
 # --- whoever looks on sees what it sees without
