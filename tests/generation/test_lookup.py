@@ -246,7 +246,7 @@ def test_rows_of_a_batch_read_ahead_together_and_alone_once_others_have_ended() 
     """The second row is in a circle at once, the first is new until its end; padding is no text of either."""
     decoder, options = Counting(circle(*range(2, 12))), {"eos_token_id": 9, "max_new_tokens": 20}
     decoder.decoder.logits = lambda past: torch.eye(60)[{30: 31, 31: 30}.get(past[-1], past[-1] + 1)]
-    ids, mask = torch.tensor([[1, 1, 1, 4], [30, 31, 30, 31]]), torch.tensor([[0, 0, 0, 1], [1, 1, 1, 1]])
+    ids, mask = torch.tensor([[6, 5, 6, 4], [30, 31, 30, 31]]), torch.tensor([[0, 0, 0, 1], [1, 1, 1, 1]])
     found = generate(decoder, ids, mask, prompt_lookup_num_tokens=10, **options)
     assert (found.lengths, found.stop_reasons) == ((5, 20), ("eos", "length"))
     assert found.drafted_tokens == found.accepted_tokens == (0, 2 + 6 + 4)
