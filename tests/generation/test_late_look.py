@@ -14,9 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from minopt import GenerationConfig, GenerationOutput, generate
+from minopt import OPT, GenerationConfig, GenerationOutput, OPTConfig, generate
 from minopt.generation import decode
+from minopt.generation.logits import block_ngrams
 from minopt.generation.request import prepare
+from tests.conftest import SIZE
 from tests.generation.test_decode import say
 from tests.generation.test_properties import Case, build_decoder, check, sensible
 from tests.generation.test_properties import search as of_examples
@@ -84,6 +86,36 @@ def test_all_that_comes_out_is_the_same() -> None:
     is_the_same()
     wanted = ("more", "sampled", "eos late", "exhausted late", "not at once", "seen")
     assert [what for what in wanted if not met[what]] == []
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"repetition_penalty": 1.2, "presence_penalty": 0.1, "suppress_tokens": (5,), "forced_bos_token_id": 9},
+        {"bad_words_ids": [[3, 4]], "sequence_bias": {(6,): 1.0}, "min_new_tokens": 2, "eos_token_id": (7, 8)},
+        {"output_logprobs": True, "top_logprobs": 2, "output_scores": True},
+        {"do_sample": True, "temperature": 0.5, "top_k": 9},
+        {"do_sample": True, "top_k": 0, "top_p": 0.9},
+        {"do_sample": True, "min_p": 0.1, "num_return_sequences": 3},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("is_padded", [False, True])
+def test_nothing_is_read_between_two_looks(options: dict[str, Any], is_padded: bool) -> None:
+    """On torch's device without values, where reading one fails."""
+    model = OPT(OPTConfig(**SIZE | {"vocab_size": 2000}), device="meta").eval()
+    mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]]) if is_padded else None
+    config = GenerationConfig(max_new_tokens=12, **options)
+    request = prepare(model, torch.full((2, 4), 3), mask, config).on_device()
+    steps = decode.decode_steps(request, 8)
+    assert [next(steps).tokens.device.type for _ in range(7)] == ["meta"] * 7
+    with pytest.raises((NotImplementedError, RuntimeError), match="meta tensor"):
+        next(steps)
+    with pytest.raises((NotImplementedError, RuntimeError), match="meta tensor"):
+        next(decode.decode_steps(request))
+    ids = torch.ones(2, 9, dtype=torch.long, device="meta")
+    assert block_ngrams(ids, torch.ones(2, 50, device="meta"), None, 2).shape == (2, 50)
 
 
 @pytest.mark.parametrize("do_sample", [False, True], ids=["greedy", "sampling"])
