@@ -130,6 +130,24 @@ def test_fields_of_a_jsonl_come_along_and_details_if_asked_for(
         assert [step[0][0] for step in record["top_logprobs"]] == [step[0][0] for step in detail.top_logprobs]
 
 
+def test_prompt_lookup_writes_the_same_tokens_and_how_many_came_from_drafts(
+    lm: minopt.LanguageModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, prompts = tmp_path / "prompts.txt", ["One, two, three. One, two, three. One,", "The sea"]
+    file.write_text("\n".join(prompts))
+    flags = ["--max-new-tokens", "20", "--prompt-lookup-num-tokens", "4", "--max-matching-ngram-size", "3"]
+    assert generate("--input", str(file), *flags) == 0
+    records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    options = {"max_new_tokens": 20, "prompt_lookup_num_tokens": 4, "max_matching_ngram_size": 3}
+    details = lm.generate(prompts, return_details=True, **options)
+    counts = [(record["drafted_tokens"], record["accepted_tokens"]) for record in records]
+    assert counts == [(detail.drafted_tokens, detail.accepted_tokens) for detail in details]
+    assert counts[0][0] >= counts[0][1] > 0
+    assert [record["text"] for record in records] == lm.generate(prompts, max_new_tokens=20)
+    assert generate(prompts[0], *flags) == 0
+    assert capsys.readouterr().out == lm.generate(prompts[0], max_new_tokens=20) + "\n"
+
+
 def test_each_result_is_written_as_soon_as_it_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And stays, if the run breaks off."""
     file, out = tmp_path / "prompts.txt", tmp_path / "out.jsonl"

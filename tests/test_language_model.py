@@ -281,6 +281,7 @@ def script_of(data: st.DataObject, tokenizer: Tokenizer) -> list[int]:
 
 WAYS: list[dict[str, Any]] = [
     {},
+    {"prompt_lookup_num_tokens": 3},
     {"do_sample": True, "seed": 1, "num_return_sequences": 2},
     {"num_beams": 3},
     {"num_beams": 2, "do_sample": True, "seed": 1},

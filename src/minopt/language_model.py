@@ -46,6 +46,7 @@ class GeneratedText:
         score: of beam search; ``None`` otherwise.
         top_logprobs: for each new token the ids and log-probabilities that were most probable in its place, if the
             option of that name asked for them.
+        drafted_tokens, accepted_tokens: with ``prompt_lookup_num_tokens``, see ``GenerationOutput``.
     """
 
     text: str
@@ -54,6 +55,8 @@ class GeneratedText:
     stop_reason: str
     score: float | None = None
     top_logprobs: tuple[tuple[tuple[int, float], ...], ...] = ()
+    drafted_tokens: int | None = None
+    accepted_tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -170,7 +173,7 @@ class LanguageModel:
                 ``stopping_criteria`` and ``generator`` of ``minopt.generate``, which see the rows of one batch after
                 the other; ``add_bos`` of ``Tokenizer.encode``; and ``batch_size`` and ``max_batch_tokens`` of
                 ``generation.batches.cut_batches``: prompts run in batches of like length, by default of 8,192 tokens,
-                new ones and padding included.
+                new ones and padding included, or of one prompt with ``prompt_lookup_num_tokens``.
 
         Returns:
             An iterator of a prompt's index and its continuations, the batch of the longest prompts first.
@@ -340,6 +343,8 @@ class LanguageModel:
             except ValueError as error:
                 where = f" (Prompt {number} of {len(prompts)}.)" if len(prompts) > 1 else ""
                 raise ValueError(f"{error}{where}") from None
+        if config.prompt_lookup_num_tokens is not None and batch_size is None and max_batch_tokens is None:
+            batch_size = 1  # rows of a batch wait for each other's drafts
         batches = []
         for indices in cut_batches([self._cost(len(row), config) for row in rows], batch_size, max_batch_tokens):
             input_ids, mask = pad_left([rows[i] for i in indices], self.model.config.pad_token_id)
@@ -414,6 +419,8 @@ def _generated_text(batch: _Batch, output: GenerationOutput, row: int) -> Genera
         reason,
         None if output.sequences_scores is None else output.sequences_scores[row].item(),
         tuple(top),
+        None if output.drafted_tokens is None else output.drafted_tokens[row],
+        None if output.accepted_tokens is None else output.accepted_tokens[row],
     )
 
 

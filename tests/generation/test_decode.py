@@ -337,6 +337,13 @@ def test_draws_have_the_probabilities_of_the_scores(temperature: float) -> None:
             assert chi_square(counts, (steps[step, 1 - which] / temperature).softmax(0)) > 4
 
 
+def test_what_a_row_draws_says_nothing_of_its_next_draw_nor_of_other_rows() -> None:
+    options: dict[str, Any] = {"do_sample": True, "eos_token_id": (), "max_new_tokens": 2, "seed": 1}
+    found = generate(Script(torch.zeros(2, 8000, 5)), torch.ones(8000, 1).long(), **options).sequences[:, 1:]
+    for first, second in ((found[:, 0], found[:, 1]), (found[:-1, 0], found[1:, 0])):
+        assert chi_square(torch.bincount(5 * first + second, minlength=25), torch.full((25,), 1 / 25)) < 4
+
+
 def test_excluded_tokens_are_never_drawn() -> None:
     logits = torch.randn(1, 1, 12, generator=torch.Generator().manual_seed(0))
     top = set(logits[0, 0].topk(5).indices.tolist())

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from transformers.generation.candidate_generator import PromptLookupCandidateGenerator
 
 from minopt import GenerationConfig
 from minopt.generation.config import read_defaults, with_defaults
@@ -33,6 +34,7 @@ SWITCHES: dict[str, dict[str, Any]] = {
     **{name: {"do_sample": True} for name in ("temperature", "top_k", "top_p", "min_p", "seed")},
     **{name: {"num_beams": 2} for name in ("length_penalty", "early_stopping")},
     "no_repeat_ngram_include_prompt": {"no_repeat_ngram_size": 2},
+    "max_matching_ngram_size": {"prompt_lookup_num_tokens": 3},
 }
 
 COUNTS = (-1, 2.0, True, None, "3", math.nan, [1])
@@ -77,6 +79,8 @@ NONSENSE: dict[str, tuple[str, tuple[Any, ...]]] = {
     ),
     "suppress_tokens": ("ids", (5, (1, -1), "abc", (1.0,), (None,), ((1,),), (False,))),
     "forced_bos_token_id": ("an id, or None", (-1, 2.0, "2", (2,), True)),
+    "prompt_lookup_num_tokens": ("an integer of at least 1, or None", (0, -1, 2.0, True, "3", math.nan, [1])),
+    "max_matching_ngram_size": ("an integer of at least 1", (0, *COUNTS)),
     "eos_token_id": ("an id, several, or None", (-1, (2, -1), "</s>", 2.0, True, (2, None))),
     "pad_token_id": ("an id, or None", (-1, 1.0, "<pad>", (1,), False)),
     "stop_strings": ("texts of at least one character", (5, ("",), ("a", ""), ("a", 5), (None,), (b"a",))),
@@ -111,6 +115,7 @@ IDLE: list[tuple[str, Any, str]] = [
         for name, value in (("length_penalty", 0.0), ("early_stopping", True), ("early_stopping", "never"))
     ),
     ("no_repeat_ngram_include_prompt", False, "on n-grams only, and no_repeat_ngram_size is 0"),
+    ("max_matching_ngram_size", 3, "on prompt lookup only, and prompt_lookup_num_tokens is None"),
 ]
 
 
@@ -144,6 +149,12 @@ CONTRADICTIONS: dict[str, dict[str, Any]] = {
     },
     "num_return_sequences is 2, and greedy decoding has one answer: set do_sample or num_beams": {
         "num_return_sequences": 2,
+    },
+    "prompt_lookup_num_tokens is 3, and only greedy decoding reads drafts: leave it out, or set do_sample=False": {
+        "prompt_lookup_num_tokens": 3, "do_sample": True, "num_return_sequences": 2,
+    },
+    "prompt_lookup_num_tokens is 5, and only greedy decoding reads drafts: leave it out, or set num_beams=1": {
+        "prompt_lookup_num_tokens": 5, "num_beams": 2,
     },
 }  # fmt: skip
 
@@ -279,6 +290,7 @@ def test_the_defaults_are_those_of_transformers_generate(reference: Any) -> None
     expected = {name: getattr(theirs, name) for name in NAMES if name not in OURS_ALONE}
     del expected["max_new_tokens"]  # None, for it has max_length: see below
     expected["pad_token_id"] = None  # the model's, in both
+    expected["max_matching_ngram_size"] = PromptLookupCandidateGenerator().max_matching_ngram_size  # who uses it knows
     ours = {name: getattr(GenerationConfig(), name) for name in expected}
     unset = {name for name, value in expected.items() if value is None}
     assert {name: value for name, value in ours.items() if name not in unset} == {
@@ -520,6 +532,18 @@ def test_numbers_may_be_numpys() -> None:
     config = GenerationConfig(max_new_tokens=np.int64(5), do_sample=True, temperature=np.float32(0.5))
     assert config == GenerationConfig(max_new_tokens=5, do_sample=True, temperature=0.5)
     assert (type(config.max_new_tokens), type(config.temperature)) == (int, float)
+
+
+def test_a_files_prompt_lookup_gives_way_to_sampling_and_beams() -> None:
+    file = {"prompt_lookup_num_tokens": 5, "max_matching_ngram_size": 3}
+    config = with_defaults(file, {})
+    assert (config.prompt_lookup_num_tokens, config.max_matching_ngram_size) == (5, 3)
+    for options in ({"do_sample": True}, {"num_beams": 2}):
+        assert with_defaults(file, options).prompt_lookup_num_tokens is None
+        with pytest.raises(ValueError, match="prompt_lookup_num_tokens is 4, and only greedy decoding reads drafts"):
+            with_defaults(options, {"prompt_lookup_num_tokens": 4})
+        with pytest.raises(ValueError, match="max_matching_ngram_size acts on prompt lookup only"):
+            with_defaults(file, options | {"max_matching_ngram_size": 4})
 
 
 def test_a_files_number_of_continuations_gives_way_to_greedy_decoding() -> None:

@@ -55,6 +55,10 @@ class Slots:
             torch.cat([t[:, :start], t[:, start:].gather(1, slots)], 1) for t in (self.tokens, self.real)
         )
 
+    def truncate(self, length: int) -> None:
+        assert length < self.tokens.shape[1]
+        self.tokens, self.real = self.tokens[:, :length], self.real[:, :length]
+
 
 class Hashing:
     """Logits from a table, at a row that all of the real tokens so far decide; and a check of what it is told."""
@@ -92,10 +96,13 @@ class Hashing:
 
     def decode_beams(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, cache: Slots) -> Tensor:
         self.calls += 1
-        (B, K), last = input_ids.shape, torch.eye(input_ids.shape[1]).bool()
+        B, K = input_ids.shape
         cache.append(input_ids, torch.ones_like(input_ids).bool())
         assert attention_mask.shape == (B, K, cache.tokens.shape[1])
-        assert torch.equal(attention_mask[..., -K:], last.expand(B, K, K))
+        own = torch.ones(K, K).bool()  # of the new tokens, each sees itself; or, in a draft, those before it too
+        assert any(
+            torch.equal(attention_mask[..., -K:], new.expand(B, K, K)) for new in (own.diag().diag(), own.tril())
+        )
         assert not (attention_mask & ~cache.real[:, None]).any()
         assert torch.equal(position_ids, attention_mask.sum(-1) - 1)
         rows = cache.tokens[:, None].expand_as(attention_mask).flatten(0, 1)

@@ -32,6 +32,10 @@ _NUMBERS: dict[str, tuple[str, tuple[tuple[str, type, str], ...]]] = {
         ("min-p", float, "sampling: from tokens at least X times as probable as the best"),
         ("seed", int, "of the draws"),
     )),
+    "lookup": ("reading ahead where a text repeats itself: the same tokens, sooner", (
+        ("prompt-lookup-num-tokens", int, "greedy: the most tokens to draft from the text before (off)"),
+        ("max-matching-ngram-size", int, "look for that many of the newest tokens, or fewer (2)"),
+    )),
     "rules": ("what is not repeated, preferred, or banned", (
         ("no-repeat-ngram-size", int, "no N tokens in a row come twice"),
         ("repetition-penalty", float, "scores of tokens seen are divided by it (1.0)"),
@@ -154,7 +158,10 @@ def _generate(args: argparse.Namespace) -> None:
 
 
 # The keys of an output line, beside those of the prompt's own.
-_WRITTEN = {"index", "sequence", "text", "stop_reason", "score", "token_ids", "logprobs", "top_logprobs"}
+_WRITTEN = {
+    "index", "sequence", "text", "stop_reason", "score", "token_ids", "logprobs", "top_logprobs", "drafted_tokens",
+    "accepted_tokens",
+}  # fmt: skip
 
 
 def _check_output(output: Path, source: Path, force: bool) -> None:
@@ -215,6 +222,8 @@ def _write_results(results: Iterator[Any], prompts: Sequence[dict[str, Any]], ou
                     fields |= {"token_ids": record.token_ids, "logprobs": record.logprobs}
                 if record.top_logprobs:
                     fields |= {"token_ids": record.token_ids, "top_logprobs": record.top_logprobs}
+                if record.drafted_tokens is not None:
+                    fields |= {"drafted_tokens": record.drafted_tokens, "accepted_tokens": record.accepted_tokens}
                 line = {**prompts[index], "index": index, "sequence": sequence, **fields}
                 print(json.dumps(line, ensure_ascii=False), file=file, flush=True)
         if file is None and output is not None:

@@ -47,6 +47,10 @@ class GenerationConfig:
         bad_words_ids: sequences of ids that are never completed.
         suppress_tokens: ids that are never generated.
         forced_bos_token_id: the first new token, where the prompt is a single token.
+        prompt_lookup_num_tokens: where the newest tokens stand earlier in the text, read up to that many of those that
+            followed there in one pass, which spares passes as far as they come true. It changes no token, and is for
+            greedy decoding; ``None`` is off.
+        max_matching_ngram_size: the most tokens at the end of the text that are looked for; the longest match counts.
         eos_token_id: ids that end a row; ``None`` means the model's; ``()`` ends none.
         pad_token_id: what follows in a row that has ended; ``None`` means the model's.
         stop_strings: texts that end a row and are cut from it; for methods of ``LanguageModel``, which know text.
@@ -81,6 +85,8 @@ class GenerationConfig:
     bad_words_ids: tuple[tuple[int, ...], ...] = ()
     suppress_tokens: tuple[int, ...] = ()
     forced_bos_token_id: int | None = None
+    prompt_lookup_num_tokens: int | None = None
+    max_matching_ngram_size: int = 2
     eos_token_id: int | tuple[int, ...] | None = None
     pad_token_id: int | None = None
     stop_strings: tuple[str, ...] = ()
@@ -116,6 +122,11 @@ class GenerationConfig:
                 f"num_return_sequences is {self.num_return_sequences}, and greedy decoding has one answer: "
                 "set do_sample or num_beams"
             )
+        if self.prompt_lookup_num_tokens is not None and (self.do_sample or self.num_beams > 1):
+            problems.append(
+                f"prompt_lookup_num_tokens is {self.prompt_lookup_num_tokens}, and only greedy decoding reads drafts: "
+                f"leave it out, or set {'do_sample=False' if self.do_sample else 'num_beams=1'}"
+            )
         if self.forced_bos_token_id in self.suppress_tokens:
             problems.append(f"suppress_tokens holds the forced_bos_token_id {self.forced_bos_token_id}")
         return problems
@@ -147,6 +158,10 @@ _ACTS_ONLY: dict[str, tuple[tuple[str, ...], str]] = {
     "do_sample": (("temperature", "top_k", "top_p", "min_p", "seed"), "on sampling only, and do_sample is off"),
     "num_beams": (("length_penalty", "early_stopping"), "on beam search only, and num_beams is 1"),
     "no_repeat_ngram_size": (("no_repeat_ngram_include_prompt",), "on n-grams only, and no_repeat_ngram_size is 0"),
+    "prompt_lookup_num_tokens": (
+        ("max_matching_ngram_size",),
+        "on prompt lookup only, and prompt_lookup_num_tokens is None",
+    ),
 }
 
 
@@ -192,6 +207,8 @@ def with_defaults(defaults: Mapping[str, Any], options: Mapping[str, Any]) -> Ge
     idle = [*_idle(merged)]
     if not merged.get("do_sample") and merged.get("num_beams", 1) == 1:
         idle.append("num_return_sequences")
+    elif "prompt_lookup_num_tokens" not in options:
+        idle += ["prompt_lookup_num_tokens", "max_matching_ngram_size"]
     kept = {name: value for name, value in defaults.items() if name not in idle}
     return GenerationConfig().replace(**{**kept, **options})
 
@@ -317,6 +334,11 @@ _VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "bad_words_ids": (_are_sequences, "sequences of at least one id each"),
     "suppress_tokens": (_are_ids, "ids"),
     "forced_bos_token_id": (lambda value: value is None or _is_count(value), "an id, or None"),
+    "prompt_lookup_num_tokens": (
+        lambda value: value is None or _is_count(value, 1),
+        "an integer of at least 1, or None",
+    ),
+    "max_matching_ngram_size": _AT_LEAST_1,
     "eos_token_id": (lambda value: value is None or _is_count(value) or _are_ids(value), "an id, several, or None"),
     "pad_token_id": (lambda value: value is None or _is_count(value), "an id, or None"),
     "stop_strings": (

@@ -17,6 +17,7 @@ from torch import Tensor
 from minopt.generation.beam import beam_search
 from minopt.generation.config import GenerationConfig
 from minopt.generation.logits import Rule
+from minopt.generation.lookup import PromptLookup
 from minopt.generation.request import (
     EXHAUSTED,
     RUNNING,
@@ -29,6 +30,9 @@ from minopt.generation.request import (
     refuse,
 )
 
+# Steps from one look of the host at what came out to the next, on devices that would have to wait for it.
+LOOK_EVERY = 8
+
 
 @dataclass(frozen=True)
 class Step:
@@ -39,6 +43,7 @@ class Step:
         is_new: ``[R]``, whether a row got a token.
         reasons: ``[R]``, the number in ``STOP_REASONS`` of a row that has ended, now or before; else 0.
         scores, logprobs, top_token_ids, top_logprobs: as in ``GenerationOutput``, of this step.
+        drafted_tokens, accepted_tokens: as in ``GenerationOutput``, so far.
     """
 
     tokens: Tensor
@@ -48,6 +53,8 @@ class Step:
     logprobs: Tensor | None = None
     top_token_ids: Tensor | None = None
     top_logprobs: Tensor | None = None
+    drafted_tokens: tuple[int, ...] | None = None
+    accepted_tokens: tuple[int, ...] | None = None
 
 
 def generate(
@@ -95,7 +102,7 @@ def run(request: Request) -> GenerationOutput:
     request, config = request.on_device(), request.config
     if config.num_beams > 1:
         return beam_search(request)
-    steps = list(decode_steps(request))
+    steps = list(decode_steps(request, _look_every(request)))
     lengths = torch.stack([step.is_new for step in steps]).sum(0).tolist()
 
     def stacked(name: str) -> Tensor | None:
@@ -109,12 +116,31 @@ def run(request: Request) -> GenerationOutput:
         tuple(lengths),
         tuple(STOP_REASONS[reason] for reason in steps[-1].reasons.tolist()),
         **{name: stacked(name) for name in ("scores", "logprobs", "top_token_ids", "top_logprobs")},
+        drafted_tokens=steps[-1].drafted_tokens,
+        accepted_tokens=steps[-1].accepted_tokens,
     )
 
 
+def _look_every(request: Request) -> int:
+    """How many steps may pass until the host looks whether any row goes on.
+
+    One on a CPU, where looking costs nothing; where somebody's own function or the clock must not meet a step behind
+    the last; and where the host has to know each token.
+    """
+    config = request.config
+    is_seen = request.logits_processor or request.stopping_criteria or config.max_time is not None
+    if request.decoder.device.type == "cpu" or is_seen or config.prompt_lookup_num_tokens is not None:
+        return 1
+    return LOOK_EVERY
+
+
 @torch.inference_mode()
-def decode_steps(request: Request) -> Iterator[Step]:
-    """The loop of greedy decoding and sampling: yields each step as it is made, until every row has ended."""
+def decode_steps(request: Request, look_every: int = 1) -> Iterator[Step]:
+    """The loop of greedy decoding and sampling: yields each step as it is made, until every row has ended.
+
+    With ``look_every`` above 1 it is so many steps, or fewer, until the host learns of an end or of scores that are no
+    numbers: up to ``look_every - 1`` steps without any new token may come behind the last one.
+    """
     decoder, config, copies = request.decoder, request.config, request.config.num_return_sequences
     (B, T), N = request.input_ids.shape, config.max_new_tokens
     rules, stopper = request.rules(copies), request.stopper()
@@ -128,34 +154,44 @@ def decode_steps(request: Request) -> Iterator[Step]:
         mask = None if mask is None else mask.repeat_interleave(copies, dim=0)
     reasons = torch.zeros(B * copies, dtype=torch.int8, device=decoder.device)
     running = is_new = reasons == RUNNING
+    broken_at = torch.full_like(running, N, dtype=torch.long)  # the step in which a row's scores were no numbers
+    lookup = None if config.prompt_lookup_num_tokens is None else PromptLookup(request, cache)
+    draws = _random_numbers(N, B * copies, request) if config.do_sample else None
     all_run = goes_on = True
-    for length in range(T, T + N):
+    for step in range(N):
+        length = T + step
         scores = logits.float()
         for rule in rules:
             scores = rule(sequences[:, :length], scores)
         best, tokens = scores.max(-1)
-        if config.do_sample:
-            tokens = _draw(scores, request.generator)
+        if draws is not None:
+            tokens = _draw(scores, draws[step])
         found = _asked_for(config, logits, scores, tokens)
         sequences[:, length] = tokens
-        ends = stopper(tokens, length + 1 - T, sequences[:, : length + 1])
-        if not (all_run and _all_go_on(best, ends)):  # seldom: until a row ends, the tensors of before hold
+        ends = stopper(tokens, step + 1, sequences[:, : length + 1])
+        if look_every > 1 or not (all_run and _all_go_on(best, ends)):  # until a row ends, the tensors of before hold
             has_token = best.abs() < torch.inf
-            broken = running & ~has_token & (best != -torch.inf)
+            broken_at = broken_at.where(~running | has_token | (best == -torch.inf), step)
             is_new = running & has_token
             tokens = tokens.where(is_new, request.pad_token_id)
             sequences[:, length] = tokens
             reasons = torch.where(running, ends.masked_fill(~has_token, EXHAUSTED), reasons)
             running, all_run = reasons == RUNNING, False
-            goes_on, is_broken = torch.stack([running, broken]).any(1).tolist()
-            refuse(is_broken, length - T)
+            if (step + 1) % look_every == 0 or step == N - 1:
+                goes_on, first_broken = torch.stack([running.any(), broken_at.min()]).tolist()
+                refuse(first_broken < N, first_broken)
+        if lookup is not None:
+            found |= lookup.counts()
         yield Step(tokens, is_new, reasons, **found)
         if not goes_on:
             return
-        logits = decoder.decode_step(tokens[:, None], None if mask is None else mask[:, : length + 1], cache)
+        if lookup is not None:
+            logits = lookup.read(tokens, running)
+        else:
+            logits = decoder.decode_step(tokens[:, None], None if mask is None else mask[:, : length + 1], cache)
 
 
-def _asked_for(config: GenerationConfig, logits: Tensor, scores: Tensor, tokens: Tensor) -> dict[str, Tensor]:
+def _asked_for(config: GenerationConfig, logits: Tensor, scores: Tensor, tokens: Tensor) -> dict[str, Any]:
     """The parts of a ``Step`` that the configuration asks for."""
     found = {}
     if config.output_scores:
@@ -174,14 +210,19 @@ def _all_go_on(best: Tensor, ends: Tensor) -> bool:
     return all(-math.inf < score < math.inf for score in best.tolist()) and not any(ends.tolist())
 
 
-def _draw(scores: Tensor, generator: torch.Generator | None) -> Tensor:
+def _random_numbers(steps: int, rows: int, request: Request) -> Tensor:
+    """All that sampling may need, ``[steps, rows, 1]``: a generator moves on by as much, whenever the rows end."""
+    device, generator = request.decoder.device, request.generator
+    return torch.rand(steps, rows, 1, dtype=torch.float64, device=device, generator=generator)
+
+
+def _draw(scores: Tensor, at: Tensor) -> Tensor:
     """A token of each row, by its probability. Rows whose scores are no numbers draw any, which is not used.
 
-    By the inverse of the cumulated distribution, in float64: one random number a row, where ``torch.multinomial`` takes
-    one for each token of the vocabulary.
+    By the inverse of the cumulated distribution, in float64, ``at [R, 1]`` from 0 to 1: one random number a row, where
+    ``torch.multinomial`` takes one for each token of the vocabulary.
     """
     cumulative = scores.softmax(-1).cumsum(-1, dtype=torch.float64)
-    at = torch.rand(len(scores), 1, dtype=torch.float64, device=scores.device, generator=generator)
     # The first token whose sum exceeds the number: never one without probability.
     drawn = torch.searchsorted(cumulative, at * cumulative[:, -1:], right=True)
     return drawn[:, 0].clamp(max=scores.shape[1] - 1)

@@ -34,6 +34,9 @@ class Cache(Protocol):
     def compact(self, start: int, slots: Tensor) -> None:
         """Keeps of each row what lies before ``start``, and behind it the ``slots [B, M]`` counted from there."""
 
+    def truncate(self, length: int) -> None:
+        """Keeps the first ``length`` tokens of each row."""
+
 
 class Decoder(Protocol):
     """What generation drives: an ``OPT``, or a program that does the same."""
@@ -54,9 +57,9 @@ class Decoder(Protocol):
         """Reads one more token a row, ``[B, 1]``; returns the logits ``[B, V]`` behind it."""
 
     def decode_beams(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, cache: Any) -> Tensor:
-        """Reads one more token of each beam, ``[B, K]``, into one row of the cache.
+        """Reads one more token of each beam, or several of a draft, ``[B, K]``, into one row of the cache.
 
-        ``attention_mask [B, K, S]`` (boolean) says which of the row's S tokens, new ones included, are a beam's own
+        ``attention_mask [B, K, S]`` (boolean) says which of the row's S tokens, new ones included, are a token's own
         past, and ``position_ids [B, K]`` where the new ones stand. Returns the logits ``[B, K, V]`` behind them.
         """
 
@@ -80,6 +83,9 @@ class GenerationOutput:
         top_token_ids: ``[R, N, top_logprobs]`` int64, the most probable tokens of each step in falling order, before
             any rule; if ``top_logprobs`` asked for them.
         top_logprobs: ``[R, N, top_logprobs]`` float32, theirs.
+        drafted_tokens: with ``prompt_lookup_num_tokens``, how many tokens were drafted for each row.
+        accepted_tokens: and how many of them came true and spared a pass of the model: a row alone takes as many
+            passes as it has new tokens, less these.
 
     What stands behind a row's length has no meaning.
     """
@@ -92,6 +98,8 @@ class GenerationOutput:
     logprobs: Tensor | None = None
     top_token_ids: Tensor | None = None
     top_logprobs: Tensor | None = None
+    drafted_tokens: tuple[int, ...] | None = None
+    accepted_tokens: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,142 @@
+"""Prompt lookup: what followed the newest tokens where they stood before is a draft, which the model reads in one pass.
+
+After Saxena 2023 (github.com/apoorvumang/prompt-lookup-decoding) and, for the check of drafts, Leviathan et al. 2023
+(arXiv 2211.17192). The loop of ``decode_steps`` knows nothing of it: it asks for the logits behind each token that it
+has chosen, and finds those of a draft that came true here already. So every rule and every end acts as without.
+
+Shapes: B rows, K tokens read at once, T prompt tokens (padding included), S tokens so far, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minopt.generation.request import Request
+
+
+class Text:
+    """The tokens of a row, without padding, and where each of them stands."""
+
+    def __init__(self, ids: Iterable[int]) -> None:
+        self.ids: list[int] = []
+        self.places: defaultdict[int, list[int]] = defaultdict(list)
+        for token in ids:
+            self.append(token)
+
+    def append(self, token: int) -> None:
+        self.places[token].append(len(self.ids))
+        self.ids.append(token)
+
+    def draft(self, ngram_size: int, count: int) -> list[int]:
+        """What followed the n-gram of its end where that stood before: the longest one, and of those the latest.
+
+        Goes on with the draft itself where the text ends, as a text that repeats itself does. Empty if even the last
+        token is new.
+        """
+        longest, start = 0, 0
+        for place in reversed(self.places[self.ids[-1]][:-1]):
+            length = self._match(place, ngram_size)
+            if length > longest:
+                longest, start = length, place + 1
+            if longest == ngram_size:
+                break
+        return [self.ids[start + i % (len(self.ids) - start)] for i in range(count)] if longest else []
+
+    def _match(self, place: int, most: int) -> int:
+        """How many tokens up to ``place`` are those up to the end; at least one is."""
+        length = 1
+        while length < min(most, place + 1) and self.ids[place - length] == self.ids[-1 - length]:
+            length += 1
+        return length
+
+
+class PromptLookup:
+    """Reads the tokens that greedy decoding chooses; those of a draft that comes true, it has read before.
+
+    Rows go on along their drafts as long as those of all are right, and draft only if each finds something: a pass has
+    one length, and so has the cache.
+
+    Args:
+        request: of B rows, whose prompts ``cache`` has read.
+        cache: with room for the prompts and all new tokens.
+
+    Attributes:
+        drafted, accepted: of each row, how many tokens were drafted, and how many of them spared a pass.
+    """
+
+    def __init__(self, request: Request, cache: Any) -> None:
+        (B, T), config = request.input_ids.shape, request.config
+        assert config.prompt_lookup_num_tokens is not None
+        self.request, self.cache = request, cache
+        self.most, self.ngram_size = config.prompt_lookup_num_tokens, config.max_matching_ngram_size
+        self.length, self.end = T, T + config.max_new_tokens
+        self.padding = request.padding(1)
+        self.real = torch.arange(self.end, device=self.padding.device) >= self.padding[:, None]  # [B, T + N]
+        rows = zip(request.input_ids.tolist(), self.padding.tolist(), strict=True)
+        self.texts = [Text(ids[padding:]) for ids, padding in rows]
+        # What is yet to come true, from the last to the next: a token of each row, and the logits [B, V] behind it.
+        self.ahead: list[tuple[tuple[int, ...], Tensor]] = []
+        self.came_true = 0  # tokens of the newest draft
+        self.drafted, self.accepted = [0] * B, [0] * B
+
+    def read(self, tokens: Tensor, running: Tensor) -> Tensor:
+        """Logits ``[B, V]`` behind the newest token of each row.
+
+        Args:
+            tokens: ``[B]``.
+            running: ``[B]``, whether a row goes on; what one that has ended gets has no meaning.
+        """
+        newest, rows = tokens.tolist(), [row for row, runs in enumerate(running.tolist()) if runs]
+        for text, token in zip(self.texts, newest, strict=True):
+            text.append(token)
+        self.length += 1
+        if self.ahead:
+            foreseen, logits = self.ahead.pop()
+            if all(foreseen[row] == newest[row] for row in rows):
+                _count(self.accepted, rows, 1)
+                self.came_true += 1
+                return logits
+            self.ahead.clear()
+            self.cache.truncate(self.length - 1)
+        return self._read_with_drafts(tokens, rows)
+
+    def counts(self) -> dict[str, tuple[int, ...]]:
+        """The parts of a ``Step`` that say how far drafts came true."""
+        return {"drafted_tokens": tuple(self.drafted), "accepted_tokens": tuple(self.accepted)}
+
+    def _read_with_drafts(self, tokens: Tensor, rows: list[int]) -> Tensor:
+        """Logits behind the newest tokens; those behind drafts are kept for later."""
+        drafts, decoder = self._drafts(rows), self.request.decoder
+        if not drafts:
+            mask = None if self.request.attention_mask is None else self.real[:, : self.length]
+            return decoder.decode_step(tokens[:, None], mask, self.cache)
+        K, S = 1 + len(drafts), self.length + len(drafts)
+        _count(self.drafted, rows, len(drafts))
+        self.came_true = 0
+        ids = torch.cat([tokens[:, None], torch.tensor(drafts, device=tokens.device).T], 1)  # [B, K]
+        past = torch.ones(K, S, dtype=torch.bool, device=tokens.device).tril(S - K)
+        positions = torch.arange(S - K, S, device=tokens.device) - self.padding[:, None]
+        logits = decoder.decode_beams(ids, past & self.real[:, None, :S], positions, self.cache)
+        first, *behind = logits.unbind(1)
+        self.ahead = [*zip(drafts, behind, strict=True)][::-1]
+        return first
+
+    def _drafts(self, rows: list[int]) -> list[tuple[int, ...]]:
+        """A token of each row a step; none, if there is a row without any. ``rows`` are those that go on."""
+        # One more token is chosen behind a draft. On a CPU a pass takes longer the more it reads, so a draft is as long
+        # as the one before lets hope: of six rules the best between texts that copy and such that do not.
+        count = min(self.most, 2 * self.came_true + 2, self.end - self.length - 1)
+        drafts = [[self.request.pad_token_id] * count for _ in self.texts]
+        for row in rows:
+            drafts[row] = self.texts[row].draft(self.ngram_size, count)
+        return [*zip(*drafts, strict=False)]  # a row that finds nothing leaves nothing
+
+
+def _count(counts: list[int], rows: list[int], more: int) -> None:
+    for row in rows:
+        counts[row] += more
