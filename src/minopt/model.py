@@ -29,7 +29,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     torch's general product leaves much of the memory's bandwidth unused there (benchmarks/README.md). In inference
     mode only, so that training, tracing and export see the one plain operator.
     """
-    one_token = x.numel() == x.shape[-1] and not torch.compiler.is_compiling()
+    one_token = not torch.compiler.is_compiling() and x.numel() == x.shape[-1]  # or an export would fix the shape
     bfloat16 = x.dtype == weight.dtype == torch.bfloat16  # autocast mixes dtypes
     if one_token and bfloat16 and x.device.type == "cpu" and torch.is_inference_mode_enabled():
         y = torch.mv(weight, x.view(-1)) if bias is None else torch.addmv(bias, weight, x.view(-1))
