@@ -40,7 +40,7 @@ RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
 LAZY = {
     "minopt.checkpoint.hub": {"huggingface_hub"},
     "minopt.checkpoint.save": {"safetensors"},
-    **{f"minopt.cli.{verb}": {"minopt"} for verb in ("checkpoints", "evaluate", "finetune", "generate")},
+    **{f"minopt.cli.{verb}": {"minopt"} for verb in ("checkpoints", "evaluate", "export", "finetune", "generate")},
 }
 FORBIDDEN = {"transformers", "fairseq", "metaseq"}
 

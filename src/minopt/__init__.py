@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from minopt.checkpoint.load import load_model
     from minopt.checkpoint.save import save_model
     from minopt.config import OPTConfig
+    from minopt.export import export_model
     from minopt.generation.config import GenerationConfig
     from minopt.generation.decode import generate
     from minopt.generation.request import GenerationOutput
@@ -41,6 +42,7 @@ _HOME = {
     "inspect_checkpoint": "minopt.checkpoint.inspect",
     "save_model": "minopt.checkpoint.save",
     "OPTConfig": "minopt.config",
+    "export_model": "minopt.export",
     "GenerationConfig": "minopt.generation.config",
     "GenerationOutput": "minopt.generation.request",
     "generate": "minopt.generation.decode",
@@ -71,6 +73,7 @@ __all__ = [
     "TrainResult",
     "TrainingConfig",
     "convert",
+    "export_model",
     "generate",
     "inspect_checkpoint",
     "load",

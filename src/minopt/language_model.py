@@ -23,6 +23,7 @@ from minopt.generation.config import GenerationConfig, read_defaults, with_defau
 from minopt.generation.decode import decode_steps, run
 from minopt.generation.request import STOP_REASONS, GenerationOutput, Request, check_room, prepare
 from minopt.generation.scoring import sliding_logprobs, token_logprobs
+from minopt.inference.exported import ExportedModel, is_exported, load_exported
 from minopt.inference.fast import FastOPT
 from minopt.inference.graphs import GraphedOPT
 from minopt.model import OPT
@@ -90,18 +91,35 @@ class LanguageModel:
     """A model that reads and writes text.
 
     Args:
-        model: on any device.
+        model: on any device, or an exported program.
         tokenizer: ``None`` where the checkpoint has no tokenizer files; methods on text then say so.
         generation_defaults: options of ``GenerationConfig`` that hold unless a call gives others; ``load`` takes them
             from ``generation_config.json``.
     """
 
     def __init__(
-        self, model: OPT, tokenizer: Tokenizer | None, generation_defaults: Mapping[str, Any] | None = None
+        self,
+        model: OPT | ExportedModel,
+        tokenizer: Tokenizer | None,
+        generation_defaults: Mapping[str, Any] | None = None,
     ) -> None:
-        self.model = model
+        self.decoder = model
         self.tokenizer = tokenizer
         self.generation_defaults = dict(generation_defaults or {})
+
+    @property
+    def model(self) -> OPT:
+        """The model itself.
+
+        Raises:
+            ValueError: if this is an exported program.
+        """
+        if isinstance(self.decoder, ExportedModel):
+            raise ValueError(
+                "model: this is an exported program, which generates and scores, but has no weights to train, measure "
+                "or save. Load what it was exported from."
+            )
+        return self.decoder
 
     @overload
     def generate(self, prompt: str, *, return_details: Literal[False] = ..., **options: Any) -> str: ...
@@ -261,11 +279,11 @@ class LanguageModel:
             if start == len(ids):
                 raise ValueError(f"score: expected some text, got {t!r}, which has no tokens.")
         found: list[Any] = [None] * len(texts)
-        batches = cut_batches([len(ids) for ids, _ in pairs], **limits)
+        batches = cut_batches([len(ids) for ids, _ in pairs], **{"batch_size": self._most_rows(), **limits})
         with tqdm(total=len(texts), unit="text", disable=not show_progress or len(batches) < 2) as bar:
             for batch in batches:
                 rows = [pairs[i][0] for i in batch]
-                values = token_logprobs(self.model, rows, [max(1, pairs[i][1]) for i in batch])
+                values = token_logprobs(self.decoder, rows, [max(1, pairs[i][1]) for i in batch])
                 for i, logprobs in zip(batch, values, strict=True):
                     ids, start = pairs[i]
                     first: list[float | None] = [None] if start == 0 else []
@@ -290,7 +308,7 @@ class LanguageModel:
         ids = self._tokenizer().encode(_checked("text", text), add_bos)
         if len(ids) < 2:
             raise ValueError(f"perplexity: expected a text of at least two tokens, got {text!r}.")
-        return sliding_logprobs(self.model, ids, window, stride).double().mean().neg().exp().item()
+        return sliding_logprobs(self.decoder, ids, window, stride).double().mean().neg().exp().item()
 
     def save(self, folder: str | Path) -> None:
         """Writes a folder that transformers opens too; see ``minopt.save_model``, also for what it raises."""
@@ -298,7 +316,7 @@ class LanguageModel:
 
     @cached_property
     def _rows_without_token(self) -> tuple[int, ...]:
-        return self._tokenizer().ids_without_token(self.model.config.vocab_size)
+        return self._tokenizer().ids_without_token(self.decoder.config.vocab_size)
 
     def _tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
@@ -331,7 +349,7 @@ class LanguageModel:
         if isinstance(prompts, str):
             raise ValueError("prompts: expected a list of texts, got one. Put it into a list.")
         if config.seed is not None and generator is None:  # one for all batches, or each would draw the same
-            generator = torch.Generator(self.model.device).manual_seed(config.seed)
+            generator = torch.Generator(self.decoder.device).manual_seed(config.seed)
             config = config.replace(seed=None)
         strings = config.stop_strings
         config = config.replace(stop_strings=(), suppress_tokens=config.suppress_tokens + self._rows_without_token)
@@ -339,26 +357,33 @@ class LanguageModel:
         for number, text in enumerate(prompts, 1):
             try:
                 rows.append(self._encode(text, add_bos))
-                check_room(self.model.config.max_position_embeddings, len(rows[-1]), config)
+                check_room(self.decoder.config.max_position_embeddings, len(rows[-1]), config)
             except ValueError as error:
                 where = f" (Prompt {number} of {len(prompts)}.)" if len(prompts) > 1 else ""
                 raise ValueError(f"{error}{where}") from None
         if config.prompt_lookup_num_tokens is not None and batch_size is None and max_batch_tokens is None:
             batch_size = 1  # rows of a batch wait for each other's drafts
         batches = []
+        if batch_size is None:
+            batch_size = self._most_rows(config.num_return_sequences if config.num_beams == 1 else 1)
         for indices in cut_batches([self._cost(len(row), config) for row in rows], batch_size, max_batch_tokens):
-            input_ids, mask = pad_left([rows[i] for i in indices], self.model.config.pad_token_id)
-            request = prepare(self.model, input_ids, mask, config, logits_processor, stopping_criteria, generator)
+            input_ids, mask = pad_left([rows[i] for i in indices], self.decoder.config.pad_token_id)
+            request = prepare(self.decoder, input_ids, mask, config, logits_processor, stopping_criteria, generator)
             stops = tokenizer.stop_strings(strings, request.input_ids.shape[1]) if strings else None
             if stops is not None:
                 request = replace(request, stopping_criteria=(*request.stopping_criteria, stops))
             batches.append(_Batch(indices, request, stops, tokenizer))
         return batches
 
+    def _most_rows(self, copies: int = 1) -> int | None:
+        """How many texts an exported program takes at once, ``copies`` rows each; ``None`` is any number."""
+        most = self.decoder.max_batch if isinstance(self.decoder, ExportedModel) else None
+        return None if most is None else max(1, most // copies)
+
     def _cost(self, tokens: int, config: GenerationConfig) -> int:
         """Tokens that a prompt's keys and values take, new ones included, and its scores as so many more."""
         if config.truncate_prompt:
-            tokens = min(tokens, self.model.config.max_position_embeddings - config.max_new_tokens)
+            tokens = min(tokens, self.decoder.config.max_position_embeddings - config.max_new_tokens)
         new = config.max_new_tokens + SCORES_IN_TOKENS
         if config.num_beams > 1:
             return tokens + config.num_beams * new  # beams share the prompt
@@ -370,7 +395,7 @@ class LanguageModel:
         ids = self._tokenizer().encode(text, add_bos)
         if ids:
             return ids
-        bos = self.model.config.bos_token_id
+        bos = self.decoder.config.bos_token_id
         if bos is None:
             raise ValueError("prompt: empty, and the model has no beginning-of-text token. Give it some text.")
         return [bos]
@@ -471,6 +496,7 @@ def load(
     cannot be read, or the options for speed do not fit.
 
     Args:
+        name_or_path: also a folder that ``minopt export`` wrote; see ``minopt.inference.exported.load_exported``.
         quantize: ``"int8"`` rounds the layers' weights and the head's to 8 bits (a scale for each output channel),
             ``None`` leaves them as the checkpoint has them.
         optimize: make it fast, and for inference only (``minopt.inference.fast.FastOPT``). ``False`` gives the plain
@@ -486,18 +512,24 @@ def load(
     if quantize and not optimize:
         raise ValueError("quantize: int8 weights are for inference, got optimize=False. Leave one of the two out.")
     path = find_model(name_or_path, revision=revision, local_files_only=local_files_only)
-    checkpoint = open_checkpoint(path, model_config)
-    folder = Tokenizer.find(checkpoint.found.folder) if tokenizer is None else Path(tokenizer).expanduser()
+    checkpoint = None if is_exported(path) else open_checkpoint(path, model_config)
+    if checkpoint is None and model_config is not None:
+        raise ValueError(f"model_config: {path} is a program, compiled with its own. Leave it out.")
+    place = path if checkpoint is None else checkpoint.found.folder
+    folder = Tokenizer.find(place) if tokenizer is None else Path(tokenizer).expanduser()
     reader = None if folder is None else Tokenizer.load(folder)
-    defaults = read_defaults(checkpoint.found.folder / "generation_config.json")
-    if optimize:
+    defaults = read_defaults(place / "generation_config.json")
+    model: OPT | ExportedModel
+    if checkpoint is None:
+        model = load_exported(path, device=device, dtype=dtype)
+    elif optimize:
         state = read_state(checkpoint, target, number_type, keep_int8=True)
         kind = GraphedOPT if target.type == "cuda" else FastOPT
-        model: OPT = kind(checkpoint.config, state, quantize=quantize == "int8")
+        model = kind(checkpoint.config, state, quantize=quantize == "int8")
     else:
         model = load_checkpoint(checkpoint, target, number_type)
     if reader is not None:
-        _warn_of_conflicts(model.config, reader, checkpoint.found.folder)
+        _warn_of_conflicts(model.config, reader, place)
     return LanguageModel(model, reader, defaults)
 
 

@@ -13,6 +13,7 @@ from minopt import __version__
 from minopt.cli.checkpoints import add_convert, add_inspect
 from minopt.cli.common import tell
 from minopt.cli.evaluate import add_evaluate
+from minopt.cli.export import add_export
 from minopt.cli.finetune import add_finetune
 from minopt.cli.generate import add_generate
 
@@ -61,6 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(title="commands", required=True, metavar="command")
     add_generate(verbs)
     add_convert(verbs)
+    add_export(verbs)
     add_inspect(verbs)
     add_finetune(verbs)
     add_evaluate(verbs)

@@ -221,6 +221,7 @@ def prepare(
     if config.seed is not None:
         generator = torch.Generator(decoder.device).manual_seed(config.seed)
     _check_prompt(decoder.config.vocab_size, input_ids, attention_mask)
+    _check_rows(decoder, len(input_ids) * (config.num_return_sequences if config.num_beams == 1 else 1))
     input_ids, attention_mask = _fit(decoder.config.max_position_embeddings, input_ids, attention_mask, config)
     eos_token_ids = _eos_token_ids(decoder, config)
     # What fills a row that has ended: any id would do, for nobody reads it.
@@ -274,6 +275,15 @@ def _check_prompt(vocab_size: int, input_ids: Tensor, attention_mask: Tensor | N
     real = attention_mask.bool()
     if not bool(real[:, -1].all()) or bool((real[:, :-1] & ~real[:, 1:]).any()):
         raise ValueError("attention_mask: expected padding on the left only, got some behind a token.")
+
+
+def _check_rows(decoder: Decoder, rows: int) -> None:
+    most = getattr(decoder, "max_batch", None)  # exported programs may have it
+    if most is not None and rows > most:
+        raise ValueError(
+            f"batch: the program was exported for at most {most} rows, got {rows}. Run fewer prompts or continuations "
+            "at once (batch_size), or export it with a larger --max-batch."
+        )
 
 
 def check_room(limit: int, tokens: int, config: GenerationConfig) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from minopt.config import is_int
+from minopt.generation.request import Decoder
 from minopt.model import OPT
 
 # Positions whose logits are in memory at once: 51 MB of OPT's vocabulary in float32.
@@ -21,13 +22,13 @@ SHARED = 32
 
 
 @torch.inference_mode()
-def token_logprobs(model: OPT, rows: Sequence[Sequence[int]], starts: Sequence[int]) -> list[Tensor]:
+def token_logprobs(model: Decoder, rows: Sequence[Sequence[int]], starts: Sequence[int]) -> list[Tensor]:
     """Natural log-probabilities of tokens, each after those before it in its row. Rows are read as one batch.
 
     What all rows begin with is read once. A model in ``train()`` mode drops out here too.
 
     Args:
-        model: on any device.
+        model: on any device; or another decoder, such as an exported program.
         rows: ids, of any lengths.
         starts: of each row, the index of the first token that is scored; at least 1, for a first token has none.
 
@@ -41,6 +42,8 @@ def token_logprobs(model: OPT, rows: Sequence[Sequence[int]], starts: Sequence[i
     if not rows:
         return []
     _check(model, rows, starts)
+    if not isinstance(model, OPT):
+        return _in_chunks(model, rows, starts)
     P = _common(rows)
     P = P if (len(rows) - 1) * P >= SHARED else 0
     hidden = _hidden(model, rows, P, min(starts))  # [B, L - min(starts), E]
@@ -58,7 +61,7 @@ def token_logprobs(model: OPT, rows: Sequence[Sequence[int]], starts: Sequence[i
 
 
 def sliding_logprobs(
-    model: OPT, ids: Sequence[int], window: int | None = None, stride: int | None = None, batch_size: int = 4
+    model: Decoder, ids: Sequence[int], window: int | None = None, stride: int | None = None, batch_size: int = 4
 ) -> Tensor:
     """Log-probabilities of a text of any length, all but its first token: float32 ``[len(ids) - 1]``.
 
@@ -66,7 +69,7 @@ def sliding_logprobs(
     it: behind at least ``window - stride`` others, but for those at the beginning.
 
     Args:
-        model: on any device.
+        model: on any device; or another decoder, such as an exported program.
         ids: of the text.
         window: ``None`` is the model's number of positions.
         stride: ``None`` is half a window. Smaller is closer to the truth and takes longer.
@@ -90,13 +93,14 @@ def sliding_logprobs(
         done = end
         if end == len(ids):
             break
+    batch_size = min(batch_size, getattr(model, "max_batch", None) or batch_size)
     parts = []
     for i in range(0, len(rows), batch_size):
         parts += token_logprobs(model, rows[i : i + batch_size], starts[i : i + batch_size])
     return torch.cat(parts)
 
 
-def _check(model: OPT, rows: Sequence[Sequence[int]], starts: Sequence[int]) -> None:
+def _check(model: Decoder, rows: Sequence[Sequence[int]], starts: Sequence[int]) -> None:
     limit, vocab_size = model.config.max_position_embeddings, model.config.vocab_size
     for row, start in zip(rows, starts, strict=True):
         if len(row) > limit:
@@ -115,6 +119,24 @@ def _common(rows: Sequence[Sequence[int]]) -> int:
     first, last = min(map(list, rows)), max(map(list, rows))  # in lexicographic order: all others lie between
     limit = min(map(len, rows)) - 1
     return next((i for i in range(limit) if first[i] != last[i]), limit)
+
+
+def _in_chunks(decoder: Decoder, rows: Sequence[Sequence[int]], starts: Sequence[int]) -> list[Tensor]:
+    """Reads a few tokens of all rows at a time, as beams are read, which gives the logits behind each of them."""
+    B, L, device = len(rows), max(len(row) for row in rows), decoder.device
+    ids = torch.tensor([[*row, *[0] * (L - len(row))] for row in rows], device=device)
+    cache = decoder.new_cache(B, L)
+    found = [torch.zeros(B, 0)]
+    for begin in range(0, L - 1, max(1, CHUNK // B)):
+        chunk = ids[:, begin : min(begin + max(1, CHUNK // B), L - 1)]
+        T, end = chunk.shape[1], begin + chunk.shape[1]
+        mask = torch.ones(T, end, dtype=torch.bool, device=device).tril(begin).expand(B, -1, -1)
+        positions = torch.arange(begin, end, device=device).expand(B, -1)
+        logits = decoder.decode_beams(chunk, mask, positions, cache).float()  # [B, T, V]
+        target = ids[:, begin + 1 : end + 1, None]
+        found.append((logits.gather(2, target)[..., 0] - logits.logsumexp(2)).cpu())
+    logprobs = torch.cat(found, 1)  # [B, L - 1]
+    return [logprobs[i, start - 1 : len(row) - 1] for i, (row, start) in enumerate(zip(rows, starts, strict=True))]
 
 
 def _hidden(model: OPT, rows: Sequence[Sequence[int]], P: int, first: int) -> Tensor:

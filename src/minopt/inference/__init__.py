@@ -1,0 +1,1 @@
+"""What makes a loaded model fast, or runs a program that was made of one."""

@@ -1,0 +1,226 @@
+"""Runs the program of an exported model: a ``Decoder`` without the Python model.
+
+Shapes: B rows, T tokens this call, S cached + T, K beams, N tokens whose logits are wanted, V vocabulary, L layers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from minopt.cache import KVCache
+from minopt.config import OPTConfig, read_json
+from minopt.model import causal_mask
+
+PROGRAM, MANIFEST = "program.pt2", "manifest.json"
+
+FORMAT = 1
+"""Of the folder; grows when an older minopt could not run what a newer one writes."""
+
+_AGAIN = "Export the model again (minopt export), where it is to run."
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a program needs, and what it was made of: the content of ``manifest.json``.
+
+    Attributes:
+        format: ``FORMAT`` of the minopt that wrote it.
+        torch: the version that compiled it, the only one that runs it.
+        platform: operating system and kind of processor, such as ``"Linux x86_64"``.
+        device: ``"cpu"`` or ``"cuda"``.
+        instructions: what the machine that compiled it has, and the code may use.
+        dtype: of weights and cache, such as ``"bfloat16"``.
+        quantize: ``"int8"`` or ``None``.
+        max_length: tokens of a row, new ones included.
+        max_batch: rows; ``None`` where any number is fine.
+        program_sha256: of the file.
+        weights_sha256: of the weights that it was made of, as ``minopt inspect --hash`` gives it.
+    """
+
+    format: int
+    torch: str
+    platform: str
+    device: str
+    instructions: tuple[str, ...]
+    dtype: str
+    quantize: str | None
+    max_length: int
+    max_batch: int | None
+    program_sha256: str
+    weights_sha256: str
+
+    def write(self, folder: Path) -> None:
+        """Writes ``manifest.json``."""
+        (folder / MANIFEST).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def read(cls, folder: Path) -> Manifest:
+        """Reads ``manifest.json``.
+
+        Raises:
+            FileNotFoundError: if there is none.
+            ValueError: if it is not a manifest of this format.
+        """
+        path = folder / MANIFEST
+        values = read_json(path)
+        if values.get("format") != FORMAT:
+            raise ValueError(f"{path}: expected format {FORMAT}, got {values.get('format')!r}. {_AGAIN}")
+        names = cls.__dataclass_fields__.keys()
+        if values.keys() != names:
+            wrong = sorted(values.keys() ^ names)
+            raise ValueError(f"{path}: {', '.join(wrong)} missing or unknown. Fetch the folder again.")
+        return cls(**{**values, "instructions": tuple(values["instructions"])})
+
+
+def is_exported(folder: Path) -> bool:
+    """Whether ``minopt export`` wrote a folder."""
+    return (folder / MANIFEST).is_file()
+
+
+def machine(device_type: str) -> tuple[str, tuple[str, ...]]:
+    """Platform and instructions of this machine, as a manifest has them; those of its first GPU for ``"cuda"``."""
+    capabilities = torch.cpu.get_capabilities()
+    found = [name for name, value in capabilities.items() if value is True]
+    if device_type == "cuda":
+        found.append("sm_{}{}".format(*torch.cuda.get_device_capability()))
+    return f"{platform.system()} {platform.machine()}", tuple(sorted(found))
+
+
+def sha256(path: Path) -> str:
+    """Of a file's content, in hexadecimal."""
+    with path.open("rb") as file:
+        state = hashlib.sha256()
+        while block := file.read(1 << 22):
+            state.update(block)
+    return state.hexdigest()
+
+
+class ExportedModel:
+    """A program that decodes as an ``OPT`` does.
+
+    Args:
+        folder: that ``minopt export`` wrote, its files already checked against its manifest.
+        manifest: of it.
+        config: of the model; ``max_position_embeddings`` is the program's longest row.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest, config: OPTConfig) -> None:
+        self.config = config
+        self.device = torch.device(manifest.device)
+        self.dtype: torch.dtype = getattr(torch, manifest.dtype)
+        self.max_batch = manifest.max_batch
+        self._path = folder / PROGRAM
+        try:
+            # What torch._inductor.aoti_load_package wraps; that also imports the compiler, for more than a second.
+            self._program = torch._C._aoti.AOTIModelPackageLoader(str(self._path), "model", False, 1, -1)
+        except RuntimeError as error:
+            reason = (str(error).splitlines() or ["RuntimeError"])[0]
+            raise ValueError(f"{self._path}: cannot be loaded ({reason}). {_AGAIN}") from None
+
+    def new_cache(self, batch_size: int, capacity: int) -> KVCache:
+        """An empty cache for ``batch_size`` rows of up to ``capacity`` tokens, in the program's dtype and place."""
+        return KVCache(self.config, batch_size, capacity, dtype=self.dtype, device=self.device)
+
+    def prefill(self, input_ids: Tensor, attention_mask: Tensor | None, cache: KVCache) -> Tensor:
+        """Reads prompts ``[B, T]`` into the cache. Returns the logits behind the last token, ``[B, V]``."""
+        (B, T), past = input_ids.shape, int(cache.length)
+        S = past + T
+        mask = causal_mask(attention_mask, past, T, S, self.device)
+        if mask is None:  # plain causal attention
+            mask = torch.ones(1, 1, T, S, dtype=torch.bool, device=self.device).tril(past)
+        assert isinstance(mask, Tensor)
+        if attention_mask is None:
+            positions = torch.arange(past, S, device=self.device).expand(B, -1)
+        else:  # among the real tokens of a row; -1 for padding on the left
+            positions = attention_mask.long().cumsum(1)[:, past:] - 1
+        last = torch.arange(1, B + 1, device=self.device) * T - 1
+        return self._run(input_ids, positions, mask.expand(B, -1, -1, -1), last, cache)
+
+    def decode_step(self, input_ids: Tensor, attention_mask: Tensor | None, cache: KVCache) -> Tensor:
+        """Reads one more token a row, ``[B, 1]``. Returns the logits behind it, ``[B, V]``."""
+        return self.prefill(input_ids, attention_mask, cache)
+
+    def decode_beams(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, cache: KVCache) -> Tensor:
+        """Reads K more tokens a row; see ``Decoder``. Returns the logits behind them, ``[B, K, V]``."""
+        B, K = input_ids.shape
+        every = torch.arange(B * K, device=self.device)
+        return self._run(input_ids, position_ids, attention_mask[:, None], every, cache).view(B, K, -1)
+
+    def _run(self, input_ids: Tensor, position_ids: Tensor, mask: Tensor, wanted: Tensor, cache: KVCache) -> Tensor:
+        """Calls the program, whose arguments ``minopt.export.Program`` describes, and moves the cache's length on."""
+        S = mask.shape[3]
+        if cache.batch_size != len(input_ids) or cache.capacity < S or int(cache.length) + input_ids.shape[1] != S:
+            raise ValueError(  # the program would write beyond it
+                f"cache: made for {cache.batch_size} rows of {cache.capacity} tokens, {cache.length} filled, got ids "
+                f"{list(input_ids.shape)} and a mask of {S} tokens. Make it larger, or feed less."
+            )
+        inputs = [x.contiguous() for x in (input_ids, position_ids, mask, wanted)]
+        (logits,) = self._program.boxed_run(inputs + cache.keys + cache.values)
+        cache.length = S
+        return logits
+
+
+def load_exported(
+    folder: str | Path, *, device: torch.device | str | None = None, dtype: torch.dtype | str = "auto"
+) -> ExportedModel:
+    """Opens what ``minopt export`` wrote.
+
+    The program is machine code, which acts with your rights: open only what you trust.
+
+    Args:
+        folder: of the export.
+        device: ``None``, or what the program was exported for.
+        dtype: ``"auto"``, or what the program was exported in.
+
+    Returns:
+        The program, for ``minopt.generate`` and ``LanguageModel``.
+
+    Raises:
+        FileNotFoundError: if a file is missing.
+        ValueError: if a file is not the one that the manifest describes, or the program does not run here.
+    """
+    folder = Path(folder)
+    manifest = Manifest.read(folder)
+    _check_machine(folder / PROGRAM, manifest, device, dtype)
+    if missing := [name for name in (PROGRAM, "config.json") if not (folder / name).is_file()]:
+        raise FileNotFoundError(
+            f"{folder}: expected {' and '.join(missing)} beside {MANIFEST}. Fetch the folder again."
+        )
+    config = OPTConfig.load(folder)
+    if sha256(folder / PROGRAM) != manifest.program_sha256:
+        raise ValueError(
+            f"{folder / PROGRAM}: is not the file that {MANIFEST} describes (its SHA-256 differs): cut short, damaged, "
+            "or of another export. Fetch the folder again."
+        )
+    return ExportedModel(folder, manifest, config)
+
+
+def _check_machine(
+    program: Path, manifest: Manifest, device: torch.device | str | None, dtype: torch.dtype | str
+) -> None:
+    """Refuses a program that cannot run here, or not as asked for."""
+    if manifest.torch != torch.__version__:
+        raise ValueError(f"{program}: was compiled by torch {manifest.torch}, this is {torch.__version__}. {_AGAIN}")
+    if manifest.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"{program}: was compiled for a GPU, and torch sees none here. {_AGAIN}")
+    here, instructions = machine(manifest.device)
+    if manifest.platform != here:
+        raise ValueError(f"{program}: was compiled for {manifest.platform}, this is {here}. {_AGAIN}")
+    if missing := sorted(set(manifest.instructions) - set(instructions)):
+        raise ValueError(
+            f"{program}: was compiled for a machine with {', '.join(missing)}, which this one lacks. {_AGAIN}"
+        )
+    if device is not None and torch.device(device).type != manifest.device:
+        raise ValueError(f"device: {program} was exported for {manifest.device}, got {str(device)!r}. Leave it out, or "
+                         f"export with --device {torch.device(device).type}.")  # fmt: skip
+    wanted = str(dtype).removeprefix("torch.")
+    if wanted not in ("auto", manifest.dtype):
+        raise ValueError(f"dtype: {program} was exported in {manifest.dtype}, got {wanted}. Leave it out, or export "
+                         f"with --dtype {wanted}.")  # fmt: skip
