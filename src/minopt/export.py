@@ -91,6 +91,7 @@ def export_model(
     destination: str | Path,
     *,
     dtype: torch.dtype | str = "auto",
+    quantize: str | None = None,
     max_length: int | None = None,
     max_batch: int | None = None,
     device: torch.device | str = "cpu",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -484,7 +485,7 @@ def load(
     device: torch.device | str | None = None,
     dtype: torch.dtype | str = "auto",
     quantize: str | None = None,
-    optimize: bool = True,
+    optimize: bool | Literal["compile"] = True,
     revision: str | None = None,
     local_files_only: bool = False,
     model_config: OPTConfig | str | Path | None = None,
@@ -500,7 +501,9 @@ def load(
         quantize: ``"int8"`` rounds the layers' weights and the head's to 8 bits (a scale for each output channel),
             ``None`` leaves them as the checkpoint has them.
         optimize: make it fast, and for inference only (``minopt.inference.fast.FastOPT``). ``False`` gives the plain
-            model, which can be trained, moved and cast. ``save`` writes the plain weights of either.
+            model, which can be trained, moved and cast; ``save`` writes the plain weights of either. ``"compile"`` is
+            faster for single tokens, after a minute: on a CPU the program that ``minopt export`` would write, which
+            has no weights to save, on a GPU a compiled step.
         tokenizer: the folder of its files; ``None`` looks beside the weights, then one folder up.
 
     Returns:
@@ -509,12 +512,15 @@ def load(
     target, number_type = resolve_device(device), resolve_dtype(dtype)
     if quantize not in (None, "int8"):
         raise ValueError(f'quantize: expected None or "int8", got {quantize!r}.')
+    if not isinstance(optimize, bool) and optimize != "compile":
+        raise ValueError(f'optimize: expected True, False or "compile", got {optimize!r}.')
     if quantize and not optimize:
         raise ValueError("quantize: int8 weights are for inference, got optimize=False. Leave one of the two out.")
     path = find_model(name_or_path, revision=revision, local_files_only=local_files_only)
     checkpoint = None if is_exported(path) else open_checkpoint(path, model_config)
-    if checkpoint is None and model_config is not None:
-        raise ValueError(f"model_config: {path} is a program, compiled with its own. Leave it out.")
+    for name, given in (("model_config", model_config), ("quantize", quantize)):
+        if checkpoint is None and given is not None:
+            raise ValueError(f"{name}: {path} is a program, compiled with its own. Leave it out.")
     place = path if checkpoint is None else checkpoint.found.folder
     folder = Tokenizer.find(place) if tokenizer is None else Path(tokenizer).expanduser()
     reader = None if folder is None else Tokenizer.load(folder)
@@ -522,15 +528,31 @@ def load(
     model: OPT | ExportedModel
     if checkpoint is None:
         model = load_exported(path, device=device, dtype=dtype)
+    elif optimize == "compile" and target.type == "cpu":
+        model = _compiled(path, dtype, quantize, model_config)
     elif optimize:
         state = read_state(checkpoint, target, number_type, keep_int8=True)
         kind = GraphedOPT if target.type == "cuda" else FastOPT
         model = kind(checkpoint.config, state, quantize=quantize == "int8")
+        if isinstance(model, GraphedOPT):
+            model.compile_step = optimize == "compile"
     else:
         model = load_checkpoint(checkpoint, target, number_type)
     if reader is not None:
         _warn_of_conflicts(model.config, reader, place)
     return LanguageModel(model, reader, defaults)
+
+
+def _compiled(
+    path: Path, dtype: torch.dtype | str, quantize: str | None, model_config: OPTConfig | str | Path | None
+) -> ExportedModel:
+    """A model as its program, which needs no file once it is loaded."""
+    from minopt.export import export_model  # it brings the compiler
+
+    with tempfile.TemporaryDirectory(prefix="minopt-") as folder:
+        program = Path(folder) / "program"
+        export_model(path, program, dtype=dtype, quantize=quantize, device="cpu", model_config=model_config)
+        return load_exported(program)
 
 
 def _warn_of_conflicts(config: OPTConfig, tokenizer: Tokenizer, folder: Path) -> None:

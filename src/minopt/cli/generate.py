@@ -56,6 +56,8 @@ def add_generate(verbs: Any) -> None:
     parser.add_argument("prompt", nargs="?", help='the text to continue, in quotes; "" starts from nothing')
     parser.add_argument("--echo", action="store_true", help="write the prompt first")
     add_model_arguments(parser)
+    parser.add_argument("--optimize", type=_optimize, default=True, metavar="true|false|compile",
+                        help="fast (true), plain (false), or faster after a minute (compile)")  # fmt: skip
     groups = {}
     for key, (title, options) in _NUMBERS.items():
         groups[key] = parser.add_argument_group(title)
@@ -107,6 +109,12 @@ def _early_stopping(text: str) -> bool | str:
     return "never" if text.lower() == "never" else true_or_false(text)
 
 
+def _optimize(text: str) -> bool | str:
+    if text.lower() not in ("true", "false", "compile"):
+        raise argparse.ArgumentTypeError(f"expected true, false or compile, got {text!r}")
+    return "compile" if text.lower() == "compile" else true_or_false(text)
+
+
 def _generate(args: argparse.Namespace) -> None:
     from minopt.generation.config import check_values, option_names, with_defaults
     from minopt.language_model import load
@@ -133,6 +141,7 @@ def _generate(args: argparse.Namespace) -> None:
         device=args.device,
         dtype=args.dtype,
         quantize=args.quantize,
+        optimize=args.optimize,
         revision=args.revision,
         local_files_only=args.local_files_only,
         model_config=args.model_config,
