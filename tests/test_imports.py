@@ -39,6 +39,7 @@ RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
 # What a function may import: heavy or optional things, and in the command line the library itself.
 LAZY = {
     "minopt.checkpoint.hub": {"huggingface_hub"},
+    "minopt.language_model": {"minopt"},  # export, which brings the compiler
     "minopt.checkpoint.save": {"safetensors"},
     **{f"minopt.cli.{verb}": {"minopt"} for verb in ("checkpoints", "evaluate", "export", "finetune", "generate")},
 }
