@@ -6,7 +6,6 @@ milliseconds after a call, which ``SETTLE_SECONDS`` waits for.
 
 from __future__ import annotations
 
-import importlib.util
 import subprocess
 import sys
 import time
@@ -77,13 +76,13 @@ class Checkpoint:
 
     def exported(self, precision: str) -> Path:
         """What ``minopt export`` makes of it."""
-        if importlib.util.find_spec("minopt.export") is None:
-            raise NotAvailable("this version of minopt has no export")
         path = self.beside(f"-exported-{precision}")
         if not path.exists():
             options = ["--quantize", "int8"] if precision == "int8" else ["--dtype", precision]
             command = [sys.executable, "-m", "minopt", "export", str(self.folder), str(path), "--max-batch", "32"]
-            subprocess.run([*command, *options, "--device", self.device], check=True)
+            done = subprocess.run([*command, *options, "--device", self.device], stderr=subprocess.PIPE, text=True)
+            if done.returncode:
+                raise NotAvailable(done.stderr.strip().splitlines()[-1])
         return path
 
 
@@ -107,7 +106,7 @@ class Minopt:
     """minopt, loaded in any way."""
 
     def __init__(self, folder: Path, device: str, **options: Any) -> None:
-        self.model, self.device = minopt.load(folder, device=device, **options).model, device
+        self.model, self.device = minopt.load(folder, device=device, **options).decoder, device
 
     def __call__(self, ids: Tensor, new_tokens: int, **options: Any) -> Generation:
         prefill, read = self.model.prefill, []
