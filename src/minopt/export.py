@@ -6,6 +6,7 @@ D head_dim, V vocabulary, L layers.
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
@@ -14,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch._inductor import aoti_compile_and_package
+from torch._inductor import config as inductor_config
 from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
 from torch._inductor.utils import fresh_cache
@@ -161,9 +163,10 @@ def _check_compiler() -> None:
     try:
         get_cpp_compiler()
     except InvalidCxxCompiler:
+        searched = ", ".join(name for name in inductor_config.cpp.cxx if name)
         raise OSError(
-            "export: needs a C++ compiler, and found none (g++). Install one (apt install g++, dnf install gcc-c++, "
-            "conda install gxx), or name yours in the environment variable CXX."
+            f"export: needs a C++ compiler, and found none ({searched}). Install one (apt install g++, dnf install "
+            "gcc-c++, conda install gxx), or name yours in the environment variable CXX."
         ) from None
 
 
@@ -204,14 +207,18 @@ def _compile(model: OPT, path: Path) -> None:
     if model.dtype != torch.float32:
         # inductor's own products: 19 ms instead of 26 a step of opt-125m in bfloat16; in float32 they gain nothing.
         options |= {"max_autotune": True, "max_autotune_gemm_backends": "CPP"}
-    # In a cache of its own beside the package: what lies in the usual one stays there, weights included.
-    with torch.no_grad(), fresh_cache(dir=str(path.parent.parent)), warnings.catch_warnings():  # frozen if no gradients
-        warnings.simplefilter("ignore")  # torch's own, of its parts among themselves
+    failure = None
+    # Compiled in a folder of its own: what lies in inductor's usual one stays there, weights included. And without
+    # gradients, or nothing is frozen.
+    with torch.no_grad(), fresh_cache(dir=str(path.parent.parent)), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch's, about its own parts
         try:
             program = torch.export.export(Program(model), inputs, dynamic_shapes=shapes)
             aoti_compile_and_package(program, package_path=str(path), inductor_configs=options)
-        except CppCompileError as error:
-            raise OSError(f"export: the C++ compiler failed ({first_line(error)}). Is the disk full?") from None
+        except CppCompileError as error:  # raised below, for fresh_cache writes a warning about errors
+            failure = first_line(error)
+    if failure is not None:
+        raise OSError(f"export: the C++ compiler failed ({failure}). Is the disk full, or the compiler too old?")
 
 
 def check_tokens(model: OPT, program: ExportedModel) -> None:
@@ -231,19 +238,24 @@ def check_tokens(model: OPT, program: ExportedModel) -> None:
                 continue
             at = int((right != got).nonzero()[0])
             padding = 0 if mask is None else int((~mask[row]).sum())
-            with torch.inference_mode():
-                scores = model(right[None, padding:at].to(model.device), logits_to_keep=1)[0, -1].float()
-            gap = float(scores[right[at]] - scores[got[at]])
-            # Each of two scores is off by up to two roundings of the largest (measured on opt-125m: 1.7).
-            rounding = (
-                0.0 if model.dtype == torch.float32 else 4 * torch.finfo(model.dtype).eps * float(scores.abs().max())
-            )
+            gap, rounding = _gap(model, right[padding:at], int(right[at]), int(got[at]))
             if not gap <= rounding:
                 raise ValueError(
                     f"export: the program's token {at - input_ids.shape[1] + 1} behind the check prompt {name!r} is "
                     f"{got[at]}, the model's is {right[at]}, and their scores are {gap:.3g} apart (rounding explains "
                     f"{rounding:.3g}). Nothing was written; try another dtype, and report it."
                 )
+
+
+@torch.inference_mode()
+def _gap(model: OPT, input_ids: Tensor, first: int, second: int) -> tuple[float, float]:
+    """By how much a token's score exceeds another's behind ids ``[T]``, and how much of that may be rounding."""
+    scores = model(input_ids[None].to(model.device), logits_to_keep=1)[0, -1].float()
+    gap = float(scores[first] - scores[second])
+    if model.dtype.itemsize > 2:
+        return gap, 0.0
+    exact = copy.deepcopy(model).float()(input_ids[None].to(model.device), logits_to_keep=1)[0, -1]
+    return gap, 2 * float((scores - exact).abs().max())  # either score is off by that much at most
 
 
 def _check_prompts(program: ExportedModel) -> Iterator[tuple[str, Tensor, Tensor | None]]:

@@ -1,0 +1,455 @@
+"""Exported programs decode as their models do, and what cannot run says so in one line."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch._inductor.cpp_builder import get_cpp_compiler
+from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
+
+import minopt
+from minopt import OPT, LanguageModel, TrainingConfig, export, export_model, inspect_checkpoint
+from minopt.cli import main
+from minopt.inference.exported import ExportedModel, load_exported
+from tests.conftest import build_ours, build_reference
+
+EXAMPLE = Path(__file__).parents[1] / "examples" / "infer_exported.py"
+LENGTH, ROWS = 64, 4
+TEXT = "The ship lay at anchor, and the captain went below to look for the chart. " * 20
+PROMPTS = ["It was a dark night", "The captain", "“I will go,” said the old man, and he", "x"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiler() -> None:
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler:
+        pytest.skip("needs a C++ compiler (g++)")
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded checkpoint after a few steps of training."""
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    lm = minopt.load(minopt.DEMO, device="cpu")
+    assert lm.tokenizer is not None
+    config = TrainingConfig(output_dir=str(folder), max_steps=3, per_device_train_batch_size=2, learning_rate=1e-3,
+                            src_length=48, tgt_length=16, device="cpu")  # fmt: skip
+    assert minopt.train(lm.model, TEXT, config, tokenizer=lm.tokenizer).steps == 3
+    return folder
+
+
+@pytest.fixture(scope="module")
+def lm(source: Path) -> LanguageModel:
+    return minopt.load(source, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def folder(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the command makes of it, in float32."""
+    folder = tmp_path_factory.mktemp("exported") / "program"
+    assert main(["export", str(source), str(folder), "--max-length", str(LENGTH), "--max-batch", str(ROWS)]) == 0
+    assert [path.name for path in folder.parent.iterdir()] == ["program"]  # what it was compiled in is gone
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exported(folder: Path) -> LanguageModel:
+    """Opened and run once without building the Python model."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(OPT, "__init__", lambda *_, **__: pytest.fail("the Python model was built"))
+        lm = minopt.load(folder)
+        assert lm.generate(PROMPTS, max_new_tokens=2, num_beams=2) != [""] * len(PROMPTS)
+    return lm
+
+
+@pytest.fixture(scope="module")
+def bfloat16(tmp_path_factory: pytest.TempPathFactory) -> tuple[OPT, Path]:
+    """A model of the 350m kind, with projections and without tokenizer, and its program."""
+    base = tmp_path_factory.mktemp("bfloat16")
+    model = build_ours(build_reference("350m", hidden_size=64, ffn_dim=128, word_embed_proj_dim=32))
+    minopt.save_model(model, base / "model")
+    export_model(base / "model", base / "program", dtype="bfloat16")
+    return minopt.load_model(base / "model", device="cpu", dtype="bfloat16"), base / "program"
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "greedy to the limit": {"max_new_tokens": LENGTH - 20},
+    "sampling": {"do_sample": True, "seed": 3},
+    "several samples": {"do_sample": True, "seed": 3, "num_return_sequences": 2, "batch_size": 2},
+    "beams": {"num_beams": 4, "no_repeat_ngram_size": 3, "num_return_sequences": 2},
+    "more beams than rows": {"num_beams": ROWS + 3, "max_new_tokens": 40},
+    "sampled beams": {"num_beams": 3, "do_sample": True, "seed": 5},
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_texts_are_the_models_whatever_the_options(name: str, lm: LanguageModel, exported: LanguageModel) -> None:
+    """One at a time and in batches with padding."""
+    options = {"max_new_tokens": 24, **OPTIONS[name]}
+    assert exported.generate(PROMPTS, **options) == lm.generate(PROMPTS, **options)
+    options.pop("batch_size", None)
+    assert exported.generate(PROMPTS[1], **options) == lm.generate(PROMPTS[1], **options)
+
+
+def test_a_stream_is_the_models(lm: LanguageModel, exported: LanguageModel) -> None:
+    assert "".join(exported.stream(PROMPTS[0], max_new_tokens=30)) == lm.generate(PROMPTS[0], max_new_tokens=30)
+
+
+def test_log_probabilities_of_texts_are_the_models(lm: LanguageModel, exported: LanguageModel) -> None:
+    texts = [*PROMPTS, "It was", "</s>"]  # more than the program takes at once
+    for found, expected in zip(exported.score(texts), lm.score(texts), strict=True):
+        assert found.token_ids == expected.token_ids
+        assert found.logprobs == pytest.approx(expected.logprobs, abs=1e-4)
+    pair = [exported, lm]
+    found, expected = ([x.total for x in each.score("The", [" captain", " old man"])] for each in pair)
+    assert found == pytest.approx(expected, abs=1e-4)
+    assert exported.perplexity(TEXT) == pytest.approx(lm.perplexity(TEXT, window=LENGTH), rel=1e-5)
+
+
+def test_train_predict_export_infer_give_the_same_tokens(
+    source: Path, lm: LanguageModel, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The trained model, the command on its folder, the command on the program, and a script without minopt."""
+    prompt, flags = "The ship", ["--max-new-tokens", "20"]
+    text = lm.generate(prompt, max_new_tokens=20)
+    assert text != minopt.load(minopt.DEMO, device="cpu").generate(prompt, max_new_tokens=20)
+    for model in (source, folder):
+        capsys.readouterr()
+        assert main(["generate", prompt, "--model", str(model), *flags]) == 0
+        assert capsys.readouterr().out == text + "\n"
+    code = (
+        "import runpy, sys; sys.modules['minopt'] = None; sys.argv[:] = sys.argv[1:]; "
+        "runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    command = [sys.executable, "-c", code, str(EXAMPLE), str(folder), prompt, *flags]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert lm.tokenizer is not None
+    ids = lm.tokenizer.encode(prompt + text)
+    assert result.stdout == lm.tokenizer.backend.decode(ids) + "\n"
+
+
+def test_the_manifest_tells_what_the_program_needs_and_is_made_of(source: Path, folder: Path) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["torch"] == torch.__version__
+    assert manifest["device"] == "cpu"
+    assert (manifest["dtype"], manifest["max_length"], manifest["max_batch"]) == ("float32", LENGTH, ROWS)
+    assert manifest["program_sha256"] == hashlib.sha256((folder / "program.pt2").read_bytes()).hexdigest()
+    assert manifest["weights_sha256"] == inspect_checkpoint(source, digest=True).digest
+    assert set(manifest["instructions"]) <= torch.cpu.get_capabilities().keys()
+    assert {path.name for path in folder.iterdir()} == {
+        "manifest.json", "program.pt2", "config.json", "generation_config.json", "tokenizer.json",
+        "tokenizer_config.json"}  # fmt: skip
+
+
+def test_sixteen_bits_decode_as_the_model_but_for_near_ties(bfloat16: tuple[OPT, Path]) -> None:
+    """The program's scores are as close to those of float32 as the model's own."""
+    model, folder = bfloat16
+    program, exact = load_exported(folder), copy.deepcopy(model).float()
+    ids = minopt.generate(model, torch.arange(27).view(3, 9), max_new_tokens=20, eos_token_id=()).sequences
+    with torch.inference_mode():
+        for T in (1, 4, 28):
+            cache = program.new_cache(3, T + 1)
+            steps = [program.prefill(ids[:, :T], None, cache), program.decode_step(ids[:, T : T + 1], None, cache)]
+            right = exact(ids[:, : T + 1])[:, -2:]
+            errors = [(x - right).abs().max() for x in (torch.stack(steps, 1), model(ids[:, : T + 1])[:, -2:])]
+            assert errors[0] < 1.5 * errors[1] < 0.1 * right.abs().max()
+    export.check_tokens(model, program)
+
+
+class Leaning:
+    """A decoder whose scores of odd tokens are a bit too high."""
+
+    def __init__(self, model: OPT) -> None:
+        self.model, self.config, self.device, self.max_batch = model, model.config, model.device, None
+        self.new_cache = model.new_cache
+
+    def lean(self, logits: torch.Tensor) -> torch.Tensor:
+        return logits.double() + torch.arange(logits.shape[-1]) % 2 * 0.01
+
+    def prefill(self, *args: Any) -> torch.Tensor:
+        return self.lean(self.model.prefill(*args))
+
+    def decode_step(self, *args: Any) -> torch.Tensor:
+        return self.lean(self.model.decode_step(*args))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "scale", "accepted"),
+    [("bfloat16", 0.9995, True), ("bfloat16", 0.5, True), ("float32", 0.9995, False), ("float32", 0.5, True)],
+)
+def test_equal_scores_may_decide_otherwise_in_sixteen_bits_alone(dtype: str, scale: float, accepted: bool) -> None:
+    """Tokens 2k and 2k + 1 are all but the same, or (then leaning changes nothing) the even one is better."""
+    model = build_ours(build_reference("125m"))
+    with torch.no_grad():
+        model.embed_tokens.weight[1::2] = scale * model.embed_tokens.weight[::2]
+    model = model.to(getattr(torch, dtype))
+    if accepted:
+        export.check_tokens(model, Leaning(model))  # type: ignore[arg-type]
+        return
+    message = (
+        r"^export: the program's token \d+ behind the check prompt 'one row' is \d+, the model's is \d+, and their "
+        r"scores are .* apart \(rounding explains 0\)\. Nothing was written; try another dtype, and report it\.$"
+    )
+    with pytest.raises(ValueError, match=message):
+        export.check_tokens(model, Leaning(model))  # type: ignore[arg-type]
+
+
+def test_a_program_of_another_model_is_found_out(bfloat16: tuple[OPT, Path], source: Path, folder: Path) -> None:
+    for model, program in (bfloat16, (minopt.load_model(source, device="cpu"), folder)):
+        changed = OPT(model.config, dtype=model.dtype).eval()
+        changed.load_state_dict(model.state_dict())
+        with torch.no_grad():
+            changed.embed_positions.weight.copy_(model.embed_positions.weight.roll(1, 0))
+        with pytest.raises(ValueError, match=r"^export: the program's token \d+ behind the check prompt 'one row'"):
+            export.check_tokens(changed, load_exported(program))
+
+
+def test_the_check_has_a_row_alone_rows_with_padding_and_one_of_full_length(exported: LanguageModel) -> None:
+    program = exported.decoder
+    assert isinstance(program, ExportedModel)
+    one, padded, longest = export._check_prompts(program)
+    assert one[1].shape[0] == 1
+    assert padded[2] is not None
+    assert padded[2].sum(1).tolist() == [9, 5, 1]
+    assert longest[1].shape[1] + export._NEW == LENGTH
+
+
+# What a user can mend, once the program is there.
+
+
+def edit(name: str, **changes: Any) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        values = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps({k: v for k, v in (values | changes).items() if v != "gone"}))
+
+    return change
+
+
+def cut(folder: Path) -> None:
+    content = (folder / "program.pt2").read_bytes()
+    (folder / "program.pt2").write_bytes(content[: len(content) // 2])
+
+
+def swap_two_weights(folder: Path) -> None:
+    """Of the same length, and a sound package still."""
+    content = bytearray((folder / "program.pt2").read_bytes())
+    content[-100_000] ^= 1
+    (folder / "program.pt2").write_bytes(content)
+
+
+NOT_THE_FILE = (
+    r"program\.pt2: is not the file that manifest\.json describes \(its SHA-256 differs\): cut short, damaged, or of "
+    r"another export\. Fetch the folder again\."
+)
+AGAIN = r"Export the model again \(minopt export\), where it is to run\."
+DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "cut short": (cut, NOT_THE_FILE),
+    "other weights": (swap_two_weights, NOT_THE_FILE),
+    "other digest": (edit("manifest.json", program_sha256="0" * 64), NOT_THE_FILE),
+    "no program": (
+        lambda f: (f / "program.pt2").unlink(),
+        r"expected program\.pt2 beside manifest\.json\. Fetch the folder again\.",
+    ),
+    "no config": (
+        lambda f: (f / "config.json").unlink(),
+        r"expected a model's folder \(config\.json and weights\), found .*",
+    ),
+    "no JSON": (
+        lambda f: (f / "manifest.json").write_text("{"),
+        r"manifest\.json: expected JSON, .* Fetch the file again\.",
+    ),
+    "newer format": (edit("manifest.json", format=2), rf"manifest\.json: expected format 1, got 2\. {AGAIN}"),
+    "lacking": (
+        edit("manifest.json", dtype="gone", flavour="x"),
+        r"manifest\.json: dtype, flavour missing or unknown\. Fetch the folder again\.",
+    ),
+    "another torch": (
+        edit("manifest.json", torch="2.11.0"),
+        rf"program\.pt2: was compiled by torch 2\.11\.0, this is {torch.__version__.replace('+', '.')}\. {AGAIN}",
+    ),
+    "another system": (
+        edit("manifest.json", platform="Darwin arm64"),
+        rf"program\.pt2: was compiled for Darwin arm64, this is .*\. {AGAIN}",
+    ),
+    "another processor": (
+        edit("manifest.json", instructions=["avx2", "avx99", "sve7"]),
+        rf"program\.pt2: was compiled for a machine with .*avx99, sve7, which this one lacks\. {AGAIN}",
+    ),
+    "a GPU": (
+        edit("manifest.json", device="cuda"),
+        rf"program\.pt2: was compiled for a GPU, and torch sees none here\. {AGAIN}",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_folder_that_cannot_run_here_says_why(
+    damage: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if damage == "a GPU" and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    shutil.copytree(folder, tmp_path / "program")
+    change, message = DAMAGES[damage]
+    change(tmp_path / "program")
+    assert main(["generate", "x", "--model", str(tmp_path / "program")]) == 2
+    found = capsys.readouterr()
+    assert found.out == ""
+    assert len(found.err.splitlines()) == 1
+    assert re.search(f"^minopt: error: {re.escape(str(tmp_path / 'program'))}.*{message}$", found.err.strip()), (
+        found.err
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"dtype": "bfloat16"},
+            r"^dtype: .*program\.pt2 was exported in float32, got bfloat16\. Leave it out, or export",
+        ),
+        ({"dtype": torch.float16}, r"^dtype: .*program\.pt2 was exported in float32, got float16\. Leave it out, or"),
+        ({"model_config": "opt-125m"}, r"^model_config: .* is a program, compiled with its own\. Leave it out\.$"),
+    ],
+)
+def test_a_program_is_what_it_was_exported_as(options: dict[str, Any], message: str, folder: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        minopt.load(folder, **options)
+    with pytest.raises(ValueError, match=r"^device: .* was exported for cpu, got 'cuda:1'\. Leave .* --device cuda\.$"):
+        load_exported(folder, device="cuda:1")
+
+
+def test_what_the_program_was_exported_as_may_be_named(folder: Path) -> None:
+    assert load_exported(folder, device="cpu", dtype=torch.float32).dtype == torch.float32
+
+
+def test_its_limits_are_told_before_anything_runs(exported: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ExportedModel, "_run", lambda *_: pytest.fail("the program ran"))
+    ids = torch.tensor([[5, 6]])
+    with pytest.raises(ValueError, match=rf"^prompt: .* \+ max_new_tokens 60 = .* positions, the model has {LENGTH}\."):
+        exported.generate("The old man and the sea", max_new_tokens=60)
+    rows = rf"^batch: the program was exported for at most {ROWS} rows, got %d\. Run fewer .* larger --max-batch\.$"
+    with pytest.raises(ValueError, match=rows % (ROWS + 1)):
+        minopt.generate(exported.decoder, ids.expand(ROWS + 1, 2))
+    with pytest.raises(ValueError, match=rows % 6):
+        exported.generate("x", do_sample=True, num_return_sequences=6)
+    with pytest.raises(ValueError, match=rows % 6):
+        exported.generate(PROMPTS * 2, batch_size=6)
+
+
+def test_a_full_cache_is_not_written_beyond(exported: LanguageModel) -> None:
+    program, ids = exported.decoder, torch.tensor([[5, 6]])
+    cache = program.new_cache(1, 2)
+    program.prefill(ids, None, cache)
+    with pytest.raises(ValueError, match=r"^cache: made for 1 rows of 2 tokens, 2 filled, got ids \[1, 1\] and a mask "
+                       r"of 3 tokens\. Make it larger, or feed less\.$"):  # fmt: skip
+        program.decode_step(ids[:, :1], None, cache)
+    with pytest.raises(ValueError, match=r"^cache: made for 1 rows of 2 tokens, 2 filled, got ids \[2, 1\] and"):
+        program.decode_step(ids.view(2, 1), None, cache)
+
+
+@pytest.mark.parametrize("verb", ["save", "finetune", "evaluate"])
+def test_what_needs_weights_says_that_a_program_has_none(
+    verb: str, exported: LanguageModel, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    message = (
+        "model: this is an exported program, which generates and scores, but has no weights to train, measure or save"
+    )
+    if verb == "save":
+        with pytest.raises(ValueError, match=f"^{message}"):
+            exported.save(tmp_path / "saved")
+        return
+    (tmp_path / "text.txt").write_text(TEXT)
+    data = {
+        "finetune": ["--model_name_or_path", str(folder), "--do_train", "--train_file", str(tmp_path / "text.txt"),
+                     "--output_dir", str(tmp_path / "run")],
+        "evaluate": ["--task", "perplexity", "--model", str(folder), "--data", str(tmp_path / "text.txt")],
+    }  # fmt: skip
+    assert main([verb, *data[verb], "--device", "cpu"]) == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "run").exists()
+
+
+# What a user can mend before there is a program.
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"max_length": 1025}, ValueError, r"^max_length: expected at most the model's 1024 positions, got 1025\.$"),
+        ({"max_length": 1}, ValueError, r"^max_length: expected 2 or more tokens, got 1\.$"),
+        ({"max_batch": 0}, ValueError, r"^max_batch: expected 1 or more rows, got 0\.$"),
+        ({"dtype": "int8"}, ValueError, r"^dtype: expected auto, float32, .*, got 'int8'\.$"),
+        ({"tokenizer": "nowhere"}, FileNotFoundError, r"^nowhere: expected tokenizer\.json"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(
+    options: dict[str, Any], error: type[Exception], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(error, match=message):
+        export_model(minopt.DEMO, tmp_path / "program", **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "model"])
+def test_what_is_there_is_never_replaced(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "program"
+    if kind == "file":
+        path.write_text("mine")
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        shutil.copytree(minopt.DEMO, path)
+    before = sorted(tmp_path.rglob("*"))
+    assert main(["export", minopt.DEMO, str(path)]) == 2
+    assert capsys.readouterr().err == f"minopt: error: {path}: is there already. Name another folder.\n"
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_machine_without_compiler_says_how_to_get_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with torch._inductor.config.patch({"cpp.cxx": (None, "no-such-compiler")}):
+        assert main(["export", minopt.DEMO, str(tmp_path / "program")]) == 2
+    assert capsys.readouterr().err == (
+        "minopt: error: export: needs a C++ compiler, and found none (no-such-compiler). Install one (apt install g++, "
+        "dnf install gcc-c++, conda install gxx), or name yours in the environment variable CXX.\n"
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("step", "error"),
+    [("_compile", KeyboardInterrupt()), ("aoti_compile_and_package", CppCompileError(["g++"], "no space left\nat all")),
+     ("check_tokens", ValueError("export: other tokens"))],
+)  # fmt: skip
+def test_what_breaks_off_leaves_nothing(
+    step: str, error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        assert list(tmp_path.iterdir()) != []
+        raise error
+
+    if step == "check_tokens":
+        monkeypatch.setattr(export, "_compile", lambda model, path: path.write_bytes(b"a program"))
+        monkeypatch.setattr(export, "ExportedModel", lambda *_: None)
+    monkeypatch.setattr(export, step, fail)
+    compiler_failed = isinstance(error, CppCompileError)
+    expected = OSError if compiler_failed else type(error)
+    with pytest.raises(
+        expected, match=r"^export: the C\+\+ compiler failed \(.*\)\. Is the disk" if compiler_failed else ""
+    ):
+        export_model(minopt.DEMO, tmp_path / "program")
+    assert list(tmp_path.iterdir()) == []
+    assert capfd.readouterr().err == ""
