@@ -371,6 +371,26 @@ def test_texts_are_the_same_alone_in_lists_and_streamed(options: dict[str, Any])
         assert lm.generate(prompt, **lookup) == theirs.text
 
 
+def test_in_16_bits_tokens_are_the_same_up_to_a_near_tie() -> None:
+    """The first other token, if there is one, has a score within a few of bfloat16's steps of 1/32 of the best."""
+    lm = minopt.load(minopt.DEMO, device="cpu", dtype="bfloat16")
+    assert lm.tokenizer is not None
+    same = 0
+    for text in (LISTED, LISTED * 2, "It was", "One. Two. Three. One. Two.", "He said that he said that he"):
+        ids = torch.tensor([lm.tokenizer.encode(text)])
+        plain = generate(lm.model, ids, max_new_tokens=40, eos_token_id=(), output_scores=True)
+        found = generate(lm.model, ids, max_new_tokens=40, eos_token_id=(), prompt_lookup_num_tokens=8)
+        assert plain.scores is not None
+        for scores, ours, theirs in zip(
+            plain.scores[0], found.sequences[0, -40:], plain.sequences[0, -40:], strict=True
+        ):
+            if ours != theirs:
+                assert scores[theirs] - scores[ours] <= 4 / 32
+                break
+            same += 1
+    assert same > 100
+
+
 def test_prompts_of_a_list_run_alone_unless_a_limit_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
     rows: list[int] = []
     prefill = minopt.OPT.prefill
