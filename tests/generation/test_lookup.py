@@ -18,10 +18,11 @@ from torch import Tensor
 import minopt
 from minopt import GenerationConfig, GenerationOutput, OPTConfig, generate
 from minopt.generation.decode import decode_steps
-from minopt.generation.lookup import Text
+from minopt.generation.lookup import PromptLookup, Text
 from minopt.generation.request import prepare
 from tests.conftest import build_ours, build_reference, lively
 from tests.generation.test_decode import pad_left, random_prompts
+from tests.generation.test_late_look import Elsewhere
 from tests.generation.test_properties import (
     SHAPE,
     Case,
@@ -223,6 +224,17 @@ def test_a_draft_ends_with_the_new_tokens(new: int) -> None:
         left, passes, drafted, draft = left - count - 1, passes + 1, drafted + count, min(15, 2 * count + 2)
     assert (found.drafted_tokens, found.accepted_tokens) == ((drafted,), (drafted,))
     assert decoder.passes == passes
+
+
+def test_drafts_are_full_where_a_long_pass_takes_no_longer() -> None:
+    for decoder, count in ((circle(4, 5), 2), (Elsewhere(circle(4, 5)), 7)):
+        config = GenerationConfig(max_new_tokens=12, prompt_lookup_num_tokens=7)
+        request = prepare(decoder, torch.tensor([[4, 5, 4]]), None, config)
+        cache = decoder.new_cache(1, 15)
+        decoder.prefill(request.input_ids, None, cache)
+        lookup = PromptLookup(dataclasses.replace(request, decoder=decoder), cache)
+        lookup.read(torch.tensor([5]), torch.tensor([True]))
+        assert lookup.drafted == [count]
 
 
 def test_where_nothing_repeats_the_decoder_is_told_what_it_is_told_without() -> None:
