@@ -18,10 +18,11 @@ from torch import Tensor
 import minopt
 from minopt import GenerationConfig, GenerationOutput, OPTConfig, generate
 from minopt.generation.decode import decode_steps
-from minopt.generation.lookup import Text
+from minopt.generation.lookup import PromptLookup, Text
 from minopt.generation.request import prepare
 from tests.conftest import build_ours, build_reference, lively
 from tests.generation.test_decode import pad_left, random_prompts
+from tests.generation.test_late_look import Elsewhere
 from tests.generation.test_properties import (
     SHAPE,
     Case,
@@ -225,6 +226,17 @@ def test_a_draft_ends_with_the_new_tokens(new: int) -> None:
     assert decoder.passes == passes
 
 
+def test_drafts_are_full_where_a_long_pass_takes_no_longer() -> None:
+    for decoder, count in ((circle(4, 5), 2), (Elsewhere(circle(4, 5)), 7)):
+        config = GenerationConfig(max_new_tokens=12, prompt_lookup_num_tokens=7)
+        request = prepare(decoder, torch.tensor([[4, 5, 4]]), None, config)
+        cache = decoder.new_cache(1, 15)
+        decoder.prefill(request.input_ids, None, cache)
+        lookup = PromptLookup(dataclasses.replace(request, decoder=decoder), cache)
+        lookup.read(torch.tensor([5]), torch.tensor([True]))
+        assert lookup.drafted == [count]
+
+
 def test_where_nothing_repeats_the_decoder_is_told_what_it_is_told_without() -> None:
     decoder = Counting(circle(*range(2, 50)))
     found = generate(decoder, torch.tensor([[2, 3, 4]]), max_new_tokens=40, prompt_lookup_num_tokens=10)
@@ -369,6 +381,26 @@ def test_texts_are_the_same_alone_in_lists_and_streamed(options: dict[str, Any])
     for prompt, theirs in zip(prompts, plain, strict=True):
         assert "".join(lm.stream(prompt, **lookup)) == theirs.text
         assert lm.generate(prompt, **lookup) == theirs.text
+
+
+def test_in_16_bits_tokens_are_the_same_up_to_a_near_tie() -> None:
+    """The first other token, if there is one, has a score within a few of bfloat16's steps of 1/32 of the best."""
+    lm = minopt.load(minopt.DEMO, device="cpu", dtype="bfloat16")
+    assert lm.tokenizer is not None
+    same = 0
+    for text in (LISTED, LISTED * 2, "It was", "One. Two. Three. One. Two.", "He said that he said that he"):
+        ids = torch.tensor([lm.tokenizer.encode(text)])
+        plain = generate(lm.model, ids, max_new_tokens=40, eos_token_id=(), output_scores=True)
+        found = generate(lm.model, ids, max_new_tokens=40, eos_token_id=(), prompt_lookup_num_tokens=8)
+        assert plain.scores is not None
+        for scores, ours, theirs in zip(
+            plain.scores[0], found.sequences[0, -40:], plain.sequences[0, -40:], strict=True
+        ):
+            if ours != theirs:
+                assert scores[theirs] - scores[ours] <= 4 / 32
+                break
+            same += 1
+    assert same > 100
 
 
 def test_prompts_of_a_list_run_alone_unless_a_limit_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -128,9 +128,11 @@ class PromptLookup:
 
     def _drafts(self, rows: list[int]) -> list[tuple[int, ...]]:
         """A token of each row a step; none, if there is a row without any. ``rows`` are those that go on."""
-        # One more token is chosen behind a draft. On a CPU a pass takes longer the more it reads, so a draft is as long
-        # as the one before lets hope: of six rules the best between texts that copy and such that do not.
-        count = min(self.most, 2 * self.came_true + 2, self.end - self.length - 1)
+        count = min(self.most, self.end - self.length - 1)  # one more token is chosen behind a draft
+        if self.request.decoder.device.type == "cpu":
+            # There a pass takes longer the more it reads: a draft is as long as the one before lets hope, by the best of
+            # six rules over texts that copy and such that do not.
+            count = min(count, 2 * self.came_true + 2)
         drafts = [[self.request.pad_token_id] * count for _ in self.texts]
         for row in rows:
             drafts[row] = self.texts[row].draft(self.ngram_size, count)
