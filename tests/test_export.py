@@ -42,7 +42,7 @@ def compiler() -> None:
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The embedded checkpoint after a few steps of training."""
     folder = tmp_path_factory.mktemp("trained") / "run"
-    lm = minopt.load(minopt.DEMO, device="cpu")
+    lm = minopt.load(minopt.DEMO, device="cpu", optimize=False)
     assert lm.tokenizer is not None
     config = TrainingConfig(output_dir=str(folder), max_steps=3, per_device_train_batch_size=2, learning_rate=1e-3,
                             src_length=48, tgt_length=16, device="cpu")  # fmt: skip

@@ -66,12 +66,14 @@ class FastOPT(OPT):
             yield f"{prefix}.{name}" if prefix else name, nn.Parameter(tensor, requires_grad=False)
 
     def _apply(self, *args: Any, **options: Any) -> Any:
-        raise ValueError("model: loaded for inference, it cannot be moved or cast. Say device and dtype when loading.")
+        raise ValueError(
+            "model: made for inference, it cannot be moved or cast. Say device and dtype when loading, or optimize=False."
+        )
 
     def train(self, mode: bool = True) -> FastOPT:
         """Refuses to be trained."""
         if mode:
-            raise ValueError("model: loaded for inference, it cannot be trained. Load it with minopt.load_model.")
+            raise ValueError("model: made for inference, it cannot be trained. Load it with optimize=False.")
         return super().train(False)
 
 
