@@ -67,7 +67,8 @@ class FastOPT(OPT):
 
     def _apply(self, *args: Any, **options: Any) -> Any:
         raise ValueError(
-            "model: made for inference, it cannot be moved or cast. Say device and dtype when loading, or optimize=False."
+            "model: made for inference, it cannot be moved or cast. Say device and dtype when loading, or "
+            "optimize=False."
         )
 
     def train(self, mode: bool = True) -> FastOPT:
