@@ -41,26 +41,49 @@ def test_every_file_and_result_that_is_named_exists() -> None:
     assert [name for name in names if not (ROOT / name).exists()] == []
 
 
-def test_figures_are_those_of_the_results() -> None:
-    """Each table has a row for each case of its file, in order, with that case's ratio and medians."""
-    for topic, medians, ratio in (
-        ("generate", lambda case, who: f"{case[who]['median_ms']:.1f} ms", "ratio"),
-        (
-            "load",
-            lambda case, who: f"{case[who]['load_seconds']:.3f} s, {case[who]['peak_mb']:.0f} MB",
-            "seconds_ratio",
-        ),
-    ):
-        rows = re.findall(rf"^\|.*\((benchmarks/results/{topic}_[\w.]+)\) \|$", README, re.M)
-        cases = json.loads((ROOT / rows[0]).read_text())["cases"]
-        lines = [line for line in README.splitlines() if line.startswith("|") and f"({rows[0]})" in line]
-        assert len(lines) == len(rows) == len(cases)
-        for line, case in zip(lines, cases, strict=True):
-            cells = [cell.strip() for cell in line.strip("|").split("|")]
-            assert case["dtype"] in cells[0]
-            assert cells[1].startswith(medians(case, "minopt")), line
-            assert cells[2].startswith(medians(case, "transformers")), line
-            assert cells[3] == f"**{case[ratio]}x**", line
+def test_figures_of_loading_are_those_of_the_result() -> None:
+    """The table has a row for each case, in order, with that case's ratio and medians."""
+    rows = re.findall(r"^\|.*\((benchmarks/results/load_[\w.]+)\) \|$", README, re.M)
+    cases = json.loads((ROOT / rows[0]).read_text())["cases"]
+    lines = [line for line in README.splitlines() if line.startswith("|") and f"({rows[0]})" in line]
+    assert len(lines) == len(rows) == len(cases)
+    for line, case in zip(lines, cases, strict=True):
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        assert case["dtype"] in cells[0]
+        for cell, who in zip(cells[1:3], ("minopt", "transformers"), strict=True):
+            assert cell == f"{case[who]['load_seconds']:.3f} s, {case[who]['peak_mb']:.0f} MB"
+        assert cells[3] == f"**{case['seconds_ratio']}x**", line
+
+
+PEERS = {"float32": "ctranslate2", "bfloat16": "transformers", "int8": "ctranslate2"}
+
+
+@pytest.mark.parametrize(
+    ("file", "groups"),
+    [
+        ("README.md", "decode1 decode8 prefill512 beams"),
+        ("benchmarks/README.md", "decode1 decode8 decode32 prefill512 prefill1536 beams sizes"),
+    ],
+)
+def test_figures_of_inference_are_those_of_the_result(file: str, groups: str) -> None:
+    text = (ROOT / file).read_text(encoding="utf-8")
+    (name,) = set(re.findall(r"results/inference_\w+\.json", text))
+    result = json.loads((ROOT / "benchmarks" / name).read_text())
+    cases = [case for case in result["cases"] if case["group"] in groups.split()]
+    lines = re.findall(r"^\| .*(?:decode|prefill), .*batch \d+, prompt .*$", text, re.M)
+    assert len(lines) == len(cases)
+    for line, case in zip(lines, cases, strict=True):
+        what, *times, ratio, of_exported, share = (cell.strip() for cell in line.strip("|").split("|"))
+        assert what.endswith(f"batch {case['batch']}, prompt {case['prompt']:,}, {case['dtype']}")
+        assert ("5 beams" in what, case["work"] in what) == (bool(case["options"]), True)
+        assert case["model"] == "opt-125m" or what.startswith(case["model"].removeprefix("opt-"))
+        for cell, variant in zip(times, ("minopt", "exported", "ctranslate2", "transformers"), strict=True):
+            assert cell == (f"{case['variants'][variant]['median_ms']:.1f} ms" if variant in case["variants"] else "")
+        peer = PEERS[case["dtype"]]
+        assert ratio == f"**{case['ratios'][peer + ' / minopt']:.2f}x**"
+        assert of_exported == (f"{case['ratios'][peer + ' / exported']:.2f}x" if "exported" in case["variants"] else "")
+        assert share == (f"{case['share_of_bandwidth']['minopt']:.0%}" if "share_of_bandwidth" in case else "")
+        assert all(equal == 1 for equal in case.get("same_tokens", {}).values())
 
 
 def test_figures_of_conversions_are_those_of_the_result() -> None:
