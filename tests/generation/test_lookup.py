@@ -71,8 +71,9 @@ class Counting:
         self.decoder, self.config, self.device, self.calls = decoder, decoder.config, decoder.device, Counter[str]()
 
     def __getattr__(self, name: str) -> Any:
+        found = getattr(self.decoder, name)
         self.calls[name] += 1
-        return getattr(self.decoder, name)
+        return found
 
     @property
     def passes(self) -> int:
