@@ -130,8 +130,8 @@ class PromptLookup:
         """A token of each row a step; none, if there is a row without any. ``rows`` are those that go on."""
         count = min(self.most, self.end - self.length - 1)  # one more token is chosen behind a draft
         if self.request.decoder.device.type == "cpu":
-            # There a pass takes longer the more it reads: a draft is as long as the one before lets hope, by the best
-            # of six rules over texts that copy and such that do not.
+            # There a pass takes longer the more it reads: a draft is as long as the one before lets hope. Of six such
+            # rules this did best over texts that copy and such that do not.
             count = min(count, 2 * self.came_true + 2)
         drafts = [[self.request.pad_token_id] * count for _ in self.texts]
         for row in rows:
