@@ -453,3 +453,19 @@ def test_what_breaks_off_leaves_nothing(
         export_model(minopt.DEMO, tmp_path / "program")
     assert list(tmp_path.iterdir()) == []
     assert capfd.readouterr().err == ""
+
+
+def test_a_model_that_is_compiled_while_loading_says_what_it_says_without(source: Path) -> None:
+    compiled = minopt.load(source, device="cpu", optimize="compile")
+    assert isinstance(compiled.decoder, ExportedModel)
+    prompts = ["The ship", "It was a dark and stormy night when"]
+    assert compiled.generate(prompts, max_new_tokens=12) == minopt.load(source).generate(prompts, max_new_tokens=12)
+    with pytest.raises(ValueError, match="model: this is an exported program"):
+        compiled.save(source / "nowhere")
+    assert not (source / "nowhere").exists()
+
+
+@pytest.mark.parametrize(("name", "value"), [("quantize", "int8"), ("model_config", "opt-125m")])
+def test_a_program_is_what_it_was_compiled_as(folder: Path, name: str, value: str) -> None:
+    with pytest.raises(ValueError, match=f"{name}: .* is a program, compiled with its own. Leave it out."):
+        minopt.load(folder, **{name: value})

@@ -93,7 +93,6 @@ def export_model(
     destination: str | Path,
     *,
     dtype: torch.dtype | str = "auto",
-    quantize: str | None = None,
     max_length: int | None = None,
     max_batch: int | None = None,
     device: torch.device | str = "cpu",

@@ -144,6 +144,8 @@ def test_it_refuses_to_be_trained_moved_or_cast(change: Any, message: str) -> No
     [
         ({"quantize": "int4"}, "quantize: expected None or \"int8\", got 'int4'."),
         ({"quantize": "int8", "optimize": False}, "quantize: int8 weights are for inference, got optimize=False."),
+        ({"quantize": "int8", "optimize": "compile"}, "quantize: programs of int8 weights are not there yet"),
+        ({"optimize": "fast"}, "optimize: expected True, False or \"compile\", got 'fast'."),
     ],
 )
 def test_options_that_do_not_fit_are_refused_before_anything_is_read(options: dict[str, Any], message: str) -> None:
