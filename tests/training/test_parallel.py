@@ -280,7 +280,7 @@ def test_ddp_sums_gradients_once_a_step_and_fsdp_keeps_none_whole(way: str, two:
 @pytest.mark.parametrize(("kind", "way"), WAYS_OF_KINDS)
 def test_what_is_saved_is_the_trained_model_its_table_tied(kind: str, way: str, two: Together) -> None:
     folder, report = two.folder / f"{kind}, {way}", two.found[0][f"{kind}, {way}"]
-    model = minopt.load(folder, device="cpu", dtype="float32").model
+    model = minopt.load_model(folder, device="cpu", dtype="float32")
     state = model.state_dict()
     assert state.keys() == report.state.keys()
     assert all(torch.equal(state[name], report.state[name]) for name in state)

@@ -38,6 +38,7 @@ class FastOPT(OPT):
 
     def __init__(self, config: OPTConfig, state: dict[str, Tensor], *, quantize: bool = False) -> None:
         super().__init__(config, device="meta", dtype=state["embed_tokens.weight"].dtype)
+        self._order = {name: number for number, name in enumerate(super().state_dict())}
         build = _Builder(state, quantize or any(name.endswith(int8.SCALE) for name in state), config)
         self.layers = nn.ModuleList(FastLayer(config, index, build) for index in range(config.num_hidden_layers))
         self.load_state_dict(state, assign=True)
@@ -52,10 +53,12 @@ class FastOPT(OPT):
 
     def state_dict(self, **options: Any) -> dict[str, Any]:  # type: ignore[override]
         """The weights of an ``OPT``, int8 ones with their scales; options are those of ``nn.Module.state_dict``."""
-        state = super().state_dict(**options)
+        state, prefix = super().state_dict(**options), options.get("prefix", "")
         for layer in self.layers:
             assert isinstance(layer, FastLayer)
-            state.update((options.get("prefix", "") + name, tensor) for name, tensor in layer.tensors().items())
+            state.update((prefix + name, tensor) for name, tensor in layer.tensors().items())
+        for name in sorted(state, key=lambda n: self._order.get(n.removeprefix(prefix).removesuffix(int8.SCALE), -1)):
+            state[name] = state.pop(name)  # in an OPT's order
         return state
 
     def named_parameters(
