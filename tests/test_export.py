@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from torch._inductor.cpp_builder import get_cpp_compiler
-from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
+from torch._inductor.exc import CppCompileError, InductorError, InvalidCxxCompiler
 
 import minopt
 from minopt import OPT, LanguageModel, TrainingConfig, export, export_model, inspect_checkpoint
@@ -447,12 +447,26 @@ def test_what_breaks_off_leaves_nothing(
     monkeypatch.setattr(export, step, fail)
     compiler_failed = isinstance(error, CppCompileError)
     expected = OSError if compiler_failed else type(error)
-    with pytest.raises(
-        expected, match=r"^export: the C\+\+ compiler failed \(.*\)\. Is the disk" if compiler_failed else ""
-    ):
+    with pytest.raises(expected, match=r"^export: compiling failed \(.*\)\. Is the disk" if compiler_failed else ""):
         export_model(minopt.DEMO, tmp_path / "program")
     assert list(tmp_path.iterdir()) == []
     assert capfd.readouterr().err == ""
+
+
+def test_where_inductor_has_no_product_for_a_shape_torchs_is_taken_and_a_failure_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def compile_nothing(program: Any, *, package_path: str, inductor_configs: dict[str, Any]) -> None:
+        asked.append(inductor_configs.get("max_autotune_gemm_backends"))
+        raise InductorError(RuntimeError("no choices for mm\nand a trace"), None)
+
+    monkeypatch.setattr(export, "aoti_compile_and_package", compile_nothing)
+    with pytest.raises(OSError, match=r"^export: compiling failed \([^\n]*no choices for mm[^\n]*$"):
+        export_model(minopt.DEMO, tmp_path / "program", dtype="bfloat16")
+    assert asked == ["CPP", "CPP,ATEN"]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_model_that_is_compiled_while_loading_says_what_it_says_without(source: Path) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch._inductor import aoti_compile_and_package
 from torch._inductor import config as inductor_config
 from torch._inductor.cpp_builder import get_cpp_compiler
-from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
+from torch._inductor.exc import CppCompileError, InductorError, InvalidCxxCompiler
 from torch._inductor.utils import fresh_cache
 from torch.export import Dim
 
@@ -206,18 +206,21 @@ def _compile(model: OPT, path: Path) -> None:
     if model.dtype != torch.float32:
         # inductor's own products: 19 ms instead of 26 a step of opt-125m in bfloat16; in float32 they gain nothing.
         options |= {"max_autotune": True, "max_autotune_gemm_backends": "CPP"}
-    failure = None
+    ways, failures = [options], []
+    if model.dtype != torch.float32:  # where inductor has no product of its own for some shape, torch's too
+        ways.append(options | {"max_autotune_gemm_backends": "CPP,ATEN"})
     # Compiled in a folder of its own: what lies in inductor's usual one stays there, weights included. And without
     # gradients, or nothing is frozen.
     with torch.no_grad(), fresh_cache(dir=str(path.parent.parent)), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch's, about its own parts
-        try:
-            program = torch.export.export(Program(model), inputs, dynamic_shapes=shapes)
-            aoti_compile_and_package(program, package_path=str(path), inductor_configs=options)
-        except CppCompileError as error:  # raised below, for fresh_cache writes a warning about errors
-            failure = first_line(error)
-    if failure is not None:
-        raise OSError(f"export: the C++ compiler failed ({failure}). Is the disk full, or the compiler too old?")
+        program = torch.export.export(Program(model), inputs, dynamic_shapes=shapes)
+        for way in ways:
+            try:
+                aoti_compile_and_package(program, package_path=str(path), inductor_configs=way)
+                return
+            except (CppCompileError, InductorError) as error:  # not let out: fresh_cache writes a warning about errors
+                failures.append(first_line(error))
+    raise OSError(f"export: compiling failed ({failures[-1]}). Is the disk full, or the C++ compiler too old?")
 
 
 def check_tokens(model: OPT, program: ExportedModel) -> None:
