@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 import minopt
-from minopt import OPT, OPTConfig, Tokenizer
+from minopt import OPT, OPTConfig, Tokenizer, int8
 from minopt.evaluation.perplexity import window_perplexity
 from minopt.inference import fast, products
 from minopt.inference.fast import FastOPT
@@ -74,7 +74,9 @@ def build(
         mock.patch.object(fast, "OUTLIERS_FROM", 1 if outliers else fast.OUTLIERS_FROM),
         mock.patch.object(products, "_has_int8", (lambda: False) if weights_alone else products._has_int8),
     ):
-        return FastOPT(model.config, state, quantize=quantize)
+        for name in filter(int8.is_quantized, list(state) if quantize else []):
+            state[name], state[name + int8.SCALE] = int8.quantize(model.state_dict()[name])
+        return FastOPT(model.config, state)
 
 
 def random_model() -> OPT:

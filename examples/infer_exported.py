@@ -25,6 +25,8 @@ def main() -> None:
     manifest = json.loads((args.folder / "manifest.json").read_text())
     config = json.loads((args.folder / "config.json").read_text())
     tokenizer = Tokenizer.from_file(str(args.folder / "tokenizer.json"))
+    if "amx_tile" in manifest["instructions"]:
+        torch.cpu._init_amx()  # Linux gives a process these registers when it asks for them
     program = torch._inductor.aoti_load_package(str(args.folder / "program.pt2"))
 
     ids = tokenizer.encode(args.prompt).ids

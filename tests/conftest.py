@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from torch import Tensor
 
-from minopt import OPT, OPTConfig
+from minopt import OPT, OPTConfig, int8
 from minopt.checkpoint.names import HF_HEAD, from_hf
 
 torch.set_num_threads(1)  # small models lose time by sharing, most of all on a busy machine
@@ -43,6 +44,14 @@ def build_reference(kind: str, seed: int = 0, dtype: torch.dtype = torch.float32
         for parameter in model.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
     return model.to(dtype)
+
+
+def quantized_state(model: OPT) -> dict[str, Tensor]:
+    """A model's weights, those of the layers in int8 with scales."""
+    state = dict(model.state_dict())
+    for name in filter(int8.is_quantized, list(state)):
+        state[name], state[name + int8.SCALE] = int8.quantize(state[name])
+    return state
 
 
 def lively(kind: str, dtype: torch.dtype = torch.float64, **changes: Any) -> Any:

@@ -8,29 +8,33 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._inductor import aoti_compile_and_package
 from torch._inductor import config as inductor_config
 from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.exc import CppCompileError, InductorError, InvalidCxxCompiler
 from torch._inductor.utils import fresh_cache
-from torch.export import Dim
+from torch.export import Dim, ExportedProgram
 
+from minopt import int8
 from minopt.cache import KVCache
 from minopt.checkpoint.errors import first_line
 from minopt.checkpoint.hub import find_model
 from minopt.checkpoint.inspect import digest_of, digest_of_all
-from minopt.checkpoint.load import load_checkpoint, resolve_device, resolve_dtype
+from minopt.checkpoint.load import read_state, resolve_device, resolve_dtype
 from minopt.checkpoint.save import generation_config, replacing, write_config, write_json
 from minopt.checkpoint.source import Checkpoint, open_checkpoint
 from minopt.config import OPTConfig, is_int, read_json
 from minopt.generation.decode import generate
 from minopt.inference.exported import FORMAT, PROGRAM, ExportedModel, Manifest, machine, sha256
+from minopt.inference.fast import OUTLIERS_FROM
 from minopt.model import OPT
 from minopt.tokenizer import Tokenizer
 
@@ -54,6 +58,69 @@ class _GivenCache(KVCache):
         self.keys[layer].index_copy_(2, self.slots, key)
         self.values[layer].index_copy_(2, self.slots, value)
         return self.keys[layer][:, :, : self.filled], self.values[layer][:, :, : self.filled]
+
+
+class Int8Linear(nn.Module):
+    """A linear layer with weights in int8, a scale an output channel, and inputs in int8, a scale a token.
+
+    The product of integers is exact. Written as inductor knows it: ``_int_mm``, to floats, times both scales.
+
+    Args:
+        weight, scale: as of ``int8.quantize``.
+        bias: ``[out]``.
+        outliers: as of ``inference.products.Int8``: what rounding leaves of a token is a second row of the product.
+    """
+
+    weight: Tensor
+    scale: Tensor
+    bias: Tensor | None
+
+    def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None, *, outliers: bool = False) -> None:
+        super().__init__()
+        for name, tensor in (("weight", weight.t().contiguous()), ("scale", scale.flatten()), ("bias", bias)):
+            self.register_buffer(name, tensor, persistent=False)
+        self.outliers, self.rounds_inputs = outliers, True
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.rounds_inputs:
+            return F.linear(x, (self.weight * self.scale).t(), self.bias)
+        rows = x.flatten(0, -2)
+        own = rows.abs().amax(-1, keepdim=True).float().clamp_min(torch.finfo(torch.float32).tiny) / 127
+        rows = rows / own
+        whole = rows.round()
+        if self.outliers:
+            terms = torch.cat([whole, ((rows - whole) * 254).round()]).to(torch.int8)
+            y, rest = (torch._int_mm(terms, self.weight).float() * self.scale).chunk(2)
+            y = (y + rest / 254) * own
+        else:
+            y = torch._int_mm(whole.to(torch.int8), self.weight).float() * own * self.scale
+        y = y if self.bias is None else y + self.bias
+        return y.to(x.dtype).view(*x.shape[:-1], -1)
+
+
+class Int8OPT(OPT):
+    """An OPT with the linear layers' weights and the head's in int8; embeddings, norms and projections as they are.
+
+    Args:
+        config: shape and options.
+        state: weights by name, those of the layers in int8 with scales, as ``read_state`` gives them.
+    """
+
+    def __init__(self, config: OPTConfig, state: dict[str, Tensor]) -> None:
+        super().__init__(config, device="meta", dtype=state["embed_tokens.weight"].dtype)
+        outliers, rest = config.hidden_size >= OUTLIERS_FROM, dict(state)
+        for key in [key for key in state if int8.is_quantized(key)]:
+            path = key.removesuffix(".weight")
+            parent, _, name = path.rpartition(".")
+            tensors = (rest.pop(key), rest.pop(key + int8.SCALE), rest.pop(f"{path}.bias", None))
+            setattr(self.get_submodule(parent), name, Int8Linear(*tensors, outliers=outliers))
+        self.load_state_dict(rest, assign=True)
+        self.head_proj = Int8Linear(*int8.quantize(self.embed_tokens.weight.detach()), None, outliers=outliers)
+        self.eval()
+
+    def head(self, h: Tensor) -> Tensor:
+        logits: Tensor = self.head_proj(h)
+        return logits
 
 
 class Program(nn.Module):
@@ -93,6 +160,7 @@ def export_model(
     destination: str | Path,
     *,
     dtype: torch.dtype | str = "auto",
+    quantize: str | None = None,
     max_length: int | None = None,
     max_batch: int | None = None,
     device: torch.device | str = "cpu",
@@ -110,6 +178,8 @@ def export_model(
         source: as ``name_or_path`` of ``minopt.load_model``.
         destination: a folder that is not there yet.
         dtype: see ``minopt.load_model``.
+        quantize: ``"int8"``: weights of linear layers and of the head, and their inputs, in 8 bits; on a CPU. ``None``
+            leaves them as the checkpoint has them.
         max_length: the most tokens of a row, new ones included; ``None`` is the model's number of positions.
         max_batch: refuse more rows than that; ``None`` is any number.
         device: ``"cpu"`` or ``"cuda"``.
@@ -125,7 +195,7 @@ def export_model(
     """
     destination = Path(destination).expanduser()
     target, number_type = resolve_device(device), resolve_dtype(dtype)
-    _check_options(destination, max_length, max_batch)
+    _check_options(destination, quantize, target, max_length, max_batch)
     _check_compiler()
     path = find_model(source, revision=revision, local_files_only=local_files_only)
     checkpoint = open_checkpoint(path, model_config)
@@ -134,7 +204,7 @@ def export_model(
         raise ValueError(f"max_length: expected at most the model's {limit} positions, got {max_length}.")
     folder = Tokenizer.find(checkpoint.found.folder) if tokenizer is None else Path(tokenizer).expanduser()
     reader = None if folder is None else Tokenizer.load(folder)
-    model = load_checkpoint(checkpoint, target, number_type)
+    model = _load(checkpoint, target, number_type, quantize)
     with replacing(destination, ()) as new:
         _compile(model, new / PROGRAM)
         manifest = _describe(checkpoint, model, new / PROGRAM, max_length or limit, max_batch)
@@ -149,9 +219,24 @@ def export_model(
             reader.save(new)
 
 
-def _check_options(destination: Path, max_length: int | None, max_batch: int | None) -> None:
+def _load(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype | None, quantize: str | None) -> OPT:
+    state = read_state(checkpoint, device, dtype, keep_int8=device.type == "cpu", quantize=quantize is not None)
+    if any(name.endswith(int8.SCALE) for name in state):
+        return Int8OPT(checkpoint.config, state)
+    model = OPT(checkpoint.config, device="meta")
+    model.load_state_dict(state, assign=True)
+    return model.eval()
+
+
+def _check_options(
+    destination: Path, quantize: str | None, device: torch.device, max_length: int | None, max_batch: int | None
+) -> None:
     if destination.exists():
         raise FileExistsError(f"{destination}: is there already. Name another folder.")
+    if quantize not in (None, "int8"):
+        raise ValueError(f"quantize: expected int8 or none, got {quantize!r}.")
+    if quantize is not None and device.type != "cpu":
+        raise ValueError(f"quantize: int8 programs run on a CPU, got {device}. Leave it out, or export for the CPU.")
     if max_length is not None and (not is_int(max_length) or max_length < 2):
         raise ValueError(f"max_length: expected 2 or more tokens, got {max_length!r}.")
     if max_batch is not None and (not is_int(max_batch) or max_batch < 1):
@@ -178,7 +263,7 @@ def _describe(checkpoint: Checkpoint, model: OPT, program: Path, max_length: int
         device=model.device.type,
         instructions=instructions,
         dtype=str(model.dtype).removeprefix("torch."),
-        quantize=None,
+        quantize="int8" if isinstance(model, Int8OPT) else None,
         max_length=max_length,
         max_batch=max_batch,
         program_sha256=sha256(program),
@@ -188,6 +273,31 @@ def _describe(checkpoint: Checkpoint, model: OPT, program: Path, max_length: int
 
 def _compile(model: OPT, path: Path) -> None:
     """Writes the package of a model's program."""
+    options: dict[str, bool | int | str] = {
+        # Weights packed for the processor. Half the time of a step of 8 rows; at the price of a second head.
+        "freezing": True,
+        # As many threads as run it, not as compiled it.
+        "cpp.dynamic_threads": True,
+        "autotune_num_choices_displayed": 0,  # on stderr
+    }
+    ways = [options]
+    if model.dtype != torch.float32 or isinstance(model, Int8OPT):
+        # inductor's own products: a step of opt-125m takes 18 ms in bfloat16 instead of 26, and 9 instead of 15 with
+        # int8 (in float32 they gain nothing). Where a processor has none for some shape, those that are faster.
+        ways = [options | {"max_autotune": True, "max_autotune_gemm_backends": b} for b in ("CPP", "CPP,ATEN")]
+    with torch.no_grad(), warnings.catch_warnings():  # without gradients, or nothing is frozen
+        warnings.simplefilter("ignore")  # of torch's, about its own parts
+        program = _trace(model)
+        failures = []
+        for way in ways:
+            if (failure := _package(program, path, way)) is None:
+                return
+            failures.append(failure)
+    raise OSError(f"export: compiling failed ({failures[-1]}). Is the disk full, or the compiler too old?")
+
+
+def _trace(model: OPT) -> ExportedProgram:
+    """The graph of ``Program``, with all sizes left open."""
     L, device = model.config.num_hidden_layers, model.device
     # Sizes of 2 and more, all different: one is taken to be fixed, and equal ones (or tensors) to be the same.
     cache = model.new_cache(2, 11)
@@ -197,30 +307,23 @@ def _compile(model: OPT, path: Path) -> None:
     B, T, S, N, R = map(Dim, ("rows", "tokens", "filled", "wanted", "capacity"))
     layers = [{0: B, 2: R}] * L
     shapes = ({0: B, 1: T}, {0: B, 1: T}, {0: B, 2: T, 3: S}, {0: N}, layers, layers)
-    options: dict[str, bool | str] = {
-        # Weights packed for the processor. Half the time of a step of 8 rows; at the price of a second head.
-        "freezing": True,
-        # As many threads as run it, not as compiled it.
-        "cpp.dynamic_threads": True,
-    }
-    if model.dtype != torch.float32:
-        # inductor's own products: 19 ms instead of 26 a step of opt-125m in bfloat16; in float32 they gain nothing.
-        options |= {"max_autotune": True, "max_autotune_gemm_backends": "CPP"}
-    ways, failures = [options], []
-    if model.dtype != torch.float32:  # where inductor has no product of its own for some shape, torch's too
-        ways.append(options | {"max_autotune_gemm_backends": "CPP,ATEN"})
-    # Compiled in a folder of its own: what lies in inductor's usual one stays there, weights included. And without
-    # gradients, or nothing is frozen.
-    with torch.no_grad(), fresh_cache(dir=str(path.parent.parent)), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of torch's, about its own parts
-        program = torch.export.export(Program(model), inputs, dynamic_shapes=shapes)
-        for way in ways:
-            try:
-                aoti_compile_and_package(program, package_path=str(path), inductor_configs=way)
-                return
-            except (CppCompileError, InductorError) as error:  # not let out: fresh_cache writes a warning about errors
-                failures.append(first_line(error))
-    raise OSError(f"export: compiling failed ({failures[-1]}). Is the disk full, or the C++ compiler too old?")
+    program = torch.export.export(Program(model), inputs, dynamic_shapes=shapes)
+    # A product of int8 is known by who uses it, and these do too.
+    for node in program.graph.find_nodes(op="call_function", target=torch.ops.aten._assert_tensor_metadata.default):
+        program.graph.erase_node(node)
+    return program
+
+
+def _package(program: ExportedProgram, path: Path, options: Mapping[str, Any]) -> str | None:
+    """Compiles a graph. Returns why it failed, if it did."""
+    failure = None
+    # In a folder of its own: what lies in inductor's usual one stays there, weights included.
+    with fresh_cache(dir=str(path.parent.parent)):
+        try:
+            aoti_compile_and_package(program, package_path=str(path), inductor_configs=dict(options))
+        except (CppCompileError, InductorError) as error:  # not let out, for fresh_cache would write a warning
+            failure = next((line for line in str(error).splitlines() if "error:" in line), first_line(error))[:200]
+    return failure
 
 
 def check_tokens(model: OPT, program: ExportedModel) -> None:
@@ -254,10 +357,19 @@ def _gap(model: OPT, input_ids: Tensor, first: int, second: int) -> tuple[float,
     """By how much a token's score exceeds another's behind ids ``[T]``, and how much of that may be rounding."""
     scores = model(input_ids[None].to(model.device), logits_to_keep=1)[0, -1].float()
     gap = float(scores[first] - scores[second])
-    if model.dtype.itemsize > 2:
+    if model.dtype.itemsize > 2 and not isinstance(model, Int8OPT):
         return gap, 0.0
-    exact = copy.deepcopy(model).float()(input_ids[None].to(model.device), logits_to_keep=1)[0, -1]
+    exact = _unrounded(model)(input_ids[None].to(model.device), logits_to_keep=1)[0, -1]
     return gap, 2 * float((scores - exact).abs().max())  # either score is off by that much at most
+
+
+def _unrounded(model: OPT) -> OPT:
+    """A copy that computes with the same weights in float32, and no inputs in int8."""
+    exact = copy.deepcopy(model).float()
+    for module in exact.modules():
+        if isinstance(module, Int8Linear):
+            module.rounds_inputs = False
+    return exact
 
 
 def _check_prompts(program: ExportedModel) -> Iterator[tuple[str, Tensor, Tensor | None]]:

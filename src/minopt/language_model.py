@@ -516,8 +516,8 @@ def load(
         raise ValueError(f'optimize: expected True, False or "compile", got {optimize!r}.')
     if quantize and not optimize:
         raise ValueError("quantize: int8 weights are for inference, got optimize=False. Leave one of the two out.")
-    if quantize and optimize == "compile":
-        raise ValueError('quantize: programs of int8 weights are not there yet, got optimize="compile". Leave it out.')
+    if quantize and optimize == "compile" and target.type != "cpu":
+        raise ValueError('quantize: int8 programs run on a CPU, got optimize="compile" on a GPU. Leave out one.')
     path = find_model(name_or_path, revision=revision, local_files_only=local_files_only)
     checkpoint = None if is_exported(path) else open_checkpoint(path, model_config)
     for name, given in (("model_config", model_config), ("quantize", quantize)):
@@ -531,11 +531,10 @@ def load(
     if checkpoint is None:
         model = load_exported(path, device=device, dtype=dtype)
     elif optimize == "compile" and target.type == "cpu":
-        model = _compiled(path, dtype, model_config)
+        model = _compiled(path, dtype, quantize, model_config)
     elif optimize:
-        state = read_state(checkpoint, target, number_type, keep_int8=True)
-        kind = GraphedOPT if target.type == "cuda" else FastOPT
-        model = kind(checkpoint.config, state, quantize=quantize == "int8")
+        state = read_state(checkpoint, target, number_type, keep_int8=True, quantize=quantize == "int8")
+        model = (GraphedOPT if target.type == "cuda" else FastOPT)(checkpoint.config, state)
         if isinstance(model, GraphedOPT):
             model.compile_step = optimize == "compile"
     else:
@@ -545,13 +544,15 @@ def load(
     return LanguageModel(model, reader, defaults)
 
 
-def _compiled(path: Path, dtype: torch.dtype | str, model_config: OPTConfig | str | Path | None) -> ExportedModel:
+def _compiled(
+    path: Path, dtype: torch.dtype | str, quantize: str | None, model_config: OPTConfig | str | Path | None
+) -> ExportedModel:
     """A model as its program, which needs no file once it is loaded."""
     from minopt.export import export_model  # it brings the compiler
 
     with tempfile.TemporaryDirectory(prefix="minopt-") as folder:
         program = Path(folder) / "program"
-        export_model(path, program, dtype=dtype, device="cpu", model_config=model_config)
+        export_model(path, program, dtype=dtype, quantize=quantize, device="cpu", model_config=model_config)
         return load_exported(program)
 
 

@@ -583,7 +583,7 @@ def test_a_weight_that_is_not_finite_cannot_be_quantized(value: float, tmp_path:
     with pytest.raises(CheckpointError, match=message):
         convert(tmp_path / "float", tmp_path / "new", quantize="int8")
     assert [path.name for path in tmp_path.iterdir()] == ["float"]
-    with pytest.raises(ValueError, match=r"^int8: expected a weight of finite numbers, .*Is the checkpoint sound\?$"):
+    with pytest.raises(CheckpointError, match=message):
         minopt.load(tmp_path / "float", device="cpu", quantize="int8")
 
 

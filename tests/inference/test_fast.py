@@ -15,13 +15,13 @@ from minopt import OPT, int8
 from minopt.evaluation.perplexity import window_perplexity
 from minopt.inference import products
 from minopt.inference.fast import OUTLIERS_FROM, FastOPT
-from tests.conftest import build_ours, build_reference, lively
+from tests.conftest import build_ours, build_reference, lively, quantized_state
 
 PADDED = torch.tensor([[0, 0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1]])
 
 
-def fast_of(model: OPT, **options: Any) -> FastOPT:
-    return FastOPT(model.config, dict(model.state_dict()), **options)
+def fast_of(model: OPT, *, quantize: bool = False) -> FastOPT:
+    return FastOPT(model.config, quantized_state(model) if quantize else dict(model.state_dict()))
 
 
 def ids_of(model: OPT, *shape: int) -> Tensor:
@@ -144,7 +144,6 @@ def test_it_refuses_to_be_trained_moved_or_cast(change: Any, message: str) -> No
     [
         ({"quantize": "int4"}, "quantize: expected None or \"int8\", got 'int4'."),
         ({"quantize": "int8", "optimize": False}, "quantize: int8 weights are for inference, got optimize=False."),
-        ({"quantize": "int8", "optimize": "compile"}, "quantize: programs of int8 weights are not there yet"),
         ({"optimize": "fast"}, "optimize: expected True, False or \"compile\", got 'fast'."),
     ],
 )

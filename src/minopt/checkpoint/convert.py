@@ -21,6 +21,7 @@ from minopt.checkpoint.hub import find_model
 from minopt.checkpoint.load import resolve_dtype
 from minopt.checkpoint.names import FUSED, fused_key, shard_dim, to_hf, to_metaseq
 from minopt.checkpoint.pieces import SourceTensor, main_dtype
+from minopt.checkpoint.quantized import read_int8
 from minopt.checkpoint.save import (
     TOKENIZER_FILES,
     generation_config,
@@ -187,19 +188,10 @@ def _write_hf(
             return scales.pop(key)
         if key + int8.SCALE not in sizes:
             return sources[key].read(dtype)
-        weight, scales[key + int8.SCALE] = _quantized(sources[key])
+        weight, scales[key + int8.SCALE] = read_int8(sources[key])
         return weight
 
     write_safetensors(new, sizes, read, max_bytes)
-
-
-def _quantized(tensor: SourceTensor) -> tuple[Tensor, Tensor]:
-    if tensor.int8 is not None and tensor.scale is not None:
-        return tensor.int8.read(), tensor.scale
-    try:
-        return int8.quantize(tensor.read())
-    except ValueError as error:
-        raise CheckpointError(f"{tensor.name}: {error}") from None
 
 
 def _write_parts(

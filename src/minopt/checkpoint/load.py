@@ -12,6 +12,7 @@ from minopt import int8
 from minopt.checkpoint.errors import some
 from minopt.checkpoint.hub import find_model
 from minopt.checkpoint.pieces import main_dtype
+from minopt.checkpoint.quantized import read_int8
 from minopt.checkpoint.source import Checkpoint, open_checkpoint
 from minopt.config import OPTConfig
 from minopt.model import OPT
@@ -68,7 +69,12 @@ def load_checkpoint(checkpoint: Checkpoint, device: torch.device, dtype: torch.d
 
 
 def read_state(
-    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype | None, *, keep_int8: bool = False
+    checkpoint: Checkpoint,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    *,
+    keep_int8: bool = False,
+    quantize: bool = False,
 ) -> dict[str, Tensor]:
     """The weights of a checkpoint by minopt's names, as ``load_model`` has them.
 
@@ -78,27 +84,28 @@ def read_state(
         dtype: ``None`` is ``"auto"``.
         keep_int8: leave int8 weights as they are, each followed by its float32 scale under its name and
             ``int8.SCALE``; where only some of the layers' weights are int8, none are left so.
+        quantize: have int8 weights in all layers, made of the numbers in the files where those are not int8 yet.
     """
     if dtype is None:
         dtype = torch.float32 if device.type == "cpu" else main_dtype(checkpoint.tensors.values())
     checkpoint.check_head()
-    kept = _int8_names(checkpoint) if keep_int8 else set()
+    if quantize:
+        in_int8 = {name for name in checkpoint.tensors if int8.is_quantized(name)}
+    else:
+        in_int8 = _int8_names(checkpoint) if keep_int8 else set()
     state: dict[str, Tensor] = {}
     taken: set[int] = set()
     for name, source in checkpoint.tensors.items():
-        target = dtype
-        if name in kept:
-            source, target = source.stored, torch.int8
-        tensor = source.map() if device.type == "cpu" and source.dtype == target else None
+        if name in in_int8:
+            state[name], state[name + int8.SCALE] = (tensor.to(device) for tensor in read_int8(source))
+            continue
+        tensor = source.map() if device.type == "cpu" and source.dtype == dtype else None
         if tensor is None:
-            tensor = source.read(target)
+            tensor = source.read(dtype)
         elif not tensor.is_contiguous() or tensor.data_ptr() in taken:  # a view, or one tensor under two names
             tensor = tensor.clone(memory_format=torch.contiguous_format)
         taken.add(tensor.data_ptr())
         state[name] = tensor.to(device)
-        scale = checkpoint.tensors[name].scale
-        if name in kept and scale is not None:
-            state[name + int8.SCALE] = scale.to(device)
     return state
 
 

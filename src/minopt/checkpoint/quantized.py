@@ -76,6 +76,21 @@ def with_scales(tensors: Mapping[str, SourceTensor], declared: bool, where: Path
     return found
 
 
+def read_int8(tensor: SourceTensor) -> tuple[Tensor, Tensor]:
+    """A weight as int8 ``[out, in]`` with its float32 scale ``[out, 1]``: as stored, or made of the stored numbers.
+
+    Raises:
+        CheckpointError: naming a weight whose numbers are not all finite.
+    """
+    if tensor.int8 is not None and tensor.scale is not None:
+        mapped = tensor.int8.map()
+        return tensor.int8.read() if mapped is None else mapped.contiguous(), tensor.scale
+    try:
+        return int8.quantize(tensor.read())
+    except ValueError as error:
+        raise CheckpointError(f"{tensor.name}: {error}") from None
+
+
 def _read_scale(name: str, weight: SourceTensor | None, scale: SourceTensor | None) -> Tensor | str:
     """The scale of a weight as float32 ``[out, 1]``, or what is wrong with the two."""
     if weight is None or weight.dtype != torch.int8:

@@ -19,6 +19,7 @@ def add_export(verbs: Any) -> None:
     parser.add_argument("model", help=MODEL)
     parser.add_argument("destination", help="a folder that is not there yet")
     parser.add_argument("--dtype", default="auto", help="float32, bfloat16 or float16 (auto: float32 on a CPU)")
+    parser.add_argument("--quantize", choices=("int8",), help="weights and inputs of linear layers in 8 bits (none)")
     parser.add_argument("--max-length", type=int, metavar="N",
                         help="the most tokens of a row, new ones included (the model's positions)")  # fmt: skip
     parser.add_argument("--max-batch", type=int, metavar="N", help="the most rows that run together (any number)")
@@ -33,6 +34,7 @@ def _export(args: argparse.Namespace) -> None:
         args.model,
         args.destination,
         dtype=args.dtype,
+        quantize=args.quantize,
         max_length=args.max_length,
         max_batch=args.max_batch,
         device=args.device,

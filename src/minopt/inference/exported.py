@@ -117,6 +117,8 @@ class ExportedModel:
         self.dtype: torch.dtype = getattr(torch, manifest.dtype)
         self.max_batch = manifest.max_batch
         self._path = folder / PROGRAM
+        if "amx_tile" in manifest.instructions:
+            torch.cpu._init_amx()  # Linux gives a process these registers when it asks for them
         try:
             # What torch._inductor.aoti_load_package wraps; that also imports the compiler, for more than a second.
             self._program = torch._C._aoti.AOTIModelPackageLoader(str(self._path), "model", False, 1, -1)

@@ -5,7 +5,7 @@ Shapes: B batch, T tokens this call, S cached + T, H heads, D head_dim, C hidden
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -32,20 +32,23 @@ class FastOPT(OPT):
     Args:
         config: shape and options.
         state: an OPT's weights by name; taken out of it one after the other, so that a weight that nobody else
-            holds is freed as soon as it is packed. Weights may be int8 with scales under ``minopt.int8``'s names.
-        quantize: make int8 of the layers' weights and the head's.
+            holds is freed as soon as it is packed. The layers' weights may be int8, with scales under
+            ``minopt.int8``'s names; the head becomes int8 then too.
     """
 
-    def __init__(self, config: OPTConfig, state: dict[str, Tensor], *, quantize: bool = False) -> None:
+    def __init__(self, config: OPTConfig, state: dict[str, Tensor]) -> None:
         super().__init__(config, device="meta", dtype=state["embed_tokens.weight"].dtype)
         self._order = {name: number for number, name in enumerate(super().state_dict())}
-        build = _Builder(state, quantize or any(name.endswith(int8.SCALE) for name in state), config)
+        in_int8 = any(name.endswith(int8.SCALE) for name in state)
+        build = _Builder(state, config)
         self.layers = nn.ModuleList(FastLayer(config, index, build) for index in range(config.num_hidden_layers))
         self.load_state_dict(state, assign=True)
         for _, parameter in nn.Module.named_parameters(self):
             parameter.requires_grad = False
         self.eval()
-        self._head = build.product(self.embed_tokens.weight, None)
+        table = self.embed_tokens.weight
+        weight, scale = int8.quantize(table) if in_int8 else (table, None)
+        self._head = build_product(weight, None, scale=scale, outliers=build.outliers)
 
     def head(self, h: Tensor) -> Tensor:
         """Logits ``[..., V]`` of hidden states ``[..., E]``."""
@@ -84,29 +87,22 @@ class FastOPT(OPT):
 class _Builder:
     """Takes weights out of a state and makes products of them."""
 
-    def __init__(self, state: dict[str, Tensor], quantize: bool, config: OPTConfig) -> None:
-        self.state, self.quantize, self.outliers = state, quantize, config.hidden_size >= OUTLIERS_FROM
-
-    def product(self, weight: Tensor, bias: Tensor | None, activation: str = "none") -> Product:
-        """Of a weight that is not int8 yet."""
-        if not self.quantize:
-            return build_product(weight, bias, activation)
-        quantized, scale = int8.quantize(weight)
-        return build_product(quantized, bias, activation, scale=scale, outliers=self.outliers)
+    def __init__(self, state: dict[str, Tensor], config: OPTConfig) -> None:
+        self.state, self.outliers = state, config.hidden_size >= OUTLIERS_FROM
 
     def __call__(self, prefix: str, names: tuple[str, ...], activation: str = "none") -> Product:
         """Of one linear layer, or of several that read the same, side by side."""
         weights = [self.state.pop(f"{prefix}{name}.weight") for name in names]
         scales = [self.state.pop(f"{prefix}{name}.weight{int8.SCALE}", None) for name in names]
         biases = [self.state.pop(f"{prefix}{name}.bias", None) for name in names]
-        bias = None if biases[0] is None else _joined(biases)
-        if scales[0] is None:
-            return self.product(_joined(weights), bias, activation)
-        return build_product(_joined(weights), bias, activation, scale=_joined(scales), outliers=self.outliers)
+        weight, scale, bias = (_joined(tensors) for tensors in (weights, scales, biases))
+        assert weight is not None
+        return build_product(weight, bias, activation, scale=scale, outliers=self.outliers)
 
 
-def _joined(tensors: list[Any]) -> Tensor:
-    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+def _joined(tensors: Sequence[Tensor | None]) -> Tensor | None:
+    given = [tensor for tensor in tensors if tensor is not None]
+    return torch.cat(given) if len(given) > 1 else given[0] if given else None
 
 
 class FastLayer(nn.Module):
