@@ -40,6 +40,8 @@ def main() -> None:
          for _ in range(config["num_hidden_layers"])] for _ in range(2)
     )  # fmt: skip
 
+    ends = config["eos_token_id"]  # one, or several
+    ends = ends if isinstance(ends, list) else [ends]
     new = ids  # the prompt first, then one token at a time
     while len(ids) < capacity:
         T, S = len(new), len(ids)
@@ -48,7 +50,7 @@ def main() -> None:
         wanted = torch.tensor([T - 1], device=device)  # whose logits are wanted: the last token's
         logits = program(torch.tensor([new], device=device), positions, mask, wanted, keys, values)  # [1, vocabulary]
         new = [int(logits.argmax())]
-        if new[0] == config["eos_token_id"]:
+        if new[0] in ends:
             break
         ids += new
     print(tokenizer.decode(ids))

@@ -33,9 +33,11 @@ def difference(found: Tensor, expected: Tensor) -> float:
     return ((found.float() - expected.float()).abs().max() / expected.float().abs().max()).item()
 
 
-@pytest.fixture(params=["packed", "plain"])
+@pytest.fixture(params=["blocked", "packed", "plain"])
 def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """With the operators that this machine has, and without."""
+    """With the operators that this machine has, on an Intel processor and on others, and without."""
+    monkeypatch.setattr(products, "_on_intel", lambda: request.param == "blocked")
+    monkeypatch.setattr(products.Blocked, "width", 16)
     if request.param == "plain":
         monkeypatch.setattr(products, "_has_packed", lambda dtype: False)
         monkeypatch.setattr(products, "_has_int8", lambda: False)
