@@ -75,9 +75,8 @@ class Blocked:
     width = 128  # outputs of a block: divides the layers' of all published sizes
 
     def __init__(self, weight: Tensor, bias: Tensor | None, activation: str = "none") -> None:
-        self._blocks = (
-            weight.view(-1, self.width, weight.shape[1]).transpose(1, 2).contiguous()
-        )  # [O / width, I, width]
+        blocks = weight.view(-1, self.width, weight.shape[1])
+        self._blocks = blocks.transpose(1, 2).contiguous()  # [O / width, I, width]
         self.bias, self._activation = bias, _ACTIVATIONS[activation]
         self._bias = weight.new_zeros(()) if bias is None else bias.view(-1, 1, self.width)
 
