@@ -23,12 +23,12 @@ FILES = {
 # A room imports from those before it. Rooms of one line do not import each other.
 ORDER = (
     ("config",),
-    ("cache", "int8"),
+    ("cache", "distributed", "int8"),
     ("model",),
     ("tokenizer",),
     ("generation",),
     ("checkpoint", "inference", "parallel"),
-    ("evaluation",),
+    ("evaluation", "tensor_parallel"),
     ("training", "export"),
     ("language_model",),
     ("cli",),
@@ -39,9 +39,10 @@ RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
 # What a function may import: heavy or optional things, and in the command line the library itself.
 LAZY = {
     "minopt.checkpoint.hub": {"huggingface_hub"},
-    "minopt.language_model": {"minopt"},  # export, which brings the compiler
+    "minopt.language_model": {"minopt"},  # export, which brings the compiler, and tensor_parallel, torch.distributed
     "minopt.checkpoint.save": {"safetensors"},
-    **{f"minopt.cli.{verb}": {"minopt"} for verb in ("checkpoints", "evaluate", "export", "finetune", "generate")},
+    **{f"minopt.cli.{verb}": {"minopt"} for verb in ("checkpoints", "evaluate", "export", "finetune")},
+    "minopt.cli.generate": {"minopt", "torch"},
 }
 FORBIDDEN = {"transformers", "fairseq", "metaseq"}
 

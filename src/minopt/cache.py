@@ -22,6 +22,7 @@ class KVCache:
         capacity: S, the most tokens a row can hold.
         dtype: of keys and values: the model's.
         device: where they live: the model's.
+        heads: H, where they are not all of the model's.
 
     Attributes:
         keys, values: L tensors ``[B, H, S, D]`` each.
@@ -41,10 +42,11 @@ class KVCache:
         *,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
+        heads: int | None = None,
     ) -> None:
         if batch_size < 1 or capacity < 1:
             raise ValueError(f"KVCache: batch_size and capacity must be positive, got {batch_size} and {capacity}.")
-        shape = (batch_size, config.num_attention_heads, capacity, config.head_dim)
+        shape = (batch_size, heads or config.num_attention_heads, capacity, config.head_dim)
         # Zeros, for a masked slot is still multiplied (by 0), and 0 * NaN is NaN.
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
         self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from tqdm import tqdm
@@ -29,6 +29,9 @@ from minopt.inference.fast import FastOPT
 from minopt.inference.graphs import GraphedOPT
 from minopt.model import OPT
 from minopt.tokenizer import StopStrings, Tokenizer, pad_left
+
+if TYPE_CHECKING:  # it takes a quarter of a second to import
+    from torch.distributed.device_mesh import DeviceMesh
 
 logger = logging.getLogger(__name__)
 
@@ -486,6 +489,7 @@ def load(
     dtype: torch.dtype | str = "auto",
     quantize: str | None = None,
     optimize: bool | Literal["compile"] = True,
+    mesh: DeviceMesh | None = None,
     revision: str | None = None,
     local_files_only: bool = False,
     model_config: OPTConfig | str | Path | None = None,
@@ -504,11 +508,15 @@ def load(
             model, which can be trained, moved and cast; ``save`` writes the plain weights of either. ``"compile"`` is
             faster for single tokens, after a minute: on a CPU the program that ``minopt export`` would write, which
             has no weights to save, on a GPU a compiled step.
+        mesh: of one dim: the processes among which the model is divided (tensor parallelism). Each calls this and reads
+            its share alone; then each calls the same methods with the same arguments, and gets the same results.
         tokenizer: the folder of its files; ``None`` looks beside the weights, then one folder up.
 
     Returns:
         A ``LanguageModel``; its ``tokenizer`` is ``None`` where the checkpoint has no tokenizer files.
     """
+    if device is None and mesh is not None:
+        device = mesh.device_type
     target, number_type = resolve_device(device), resolve_dtype(dtype)
     if quantize not in (None, "int8"):
         raise ValueError(f'quantize: expected None or "int8", got {quantize!r}.')
@@ -518,9 +526,11 @@ def load(
         raise ValueError("quantize: int8 weights are for inference, got optimize=False. Leave one of the two out.")
     if quantize and optimize == "compile" and target.type != "cpu":
         raise ValueError('quantize: int8 programs run on a CPU, got optimize="compile" on a GPU. Leave out one.')
+    if mesh is not None and optimize is not True:
+        raise ValueError(f"optimize: a model that is divided has but one form, got {optimize!r}. Leave it out.")
     path = find_model(name_or_path, revision=revision, local_files_only=local_files_only)
     checkpoint = None if is_exported(path) else open_checkpoint(path, model_config)
-    for name, given in (("model_config", model_config), ("quantize", quantize)):
+    for name, given in (("model_config", model_config), ("quantize", quantize), ("mesh", mesh)):
         if checkpoint is None and given is not None:
             raise ValueError(f"{name}: {path} is a program, compiled with its own. Leave it out.")
     place = path if checkpoint is None else checkpoint.found.folder
@@ -530,6 +540,10 @@ def load(
     model: OPT | ExportedModel
     if checkpoint is None:
         model = load_exported(path, device=device, dtype=dtype)
+    elif mesh is not None:
+        from minopt.tensor_parallel import load_share  # it brings torch.distributed
+
+        model = load_share(checkpoint, target, number_type, mesh, quantize=quantize == "int8")
     elif optimize == "compile" and target.type == "cpu":
         model = _compiled(path, dtype, quantize, model_config)
     elif optimize:

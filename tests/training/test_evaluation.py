@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, NoRepeatNGramLogitsProcessor
 
+from minopt.distributed import World
 from minopt.evaluation.squad import exact_match, f1, rouge_l
 from minopt.training import evaluation
 from minopt.training.config import TrainingConfig
 from minopt.training.data import Example
-from minopt.training.distributed import World
 from minopt.training.evaluation import EvaluationResult, evaluate
 from minopt.training.prepare import warn
 from minopt.training.tokens import tokenise

@@ -25,8 +25,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import minopt
 from minopt import OPT
+from minopt.distributed import World
 from minopt.training import evaluation, trainer
-from minopt.training.distributed import World
 from minopt.training.evaluation import evaluate
 from minopt.training.tokens import tokenise
 from minopt.training.trainer import train

@@ -11,7 +11,8 @@ from torch import Tensor
 from minopt import int8
 from minopt.checkpoint.errors import some
 from minopt.checkpoint.hub import find_model
-from minopt.checkpoint.pieces import main_dtype
+from minopt.checkpoint.names import shard_dim
+from minopt.checkpoint.pieces import Share, main_dtype
 from minopt.checkpoint.quantized import read_int8
 from minopt.checkpoint.source import Checkpoint, open_checkpoint
 from minopt.config import OPTConfig
@@ -75,6 +76,7 @@ def read_state(
     *,
     keep_int8: bool = False,
     quantize: bool = False,
+    share: Share | None = None,
 ) -> dict[str, Tensor]:
     """The weights of a checkpoint by minopt's names, as ``load_model`` has them.
 
@@ -85,6 +87,8 @@ def read_state(
         keep_int8: leave int8 weights as they are, each followed by its float32 scale under its name and
             ``int8.SCALE``; where only some of the layers' weights are int8, none are left so.
         quantize: have int8 weights in all layers, made of the numbers in the files where those are not int8 yet.
+        share: read this process' part of the tensors that ``shard_dim`` divides, and nothing else of them where they
+            are divided by rows.
     """
     if dtype is None:
         dtype = torch.float32 if device.type == "cpu" else main_dtype(checkpoint.tensors.values())
@@ -96,8 +100,18 @@ def read_state(
     state: dict[str, Tensor] = {}
     taken: set[int] = set()
     for name, source in checkpoint.tensors.items():
+        dim = None if share is None else shard_dim(name)
+        if share is not None and dim == 0:
+            source = source.rows(*share.of(source.shape[0]))
         if name in in_int8:
-            state[name], state[name + int8.SCALE] = (tensor.to(device) for tensor in read_int8(source))
+            weight, scale = read_int8(source)  # of whole rows, whose scales all shares have
+            if share is not None and dim == 1:
+                start, stop = share.of(source.shape[1])
+                weight = weight[:, start:stop].contiguous()
+            state[name], state[name + int8.SCALE] = weight.to(device), scale.to(device)
+            continue
+        if share is not None and dim == 1:
+            state[name] = source.columns(*share.of(source.shape[1]), dtype).to(device)
             continue
         tensor = source.map() if device.type == "cpu" and source.dtype == dtype else None
         if tensor is None:

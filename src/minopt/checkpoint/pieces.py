@@ -87,6 +87,24 @@ class Slice:
 
 
 @dataclass(frozen=True)
+class Share:
+    """One process' part of what several divide: heads, inner units and the vocabulary (arXiv 1909.08053).
+
+    Attributes:
+        index: of this process, from 0.
+        count: of all processes.
+    """
+
+    index: int
+    count: int
+
+    def of(self, size: int) -> tuple[int, int]:
+        """Which of ``size`` rows or columns: the first, and the one behind the last. The last shares may be shorter."""
+        width = -(-size // self.count)
+        return min(self.index * width, size), min((self.index + 1) * width, size)
+
+
+@dataclass(frozen=True)
 class SourceTensor:
     """A model's tensor in a checkpoint.
 
@@ -136,6 +154,28 @@ class SourceTensor:
         else:
             self.read_into(out.view(-1))
         self.check_copies()
+        return out
+
+    def rows(self, start: int, stop: int) -> SourceTensor:
+        """Some rows of it, as a tensor of their own; not for tensors joined along dim 1."""
+        slices, begin = [], 0
+        width = math.prod(self.shape[1:])
+        for piece in self.slices if self.dim == 0 else self.slices[:1]:
+            end = begin + piece.shape[0]
+            low, high = max(start, begin), min(stop, end)
+            if low < high:
+                slices.append(piece.part((low - begin) * width, (high - low, *self.shape[1:])))
+            begin = end
+        return replace(
+            self, shape=(stop - start, *self.shape[1:]), slices=tuple(slices), dim=0,
+            int8=None if self.int8 is None else self.int8.rows(start, stop),
+            scale=None if self.scale is None else self.scale[start:stop],
+        )  # fmt: skip
+
+    def columns(self, start: int, stop: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Some columns of it, read: pieces of all rows pass through memory, and nothing else does."""
+        out = torch.empty(self.shape[0], stop - start, dtype=dtype or self.dtype)
+        self.read_columns(out, start)
         return out
 
     def check_copies(self) -> None:

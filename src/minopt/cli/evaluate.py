@@ -13,8 +13,8 @@ from minopt.cli.settings import add_settings, settings_of
 from minopt.training.config import TrainingConfig
 
 if TYPE_CHECKING:
+    from minopt.distributed import World
     from minopt.language_model import LanguageModel
-    from minopt.training.distributed import World
 
 _SETTINGS = ("dev_file", "prompt_template", "completion_template", "src_length", "tgt_length", "max_eval_samples",
              "per_device_eval_batch_size", "num_beams", "min_tgt_length", "length_penalty", "no_repeat_ngram_size",
@@ -69,8 +69,8 @@ def _evaluate(args: argparse.Namespace) -> int:
     if args.task == "perplexity":
         return _perplexity(args, options)
 
+    from minopt.distributed import processes
     from minopt.training.data import read_data
-    from minopt.training.distributed import processes
     from minopt.training.prepare import template_of
 
     config = TrainingConfig(output_dir=".", do_eval=True, task=args.task, device=args.device, **settings)
@@ -122,10 +122,10 @@ def _reference(lm: LanguageModel, as_json: bool) -> int:
 
 
 def _perplexity(args: argparse.Namespace, options: dict[str, Any]) -> int:
+    from minopt.distributed import processes
     from minopt.evaluation.perplexity import perplexity_of, wikitext_text, window_losses
     from minopt.language_model import load
     from minopt.training.data import read_data
-    from minopt.training.distributed import processes
 
     if args.data is None:
         raise ValueError("--data: expected a text file, such as WikiText-2's wiki.test.raw, got none. Name one.")

@@ -34,9 +34,9 @@ def _finetune(args: argparse.Namespace) -> int:
     if config.model_name_or_path is None:
         raise ValueError(f"--model_name_or_path: expected {MODEL}, got none. Name one.")
 
+    from minopt.distributed import processes
     from minopt.language_model import load
     from minopt.training.data import read_data
-    from minopt.training.distributed import processes
     from minopt.training.prepare import template_of
     from minopt.training.trainer import TrainingStopped, train
 

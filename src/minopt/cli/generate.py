@@ -7,13 +7,17 @@ import contextlib
 import io
 import json
 import math
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from minopt import DEMO
 from minopt.cli.common import add_model_arguments, on_terminal, tell, true_or_false
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 # The options of GenerationConfig: how each is written on the command line. Several ids are written 5,6.
 _NUMBERS: dict[str, tuple[str, tuple[tuple[str, type, str], ...]]] = {
@@ -56,6 +60,8 @@ def add_generate(verbs: Any) -> None:
     parser.add_argument("prompt", nargs="?", help='the text to continue, in quotes; "" starts from nothing')
     parser.add_argument("--echo", action="store_true", help="write the prompt first")
     add_model_arguments(parser)
+    parser.add_argument("--tensor-parallel", type=int, metavar="N",
+                        help="divide the model among the N processes of torchrun (all that there are)")  # fmt: skip
     parser.add_argument("--optimize", type=_optimize, default=True, metavar="true|false|compile",
                         help="fast (true), plain (false), or faster after a minute (compile)")  # fmt: skip
     groups = {}
@@ -116,8 +122,7 @@ def _optimize(text: str) -> bool | str:
 
 
 def _generate(args: argparse.Namespace) -> None:
-    from minopt.generation.config import check_values, option_names, with_defaults
-    from minopt.language_model import load
+    from minopt.generation.config import check_values, option_names
 
     if (args.prompt is None) == (args.input is None):
         raise ValueError("prompt: expected one, or --input with a file of them.")
@@ -129,16 +134,45 @@ def _generate(args: argparse.Namespace) -> None:
     given = {name: getattr(args, name, None) for name in option_names()}
     options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     check_values(options)  # complain before a model is loaded or fetched
+    if args.tensor_parallel is not None and args.tensor_parallel != (size := int(os.environ.get("WORLD_SIZE", "1"))):
+        raise ValueError(
+            f"--tensor-parallel: expected the number of processes, {size}, got {args.tensor_parallel}. Start it with "
+            f"torchrun --nproc-per-node {args.tensor_parallel} -m minopt generate ..."
+        )
+    is_first = os.environ.get("RANK", "0") == "0"
     prompts = [] if args.input is None else _read_prompts(Path(args.input))
-    if args.output is not None:
+    if args.output is not None and is_first:
         _check_output(Path(args.output), Path(args.input), args.force)
     if args.model is None and args.revision is not None:
         raise ValueError("--revision needs --model: the small demo model has no revisions.")
-    if args.model is None:
+    if args.model is None and is_first:
         tell("no --model given, using the small demo model (see minopt generate --help)")
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        _run(args, options, prompts)
+        return
+    from torch.distributed.device_mesh import init_device_mesh
+
+    from minopt.distributed import processes
+
+    with processes(args.device) as world, contextlib.ExitStack() as stack:
+        if not world.is_first:
+            stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+            args.output = None
+        prompts = world.gather(prompts)[0]  # files may differ from machine to machine
+        _run(args, options, prompts, init_device_mesh(world.device.type, (world.size,)))
+
+
+def _run(
+    args: argparse.Namespace, options: dict[str, Any], prompts: list[dict[str, Any]], mesh: DeviceMesh | None = None
+) -> None:
+    """Loads the model, in each process its share of it, and generates."""
+    from minopt.generation.config import with_defaults
+    from minopt.language_model import load
+
     lm = load(
         args.model or DEMO,
-        device=args.device,
+        device=args.device if mesh is None else None,
+        mesh=mesh,
         dtype=args.dtype,
         quantize=args.quantize,
         optimize=args.optimize,

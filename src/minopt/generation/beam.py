@@ -148,7 +148,7 @@ def _candidates(request: Request, scores: Tensor, sums: Tensor, logprobs: Tensor
         # their best score, which is no number, stands for what they drew.
         top = flat.amax(1, keepdim=True)
         probabilities = flat.softmax(-1).masked_fill(~top.isfinite(), 1.0)
-        index = torch.multinomial(probabilities, min(M, flat.shape[1]), generator=request.generator)
+        index = request.agreed(torch.multinomial(probabilities, min(M, flat.shape[1]), generator=request.generator))
         values = torch.where(top.isfinite(), flat.gather(1, index), top)
     else:
         # The best of all are among the best of each beam: short rows to look through, and one pass over scores.

@@ -213,7 +213,7 @@ def _all_go_on(best: Tensor, ends: Tensor) -> bool:
 def _random_numbers(steps: int, rows: int, request: Request) -> Tensor:
     """All that sampling may need, ``[steps, rows, 1]``: a generator moves on by as much, whenever the rows end."""
     device, generator = request.decoder.device, request.generator
-    return torch.rand(steps, rows, 1, dtype=torch.float64, device=device, generator=generator)
+    return request.agreed(torch.rand(steps, rows, 1, dtype=torch.float64, device=device, generator=generator))
 
 
 def _draw(scores: Tensor, at: Tensor) -> Tensor:

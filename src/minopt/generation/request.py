@@ -131,6 +131,11 @@ class Request:
             self, input_ids=self.input_ids.to(device), attention_mask=None if mask is None else mask.to(device)
         )
 
+    def agreed(self, decision: Tensor) -> Tensor:
+        """What the first of several processes has decided, if a model is divided among them."""
+        agree = getattr(self.decoder, "agreed", None)
+        return decision if agree is None else agree(decision)
+
     def padding(self, copies: int) -> Tensor:
         """How many tokens at the left of each row are padding, ``[B * copies]``."""
         if self.attention_mask is None:
@@ -152,6 +157,7 @@ class Request:
             self.config.min_new_tokens,
             self.config.max_new_tokens,
             None if self.config.max_time is None else time.monotonic() + self.config.max_time,
+            self.agreed,
         )
 
 
@@ -164,6 +170,7 @@ class Stopper:
     min_new_tokens: int
     max_new_tokens: int
     deadline: float | None
+    agreed: Callable[[Tensor], Tensor]
 
     def __call__(self, tokens: Tensor, count: int, sequences: Tensor | None) -> Tensor:
         """The number in ``STOP_REASONS`` of each row, in the shape of ``tokens``.
@@ -192,7 +199,7 @@ class Stopper:
             reasons = reasons.masked_fill(reasons == RUNNING, LENGTH)
         elif self.deadline is not None and time.monotonic() >= self.deadline:
             reasons = reasons.masked_fill(reasons == RUNNING, TIME)
-        return reasons
+        return reasons if self.deadline is None and not self.criteria else self.agreed(reasons)
 
 
 def prepare(

@@ -15,7 +15,7 @@ from minopt import int8
 from minopt.cache import KVCache
 from minopt.config import OPTConfig
 from minopt.inference.products import Product, build_product
-from minopt.model import OPT, Packed, attend
+from minopt.model import OPT, Embedding, Packed, attend
 
 # From this width on (6.7B), OPT's activations have outlier channels that int8 cannot hold: arXiv 2208.07339, table 4.
 OUTLIERS_FROM = 4096
@@ -39,6 +39,8 @@ class FastOPT(OPT):
     def __init__(self, config: OPTConfig, state: dict[str, Tensor]) -> None:
         super().__init__(config, device="meta", dtype=state["embed_tokens.weight"].dtype)
         self._order = {name: number for number, name in enumerate(super().state_dict())}
+        rows, width = state["embed_tokens.weight"].shape  # all of it, or a share
+        self.embed_tokens = Embedding(rows, width, device="meta")
         in_int8 = any(name.endswith(int8.SCALE) for name in state)
         build = _Builder(state, config)
         self.layers = nn.ModuleList(FastLayer(config, index, build) for index in range(config.num_hidden_layers))
@@ -111,7 +113,7 @@ class FastLayer(nn.Module):
     def __init__(self, config: OPTConfig, index: int, build: Callable[..., Product]) -> None:
         super().__init__()
         self.index, self.prefix, self.norm_before = index, f"layers.{index}.", config.do_layer_norm_before
-        self.num_heads, self.head_dim = config.num_attention_heads, config.head_dim
+        self.head_dim = config.head_dim
         C, affine = config.hidden_size, config.layer_norm_elementwise_affine
         self.self_attn_layer_norm = nn.LayerNorm(C, elementwise_affine=affine, device="meta")
         self.final_layer_norm = nn.LayerNorm(C, elementwise_affine=affine, device="meta")
@@ -122,12 +124,12 @@ class FastLayer(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | Packed | None = None, cache: KVCache | None = None) -> Tensor:
         """As ``DecoderLayer``'s."""
-        B, T, C = x.shape
+        B, T, _ = x.shape
         y = self._qkv(self.self_attn_layer_norm(x) if self.norm_before else x)
-        q, k, v = y.view(B, T, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind()  # [B, H, T, D]
+        q, k, v = y.view(B, T, 3, -1, self.head_dim).permute(2, 0, 3, 1, 4).unbind()  # [B, H, T, D]
         if cache is not None:
             k, v = cache.append(self.index, k, v)
-        x = x + self._out(attend(q, k, v, mask, scale=self.head_dim**-0.5).transpose(1, 2).reshape(B, T, C))
+        x = x + self._out(attend(q, k, v, mask, scale=self.head_dim**-0.5).transpose(1, 2).reshape(B, T, -1))
         if not self.norm_before:
             x = self.self_attn_layer_norm(x)
         x = x + self._fc2(self._fc1(self.final_layer_norm(x) if self.norm_before else x))

@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from minopt.checkpoint.errors import first_line
 from minopt.config import read_json
-from minopt.training.distributed import World
+from minopt.distributed import World
 
 _NAME = re.compile(r"step-(\d{8})")
 _STATE = "state.json"  # written last

@@ -9,6 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from minopt.distributed import World
 from minopt.evaluation.squad import normalize_answer, rouge_l
 from minopt.evaluation.squad import score as squad_score
 from minopt.generation.batches import cut_batches
@@ -19,7 +20,6 @@ from minopt.model import OPT
 from minopt.tokenizer import Tokenizer, pad_left
 from minopt.training.config import TrainingConfig
 from minopt.training.data import UNANSWERABLE, Example
-from minopt.training.distributed import World
 from minopt.training.tokens import Tokens
 
 

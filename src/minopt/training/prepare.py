@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
+from minopt.distributed import World
 from minopt.model import OPT
 from minopt.tokenizer import Tokenizer
 from minopt.training.config import TrainingConfig
 from minopt.training.data import TASKS, Example, Template
-from minopt.training.distributed import World
 from minopt.training.tokens import Tokens, tokenise
 
 logger = logging.getLogger(__name__)

@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from minopt import __version__
 from minopt.checkpoint.save import save_model
 from minopt.config import read_json
+from minopt.distributed import World, processes
 from minopt.model import OPT
 from minopt.parallel import apply_fsdp, gathered, wrapped_layers
 from minopt.tokenizer import Tokenizer
@@ -27,7 +28,6 @@ from minopt.training.batches import Order, collate, seed_of
 from minopt.training.checkpoint import Checkpoints, read_state, write_durably
 from minopt.training.config import TrainingConfig
 from minopt.training.data import Example
-from minopt.training.distributed import World, processes
 from minopt.training.evaluation import EvaluationResult, evaluate
 from minopt.training.loss import ModelWithLoss
 from minopt.training.optim import build_optimizer, clip_gradients, learning_rate

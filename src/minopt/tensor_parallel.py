@@ -1,0 +1,154 @@
+"""A model divided among processes: each has some heads, some inner units of the feed-forward, some of the vocabulary.
+
+The division is Megatron's (arXiv 1909.08053), and that of metaseq's model parallel parts: what a process reads is in
+``checkpoint.names.shard_dim``. Here is what the processes tell each other: two sums a layer, one of the tokens'
+embeddings, and the logits. Tensors are local and collectives plain: DTensor's dispatch takes longer than a small layer.
+
+Shapes: V vocabulary, N processes, W = V / N rounded up.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from minopt.cache import KVCache
+from minopt.checkpoint.errors import CheckpointError
+from minopt.checkpoint.inspect import fingerprint
+from minopt.checkpoint.load import read_state
+from minopt.checkpoint.pieces import Share
+from minopt.checkpoint.source import Checkpoint
+from minopt.config import OPTConfig
+from minopt.inference.fast import FastLayer, FastOPT
+from minopt.inference.products import Product
+from minopt.model import Embedding
+
+# Each process has some of the inputs of these, so that their outputs are sums over all processes.
+_SUMMED = ("self_attn.out_proj", "fc2")
+
+
+class ParallelOPT(FastOPT):
+    """One process' share of a ``FastOPT``; all of them call the same methods with the same arguments.
+
+    Every process gets the same logits to the bit, for each number is computed by one of them.
+
+    Args:
+        config: of the whole model.
+        state: this process' share of the weights, as ``read_state`` gives it; taken out of it.
+        mesh: of one dim: the processes.
+
+    Raises:
+        ValueError: if the heads cannot be divided evenly.
+    """
+
+    def __init__(self, config: OPTConfig, state: dict[str, Tensor], mesh: DeviceMesh) -> None:
+        self.group, self.share = mesh.get_group(), share_of(config, mesh)
+        if self.share.index > 0:  # what all processes add is added once
+            for name in [name for name in state if name.endswith(tuple(f"{layer}.bias" for layer in _SUMMED))]:
+                state[name] = torch.zeros_like(state[name])
+        super().__init__(config, state)
+        for layer in self.layers:
+            assert isinstance(layer, FastLayer)
+            layer._out, layer._fc2 = (_Summed(product, self.group) for product in (layer._out, layer._fc2))
+        table = self.embed_tokens.weight
+        self.embed_tokens = _SharedEmbedding(table, self.share.of(config.vocab_size)[0], self.group)
+
+    def head(self, h: Tensor) -> Tensor:
+        """Logits ``[..., V]`` of hidden states ``[..., E]``."""
+        V, N = self.config.vocab_size, self.share.count
+        own = super().head(h)
+        own = F.pad(own, (0, -(-V // N) - own.shape[-1])).contiguous()  # [..., W]
+        every = own.new_empty(N, *own.shape)
+        dist.all_gather(list(every.unbind()), own, group=self.group)
+        return every.movedim(0, -2).flatten(-2)[..., :V]
+
+    def new_cache(self, batch_size: int, capacity: int) -> KVCache:
+        """As of any model, for this process' heads."""
+        heads = self.config.num_attention_heads // self.share.count
+        return KVCache(self.config, batch_size, capacity, dtype=self.dtype, device=self.device, heads=heads)
+
+    def state_dict(self, **options: Any) -> dict[str, Any]:  # type: ignore[override]
+        """Refuses: no process has all weights."""
+        raise ValueError(
+            f"model: is divided among {self.share.count} processes, none of which has all weights. Load it in one to "
+            "save or change it."
+        )
+
+    def agreed(self, decision: Tensor) -> Tensor:
+        """The first process' decision, in all of them."""
+        decision = decision.contiguous()
+        dist.broadcast(decision, group=self.group, group_src=0)
+        return decision
+
+
+def load_share(
+    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype | None, mesh: DeviceMesh, *, quantize: bool = False
+) -> ParallelOPT:
+    """This process' share of a checkpoint, and nothing else of it but what all processes hold.
+
+    Raises:
+        ValueError: as ``ParallelOPT`` does; ``CheckpointError`` if processes see different checkpoints.
+    """
+    share = share_of(checkpoint.config, mesh)
+    seen: list[str] = [""] * share.count
+    dist.all_gather_object(seen, fingerprint(checkpoint), group=mesh.get_group())
+    for rank, other in enumerate(seen):
+        if other != seen[0]:
+            raise CheckpointError(
+                f"{checkpoint.found.folder}: process {rank} sees another checkpoint than process 0. Copy the same "
+                "files to all machines."
+            )
+    state = read_state(checkpoint, device, dtype, keep_int8=True, quantize=quantize, share=share)
+    return ParallelOPT(checkpoint.config, state, mesh)
+
+
+def share_of(config: OPTConfig, mesh: DeviceMesh) -> Share:
+    """This process' share.
+
+    Raises:
+        ValueError: if the mesh has several dims, or the heads cannot be divided evenly.
+    """
+    if mesh.ndim != 1:
+        raise ValueError(f"mesh: expected one dim, got {mesh.ndim}. Take one of them: mesh['tp'].")
+    heads, count = config.num_attention_heads, mesh.size()
+    if heads % count:
+        fitting = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
+        raise ValueError(f"tensor_parallel: the model's {heads} heads cannot be divided among {count} processes. Start "
+                         f"as many as divide them: {fitting}.")  # fmt: skip
+    return Share(mesh.get_local_rank(), count)
+
+
+class _Summed:
+    """A product of which each process computes a summand."""
+
+    def __init__(self, product: Product, group: dist.ProcessGroup) -> None:
+        self._product, self._group, self.bias = product, group, product.bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y = self._product(x)
+        dist.all_reduce(y, group=self._group)
+        return y
+
+    def weight(self) -> tuple[Tensor, Tensor | None]:
+        return self._product.weight()
+
+
+class _SharedEmbedding(Embedding):
+    """A table of which each process has the rows from ``first`` on."""
+
+    def __init__(self, weight: Tensor, first: int, group: dist.ProcessGroup) -> None:
+        super().__init__(weight.shape[0], weight.shape[1], device="meta")
+        self.weight = torch.nn.Parameter(weight, requires_grad=False)
+        self._first, self._group = first, group
+
+    def forward(self, ids: Tensor) -> Tensor:
+        own = ids - self._first
+        is_here = (own >= 0) & (own < len(self.weight))
+        found = F.embedding(own.where(is_here, 0), self.weight) * is_here[..., None]
+        dist.all_reduce(found, group=self._group)
+        return found
