@@ -276,6 +276,7 @@ def test_a_missing_operator_is_said_in_the_debug_log_and_the_plain_product_runs(
         def __init__(self, *_: Any) -> None:
             raise AttributeError("no such operator\nand more")
 
+    monkeypatch.setattr(products, "_on_intel", lambda: False)
     monkeypatch.setattr(products, "Packed", Missing)
     products._has_packed.cache_clear()
     with caplog.at_level(logging.DEBUG, "minopt"):
