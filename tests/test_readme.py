@@ -182,3 +182,28 @@ def test_figures_of_fine_tuning_are_those_of_the_results() -> None:
     whole, chunks = result["loss"]["whole"], result["loss"]["chunks"]
     assert f"{chunks['peak_mb']:.0f} MB instead of {whole['peak_mb']:,.0f} MB" in README
     assert f"{chunks['seconds']:.1f} s instead of {whole['seconds']:.1f} s" in README
+
+
+def test_figures_of_the_squad_run_are_those_of_the_result() -> None:
+    (kept,) = (ROOT / "benchmarks" / "results").glob("squad_xeon2_*.json")
+    result = json.loads(kept.read_text())
+    scores = result["scores"]
+    names = {"before": "untrained", "after copying": "after copying", "after": "after the questions"}
+    for name, row in names.items():
+        loss, exact, f1 = (scores[name][key] for key in ("loss", "exact_match", "f1"))
+        assert f"| {row} | {loss:.2f} | {exact:.1f} | {f1:.1f} |" in README
+    assert scores["after"]["loss"] < scores["before"]["loss"]
+    assert scores["after"]["f1"] > scores["before"]["f1"]
+    assert f"all {result['examples']['questions']:,} questions" in README
+
+
+def test_figures_of_int8_are_those_of_the_result() -> None:
+    (kept,) = (ROOT / "benchmarks" / "results").glob("int8_xeon2_*.json")
+    result = json.loads(kept.read_text())
+    names = {"int8, rest of activations too": "int8 as from 6.7b on"}
+    for scheme in result["perplexity"]["peter-pan"]:
+        books = " | ".join(f"{result['perplexity'][book][scheme]:.2f}" for book in ("the-time-machine", "peter-pan"))
+        errors = " | ".join(
+            f"{result['logit_error'][case][scheme]:.1%}" for case in ("random weights", "outlier channels")
+        )
+        assert f"| {names.get(scheme, scheme)} | {books} | {errors} |" in README

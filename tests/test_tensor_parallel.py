@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import minopt
-from minopt import LanguageModel
+from minopt import LanguageModel, tensor_parallel
+from minopt.checkpoint import pieces
+from minopt.checkpoint.load import read_state
+from minopt.checkpoint.names import shard_dim
+from minopt.checkpoint.pieces import Share
+from minopt.checkpoint.source import open_checkpoint
+from tests.checkpoint.sources import SOURCES, write_source
 from tests.conftest import build_ours, build_reference
 
 KINDS = ("125m", "350m", "galactica")
@@ -61,8 +76,58 @@ def work(rank: int, size: int, folder: Path) -> None:
         torch.save(found, folder / f"{kind}-{size}-{rank}.pt")
     divided = minopt.load(folder / "125m", mesh=mesh)
     torch.save(unseeded(divided.decoder, rank), folder / f"unseeded-{size}-{rank}.pt")
-    torch.save(results(minopt.load(folder / "125m", mesh=mesh, quantize="int8")), folder / f"int8-{size}-{rank}.pt")
+    found = {
+        "int8": results(minopt.load(folder / "125m", mesh=mesh, quantize="int8")),
+        "bfloat16": results(minopt.load(folder / "125m", mesh=mesh, dtype="bfloat16")),
+        "demo": texts(minopt.load(minopt.DEMO, mesh=mesh)),
+        "errors": [message(partial(run, mesh, folder)) for run in REFUSED],
+    }
+    with mock.patch.object(tensor_parallel, "_SUMMED", ("nothing",)):
+        found["biases of all"] = results(minopt.load(folder / "125m", mesh=mesh))
+    torch.save(found, folder / f"others-{size}-{rank}.pt")
     dist.destroy_process_group()
+
+
+def texts(lm: LanguageModel) -> Any:
+    """What is written, and how probable given texts are."""
+    prompts = ["The ship", "It was a dark and stormy night when", ""]
+    return lm.generate(prompts, max_new_tokens=12), list(lm.stream("The ship", max_new_tokens=5)), lm.score(prompts[:2])
+
+
+def _other_files(mesh: DeviceMesh, folder: Path) -> None:
+    minopt.load(folder / ("125m" if dist.get_rank() == 0 else "retrained"), mesh=mesh)
+
+
+def _heads(mesh: DeviceMesh, folder: Path) -> None:
+    minopt.load(folder / "three heads", mesh=mesh)
+
+
+def _saved(mesh: DeviceMesh, folder: Path) -> None:
+    minopt.load(folder / "125m", mesh=mesh).save(folder / "saved")
+
+
+def _compiled(mesh: DeviceMesh, folder: Path) -> None:
+    minopt.load(folder / "125m", mesh=mesh, optimize="compile")
+
+
+def _two_dims(mesh: DeviceMesh, folder: Path) -> None:
+    minopt.load(folder / "125m", mesh=init_device_mesh("cpu", (mesh.size(), 1)))
+
+
+REFUSED = {
+    _other_files: r"^[^\n]*: process 1 sees another checkpoint than process 0\. Copy the same files to all machines\.$",
+    _heads: r"^tensor_parallel: the model's 3 heads cannot be divided among \d processes\. .* divide them: 1, 3\.$",
+    _saved: r"^model: is divided among \d processes, none of which has all weights\. Load it in one to",
+    _compiled: r"^optimize: a model that is divided has but one form, got 'compile'\. Leave it out\.$",
+    _two_dims: r"^mesh: expected one dim, got 2\. Take one of them",
+}
+
+
+def message(run: Callable[[], None]) -> str:
+    """What is said to be wrong."""
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        run()
+    return str(error.value)
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +136,12 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
     for kind in KINDS:
         minopt.save_model(build_ours(build_reference(kind)), folder / kind)
+    retrained = build_ours(build_reference("125m"))
+    with torch.no_grad():
+        retrained.layers[1].fc1.bias[3] += 1
+    minopt.save_model(retrained, folder / "retrained")
+    three = build_reference("125m", num_attention_heads=3, hidden_size=48)
+    minopt.save_model(build_ours(three), folder / "three heads")
     for size in (2, 4):
         mp.spawn(work, (size, folder), nprocs=size)
     return folder
@@ -98,3 +169,138 @@ def test_what_is_drawn_and_the_clock_are_the_first_processs(models: Path, size: 
         assert torch.equal(beams, expected[1])
         assert torch.equal(timed, expected[2])
         assert reasons == expected[3] == ("time", "time")
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_other_precisions_and_texts(models: Path, size: int) -> None:
+    found = [torch.load(models / f"others-{size}-{rank}.pt", weights_only=False) for rank in range(size)]
+    expected = {
+        "int8": results(minopt.load(models / "125m", device="cpu", quantize="int8")),
+        "bfloat16": results(minopt.load(models / "125m", device="cpu", dtype="bfloat16")),
+    }
+    for precision, one in expected.items():
+        exact = results(minopt.load(models / "125m", device="cpu"))["logits"]
+        rounding = (one["logits"] - exact).norm()
+        assert 0 < (found[0][precision]["logits"] - exact).norm() < 1.5 * rounding
+        assert all(torch.equal(found[0][precision]["greedy"], other[precision]["greedy"]) for other in found)
+    written, streamed, scored = texts(minopt.load(minopt.DEMO, device="cpu"))
+    for other in found:
+        assert other["demo"][:2] == (written, streamed)
+        for one, same in zip(other["demo"][2], scored, strict=True):
+            assert one.logprobs[1:] == pytest.approx(same.logprobs[1:], abs=1e-4)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_a_bias_that_all_add_is_seen(models: Path, size: int) -> None:
+    """A negative control of the comparison of logits."""
+    expected = results(minopt.load(models / "125m", device="cpu"))["logits"]
+    found = torch.load(models / f"others-{size}-0.pt", weights_only=False)["biases of all"]["logits"]
+    assert (found - expected).abs().max() > 0.1 * expected.abs().max()
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_what_does_not_fit_is_one_line_in_all_processes(models: Path, size: int) -> None:
+    for rank in range(size):
+        errors = torch.load(models / f"others-{size}-{rank}.pt", weights_only=False)["errors"]
+        for error, expected in zip(errors, REFUSED.values(), strict=True):
+            assert re.search(expected, error), error
+    assert not (models / "saved").exists()
+
+
+@pytest.mark.parametrize("count", [2, 3, 4])
+@pytest.mark.parametrize("source", SOURCES)
+def test_shares_together_are_the_checkpoint(source: str, count: int, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(write_source(source, tmp_path / "model"))
+    whole = read_state(checkpoint, torch.device("cpu"), None)
+    shares = [read_state(checkpoint, torch.device("cpu"), None, share=Share(k, count)) for k in range(count)]
+    quantized = read_state(checkpoint, torch.device("cpu"), None, quantize=True)
+    quantized_shares = [
+        read_state(checkpoint, torch.device("cpu"), None, quantize=True, share=Share(k, count)) for k in range(count)
+    ]
+    for state, parts in ((whole, shares), (quantized, quantized_shares)):
+        for name, tensor in state.items():
+            scale_of = name.removesuffix("_scale")
+            dim = shard_dim(scale_of)
+            if dim is None or (name != scale_of and dim == 1):
+                assert all(torch.equal(part[name], tensor) for part in parts)
+            else:
+                assert torch.equal(torch.cat([part[name] for part in parts], dim), tensor)
+                assert all(part[name].shape[dim] <= -(-tensor.shape[dim] // count) for part in parts)
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_a_share_is_all_that_is_read(source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for what is divided by columns, whose rows pass through memory."""
+    checkpoint = open_checkpoint(write_source(source, tmp_path / "model"))
+    read, read_into = [0], pieces.Slice.read_into
+
+    def counted(piece: pieces.Slice, out: torch.Tensor, start: int = 0) -> None:
+        read[0] += out.numel()
+        read_into(piece, out, start)
+
+    monkeypatch.setattr(pieces.Slice, "read_into", counted)
+    with mock.patch.object(type(checkpoint), "check_head"):  # which reads a head of its own
+        read_state(checkpoint, torch.device("cpu"), torch.bfloat16, share=Share(1, 2))
+    expected = copies = 0
+    for name, tensor in checkpoint.tensors.items():
+        halved = shard_dim(name) == 0 or (shard_dim(name) == 1 and len(tensor.slices) > 1)
+        expected += tensor.numel // 2 if halved else tensor.numel
+        copies += 2 * tensor.numel * (len(tensor.slices) - 1) if shard_dim(name) is None else 0  # compared in pairs
+    assert expected <= read[0] <= expected + copies
+
+
+TORCHRUN = [
+    sys.executable,
+    "-m",
+    "torch.distributed.run",
+    "--nproc-per-node",
+    "2",
+    "--standalone",
+    "-m",
+    "minopt",
+]
+
+
+def test_the_command_writes_once_what_one_process_writes(tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("The ship\nIt was a dark night\n")
+    flags = ["generate", "--input", str(tmp_path / "prompts.txt"), "--max-new-tokens", "8"]
+    outputs = []
+    for command in (TORCHRUN, [sys.executable, "-m", "minopt"]):
+        extra = ["--tensor-parallel", "2"] if command is TORCHRUN else []
+        result = subprocess.run([*command, *flags, *extra], capture_output=True, text=True, check=False)
+        assert result.returncode == 0, result.stderr
+        outputs.append(result.stdout)
+    assert outputs[0] == outputs[1] != ""
+
+
+def test_the_number_of_processes_must_be_the_one_that_is_asked_for() -> None:
+    command = [sys.executable, "-m", "minopt", "generate", "The ship", "--tensor-parallel", "2"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert result.stderr == (
+        "minopt: error: --tensor-parallel: expected the number of processes, 1, got 2. Start it with torchrun "
+        "--nproc-per-node 2 -m minopt generate ...\n"
+    )
+
+
+def test_a_process_that_is_killed_ends_all_and_is_named(tmp_path: Path) -> None:
+    """In the middle of generation, within 30 seconds."""
+    (tmp_path / "prompts.txt").write_text("The ship\n" * 2000)
+    flags = ["generate", "--input", str(tmp_path / "prompts.txt"), "--output", str(tmp_path / "out.jsonl"),
+             "--max-new-tokens", "200", "--eos-token-id", "1", "--batch-size", "1"]  # fmt: skip
+    with subprocess.Popen([*TORCHRUN, *flags], stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "out.jsonl").exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.2)
+        if not (tmp_path / "out.jsonl").exists():
+            process.terminate()  # it ends those that it has started
+            pytest.fail("nothing was generated")
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        (victim,) = (pid for pid in children if b"\0RANK=1\0" in b"\0" + Path(f"/proc/{pid}/environ").read_bytes())
+        os.kill(int(victim), signal.SIGKILL)
+        begin = time.monotonic()
+        _, errors = process.communicate(timeout=60)
+    assert time.monotonic() - begin < 30
+    assert process.returncode != 0
+    assert re.search(r"Root Cause.*rank\s*: 1 .*SIGKILL", errors, re.S)
+    assert "minopt/cli" not in errors, errors  # no traceback but torchrun's own

@@ -130,7 +130,7 @@ class _Summed:
         self._product, self._group, self.bias = product, group, product.bias
 
     def __call__(self, x: Tensor) -> Tensor:
-        y = self._product(x)
+        y = self._product(x).contiguous()
         dist.all_reduce(y, group=self._group)
         return y
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import os
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -16,6 +17,9 @@ from minopt.cli.evaluate import add_evaluate
 from minopt.cli.export import add_export
 from minopt.cli.finetune import add_finetune
 from minopt.cli.generate import add_generate
+
+# What gloo and NCCL say of it.
+_CONNECTION_LOST = re.compile("connection (closed|reset|refused)|broken pipe|timed out|socket", re.IGNORECASE)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,6 +52,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             time.sleep(5)  # for torchrun, which ends the others with the first that ends: that one has to say it
         return 2
     except RuntimeError as error:
+        if os.environ.get("WORLD_SIZE", "1") != "1" and _CONNECTION_LOST.search(str(error)):
+            time.sleep(5)  # for torchrun, which says who has died and ends the others; unless it is gone itself
+            tell(f"error: process {os.environ.get('RANK')} has lost another one, which has died or cannot be reached.")
+            return 2
         if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
             raise
         tell(f"error: not enough memory. Try {args.when_out_of_memory}.")

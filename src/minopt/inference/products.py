@@ -99,15 +99,16 @@ class Blocked:
 
 def _in_huge_pages(shape: tuple[int, ...]) -> Tensor:
     """A float32 tensor, not filled, in pages of 2 MB where Linux gives them: read a tenth faster than small ones."""
-    count, page = math.prod(shape), 2**21
+    size, page = 4 * math.prod(shape), 2**21
     try:
-        memory = mmap.mmap(-1, 4 * count + page, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        memory.madvise(mmap.MADV_HUGEPAGE)
+        memory = mmap.mmap(-1, size + page, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        numbers = torch.frombuffer(memory, dtype=torch.float32)
+        first = -numbers.data_ptr() % page  # where a large page may begin
+        if size >= page:
+            memory.madvise(mmap.MADV_HUGEPAGE, first, size // page * page)  # what is left over lies in small ones
     except (AttributeError, OSError):
         return torch.empty(shape)
-    numbers = torch.frombuffer(memory, dtype=torch.float32)
-    first = -numbers.data_ptr() % page // 4
-    return numbers[first : first + count].view(shape)
+    return numbers[first // 4 : (first + size) // 4].view(shape)
 
 
 class Int8:
