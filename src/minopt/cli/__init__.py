@@ -54,7 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RuntimeError as error:
         if os.environ.get("WORLD_SIZE", "1") != "1" and _CONNECTION_LOST.search(str(error)):
             time.sleep(5)  # for torchrun, which says who has died and ends the others; unless it is gone itself
-            tell(f"error: process {os.environ.get('RANK')} has lost another one, which has died or cannot be reached.")
+            reason = str(error).splitlines()[0][:200]
+            tell(f"error: process {os.environ.get('RANK')} has lost another one, which has died or is gone ({reason}).")
             return 2
         if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
             raise

@@ -186,7 +186,8 @@ def _run(
     if args.input is not None:
         limits = {"batch_size": args.batch_size, "max_batch_tokens": args.max_batch_tokens}
         texts = [prompt["prompt"] for prompt in prompts]
-        results = lm.generate_each(texts, show_progress=on_terminal(), **options, **limits)
+        shown = on_terminal() and os.environ.get("RANK", "0") == "0"
+        results = lm.generate_each(texts, show_progress=shown, **options, **limits)
         _write_results(results, prompts, args.output)
     elif config.num_beams == config.num_return_sequences == 1:
         pieces = lm.stream(args.prompt, **options)
