@@ -79,14 +79,10 @@ class Case:
         return always or number % self.others_every == 0
 
 
-def on_cpu(
-    group: str, batch: int, prompts: list[int], new_tokens: int, precisions: str, without: tuple[str, ...] = (),
-    **more: Any,
-) -> list[Case]:  # fmt: skip
+def on_cpu(group: str, batch: int, prompts: list[int], new_tokens: int, precisions: str, **more: Any) -> list[Case]:
     """A case for each precision and prompt, those of a precision together: they share the loaded models."""
-    variants = {precision: tuple(v for v in names if v not in without) for precision, names in COMPARED.items()}
     return [
-        Case(group, precision, batch, prompt, new_tokens, **{"variants": variants[precision]} | more)
+        Case(group, precision, batch, prompt, new_tokens, **{"variants": COMPARED[precision]} | more)
         for precision in precisions.split()
         for prompt in prompts
     ]
@@ -107,9 +103,8 @@ CASES: dict[str, list[Case]] = {
         for prompt in (512, 1536)
     },
     "beams": on_cpu("beams", 1, [9, 1400], 13, "float32 int8", options=BEAMS, others_every=5),
-    # Without programs, which take minutes to compile at these sizes.
-    "sizes": on_cpu("sizes", 1, [9], 13, ALL, model="opt-350m", others_every=4, without=("exported",))
-    + on_cpu("sizes", 1, [9], 9, "bfloat16 int8", model="opt-1.3b", others_every=4, without=("exported",)),
+    "sizes": on_cpu("sizes", 1, [9], 13, ALL, model="opt-350m", others_every=4)
+    + on_cpu("sizes", 1, [9], 9, "bfloat16 int8", model="opt-1.3b", others_every=4),
     # Prompts that make 64, 512, 1,024 and 2,000 tokens of context, the mean over the steps.
     "length": on_cpu("length", 1, [59, 507, 1019, 1995], 9, ALL, variants=OURS),
     "cold": [],
