@@ -76,7 +76,7 @@ def build(
     ):
         for name in filter(int8.is_quantized, list(state) if quantize else []):
             state[name], state[name + int8.SCALE] = int8.quantize(model.state_dict()[name])
-        return FastOPT(model.config, state)
+        return FastOPT(model.config, state.items())
 
 
 def random_model() -> OPT:

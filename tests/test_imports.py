@@ -28,7 +28,7 @@ ORDER = (
     ("tokenizer",),
     ("generation",),
     ("checkpoint", "inference", "parallel"),
-    ("evaluation", "tensor_parallel"),
+    ("evaluation", "plan", "streamed", "tensor_parallel"),
     ("training", "export"),
     ("language_model",),
     ("cli",),
@@ -42,7 +42,7 @@ LAZY = {
     "minopt.language_model": {"minopt"},  # export, which brings the compiler, and tensor_parallel, torch.distributed
     "minopt.checkpoint.save": {"safetensors"},
     **{f"minopt.cli.{verb}": {"minopt"} for verb in ("checkpoints", "evaluate", "export", "finetune")},
-    "minopt.cli.generate": {"minopt", "torch"},
+    **{f"minopt.cli.{verb}": {"minopt", "torch"} for verb in ("generate", "plan")},
 }
 FORBIDDEN = {"transformers", "fairseq", "metaseq"}
 

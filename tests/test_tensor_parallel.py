@@ -23,7 +23,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 import minopt
 from minopt import LanguageModel, tensor_parallel
 from minopt.checkpoint import pieces
-from minopt.checkpoint.load import read_state
+from minopt.checkpoint.load import read_weights
 from minopt.checkpoint.names import shard_dim
 from minopt.checkpoint.pieces import Share
 from minopt.checkpoint.source import open_checkpoint
@@ -82,7 +82,7 @@ def work(rank: int, size: int, folder: Path) -> None:
         "demo": texts(minopt.load(minopt.DEMO, mesh=mesh)),
         "errors": [message(partial(run, mesh, folder)) for run in REFUSED],
     }
-    with mock.patch.object(tensor_parallel, "_SUMMED", ("nothing",)):
+    with mock.patch.object(tensor_parallel, "_ADDED_ONCE", ("nothing",)):
         found["biases of all"] = results(minopt.load(folder / "125m", mesh=mesh))
     torch.save(found, folder / f"others-{size}-{rank}.pt")
     dist.destroy_process_group()
@@ -211,12 +211,13 @@ def test_what_does_not_fit_is_one_line_in_all_processes(models: Path, size: int)
 @pytest.mark.parametrize("source", SOURCES)
 def test_shares_together_are_the_checkpoint(source: str, count: int, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(write_source(source, tmp_path / "model"))
-    whole = read_state(checkpoint, torch.device("cpu"), None)
-    shares = [read_state(checkpoint, torch.device("cpu"), None, share=Share(k, count)) for k in range(count)]
-    quantized = read_state(checkpoint, torch.device("cpu"), None, quantize=True)
-    quantized_shares = [
-        read_state(checkpoint, torch.device("cpu"), None, quantize=True, share=Share(k, count)) for k in range(count)
-    ]
+
+    def read(**options: Any) -> dict[str, torch.Tensor]:
+        return dict(read_weights(checkpoint, torch.device("cpu"), None, **options))
+
+    whole, quantized = read(), read(quantize=True)
+    shares = [read(share=Share(k, count)) for k in range(count)]
+    quantized_shares = [read(share=Share(k, count), quantize=True) for k in range(count)]
     for state, parts in ((whole, shares), (quantized, quantized_shares)):
         for name, tensor in state.items():
             scale_of = name.removesuffix("_scale")
@@ -240,7 +241,7 @@ def test_a_share_is_all_that_is_read(source: str, tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(pieces.Slice, "read_into", counted)
     with mock.patch.object(type(checkpoint), "check_head"):  # which reads a head of its own
-        read_state(checkpoint, torch.device("cpu"), torch.bfloat16, share=Share(1, 2))
+        list(read_weights(checkpoint, torch.device("cpu"), torch.bfloat16, share=Share(1, 2)))
     expected = copies = 0
     for name, tensor in checkpoint.tensors.items():
         halved = shard_dim(name) == 0 or (shard_dim(name) == 1 and len(tensor.slices) > 1)

@@ -28,7 +28,7 @@ from minopt.cache import KVCache
 from minopt.checkpoint.errors import first_line
 from minopt.checkpoint.hub import find_model
 from minopt.checkpoint.inspect import digest_of, digest_of_all
-from minopt.checkpoint.load import read_state, resolve_device, resolve_dtype
+from minopt.checkpoint.load import read_weights, resolve_device, resolve_dtype
 from minopt.checkpoint.save import generation_config, replacing, write_config, write_json
 from minopt.checkpoint.source import Checkpoint, open_checkpoint
 from minopt.config import OPTConfig, is_int, read_json
@@ -103,7 +103,7 @@ class Int8OPT(OPT):
 
     Args:
         config: shape and options.
-        state: weights by name, those of the layers in int8 with scales, as ``read_state`` gives them.
+        state: weights by name, those of the layers in int8 with scales, as ``read_weights`` gives them.
     """
 
     def __init__(self, config: OPTConfig, state: dict[str, Tensor]) -> None:
@@ -220,7 +220,7 @@ def export_model(
 
 
 def _load(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype | None, quantize: str | None) -> OPT:
-    state = read_state(checkpoint, device, dtype, keep_int8=device.type == "cpu", quantize=quantize is not None)
+    state = dict(read_weights(checkpoint, device, dtype, keep_int8=device.type == "cpu", quantize=quantize is not None))
     if any(name.endswith(int8.SCALE) for name in state):
         return Int8OPT(checkpoint.config, state)
     model = OPT(checkpoint.config, device="meta")

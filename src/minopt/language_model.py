@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from minopt.checkpoint.hub import find_model
-from minopt.checkpoint.load import load_checkpoint, read_state, resolve_device, resolve_dtype
+from minopt.checkpoint.load import load_checkpoint, read_weights, resolve_device, resolve_dtype
 from minopt.checkpoint.save import save_model
 from minopt.checkpoint.source import open_checkpoint
 from minopt.config import OPTConfig
@@ -28,6 +28,7 @@ from minopt.inference.exported import ExportedModel, is_exported, load_exported
 from minopt.inference.fast import FastOPT
 from minopt.inference.graphs import GraphedOPT
 from minopt.model import OPT
+from minopt.streamed import StreamedOPT
 from minopt.tokenizer import StopStrings, Tokenizer, pad_left
 
 if TYPE_CHECKING:  # it takes a quarter of a second to import
@@ -490,6 +491,7 @@ def load(
     quantize: str | None = None,
     optimize: bool | Literal["compile"] = True,
     mesh: DeviceMesh | None = None,
+    offload: str | None = None,
     revision: str | None = None,
     local_files_only: bool = False,
     model_config: OPTConfig | str | Path | None = None,
@@ -510,6 +512,8 @@ def load(
             has no weights to save, on a GPU a compiled step.
         mesh: of one dim: the processes among which the model is divided (tensor parallelism). Each calls this and reads
             its share alone; then each calls the same methods with the same arguments, and gets the same results.
+        offload: for a model larger than the device: where its layers wait while others compute, ``"disk"`` (the
+            checkpoint's own files) or, for a GPU, ``"cpu"`` (pinned memory). Each pass reads all: take large batches.
         tokenizer: the folder of its files; ``None`` looks beside the weights, then one folder up.
 
     Returns:
@@ -528,9 +532,13 @@ def load(
         raise ValueError('quantize: int8 programs run on a CPU, got optimize="compile" on a GPU. Leave out one.')
     if mesh is not None and optimize is not True:
         raise ValueError(f"optimize: a model that is divided has but one form, got {optimize!r}. Leave it out.")
+    if offload is not None:
+        _check_offload(offload, target, quantize, optimize, mesh)
     path = find_model(name_or_path, revision=revision, local_files_only=local_files_only)
     checkpoint = None if is_exported(path) else open_checkpoint(path, model_config)
-    for name, given in (("model_config", model_config), ("quantize", quantize), ("mesh", mesh)):
+    for name, given in (
+        ("model_config", model_config), ("quantize", quantize), ("mesh", mesh), ("offload", offload)
+    ):  # fmt: skip
         if checkpoint is None and given is not None:
             raise ValueError(f"{name}: {path} is a program, compiled with its own. Leave it out.")
     place = path if checkpoint is None else checkpoint.found.folder
@@ -544,11 +552,13 @@ def load(
         from minopt.tensor_parallel import load_share  # it brings torch.distributed
 
         model = load_share(checkpoint, target, number_type, mesh, quantize=quantize == "int8")
+    elif offload is not None:
+        model = StreamedOPT(checkpoint, target, number_type, in_memory=offload == "cpu")
     elif optimize == "compile" and target.type == "cpu":
         model = _compiled(path, dtype, quantize, model_config)
     elif optimize:
-        state = read_state(checkpoint, target, number_type, keep_int8=True, quantize=quantize == "int8")
-        model = (GraphedOPT if target.type == "cuda" else FastOPT)(checkpoint.config, state)
+        weights = read_weights(checkpoint, target, number_type, apart=True, keep_int8=True, quantize=quantize == "int8")
+        model = (GraphedOPT if target.type == "cuda" else FastOPT)(checkpoint.config, weights)
         if isinstance(model, GraphedOPT):
             model.compile_step = optimize == "compile"
     else:
@@ -556,6 +566,28 @@ def load(
     if reader is not None:
         _warn_of_conflicts(model.config, reader, place)
     return LanguageModel(model, reader, defaults)
+
+
+def _check_offload(
+    offload: str, device: torch.device, quantize: str | None, optimize: bool | str, mesh: DeviceMesh | None
+) -> None:
+    if offload not in ("disk", "cpu"):
+        raise ValueError(f'offload: expected "disk" or "cpu", got {offload!r}.')
+    if offload == "cpu" and device.type == "cpu":
+        raise ValueError(
+            'offload: expected "disk", for the device is a CPU, in whose memory layers would wait, got "cpu".'
+        )
+    if mesh is not None:
+        raise ValueError("offload: expected one process, got a model that is divided. Leave one of the two out.")
+    if optimize is not True:
+        raise ValueError(
+            f"optimize: a model whose layers are offloaded has but one form, got {optimize!r}. Leave it out."
+        )
+    if quantize is not None:
+        raise ValueError(
+            "quantize: layers come from the checkpoint as it is, got offload. Write an int8 folder first: "
+            "minopt convert --quantize int8."
+        )
 
 
 def _compiled(

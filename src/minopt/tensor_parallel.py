@@ -9,6 +9,7 @@ Shapes: V vocabulary, N processes, W = V / N rounded up.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from minopt.cache import KVCache
 from minopt.checkpoint.errors import CheckpointError
 from minopt.checkpoint.inspect import fingerprint
-from minopt.checkpoint.load import read_state
+from minopt.checkpoint.load import read_weights
 from minopt.checkpoint.pieces import Share
 from minopt.checkpoint.source import Checkpoint
 from minopt.config import OPTConfig
@@ -28,8 +29,8 @@ from minopt.inference.fast import FastLayer, FastOPT
 from minopt.inference.products import Product
 from minopt.model import Embedding
 
-# Each process has some of the inputs of these, so that their outputs are sums over all processes.
-_SUMMED = ("self_attn.out_proj", "fc2")
+# Biases of the layers of which each process has some inputs, so that their outputs are sums over all processes.
+_ADDED_ONCE = ("self_attn.out_proj.bias", "fc2.bias")
 
 
 class ParallelOPT(FastOPT):
@@ -39,19 +40,18 @@ class ParallelOPT(FastOPT):
 
     Args:
         config: of the whole model.
-        state: this process' share of the weights, as ``read_state`` gives it; taken out of it.
+        weights: this process' share of them, as ``read_weights`` gives it.
         mesh: of one dim: the processes.
 
     Raises:
         ValueError: if the heads cannot be divided evenly.
     """
 
-    def __init__(self, config: OPTConfig, state: dict[str, Tensor], mesh: DeviceMesh) -> None:
+    def __init__(self, config: OPTConfig, weights: Iterable[tuple[str, Tensor]], mesh: DeviceMesh) -> None:
         self.group, self.share = mesh.get_group(), share_of(config, mesh)
         if self.share.index > 0:  # what all processes add is added once
-            for name in [name for name in state if name.endswith(tuple(f"{layer}.bias" for layer in _SUMMED))]:
-                state[name] = torch.zeros_like(state[name])
-        super().__init__(config, state)
+            weights = ((name, torch.zeros_like(t) if name.endswith(_ADDED_ONCE) else t) for name, t in weights)
+        super().__init__(config, weights)
         for layer in self.layers:
             assert isinstance(layer, FastLayer)
             layer._out, layer._fc2 = (_Summed(product, self.group) for product in (layer._out, layer._fc2))
@@ -103,8 +103,8 @@ def load_share(
                 f"{checkpoint.found.folder}: process {rank} sees another checkpoint than process 0. Copy the same "
                 "files to all machines."
             )
-    state = read_state(checkpoint, device, dtype, keep_int8=True, quantize=quantize, share=share)
-    return ParallelOPT(checkpoint.config, state, mesh)
+    weights = read_weights(checkpoint, device, dtype, apart=True, keep_int8=True, quantize=quantize, share=share)
+    return ParallelOPT(checkpoint.config, weights, mesh)
 
 
 def share_of(config: OPTConfig, mesh: DeviceMesh) -> Share:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 import minopt
 from minopt import CheckpointError, OPTConfig, convert, inspect_checkpoint, int8, load_model, save_model
-from minopt.checkpoint.load import read_state
+from minopt.checkpoint.load import read_weights
 from minopt.checkpoint.names import from_hf
 from minopt.checkpoint.source import open_checkpoint
 from tests.checkpoint.sources import change_file, content, expected_tensors, write_source
@@ -176,7 +176,8 @@ def test_shards_keep_to_the_limit_wherever_a_scale_lies(limit: int, tmp_path: Pa
 
 
 def read_all(folder: Path, **options: Any) -> dict[str, Tensor]:
-    return read_state(open_checkpoint(folder), torch.device("cpu"), torch.float32, keep_int8=True, **options)
+    options |= {"keep_int8": True}
+    return dict(read_weights(open_checkpoint(folder), torch.device("cpu"), torch.float32, **options))
 
 
 def test_dtype_rules_the_other_tensors_and_scales_stay_float32(tmp_path: Path) -> None:
@@ -198,7 +199,7 @@ def test_load_model_gives_the_plain_model_in_the_floats_dtype(kind: str, tmp_pat
         expected = {name: t.to(wanted) for name, t in dequantized(stored(folder)).items()}
         assert_identical(model.state_dict(), expected)
         assert all(parameter.requires_grad for parameter in model.parameters())
-    elsewhere = read_state(open_checkpoint(folder), torch.device("meta"), None)  # auto is the file's own dtype
+    elsewhere = dict(read_weights(open_checkpoint(folder), torch.device("meta"), None))  # auto is the file's own dtype
     assert {tensor.dtype for tensor in elsewhere.values()} == {torch.bfloat16}
     model = load_model(folder, device="cpu")
     model(IDS).sum().backward()

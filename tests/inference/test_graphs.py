@@ -44,7 +44,7 @@ def build(kind: str) -> tuple[FastOPT, GraphedOPT]:
     model = build_ours(lively(kind, torch.float32))
     if torch.cuda.is_available():
         model = model.cuda()
-    return FastOPT(model.config, dict(model.state_dict())), GraphedOPT(model.config, dict(model.state_dict()))
+    return FastOPT(model.config, model.state_dict().items()), GraphedOPT(model.config, model.state_dict().items())
 
 
 @pytest.mark.parametrize("options", OPTIONS)

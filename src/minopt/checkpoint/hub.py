@@ -20,13 +20,20 @@ _TEXT_FILES = ["config.json", "generation_config.json", "tokenizer.json", "token
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
-def find_model(name_or_path: str | Path, *, revision: str | None = None, local_files_only: bool = False) -> Path:
+def find_model(
+    name_or_path: str | Path,
+    *,
+    revision: str | None = None,
+    local_files_only: bool = False,
+    config_only: bool = False,
+) -> Path:
     """Where a model lies: a local folder or file, or the folder of it in the hub's cache, filled first if need be.
 
     Args:
         name_or_path: see ``minopt.load_model``.
         revision: branch, tag or commit on the hub.
         local_files_only: ask nobody.
+        config_only: fetch a config.json and nothing else.
 
     Raises:
         FileNotFoundError: if there is no such folder or repository, or no model in it.
@@ -48,6 +55,11 @@ def find_model(name_or_path: str | Path, *, revision: str | None = None, local_f
         return path
     if isinstance(name_or_path, Path) or not _HUB_NAME.fullmatch(name_or_path):
         raise FileNotFoundError(f"{name_or_path}: no such folder, and not the name of a model on the hub (owner/name).")
+    if config_only:
+        folder = _snapshot(name_or_path, revision, local_files_only, ["config.json"])
+        if not (folder / "config.json").is_file():
+            raise MissingFileError(f"{name_or_path}: expected a config.json, the hub has none there. Name a size.")
+        return folder
     return _download(name_or_path, revision, local_files_only)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -19,6 +20,8 @@ from minopt.config import OPTConfig
 from minopt.model import OPT
 
 logger = logging.getLogger(__name__)
+
+_WORTH_A_FILE = 1_000_000  # bytes: what is smaller is read and not mapped, where mappings hold open files
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
@@ -65,25 +68,28 @@ def load_model(
 def load_checkpoint(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype | None) -> OPT:
     """``load_model`` of a checkpoint that is open; ``dtype`` ``None`` is ``"auto"``."""
     model = OPT(checkpoint.config, device="meta")
-    model.load_state_dict(read_state(checkpoint, device, dtype), assign=True)
+    model.load_state_dict(dict(read_weights(checkpoint, device, dtype)), assign=True)
     return model.eval()
 
 
-def read_state(
+def read_weights(
     checkpoint: Checkpoint,
     device: torch.device,
     dtype: torch.dtype | None,
     *,
+    apart: bool = False,
     keep_int8: bool = False,
     quantize: bool = False,
     share: Share | None = None,
-) -> dict[str, Tensor]:
-    """The weights of a checkpoint by minopt's names, as ``load_model`` has them.
+) -> Iterator[tuple[str, Tensor]]:
+    """The weights of a checkpoint with minopt's names, as ``load_model`` has them, each read when its turn comes.
 
     Args:
         checkpoint: an open one.
         device: where to.
         dtype: ``None`` is ``"auto"``.
+        apart: large ones that are mapped from a file give their pages back when they are let go, and not with the
+            last of the file's.
         keep_int8: leave int8 weights as they are, each followed by its float32 scale under its name and
             ``int8.SCALE``; where only some of the layers' weights are int8, none are left so.
         quantize: have int8 weights in all layers, made of the numbers in the files where those are not int8 yet.
@@ -97,7 +103,6 @@ def read_state(
         in_int8 = {name for name in checkpoint.tensors if int8.is_quantized(name)}
     else:
         in_int8 = _int8_names(checkpoint) if keep_int8 else set()
-    state: dict[str, Tensor] = {}
     taken: set[int] = set()
     for name, source in checkpoint.tensors.items():
         dim = None if share is None else shard_dim(name)
@@ -108,19 +113,22 @@ def read_state(
             if share is not None and dim == 1:
                 start, stop = share.of(source.shape[1])
                 weight = weight[:, start:stop].contiguous()
-            state[name], state[name + int8.SCALE] = weight.to(device), scale.to(device)
+            yield name, weight.to(device)
+            yield name + int8.SCALE, scale.to(device)
             continue
         if share is not None and dim == 1:
-            state[name] = source.columns(*share.of(source.shape[1]), dtype).to(device)
+            yield name, source.columns(*share.of(source.shape[1]), dtype).to(device)
             continue
-        tensor = source.map() if device.type == "cpu" and source.dtype == dtype else None
+        is_mapped = device.type == "cpu" and source.dtype == dtype
+        if apart and source.numel * dtype.itemsize < _WORTH_A_FILE:
+            is_mapped = False
+        tensor = source.map(apart) if is_mapped else None
         if tensor is None:
             tensor = source.read(dtype)
         elif not tensor.is_contiguous() or tensor.data_ptr() in taken:  # a view, or one tensor under two names
             tensor = tensor.clone(memory_format=torch.contiguous_format)
         taken.add(tensor.data_ptr())
-        state[name] = tensor.to(device)
-    return state
+        yield name, tensor.to(device)
 
 
 def _int8_names(checkpoint: Checkpoint) -> set[str]:

@@ -64,11 +64,14 @@ class Slice:
         run = self.runs[0]
         return run.file.path, begin + run.start * self.dtype.itemsize, run.stop - run.start
 
-    def map(self) -> Tensor | None:
+    def map(self, apart: bool = False) -> Tensor | None:
         """The tensor in its file's pages, ``None`` if it lies in several runs."""
         if len(self.runs) != 1:
             return None
         run = self.runs[0]
+        if apart:
+            numbers = run.file.map_apart(run.key, run.start, run.stop - run.start)
+            return None if numbers is None else numbers.view(self.shape)
         tensor = run.file.map(run.key)
         if tensor.shape == self.shape:
             return tensor
@@ -135,9 +138,13 @@ class SourceTensor:
     def numel(self) -> int:
         return math.prod(self.shape)
 
-    def map(self) -> Tensor | None:
-        """The tensor in its file's pages, where nothing is read until it is used; ``None`` if it has to be computed."""
-        return self.slices[0].map() if len(self.slices) == 1 and self.int8 is None else None
+    def map(self, apart: bool = False) -> Tensor | None:
+        """The tensor in its file's pages, where nothing is read until it is used; ``None`` if it has to be computed.
+
+        Args:
+            apart: from other tensors of the file: its pages go with it. Such a one holds an open file.
+        """
+        return self.slices[0].map(apart) if len(self.slices) == 1 and self.int8 is None else None
 
     def read(self, dtype: torch.dtype | None = None) -> Tensor:
         """The tensor in memory of its own, on the CPU.
@@ -149,12 +156,16 @@ class SourceTensor:
             CheckpointError: if parts hold different numbers where each should hold the same.
         """
         out = torch.empty(self.shape, dtype=dtype or self.dtype)
+        self.fill(out)
+        self.check_copies()
+        return out
+
+    def fill(self, out: Tensor) -> None:
+        """Fills a contiguous tensor of its shape on the CPU, cast to that one's dtype."""
         if self.dim == 1:
             self.read_columns(out, 0)
         else:
             self.read_into(out.view(-1))
-        self.check_copies()
-        return out
 
     def rows(self, start: int, stop: int) -> SourceTensor:
         """Some rows of it, as a tensor of their own; not for tensors joined along dim 1."""

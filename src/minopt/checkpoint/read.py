@@ -73,13 +73,27 @@ class TensorFile:
             step = _PIECE_BYTES // stored.itemsize
             for first in range(0, out.numel(), step):
                 piece = out[first : first + step]
-                place = begin + first * stored.itemsize
-                if place + piece.numel() * stored.itemsize > os.fstat(file.fileno()).st_size:
-                    raise CheckpointError(self._cut_short)
-                page = place - place % mmap.ALLOCATIONGRANULARITY
-                length = place - page + piece.numel() * stored.itemsize
-                pages = mmap.mmap(file.fileno(), length, access=mmap.ACCESS_COPY, offset=page)
-                piece.copy_(torch.frombuffer(pages, dtype=stored, count=piece.numel(), offset=place - page))
+                piece.copy_(self._mapped(file, begin + first * stored.itemsize, piece.numel(), stored))
+
+    def map_apart(self, key: str, start: int, count: int) -> Tensor | None:
+        """Some numbers of a tensor in pages of their own, which go with it; ``None`` where they cannot be mapped.
+
+        Each holds an open file: for what is soon let go.
+        """
+        stored, begin = self.dtypes[key], self.begins_at(key)
+        if stored is None or begin is None or begin % stored.itemsize or count == 0:
+            return None
+        with self.path.open("rb", buffering=0) as file:
+            return self._mapped(file, begin + start * stored.itemsize, count, stored)
+
+    def _mapped(self, file: Any, begin: int, count: int, dtype: torch.dtype) -> Tensor:
+        """Numbers from a byte on, which is a multiple of their size."""
+        if begin + count * dtype.itemsize > os.fstat(file.fileno()).st_size:
+            raise CheckpointError(self._cut_short)
+        page = begin - begin % mmap.ALLOCATIONGRANULARITY
+        length = begin - page + count * dtype.itemsize
+        pages = mmap.mmap(file.fileno(), length, access=mmap.ACCESS_COPY, offset=page)
+        return torch.frombuffer(pages, dtype=dtype, count=count, offset=begin - page)
 
     @property
     def _cut_short(self) -> str:

@@ -17,6 +17,7 @@ from minopt.cli.evaluate import add_evaluate
 from minopt.cli.export import add_export
 from minopt.cli.finetune import add_finetune
 from minopt.cli.generate import add_generate
+from minopt.cli.plan import add_plan
 
 # What gloo and NCCL say of it.
 _CONNECTION_LOST = re.compile("connection (closed|reset|refused)|broken pipe|timed out|socket", re.IGNORECASE)
@@ -73,6 +74,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_convert(verbs)
     add_export(verbs)
     add_inspect(verbs)
+    add_plan(verbs)
     add_finetune(verbs)
     add_evaluate(verbs)
     return parser

@@ -6,7 +6,7 @@ import argparse
 import json
 from typing import Any
 
-from minopt.cli.common import MODEL, add_reading_arguments, on_terminal, tell
+from minopt.cli.common import MODEL, add_reading_arguments, on_terminal, size, tell
 
 
 def add_convert(verbs: Any) -> None:
@@ -22,7 +22,7 @@ def add_convert(verbs: Any) -> None:
     parser.add_argument("--parts", type=int, default=1, metavar="N", help="metaseq's model parallel parts (1)")
     parser.add_argument("--dtype", default="auto", help="float32, bfloat16 or float16 (auto: as stored)")
     parser.add_argument("--quantize", choices=("int8",), help="round the layers' weights to 8 bits (--format hf)")
-    parser.add_argument("--max-shard-size", type=_size, default="2GB", metavar="SIZE",
+    parser.add_argument("--max-shard-size", type=size, default="2GB", metavar="SIZE",
                         help="the most that a safetensors file holds (2GB)")  # fmt: skip
     add_reading_arguments(parser)
     parser.add_argument("--force", action="store_true", help="replace a model that is there")
@@ -41,16 +41,6 @@ def add_inspect(verbs: Any) -> None:
     parser.add_argument("--hash", action="store_true", help="digests that do not depend on how the file was saved")
     parser.add_argument("--json", action="store_true", help="write JSON")
     add_reading_arguments(parser, with_tokenizer=False)
-
-
-def _size(text: str) -> int:
-    """Bytes of "2GB", "500MB" or "1000"."""
-    units = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
-    number = text.rstrip("KMGBkmgb ")
-    unit = text[len(number) :].strip().upper()
-    if not number.replace(".", "", 1).isdecimal() or unit not in units:
-        raise argparse.ArgumentTypeError(f"expected a size such as 2GB or 500MB, got {text!r}")
-    return int(float(number) * units[unit])
 
 
 def _convert(args: argparse.Namespace) -> None:

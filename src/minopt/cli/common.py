@@ -24,6 +24,20 @@ def true_or_false(text: str) -> bool:
     return text.lower() == "true"
 
 
+def size(text: str) -> int:
+    """Bytes of "2GB", "500MB" or "1000"."""
+    units = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+    number = text.rstrip("KMGBkmgb ")
+    unit = text[len(number) :].strip().upper()
+    if not number.replace(".", "", 1).isdecimal() or unit not in units:
+        raise argparse.ArgumentTypeError(f"expected a size such as 2GB or 500MB, got {text!r}")
+    return int(float(number) * units[unit])
+
+
+def gigabytes(number: int) -> str:
+    return f"{number / 1e9:.1f} GB"
+
+
 def add_reading_arguments(parser: argparse.ArgumentParser, with_tokenizer: bool = True) -> None:
     parser.add_argument("--revision", help="branch, tag or commit on the hub")
     parser.add_argument("--local-files-only", action="store_true", help="use the hub's cache, ask nobody")

@@ -62,6 +62,8 @@ def add_generate(verbs: Any) -> None:
     add_model_arguments(parser)
     parser.add_argument("--tensor-parallel", type=int, metavar="N",
                         help="divide the model among the N processes of torchrun (all that there are)")  # fmt: skip
+    parser.add_argument("--offload", choices=("disk", "cpu"),
+                        help="where layers wait while others compute: for a model larger than the device")  # fmt: skip
     parser.add_argument("--optimize", type=_optimize, default=True, metavar="true|false|compile",
                         help="fast (true), plain (false), or faster after a minute (compile)")  # fmt: skip
     groups = {}
@@ -174,6 +176,7 @@ def _run(
         device=args.device if mesh is None else None,
         mesh=mesh,
         dtype=args.dtype,
+        offload=args.offload,
         quantize=args.quantize,
         optimize=args.optimize,
         revision=args.revision,

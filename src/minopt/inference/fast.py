@@ -5,7 +5,7 @@ Shapes: B batch, T tokens this call, S cached + T, H heads, D head_dim, C hidden
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -23,33 +23,59 @@ OUTLIERS_FROM = 4096
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 
 
-class FastOPT(OPT):
-    """An OPT that cannot be trained, moved or cast, and is fast.
+class InferenceOPT(OPT):
+    """An OPT that cannot be trained, moved or cast; its ``state_dict`` says what its weights are."""
+
+    def freeze(self) -> None:
+        """Ends building: no weight gets gradients, and the mode is that of evaluation."""
+        for _, parameter in nn.Module.named_parameters(self):
+            parameter.requires_grad = False
+        self.eval()
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """The weights of an ``OPT``: copies, where this model has them in another layout."""
+        for name, tensor in self.state_dict().items():
+            yield f"{prefix}.{name}" if prefix else name, nn.Parameter(tensor, requires_grad=False)
+
+    def _apply(self, *args: Any, **options: Any) -> Any:
+        raise ValueError(
+            "model: made for inference, it cannot be moved or cast. Say device and dtype when loading, or "
+            "optimize=False."
+        )
+
+    def train(self, mode: bool = True) -> InferenceOPT:
+        """Refuses to be trained."""
+        if mode:
+            raise ValueError("model: made for inference, it cannot be trained. Load it with optimize=False.")
+        return super().train(False)
+
+
+class FastOPT(InferenceOPT):
+    """An OPT for inference that is fast.
 
     It has all methods of ``OPT``. ``state_dict`` gives the plain weights, to the bit; beside them no copy is kept but
     the head's, which the token table cannot serve in another layout.
 
     Args:
         config: shape and options.
-        state: an OPT's weights by name; taken out of it one after the other, so that a weight that nobody else
-            holds is freed as soon as it is packed. The layers' weights may be int8, with scales under
-            ``minopt.int8``'s names; the head becomes int8 then too.
+        weights: an OPT's, with their names; taken one after the other, so that one that nobody else holds is freed as
+            soon as it is packed. Those of the layers may be int8, with scales under ``minopt.int8``'s names; the head
+            becomes int8 then too.
     """
 
-    def __init__(self, config: OPTConfig, state: dict[str, Tensor]) -> None:
-        super().__init__(config, device="meta", dtype=state["embed_tokens.weight"].dtype)
+    def __init__(self, config: OPTConfig, weights: Iterable[tuple[str, Tensor]]) -> None:
+        build = _Builder(weights, config)
+        table = build.take("embed_tokens.weight")
+        super().__init__(config, device="meta", dtype=table.dtype)
         self._order = {name: number for number, name in enumerate(super().state_dict())}
-        rows, width = state["embed_tokens.weight"].shape  # all of it, or a share
-        self.embed_tokens = Embedding(rows, width, device="meta")
-        in_int8 = any(name.endswith(int8.SCALE) for name in state)
-        build = _Builder(state, config)
+        self.embed_tokens = Embedding(table.shape[0], table.shape[1], device="meta")  # all of it, or a share
         self.layers = nn.ModuleList(FastLayer(config, index, build) for index in range(config.num_hidden_layers))
-        self.load_state_dict(state, assign=True)
-        for _, parameter in nn.Module.named_parameters(self):
-            parameter.requires_grad = False
-        self.eval()
+        self.load_state_dict({"embed_tokens.weight": table} | build.rest(), assign=True)
+        self.freeze()
         table = self.embed_tokens.weight
-        weight, scale = int8.quantize(table) if in_int8 else (table, None)
+        weight, scale = int8.quantize(table) if build.in_int8 else (table, None)
         self._head = build_product(weight, None, scale=scale, outliers=build.outliers)
 
     def head(self, h: Tensor) -> Tensor:
@@ -66,45 +92,40 @@ class FastOPT(OPT):
             state[name] = state.pop(name)  # in an OPT's order
         return state
 
-    def named_parameters(
-        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
-    ) -> Iterator[tuple[str, nn.Parameter]]:
-        """The weights of an ``OPT``: copies, where this model has them in another layout."""
-        for name, tensor in self.state_dict().items():
-            yield f"{prefix}.{name}" if prefix else name, nn.Parameter(tensor, requires_grad=False)
-
-    def _apply(self, *args: Any, **options: Any) -> Any:
-        raise ValueError(
-            "model: made for inference, it cannot be moved or cast. Say device and dtype when loading, or "
-            "optimize=False."
-        )
-
-    def train(self, mode: bool = True) -> FastOPT:
-        """Refuses to be trained."""
-        if mode:
-            raise ValueError("model: made for inference, it cannot be trained. Load it with optimize=False.")
-        return super().train(False)
-
 
 class _Builder:
-    """Takes weights out of a state and makes products of them."""
+    """Takes weights as they come, and makes products of them.
 
-    def __init__(self, state: dict[str, Tensor], config: OPTConfig) -> None:
-        self.state, self.outliers = state, config.hidden_size >= OUTLIERS_FROM
+    Attributes:
+        in_int8: whether layers' weights are.
+    """
+
+    def __init__(self, weights: Iterable[tuple[str, Tensor]], config: OPTConfig) -> None:
+        self._coming, self._waiting = iter(weights), dict[str, Tensor]()
+        self.in_int8, self.outliers, self._biases = False, config.hidden_size >= OUTLIERS_FROM, config.enable_bias
+
+    def take(self, name: str) -> Tensor:
+        while name not in self._waiting:
+            key, tensor = next(self._coming)
+            self._waiting[key] = tensor
+        return self._waiting.pop(name)
+
+    def rest(self) -> dict[str, Tensor]:
+        return self._waiting | dict(self._coming)
 
     def __call__(self, prefix: str, names: tuple[str, ...], activation: str = "none") -> Product:
         """Of one linear layer, or of several that read the same, side by side."""
-        weights = [self.state.pop(f"{prefix}{name}.weight") for name in names]
-        scales = [self.state.pop(f"{prefix}{name}.weight{int8.SCALE}", None) for name in names]
-        biases = [self.state.pop(f"{prefix}{name}.bias", None) for name in names]
-        weight, scale, bias = (_joined(tensors) for tensors in (weights, scales, biases))
-        assert weight is not None
+        weight = self._joined(f"{prefix}{name}.weight" for name in names)
+        scale = bias = None
+        if weight.dtype == torch.int8:
+            self.in_int8, scale = True, self._joined(f"{prefix}{name}.weight{int8.SCALE}" for name in names)
+        if self._biases:
+            bias = self._joined(f"{prefix}{name}.bias" for name in names)
         return build_product(weight, bias, activation, scale=scale, outliers=self.outliers)
 
-
-def _joined(tensors: Sequence[Tensor | None]) -> Tensor | None:
-    given = [tensor for tensor in tensors if tensor is not None]
-    return torch.cat(given) if len(given) > 1 else given[0] if given else None
+    def _joined(self, names: Iterable[str]) -> Tensor:
+        tensors = [self.take(name) for name in names]
+        return torch.cat(tensors) if len(tensors) > 1 else tensors[0]
 
 
 class FastLayer(nn.Module):

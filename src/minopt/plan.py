@@ -1,0 +1,192 @@
+"""What a model takes of a device's memory, reckoned from its configuration alone.
+
+Shapes: B rows, T tokens of each (the prompt's and the new ones), V vocabulary, C hidden_size, F ffn_dim, L layers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from minopt import int8
+from minopt.checkpoint.hub import find_model
+from minopt.checkpoint.load import resolve_dtype
+from minopt.checkpoint.names import shard_dim
+from minopt.checkpoint.pieces import Share, main_dtype
+from minopt.checkpoint.source import open_checkpoint
+from minopt.config import PRESETS, OPTConfig
+from minopt.inference.products import Blocked, Plain, kind_on_cpu
+from minopt.model import OPT
+
+# Python, torch and its libraries; on a GPU what CUDA and its libraries take of it (not measured).
+RUNTIME_BYTES = {"cpu": 400_000_000, "cuda": 700_000_000}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The most that one device holds while a model generates, in bytes.
+
+    Attributes:
+        devices: among which the model is divided.
+        offload: where its layers wait, ``None`` if they are on the device.
+        quantize: ``"int8"`` or ``None``.
+        weights: with all copies in other layouts.
+        loading: what is there beside them for a moment, while they are read.
+        cache: keys and values.
+        activations: of the prompt, and the scores of a step.
+        runtime: of Python, torch, CUDA.
+        host: what waits in the machine's memory for a GPU.
+    """
+
+    devices: int
+    offload: str | None
+    quantize: str | None
+    weights: int
+    loading: int
+    cache: int
+    activations: int
+    runtime: int
+    host: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.weights + max(self.loading, self.cache + self.activations) + self.runtime
+
+    def rows(self, memory: int, batch: int) -> int:
+        """How many rows fit into so many bytes, where this plan is for ``batch`` of them."""
+        free = memory - self.weights - self.runtime
+        if free < self.loading:
+            return 0
+        return free * batch // (self.cache + self.activations)
+
+
+def plan_generation(
+    config: OPTConfig,
+    *,
+    dtype: torch.dtype,
+    device: str = "cpu",
+    devices: int = 1,
+    offload: str | None = None,
+    quantize: str | None = None,
+    batch: int = 1,
+    length: int | None = None,
+) -> Plan:
+    """What ``minopt.load`` with these options, and ``generate``, take.
+
+    Args:
+        config: of the model.
+        dtype: of weights and activations.
+        device: ``"cpu"`` or ``"cuda"``.
+        devices: processes, each with a device of its own, that divide the model.
+        offload: as of ``minopt.load``.
+        quantize: ``"int8"``, as of ``minopt.load``.
+        batch: B; beams count as rows.
+        length: T; ``None`` is as long as the model's texts can be.
+
+    Raises:
+        ValueError: if the heads cannot be divided so.
+    """
+    heads, size = config.num_attention_heads, dtype.itemsize
+    if heads % devices:
+        fitting = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
+        raise ValueError(
+            f"devices: the model's {heads} heads cannot be divided among {devices}. Take one of {fitting}."
+        )
+    C, F, V, L = config.hidden_size, config.ffn_dim, config.vocab_size, config.num_hidden_layers
+    length = length or config.max_position_embeddings
+    tokens = batch * length
+    sizes = dict(_sizes(config, size, devices, quantize))
+    outside = sum(number for name, number in sizes.items() if not name.startswith("layers."))
+    layers, table, host = sum(sizes.values()) - outside, sizes["embed_tokens.weight"], 0
+    if offload is None:
+        weights = layers + outside
+        product = Plain if device == "cuda" else kind_on_cpu(dtype)
+        head = table // size if quantize else 0 if product is Plain else table
+        # Read before it is packed, one at a time; query, key and value are joined first.
+        loading = max(3 * C * C * 2, C * F) * size // devices
+        weights, loading = weights + head, max(0, loading - head)
+        inner = {Plain: 2, Blocked: 3}.get(product, 1) * F // devices
+    else:
+        weights, loading, inner = outside + min(2, L) * layers // L, 0, 2 * F
+        host = layers if offload == "cpu" else 2 * layers // L if device == "cuda" else 0
+    cache = 2 * L * tokens * C * size // devices
+    activations = tokens * (2 * C + inner) * size + batch * V * (size + 12)
+    if batch > 1:  # the mask of a padded batch, as booleans and as the numbers that kernels add
+        activations += batch * length * length * (1 + size)
+    return Plan(devices, offload, quantize, weights, loading, cache, activations, RUNTIME_BYTES[device], host)
+
+
+def _sizes(config: OPTConfig, itemsize: int, devices: int, quantize: str | None) -> Iterator[tuple[str, int]]:
+    """Bytes of the first process' share of each tensor."""
+    share = Share(0, devices)
+    for name, tensor in OPT(config, device="meta").state_dict().items():
+        shape, dim = list(tensor.shape), shard_dim(name)
+        if dim is not None:
+            shape[dim] = share.of(shape[dim])[1]
+        if quantize and int8.is_quantized(name):
+            yield name, math.prod(shape) + 4 * shape[0]
+        else:
+            yield name, math.prod(shape) * itemsize
+
+
+def find_config(model: str) -> tuple[OPTConfig, torch.dtype]:
+    """The configuration of a model, and the dtype of its files; nothing is downloaded but a config.json.
+
+    Args:
+        model: a folder or file of a checkpoint, a config.json, a published size, or a name on the hub.
+
+    Raises:
+        ValueError, FileNotFoundError, OSError: as of ``minopt.load_model``.
+    """
+    name = model.rpartition("/")[2].lower()
+    if not Path(model).exists() and name in PRESETS:
+        return OPTConfig.preset(name), torch.float16
+    path = Path(model) if Path(model).name == "config.json" else find_model(model, config_only=True)
+    if (path / "config.json").is_file() or path.name == "config.json":
+        config = OPTConfig.load(path)
+        named = config.extra.get("torch_dtype", config.extra.get("dtype"))
+        return config, (resolve_dtype(named) if isinstance(named, str) else None) or torch.float16
+    checkpoint = open_checkpoint(path)
+    return checkpoint.config, main_dtype(checkpoint.tensors.values())
+
+
+def available_memory(device: torch.device) -> int | None:
+    """Bytes that a device has for more: what is free of a GPU; of a machine what Linux can give to this process."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        fields = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines}
+        free = fields["MemAvailable"] + fields["SwapFree"]
+    except (OSError, KeyError, ValueError, IndexError):
+        return None
+    return min([free, *_free_in_cgroup()])
+
+
+def _free_in_cgroup() -> Iterator[int]:
+    """What the limits of a container leave: page cache counts against them, and gives way."""
+    try:
+        groups = [line.split(":", 2)[1:] for line in Path("/proc/self/cgroup").read_text().splitlines()]
+    except OSError:
+        return
+    for controllers, path in groups:
+        if controllers not in ("", "memory"):
+            continue
+        root = Path("/sys/fs/cgroup", controllers)
+        limit, used, cache = (
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache") if controllers
+            else ("memory.max", "memory.current", "file")
+        )  # fmt: skip
+        for folder in (root / path.lstrip("/"), root):  # the second where the group's path is that of the host
+            try:
+                most = int((folder / limit).read_text())  # "max" is none
+                stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+                yield most - int((folder / used).read_text()) + int(stat[cache])
+                break
+            except (OSError, ValueError, KeyError):
+                continue
