@@ -23,7 +23,7 @@ FILES = {
 # A room imports from those before it. Rooms of one line do not import each other.
 ORDER = (
     ("config",),
-    ("cache", "distributed", "int8"),
+    ("cache", "distributed", "int8", "memory"),
     ("model",),
     ("tokenizer",),
     ("generation",),

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minopt.memory import empty
+
 SCALE = "_scale"  # what a weight's scale is called, behind the weight's own name
 CONFIG_KEY = "quantization_config"  # in config.json
 
@@ -47,14 +49,16 @@ def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: if the weight holds numbers that are not finite.
     """
-    quantized = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    quantized = empty(weight.shape, torch.int8, weight.device)
     scale = torch.empty(len(weight), 1, dtype=torch.float32, device=weight.device)
-    rows = max(1, _CHUNK_NUMBERS // weight.shape[1])  # at a time: float32 copies of all would be several weights
+    rows = min(len(weight), max(1, _CHUNK_NUMBERS // weight.shape[1]))  # at a time: all would be several weights
+    space = empty((rows, weight.shape[1]), torch.float32, weight.device)
     for first in range(0, len(weight), rows):
         part = slice(first, first + rows)
-        exact, s = weight[part].float(), scale[part]
-        s.copy_((exact.abs().amax(1, keepdim=True) / 127).clamp_min_(torch.finfo(torch.float32).tiny))
-        quantized[part] = (exact / s).round_().clamp_(-127, 127)
+        exact, s = space[: len(weight[part])].copy_(weight[part]), scale[part]
+        largest = torch.maximum(exact.amax(1, keepdim=True), -exact.amin(1, keepdim=True))
+        s.copy_((largest / 127).clamp_min_(torch.finfo(torch.float32).tiny))
+        quantized[part] = exact.div_(s).round_().clamp_(-127, 127)
     if not scale.isfinite().all():
         raise ValueError("int8: expected a weight of finite numbers, got some that are not. Is the checkpoint sound?")
     return quantized, scale

@@ -221,7 +221,10 @@ class OPT(nn.Module):
         if logits_to_keep < 0:
             raise ValueError(f"logits_to_keep: expected 0 (all) or more, got {logits_to_keep}.")
         h = self.hidden_states(input_ids, attention_mask, position_ids, cache)
-        return self.head(h[:, -logits_to_keep:])
+        if logits_to_keep:
+            # Of a view, F.linear would make a batch of products, with a copy of the token table for each row.
+            h = h[:, -logits_to_keep:].clone(memory_format=torch.contiguous_format)
+        return self.head(h)
 
     def hidden_states(
         self,

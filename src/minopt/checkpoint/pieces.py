@@ -13,6 +13,7 @@ from torch import Tensor
 
 from minopt.checkpoint.errors import CheckpointError
 from minopt.checkpoint.read import TensorFile
+from minopt.memory import empty
 
 # metaseq's scripts/reshard_mp.py: what its parts hold alike may differ by so much.
 _TOLERANCE = 1e-8
@@ -155,7 +156,8 @@ class SourceTensor:
         Raises:
             CheckpointError: if parts hold different numbers where each should hold the same.
         """
-        out = torch.empty(self.shape, dtype=dtype or self.dtype)
+        assert self.dtype is not None
+        out = empty(self.shape, dtype or self.dtype)
         self.fill(out)
         self.check_copies()
         return out
@@ -185,7 +187,8 @@ class SourceTensor:
 
     def columns(self, start: int, stop: int, dtype: torch.dtype | None = None) -> Tensor:
         """Some columns of it, read: pieces of all rows pass through memory, and nothing else does."""
-        out = torch.empty(self.shape[0], stop - start, dtype=dtype or self.dtype)
+        assert self.dtype is not None
+        out = empty((self.shape[0], stop - start), dtype or self.dtype)
         self.read_columns(out, start)
         return out
 
@@ -213,7 +216,7 @@ class SourceTensor:
                 return
             step = max(1, _CHUNK_NUMBERS // max(1, width))
             for row in range(0, height if low < high else 0, step):
-                rows = torch.empty(min(step, height - row), width, dtype=out.dtype)
+                rows = empty((min(step, height - row), width), out.dtype)
                 piece.read_into(rows.view(-1), row * width)
                 out[row : row + len(rows), low - first : high - first] = rows[:, low - begin : high - begin]
             begin += width

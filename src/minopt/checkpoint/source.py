@@ -74,8 +74,8 @@ class Checkpoint:
         Raises:
             CheckpointError: if they differ.
         """
-        table = self.tensors["embed_tokens.weight"]
         for head, row in self.heads:
+            table = self.tensors["embed_tokens.weight"]
             rows_fit = len(head.shape) == 2 and head.shape[1:] == table.shape[1:]
             if not rows_fit or row + head.shape[0] > table.shape[0] or head.dtype is None:
                 raise CheckpointError(f"{self.found.folder}: the stored head has shape {list(head.shape)}, "

@@ -38,7 +38,8 @@ def _plan(args: argparse.Namespace) -> int:
 
     from minopt import int8
     from minopt.checkpoint.load import resolve_dtype
-    from minopt.plan import available_memory, find_config, plan_generation
+    from minopt.memory import available_memory
+    from minopt.plan import find_config, plan_generation
 
     for name in ("devices", "batch", "length"):
         if (given := getattr(args, name)) is not None and given < 1:

@@ -15,6 +15,7 @@ from minopt import int8
 from minopt.cache import KVCache
 from minopt.config import OPTConfig
 from minopt.inference.products import Product, build_product
+from minopt.memory import empty
 from minopt.model import OPT, Embedding, Packed, attend
 
 # From this width on (6.7B), OPT's activations have outlier channels that int8 cannot hold: arXiv 2208.07339, table 4.
@@ -125,7 +126,10 @@ class _Builder:
 
     def _joined(self, names: Iterable[str]) -> Tensor:
         tensors = [self.take(name) for name in names]
-        return torch.cat(tensors) if len(tensors) > 1 else tensors[0]
+        if len(tensors) == 1:
+            return tensors[0]
+        rows, first = sum(map(len, tensors)), tensors[0]
+        return torch.cat(tensors, out=empty((rows, *first.shape[1:]), first.dtype, first.device))
 
 
 class FastLayer(nn.Module):

@@ -6,8 +6,6 @@ Shapes: M rows (all dims of the input but the last), I inputs, O outputs.
 from __future__ import annotations
 
 import logging
-import math
-import mmap
 import warnings
 from collections.abc import Callable
 from functools import cache
@@ -18,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minopt import int8
+from minopt.memory import empty
 
 logger = logging.getLogger(__name__)
 
@@ -81,9 +80,10 @@ class Blocked:
 
     def __init__(self, weight: Tensor, bias: Tensor | None, activation: str = "none") -> None:
         (self._outputs, inputs), rest = weight.shape, -len(weight) % self.width
-        self._blocks = _in_huge_pages((-(-len(weight) // self.width), inputs, self.width))  # [O / width, I, width]
+        self._blocks = empty((-(-len(weight) // self.width), inputs, self.width), weight.dtype)  # [O / width, I, width]
         for block, rows in zip(self._blocks, torch.split(weight, self.width), strict=True):
-            block.copy_(F.pad(rows.T, (0, self.width - len(rows))))
+            block[:, : len(rows)] = rows.T
+            block[:, len(rows) :] = 0
         self.bias, self._activation = bias, _ACTIVATIONS[activation]
         self._bias = weight.new_zeros(()) if bias is None else F.pad(bias, (0, rest)).view(-1, 1, self.width)
 
@@ -95,20 +95,6 @@ class Blocked:
 
     def weight(self) -> tuple[Tensor, Tensor | None]:
         return self._blocks.transpose(1, 2).flatten(0, 1)[: self._outputs], None
-
-
-def _in_huge_pages(shape: tuple[int, ...]) -> Tensor:
-    """A float32 tensor, not filled, in pages of 2 MB where Linux gives them: read a tenth faster than small ones."""
-    size, page = 4 * math.prod(shape), 2**21
-    try:
-        memory = mmap.mmap(-1, size + page, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        numbers = torch.frombuffer(memory, dtype=torch.float32)
-        first = -numbers.data_ptr() % page  # where a large page may begin
-        if size >= page:
-            memory.madvise(mmap.MADV_HUGEPAGE, first, size // page * page)  # what is left over lies in small ones
-    except (AttributeError, OSError):
-        return torch.empty(shape)
-    return numbers[first // 4 : (first + size) // 4].view(shape)
 
 
 class Int8:
