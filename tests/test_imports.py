@@ -22,13 +22,14 @@ FILES = {
 
 # A room imports from those before it. Rooms of one line do not import each other.
 ORDER = (
-    ("config",),
-    ("cache", "distributed", "int8", "memory"),
+    ("config", "memory"),
+    ("cache", "distributed", "int8"),
     ("model",),
     ("tokenizer",),
     ("generation",),
     ("checkpoint", "inference", "parallel"),
-    ("evaluation", "plan", "streamed", "tensor_parallel"),
+    ("evaluation", "plan", "streamed"),
+    ("tensor_parallel",),
     ("training", "export"),
     ("language_model",),
     ("cli",),

@@ -21,7 +21,7 @@ import torch.multiprocessing as mp
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import minopt
-from minopt import LanguageModel, tensor_parallel
+from minopt import LanguageModel, plan, tensor_parallel
 from minopt.checkpoint import pieces
 from minopt.checkpoint.load import read_weights
 from minopt.checkpoint.names import shard_dim
@@ -114,11 +114,17 @@ def _two_dims(mesh: DeviceMesh, folder: Path) -> None:
     minopt.load(folder / "125m", mesh=init_device_mesh("cpu", (mesh.size(), 1)))
 
 
+def _no_memory(mesh: DeviceMesh, folder: Path) -> None:
+    with mock.patch.object(plan, "available_memory", return_value=10_000 if dist.get_rank() == 1 else 10**12):
+        minopt.load(folder / "125m", mesh=mesh)
+
+
 REFUSED = {
     _other_files: r"^[^\n]*: process 1 sees another checkpoint than process 0\. Copy the same files to all machines\.$",
     _heads: r"^tensor_parallel: the model's 3 heads cannot be divided among \d processes\. .* divide them: 1, 3\.$",
     _saved: r"^model: is divided among \d processes, none of which has all weights\. Load it in one to",
     _compiled: r"^optimize: a model that is divided has but one form, got 'compile'\. Leave it out\.$",
+    _no_memory: r"^memory: [^\n]*125m takes 0\.0 GB as float32, divided among \d, and 0\.0 GB are free on this machine",
     _two_dims: r"^mesh: expected one dim, got 2\. Take one of them",
 }
 

@@ -28,6 +28,7 @@ from minopt.inference.exported import ExportedModel, is_exported, load_exported
 from minopt.inference.fast import FastOPT
 from minopt.inference.graphs import GraphedOPT
 from minopt.model import OPT
+from minopt.plan import shortage
 from minopt.streamed import StreamedOPT
 from minopt.tokenizer import StopStrings, Tokenizer, pad_left
 
@@ -552,6 +553,8 @@ def load(
         from minopt.tensor_parallel import load_share  # it brings torch.distributed
 
         model = load_share(checkpoint, target, number_type, mesh, quantize=quantize == "int8")
+    elif optimize is True and (reason := shortage(checkpoint, target, number_type, offload=offload, quantize=quantize)):
+        raise ValueError(reason)
     elif offload is not None:
         model = StreamedOPT(checkpoint, target, number_type, in_memory=offload == "cpu")
     elif optimize == "compile" and target.type == "cpu":

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 _PAGE = 2**21
+_GROUPS, _GROUP_ROOT = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
@@ -48,13 +49,13 @@ def available_memory(device: torch.device) -> int | None:
 def _free_in_cgroup() -> Iterator[int]:
     """What the limits of a container leave: page cache counts against them, and gives way."""
     try:
-        groups = [line.split(":", 2)[1:] for line in Path("/proc/self/cgroup").read_text().splitlines()]
+        groups = [line.split(":", 2)[1:] for line in _GROUPS.read_text().splitlines()]
     except OSError:
         return
     for controllers, path in groups:
         if controllers not in ("", "memory"):
             continue
-        root = Path("/sys/fs/cgroup", controllers)
+        root = _GROUP_ROOT / controllers
         limit, used, cache = (
             ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache") if controllers
             else ("memory.max", "memory.current", "file")

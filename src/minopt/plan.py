@@ -6,9 +6,11 @@ Shapes: B rows, T tokens of each (the prompt's and the new ones), V vocabulary, 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,9 +19,10 @@ from minopt.checkpoint.hub import find_model
 from minopt.checkpoint.load import resolve_dtype
 from minopt.checkpoint.names import shard_dim
 from minopt.checkpoint.pieces import Share, main_dtype
-from minopt.checkpoint.source import open_checkpoint
+from minopt.checkpoint.source import Checkpoint, open_checkpoint
 from minopt.config import PRESETS, OPTConfig
 from minopt.inference.products import Blocked, Packed, Plain, kind_on_cpu
+from minopt.memory import available_memory
 from minopt.model import OPT
 
 # Python, torch and its libraries; on a GPU what CUDA and its libraries take of it (not measured).
@@ -120,6 +123,60 @@ def plan_generation(
     if batch > 1:  # the mask of a padded batch, as booleans and as the numbers that kernels add
         activations += batch * length * length * (1 + size)
     return Plan(devices, offload, quantize, weights, loading, cache, activations, RUNTIME_BYTES[device], host)
+
+
+def shortage(
+    checkpoint: Checkpoint,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    *,
+    devices: int = 1,
+    offload: str | None = None,
+    quantize: str | None = None,
+) -> str | None:
+    """What to tell somebody whose model does not fit into the memory that is free; ``None`` if it does.
+
+    Args:
+        checkpoint: an open one.
+        device: of this process.
+        dtype: ``None`` is ``"auto"``.
+        devices, offload, quantize: as of ``plan_generation``.
+    """
+    free = available_memory(device)
+    if free is None:
+        return None
+    stored = main_dtype(checkpoint.tensors.values())
+    dtype = dtype or (torch.float32 if device.type == "cpu" else stored)
+    if device.type == "cpu" and dtype == stored and kind_on_cpu(dtype) is Plain and offload is None:
+        return None  # it is mapped
+    if any(tensor.int8 is not None for tensor in checkpoint.tensors.values()):
+        quantize = "int8"
+    options: dict[str, Any] = {"dtype": dtype, "devices": devices, "offload": offload, "quantize": quantize}
+
+    def needed(**changes: Any) -> int:
+        plan = plan_generation(checkpoint.config, device=device.type, length=1, **(options | changes))
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device.type == "cpu" else 1
+        return (plan.weights + plan.loading) * here
+
+    if needed() <= free:
+        return None
+    others: dict[str, dict[str, Any]] = {
+        "dtype bfloat16": {"dtype": torch.bfloat16},
+        "quantize int8": {"quantize": "int8", "offload": None},
+        "offload cpu": {"devices": 1, "offload": "cpu", "quantize": None},
+        "offload disk": {"devices": 1, "offload": "disk", "quantize": None},
+        "offload disk and dtype bfloat16": {"devices": 1, "offload": "disk", "quantize": None, "dtype": torch.bfloat16},
+    }
+    if device.type == "cpu":
+        del others["offload cpu"]
+    fitting = [name for name, changes in others.items() if needed(**changes) <= free]
+    name = str(dtype).removeprefix("torch.") if quantize is None else "int8"
+    among = f", divided among {devices}" if devices > 1 else ""
+    return (
+        f"memory: {checkpoint.found.folder} takes {needed() / 1e9:.1f} GB as {name}{among}, and "
+        f"{free / 1e9:.1f} GB are free on this {'GPU' if device.type == 'cuda' else 'machine'}. "
+        + (f"What fits: {'; '.join(fitting)}." if fitting else "See minopt plan.")
+    )
 
 
 def _sizes(config: OPTConfig, itemsize: int, devices: int, quantize: str | None) -> Iterator[tuple[str, int]]:

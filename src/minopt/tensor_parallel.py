@@ -28,6 +28,7 @@ from minopt.config import OPTConfig
 from minopt.inference.fast import FastLayer, FastOPT
 from minopt.inference.products import Product
 from minopt.model import Embedding
+from minopt.plan import shortage
 
 # Biases of the layers of which each process has some inputs, so that their outputs are sums over all processes.
 _ADDED_ONCE = ("self_attn.out_proj.bias", "fc2.bias")
@@ -92,13 +93,17 @@ def load_share(
     """This process' share of a checkpoint, and nothing else of it but what all processes hold.
 
     Raises:
-        ValueError: as ``ParallelOPT`` does; ``CheckpointError`` if processes see different checkpoints.
+        ValueError: as ``ParallelOPT`` does, or if it does not fit into memory; ``CheckpointError`` if processes see
+            different checkpoints.
     """
     share = share_of(checkpoint.config, mesh)
-    seen: list[str] = [""] * share.count
-    dist.all_gather_object(seen, fingerprint(checkpoint), group=mesh.get_group())
-    for rank, other in enumerate(seen):
-        if other != seen[0]:
+    reason = shortage(checkpoint, device, dtype, devices=share.count, quantize="int8" if quantize else None)
+    seen: list[tuple[str, str | None]] = [("", None)] * share.count
+    dist.all_gather_object(seen, (fingerprint(checkpoint), reason), group=mesh.get_group())
+    for rank, (other, reason) in enumerate(seen):
+        if reason is not None:
+            raise ValueError(reason)
+        if other != seen[0][0]:
             raise CheckpointError(
                 f"{checkpoint.found.folder}: process {rank} sees another checkpoint than process 0. Copy the same "
                 "files to all machines."

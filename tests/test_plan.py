@@ -1,0 +1,175 @@
+"""What the plan says is what models hold, and what does not fit is said before anything is read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import minopt
+from minopt import OPTConfig, memory, plan
+from minopt.checkpoint import pieces
+from minopt.cli import main
+from minopt.inference.products import Plain, kind_on_cpu
+from minopt.plan import find_config, plan_generation
+from tests.conftest import build_ours, build_reference
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_and_cache_are_what_models_hold(kind: str, dtype: torch.dtype) -> None:
+    config = build_ours(build_reference(kind)).config
+    model = minopt.OPT(config, dtype=dtype)
+    weights = sum(p.nbytes for p in model.parameters())
+    head = 0 if kind_on_cpu(dtype) is Plain else model.embed_tokens.weight.nbytes
+    found = plan_generation(config, dtype=dtype, batch=3, length=20)
+    assert found.weights == weights + head
+    assert found.cache == model.new_cache(3, 20).nbytes
+    assert plan_generation(config, dtype=dtype, device="cuda").weights == weights
+    int8 = plan_generation(config, dtype=dtype, quantize="int8").weights
+    quantized = [p for name, p in model.named_parameters() if minopt.int8.is_quantized(name)]
+    rows = sum(len(p) for p in quantized)
+    table = model.embed_tokens.weight.numel()
+    assert int8 == weights - sum(p.nbytes - p.numel() for p in quantized) + 4 * rows + table
+    layers = sum(p.nbytes for name, p in model.named_parameters() if name.startswith("layers."))
+    offloaded = plan_generation(config, dtype=dtype, offload="disk").weights
+    assert offloaded == weights - layers + 2 * layers // config.num_hidden_layers
+
+
+def test_a_share_is_a_share_of_what_is_divided() -> None:
+    config = OPTConfig.preset("opt-6.7b")
+    whole, half = (plan_generation(config, dtype=torch.float16, device="cuda", devices=n) for n in (1, 2))
+    everywhere = (
+        32 * (4 + 2) * 4096 + 2 * 4096 + 2050 * 4096
+    )  # norms, biases of summed layers, the last norm, positions
+    assert half.weights == (whole.weights - 2 * everywhere) // 2 + 2 * everywhere
+    assert half.cache == whole.cache // 2
+
+
+@pytest.mark.parametrize("options", [{}, {"devices": 4}, {"offload": "cpu"}, {"quantize": "int8"}])
+def test_rows_that_fit_are_the_most(options: dict[str, Any]) -> None:
+    config = OPTConfig.preset("opt-1.3b")
+    options |= {"dtype": torch.float16, "device": "cuda", "length": 512}
+    most = plan_generation(config, **options).rows(10_000_000_000, 1)
+    assert most > 1
+    assert plan_generation(config, batch=most, **options).total <= 10_000_000_000 * 1.02  # a batch has a mask
+    assert plan_generation(config, batch=most + 1, **options).total > 10_000_000_000
+    assert plan_generation(config, **options).rows(2**29, 1) == 0
+
+
+def test_the_article_of_2022(capsys: pytest.CaptureFixture[str]) -> None:
+    """6.7B on two T4 of 16 GB: whole with a text, divided with many."""
+    assert main(["plan", "opt-6.7b", "--device", "cuda", "--devices", "2", "--memory", "16GB"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "opt-6.7b as float16, 1 x 2,048 tokens (prompt and new ones), on a GPU with 16.0 GB"
+    rows = {line[:28].strip(): line.split()[-1] for line in lines[3:7]}
+    assert list(rows) == ["one device", "each of 2 devices", "--offload cpu", "--offload disk"]
+    assert int(rows["each of 2 devices"]) > 10 * int(rows["one device"]) > 0
+    assert lines[-1] == "Use: minopt generate --model facebook/opt-6.7b --dtype float16"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "expected"),
+    [
+        ("opt-6.7b --devices 4 --memory 8GB --device cuda --batch 8", 0, "Use: torchrun --nproc-per-node 4 -m minopt "
+         "generate --model facebook/opt-6.7b --dtype float16"),
+        ("opt-30b --memory 16GB --device cuda", 0, "Use: minopt generate --model facebook/opt-30b --dtype float16 "
+         "--offload cpu"),
+        ("opt-13b --memory 24GB --device cuda --quantize int8", 0, "Use: minopt generate --model facebook/opt-13b "
+         "--dtype float16 --quantize int8"),
+        ("opt-13b --memory 2GB --device cpu", 1, "Nothing fits: the least is 8.2 GB (--offload disk). Try a smaller "
+         "--length, or --dtype bfloat16, or more --devices"),
+    ],
+)  # fmt: skip
+def test_what_to_use(arguments: str, code: int, expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", *arguments.split()]) == code
+    assert capsys.readouterr().out.splitlines()[-1] == expected
+
+
+def test_as_json_and_of_a_folder(write_checkpoint: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_checkpoint(dtype=torch.bfloat16)
+    assert main(["plan", str(folder), "--device", "cuda", "--memory", "1GB", "--length", "40", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["command"] == f"minopt generate --model {folder} --dtype bfloat16"
+    planned = plan_generation(OPTConfig.load(folder), dtype=torch.bfloat16, device="cuda", length=40)
+    assert found["plans"][0]["total"] == planned.total
+    assert [line["offload"] for line in found["plans"]] == [None, "cpu", "disk"]
+
+
+def test_an_int8_folder_is_known_for_one(
+    write_checkpoint: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    minopt.convert(write_checkpoint(), tmp_path / "int8", quantize="int8")
+    main(["plan", str(tmp_path / "int8"), "--device", "cpu", "--memory", "1GB", "--json"])
+    lines = json.loads(capsys.readouterr().out)["plans"]
+    assert [(line["quantize"], line["offload"]) for line in lines] == [("int8", None), (None, "disk")]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ("opt-125m --devices 0", "--devices: expected 1 or more, got 0."),
+        ("opt-125m --batch -1", "--batch: expected 1 or more, got -1."),
+        ("opt-125m --length 4096", "--length: expected at most 2048 tokens, the model's positions, got 4096."),
+        ("opt-125m --dtype int4", "dtype: expected auto, float32, bfloat16, float16, float64 or the torch.dtype, got "
+                                  "'int4'."),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_line(arguments: str, expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", *arguments.split()]) == 2
+    assert capsys.readouterr().err == f"minopt: error: {expected}\n"
+
+
+def test_a_size_by_its_name_is_asked_of_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "find_model", lambda *_, **__: pytest.fail("the hub was asked"))
+    for name in ("opt-175b", "facebook/opt-175b"):
+        assert find_config(name)[0] == OPTConfig.preset("opt-175b")
+
+
+@pytest.mark.parametrize("options", [{}, {"quantize": "int8"}, {"offload": "disk"}])
+def test_too_little_memory_is_said_before_anything_is_read(
+    options: dict[str, Any], write_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_checkpoint("125m", num_hidden_layers=12)
+    monkeypatch.setattr(pieces.SourceTensor, "read", lambda *_: pytest.fail("a tensor was read"))
+    for free, fits in ((1000, "See minopt plan."), (150_000, "What fits: ")):
+        monkeypatch.setattr(plan, "available_memory", lambda _, free=free: free)
+        if free > 1000 and options:
+            continue
+        said = rf"^memory: {folder} takes 0\.0 GB as [a-z0-9]+, and 0\.0 GB are free on this machine\. "
+        with pytest.raises(ValueError, match=said) as error:
+            minopt.load(folder, device="cpu", **options)
+        assert fits in str(error.value)
+        assert "\n" not in str(error.value)
+
+
+def test_what_a_container_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both versions of Linux' control groups, with page cache that gives way, and no limit at all."""
+    free = memory.available_memory(torch.device("cpu"))
+    assert free is None or free > 2**28
+    for version, names in ((1, ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache")),
+                           (2, ("memory.max", "memory.current", "file"))):  # fmt: skip
+        group = tmp_path / str(version) / ("memory" if version == 1 else "") / "box"
+        group.mkdir(parents=True)
+        for name, text in zip(names[:2], ("5000000", "3000000"), strict=True):
+            (group / name).write_text(text)
+        (group / "memory.stat").write_text(f"anon 1\n{names[2]} 1000000\n")
+        groups = tmp_path / f"{version}.groups"
+        groups.write_text("9:cpu:/box\n4:memory:/box\n" if version == 1 else "0::/box\n")
+        monkeypatch.setattr(memory, "_GROUPS", groups)
+        monkeypatch.setattr(memory, "_GROUP_ROOT", tmp_path / str(version))
+        assert list(memory._free_in_cgroup()) == [3_000_000]
+        (group / names[0]).write_text("max")
+        assert list(memory._free_in_cgroup()) == []
+
+
+def test_large_tensors_have_pages_of_their_own() -> None:
+    for shape, dtype in (((3, 5), torch.int8), ((700, 1000), torch.float32), ((3_000_001,), torch.int8)):
+        tensor = memory.empty(shape, dtype)
+        assert (tensor.shape, tensor.dtype, tensor.is_contiguous()) == (shape, dtype, True)
+        tensor.fill_(1)
+        assert tensor.sum() == tensor.numel()
+        assert tensor.numel() < 10**5 or tensor.data_ptr() % 2**21 == 0

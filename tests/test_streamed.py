@@ -1,0 +1,129 @@
+"""A model whose layers pass through memory says what it says when all of it is there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import minopt
+from minopt import OPT
+from minopt.cli import main
+from minopt.streamed import StreamedOPT
+from tests.checkpoint.sources import KINDS_AND_SOURCES, write_source
+from tests.test_tensor_parallel import IDS, MASK, results
+
+
+def logits_of(model: OPT) -> Tensor:
+    """Behind a padded batch of prompts, and behind one more token of each."""
+    with torch.inference_mode():
+        cache = model.new_cache(2, 9)
+        prompt = model(IDS, MASK, cache=cache)
+        step = model.decode_step(IDS[:, :1], torch.nn.functional.pad(MASK, (0, 1), value=1), cache)
+        return torch.cat([prompt, step[:, None]], 1)
+
+
+@pytest.mark.parametrize(("kind", "source"), KINDS_AND_SOURCES)
+def test_from_every_kind_of_file_logits_are_the_plain_models_to_the_bit(kind: str, source: str, tmp_path: Path) -> None:
+    folder = write_source(source, tmp_path / "model", kind)
+    for dtype in ("float32", "bfloat16"):
+        streamed = minopt.load(folder, device="cpu", dtype=dtype, offload="disk").model
+        assert isinstance(streamed, StreamedOPT)
+        plain = minopt.load(folder, device="cpu", dtype=dtype, optimize=False).model
+        for _ in range(2):  # a second pass finds the layers in other places
+            assert torch.equal(logits_of(streamed), logits_of(plain))
+
+
+def test_every_way_to_generate(kind: str, write_checkpoint: Callable[..., Path]) -> None:
+    folder = write_checkpoint(kind, num_hidden_layers=5)
+    streamed, plain = minopt.load(folder, device="cpu", offload="disk"), minopt.load(folder, device="cpu")
+    found, expected = results(streamed), results(plain)
+    assert (found.pop("logits") - expected.pop("logits")).abs().max() < 1e-4
+    assert all(torch.equal(found[name], sequences) for name, sequences in expected.items())
+
+
+def test_int8_folders_give_what_they_stand_for(write_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    minopt.convert(write_checkpoint(), tmp_path / "int8", quantize="int8")
+    streamed = minopt.load(tmp_path / "int8", device="cpu", offload="disk").model
+    assert torch.equal(logits_of(streamed), logits_of(minopt.load_model(tmp_path / "int8", device="cpu")))
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3, 6])
+def test_two_layers_at_most_are_in_memory(layers: int, write_checkpoint: Callable[..., Path]) -> None:
+    folder = write_checkpoint(num_hidden_layers=layers)
+    streamed = minopt.load(folder, device="cpu", offload="disk").model
+    plain = minopt.load(folder, device="cpu", optimize=False).model
+    assert torch.equal(logits_of(streamed), logits_of(plain))
+    places = streamed.layers[0]._stream._places  # type: ignore[union-attr]
+    assert len(places) == min(2, layers)
+    kept = sum(t.numel() for t in torch.nn.Module.state_dict(streamed).values())
+    in_layers = sum(p.numel() for name, p in plain.named_parameters() if name.startswith("layers."))
+    assert kept == sum(p.numel() for p in plain.parameters()) - in_layers
+    assert sum(t.numel() for place in places for t in place.tensors.values()) == in_layers * len(places) // layers
+
+
+def test_a_pass_that_is_broken_off_does_not_disturb_the_next(
+    write_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_checkpoint(num_hidden_layers=5)
+    streamed = minopt.load(folder, device="cpu", offload="disk").model
+    expected = logits_of(minopt.load(folder, device="cpu", optimize=False).model)
+    for broken in range(5):
+        with monkeypatch.context() as patch:
+            patch.setattr(streamed.layers[broken], "forward", lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                logits_of(streamed)
+        assert torch.equal(logits_of(streamed), expected)
+
+
+def test_files_that_become_shorter_are_one_line(write_checkpoint: Callable[..., Path]) -> None:
+    folder = write_checkpoint(num_hidden_layers=5)
+    lm = minopt.load(folder, device="cpu", offload="disk")
+    logits_of(lm.model)
+    file = folder / "model.safetensors"
+    with file.open("r+b") as opened:
+        opened.truncate(file.stat().st_size // 2)
+    with pytest.raises(minopt.CheckpointError, match=r"^\S+: ends in the middle of its tensors\. Fetch the file"):
+        logits_of(lm.model)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"offload": "tape"}, 'offload: expected "disk" or "cpu", got \'tape\'.'),
+        ({"offload": "cpu"}, 'offload: expected "disk", for the device is a CPU, in whose memory layers would wait, '
+                             'got "cpu".'),
+        ({"offload": "disk", "optimize": False}, "optimize: a model whose layers are offloaded has but one form, got "
+                                                 "False. Leave it out."),
+        ({"offload": "disk", "quantize": "int8"}, "quantize: layers come from the checkpoint as it is, got offload. "
+                                                  "Write an int8 folder first: minopt convert --quantize int8."),
+    ],
+)  # fmt: skip
+def test_options_that_do_not_fit(options: dict[str, Any], expected: str) -> None:
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        minopt.load(minopt.DEMO, device="cpu", **options)
+    assert str(error.value) == expected
+
+
+def test_what_a_streamed_model_cannot_do(tmp_path: Path) -> None:
+    lm = minopt.load(minopt.DEMO, device="cpu", offload="disk")
+    for run, expected in (
+        (lambda: lm.save(tmp_path / "saved"), "are not saved from there. Use minopt convert."),
+        (lambda: lm.model.double(), "it cannot be moved or cast"),
+        (lambda: lm.model.train(), "it cannot be trained"),
+    ):
+        with pytest.raises(ValueError, match=expected):
+            run()
+    assert not (tmp_path / "saved").exists()
+
+
+def test_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    texts = []
+    for options in ([], ["--offload", "disk"]):
+        assert main(["generate", "--device", "cpu", *options, "The ship"]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] != "\n"
