@@ -25,8 +25,9 @@ import common
 import torch
 from bench_parallel import write_model
 
-from minopt import OPTConfig
-from minopt.plan import plan_generation
+from minopt import OPT, OPTConfig
+from minopt.config import PRESETS
+from minopt.plan import plan_generation, rows_that_fit
 
 NEW_TOKENS = 8
 
@@ -62,11 +63,15 @@ CASES = (
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, required=True, help="where the models go: 17 GB")
+    parser.add_argument("--folder", type=Path, help="where the models go: 17 GB")
+    parser.add_argument("--table", action="store_true", help="write the table of docs/parallel.md, and do no more")
     parser.add_argument("--hardware", default="local", help="short name of the machine, for the result's file")
     parser.add_argument("--only", nargs="+", choices=sorted({case.model for case in CASES}), help="models to check")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.table:
+        print("\n".join(table()))
+        return
     if args.child is not None:
         child(args.folder, Case(**json.loads(args.child)))
         return
@@ -86,6 +91,26 @@ def main() -> None:
     common.keep("plan", args.hardware, {"topic": "plan", **common.machine("cpu"), "cases": lines})
 
 
+def table() -> Iterator[str]:
+    """How many rows of 2,048 tokens fit in 16 bits into devices of several sizes, for 1, 2, 4 and 8 of them."""
+    memories = (16, 24, 40, 80, 141)
+    yield "| | parameters | " + " | ".join(f"{gigabytes} GB" for gigabytes in memories) + " |"
+    yield "| --- |" + " --- |" * (1 + len(memories))
+    for name in PRESETS:
+        if name.startswith("opt-"):
+            config = OPTConfig.preset(name)
+            count = sum(p.numel() for p in OPT(config, device="meta").parameters())
+            cells = [" / ".join(_rows(config, devices, g * 10**9) for devices in (1, 2, 4, 8)) for g in memories]
+            yield f"| {name} | {count / 1e9:.2f} billion | " + " | ".join(cells) + " |"
+
+
+def _rows(config: OPTConfig, devices: int, memory: int) -> str:
+    if config.num_attention_heads % devices:
+        return "-"
+    rows = rows_that_fit(config, memory, dtype=torch.float16, device="cuda", devices=devices)
+    return f"{rows:,}" if rows else "-"
+
+
 def run(folder: Path, case: Case) -> list[dict[str, Any]]:
     """What each process tells."""
     environment = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // case.processes))}
@@ -93,9 +118,7 @@ def run(folder: Path, case: Case) -> list[dict[str, Any]]:
     command = [sys.executable, *(start if case.processes > 1 else []), str(Path(__file__)), "--folder", str(folder)]
     command += ["--child", json.dumps(asdict(case))]
     with limited(case.limit) as enter:
-        done = subprocess.run(
-            command, stdout=subprocess.PIPE, text=True, check=True, env=environment, preexec_fn=enter
-        )
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment, preexec_fn=enter)
     return json.loads(done.stdout.splitlines()[-1])
 
 

@@ -15,7 +15,7 @@ from minopt import OPTConfig, memory, plan
 from minopt.checkpoint import pieces
 from minopt.cli import main
 from minopt.inference.products import Plain, kind_on_cpu
-from minopt.plan import find_config, plan_generation
+from minopt.plan import find_config, plan_generation, rows_that_fit
 from tests.conftest import build_ours, build_reference
 
 
@@ -53,11 +53,11 @@ def test_a_share_is_a_share_of_what_is_divided() -> None:
 def test_rows_that_fit_are_the_most(options: dict[str, Any]) -> None:
     config = OPTConfig.preset("opt-1.3b")
     options |= {"dtype": torch.float16, "device": "cuda", "length": 512}
-    most = plan_generation(config, **options).rows(10_000_000_000, 1)
+    for memory in (2**29, 4_000_000_000, 4_500_000_000, 10_000_000_000):
+        most = rows_that_fit(config, memory, **options)
+        assert plan_generation(config, batch=max(most, 1), **options).total <= memory or most == 0
+        assert plan_generation(config, batch=most + 1, **options).total > memory
     assert most > 1
-    assert plan_generation(config, batch=most, **options).total <= 10_000_000_000 * 1.02  # a batch has a mask
-    assert plan_generation(config, batch=most + 1, **options).total > 10_000_000_000
-    assert plan_generation(config, **options).rows(2**29, 1) == 0
 
 
 def test_the_article_of_2022(capsys: pytest.CaptureFixture[str]) -> None:

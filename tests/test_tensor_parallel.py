@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -311,3 +312,21 @@ def test_a_process_that_is_killed_ends_all_and_is_named(tmp_path: Path) -> None:
     assert process.returncode != 0
     assert re.search(r"Root Cause.*rank\s*: 1 .*SIGKILL", errors, re.S)
     assert "minopt/cli" not in errors, errors  # no traceback but torchrun's own
+
+
+def test_two_machines(tmp_path: Path) -> None:
+    """As two agents on one: the first process of the first writes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    flags = ["generate", "The ship", "--max-new-tokens", "8", "--device", "cpu"]
+    agents = [
+        subprocess.Popen([*TORCHRUN[:3], "--nnodes", "2", "--node-rank", str(number), "--nproc-per-node", "1",
+                          "--master-addr", "127.0.0.1", "--master-port", port, "-m", "minopt", *flags],
+                         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for number in range(2)
+    ]  # fmt: skip
+    outputs = [agent.communicate(timeout=120) for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], outputs
+    expected = minopt.load(minopt.DEMO, device="cpu").generate("The ship", max_new_tokens=8)
+    assert [written for written, _ in outputs] == [expected + "\n", ""]

@@ -63,13 +63,6 @@ class Plan:
     def total(self) -> int:
         return self.weights + max(self.loading, self.cache + self.activations) + self.runtime
 
-    def rows(self, memory: int, batch: int) -> int:
-        """How many rows fit into so many bytes, where this plan is for ``batch`` of them."""
-        free = memory - self.weights - self.runtime
-        if free < self.loading:
-            return 0
-        return free * batch // (self.cache + self.activations)
-
 
 def plan_generation(
     config: OPTConfig,
@@ -123,6 +116,14 @@ def plan_generation(
     if batch > 1:  # the mask of a padded batch, as booleans and as the numbers that kernels add
         activations += batch * length * length * (1 + size)
     return Plan(devices, offload, quantize, weights, loading, cache, activations, RUNTIME_BYTES[device], host)
+
+
+def rows_that_fit(config: OPTConfig, memory: int, **options: Any) -> int:
+    """The largest batch of which the plan takes at most so many bytes; options are those of ``plan_generation``."""
+    one, two, three = (plan_generation(config, batch=batch, **options).total for batch in (1, 2, 3))
+    if two > memory:
+        return int(one <= memory)
+    return 2 + (memory - two) // (three - two)
 
 
 def shortage(

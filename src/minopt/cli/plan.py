@@ -39,7 +39,7 @@ def _plan(args: argparse.Namespace) -> int:
     from minopt import int8
     from minopt.checkpoint.load import resolve_dtype
     from minopt.memory import available_memory
-    from minopt.plan import find_config, plan_generation
+    from minopt.plan import find_config, plan_generation, rows_that_fit
 
     for name in ("devices", "batch", "length"):
         if (given := getattr(args, name)) is not None and given < 1:
@@ -54,14 +54,15 @@ def _plan(args: argparse.Namespace) -> int:
     memory = args.memory or available_memory(torch.device(device))
     if memory is None:
         raise ValueError("--memory: what is free cannot be read on this machine. Say how much there is.")
-    options: dict[str, Any] = {"dtype": dtype, "device": device, "batch": args.batch, "length": length}
+    options: dict[str, Any] = {"dtype": dtype, "device": device, "length": length}
     counts = [n for n in range(1, args.devices + 1) if config.num_attention_heads % n == 0]
     quantize = args.quantize or ("int8" if int8.CONFIG_KEY in config.extra else None)
-    plans = [plan_generation(config, devices=n, quantize=quantize, **options) for n in counts]
+    ways: list[dict[str, Any]] = [{"devices": n, "quantize": quantize} for n in counts]
     if args.quantize is None:
-        plans += [plan_generation(config, offload=to, **options) for to in ("cpu", "disk")[device == "cpu" :]]
-    rows = [plan.rows(memory, args.batch) for plan in plans]
-    fitting = [plan for plan, most in zip(plans, rows, strict=True) if most >= args.batch]
+        ways += [{"offload": to} for to in ("cpu", "disk")[device == "cpu" :]]
+    plans = [plan_generation(config, batch=args.batch, **way, **options) for way in ways]
+    rows = [rows_that_fit(config, memory, **way, **options) for way in ways]
+    fitting = [plan for plan in plans if plan.total <= memory]
     name = str(dtype).removeprefix("torch.")
     command = _command(args, fitting[0], name) if fitting else None
     if args.json:
