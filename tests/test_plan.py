@@ -14,9 +14,12 @@ import minopt
 from minopt import OPTConfig, memory, plan
 from minopt.checkpoint import pieces
 from minopt.cli import main
+from minopt.config import PRESETS
 from minopt.inference.products import Plain, kind_on_cpu
 from minopt.plan import find_config, plan_generation, rows_that_fit
 from tests.conftest import build_ours, build_reference
+
+FLOAT16_GPU: dict[str, Any] = {"dtype": torch.float16, "device": "cuda"}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -53,10 +56,10 @@ def test_a_share_is_a_share_of_what_is_divided() -> None:
 def test_rows_that_fit_are_the_most(options: dict[str, Any]) -> None:
     config = OPTConfig.preset("opt-1.3b")
     options |= {"dtype": torch.float16, "device": "cuda", "length": 512}
-    for memory in (2**29, 4_000_000_000, 4_500_000_000, 10_000_000_000):
-        most = rows_that_fit(config, memory, **options)
-        assert plan_generation(config, batch=max(most, 1), **options).total <= memory or most == 0
-        assert plan_generation(config, batch=most + 1, **options).total > memory
+    for most_bytes in (2**29, 4_000_000_000, 4_500_000_000, 10_000_000_000):
+        most = rows_that_fit(config, most_bytes, **options)
+        assert plan_generation(config, batch=max(most, 1), **options).total <= most_bytes or most == 0
+        assert plan_generation(config, batch=most + 1, **options).total > most_bytes
     assert most > 1
 
 
@@ -69,6 +72,25 @@ def test_the_article_of_2022(capsys: pytest.CaptureFixture[str]) -> None:
     assert list(rows) == ["one device", "each of 2 devices", "--offload cpu", "--offload disk"]
     assert int(rows["each of 2 devices"]) > 10 * int(rows["one device"]) > 0
     assert lines[-1] == "Use: minopt generate --model facebook/opt-6.7b --dtype float16"
+
+
+def test_the_table_of_the_docs() -> None:
+    """As check_plan.py --table writes it."""
+    text = (Path(__file__).parents[1] / "docs" / "parallel.md").read_text()
+    lines = text.partition("<!-- plan -->\n")[2].partition("<!-- /plan -->")[0].splitlines()
+    memories = [int(cell.split()[0]) * 10**9 for cell in lines[0].split("|")[3:-1]]
+    assert memories == [n * 10**9 for n in (16, 24, 40, 80, 141)]
+    for line, name in zip(lines[2:], [name for name in PRESETS if name.startswith("opt-")], strict=True):
+        cells = [cell.strip() for cell in line.split("|")[1:-1]]
+        config = OPTConfig.preset(name)
+        expected = []
+        for free in memories:
+            counts = [
+                0 if config.num_attention_heads % n else rows_that_fit(config, free, devices=n, **FLOAT16_GPU)
+                for n in (1, 2, 4, 8)
+            ]
+            expected.append(" / ".join(f"{count:,}" if count else "-" for count in counts))
+        assert (cells[0], cells[2:]) == (name, expected)
 
 
 @pytest.mark.parametrize(
