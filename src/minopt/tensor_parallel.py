@@ -18,8 +18,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from minopt.cache import KVCache
-from minopt.checkpoint.errors import CheckpointError
-from minopt.checkpoint.inspect import fingerprint
+from minopt.checkpoint.inspect import check_same_seen, fingerprint
 from minopt.checkpoint.load import read_state
 from minopt.checkpoint.pieces import Share
 from minopt.checkpoint.source import Checkpoint
@@ -97,12 +96,7 @@ def load_share(
     share = share_of(checkpoint.config, mesh)
     seen: list[str] = [""] * share.count
     dist.all_gather_object(seen, fingerprint(checkpoint), group=mesh.get_group())
-    for rank, other in enumerate(seen):
-        if other != seen[0]:
-            raise CheckpointError(
-                f"{checkpoint.found.folder}: process {rank} sees another checkpoint than process 0. Copy the same "
-                "files to all machines."
-            )
+    check_same_seen(checkpoint.found.folder, seen)
     state = read_state(checkpoint, device, dtype, keep_int8=True, quantize=quantize, share=share)
     return ParallelOPT(checkpoint.config, state, mesh)
 
