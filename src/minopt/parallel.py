@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -50,15 +50,13 @@ def gathered(model: OPT, device: torch.device, dtype: torch.dtype) -> OPT:
         model: whose layers may be wrapped.
         device, dtype: of the result, which shares what is there already, and is whole in each process.
     """
-    tensors = {name: whole(p).to(device, dtype) for name, p in model.named_parameters()}
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+        tensors[name] = whole.detach().to(device, dtype)
     plain = OPT(model.config, device="meta", dtype=dtype)
     plain.load_state_dict(tensors, assign=True)
     return plain.eval()
-
-
-def whole(parameter: Tensor) -> Tensor:
-    """A parameter, gathered if it is sharded: then every process has to call this."""
-    return (parameter.full_tensor() if isinstance(parameter, DTensor) else parameter).detach()
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from minopt.checkpoint import pieces, save
 from minopt.checkpoint.pieces import Share, SourceTensor
 from minopt.checkpoint.source import open_checkpoint
 from minopt.distributed import World
-from minopt.parallel import apply_fsdp, whole
+from minopt.parallel import apply_fsdp
 from minopt.training import shares
 from minopt.training.config import TrainingConfig
 from minopt.training.loss import ModelWithLoss
@@ -76,16 +76,17 @@ class Read:
 
 
 def read(folder: Path, world: World) -> Read:
-    """Fills a sharded model from a checkpoint."""
+    """Fills a sharded model from a checkpoint, and saves it."""
     checkpoint = open_checkpoint(folder)
     model = OPT(checkpoint.config, device="meta")
     apply_fsdp(ModelWithLoss(model), model, None, world.device)
     with counted() as numbers:
         shares.fill(model, checkpoint, world)
+    shares.save(model, folder.parent / f"{folder.name} of {world.size}", tokenizer(), world)
     named = dict(model.named_parameters())
     with torch.no_grad():
         local = {name: p.to_local().clone() for name, p in named.items()}  # type: ignore[operator]
-        return Read(local, {name: whole(p) for name, p in named.items()}, numbers[0])
+        return Read(local, {name: p.full_tensor() for name, p in named.items()}, numbers[0])  # type: ignore[operator]
 
 
 @contextmanager
@@ -247,6 +248,9 @@ def test_shares_together_are_the_model_to_the_bit(
     reads: list[Read] = [report[name] for report in found[size]]
     assert same(expected, {key: torch.cat([read.local[key] for read in reads]) for key in expected})
     assert all(same(expected, read.gathered) for read in reads)
+    saved = load_model(folder / f"{name} of {size}", device="cpu", dtype="auto")
+    assert saved.dtype == torch.float32
+    assert same(expected, saved.state_dict())
     for key, tensor in expected.items():
         assert max(len(read.local[key]) for read in reads) == -(-len(tensor) // size), key
 

@@ -6,6 +6,8 @@ from collections import deque
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from minopt.checkpoint.hub import find_model
@@ -16,7 +18,6 @@ from minopt.checkpoint.save import save_model
 from minopt.checkpoint.source import Checkpoint, open_checkpoint
 from minopt.distributed import World
 from minopt.model import OPT
-from minopt.parallel import whole
 from minopt.tokenizer import Tokenizer
 
 NO_TOKENIZER = "--model_name_or_path: expected a model with a tokenizer, {} has none. Add its files."
@@ -92,7 +93,7 @@ def _read_shares(model: OPT, checkpoint: Checkpoint, share: Share) -> None:
 def save(model: OPT, folder: Path, tokenizer: Tokenizer, world: World) -> None:
     """Writes a model as ``save_model`` does, in the first process; every process has to call it.
 
-    A sharded parameter is gathered when its turn comes, and kept by the first process alone, until its file is written.
+    The others send their shares of a parameter when its turn comes; the first process holds those of one file.
 
     Args:
         model: sharded or not.
@@ -102,8 +103,7 @@ def save(model: OPT, folder: Path, tokenizer: Tokenizer, world: World) -> None:
     Raises:
         FileExistsError, ValueError, OSError: as ``save_model`` does, in all processes.
     """
-    # On the CPU in every process: none runs ahead of the first by more than a tensor.
-    numbers = (whole(parameter).cpu() for parameter in model.parameters())
+    numbers = (_in_first(parameter, world) for parameter in model.parameters())
 
     def write() -> None:
         try:
@@ -111,6 +111,24 @@ def save(model: OPT, folder: Path, tokenizer: Tokenizer, world: World) -> None:
                 save_model(model, folder, tokenizer, max_shard_bytes=FILE_BYTES, numbers=numbers)
         finally:
             if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
-                deque(numbers, maxlen=0)  # for the first process; also what it has left after an error
+                deque(numbers, maxlen=0)  # what the others have to send, even where the first cannot go on
 
     world.each(write)
+
+
+def _in_first(parameter: Tensor, world: World) -> Tensor:
+    """A parameter on the CPU: whole in the first process; in the others what they have of it."""
+    if not isinstance(parameter, DTensor):
+        return parameter.cpu()
+    own = parameter.to_local().cpu()
+    if not world.is_first:
+        if len(own):
+            dist.send(own, 0)
+        return own
+    whole = own.new_empty(parameter.shape)
+    whole[: len(own)] = own
+    for rank in range(1, world.size):
+        start, stop = Share(rank, world.size).of(len(whole))
+        if start < stop:
+            dist.recv(whole[start:stop], rank)
+    return whole
