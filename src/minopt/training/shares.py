@@ -35,7 +35,8 @@ def find(name_or_path: str | Path, tokenizer: Tokenizer | None, world: World) ->
         world: the processes.
 
     Raises:
-        ValueError: (``CheckpointError`` where it is the files) if they are no model's, or have no tokenizer.
+        ValueError: (``CheckpointError`` where it is the files) if they are no model's, or have no tokenizer, or
+            processes see different ones.
         OSError: as ``load_model`` does.
     """
 
@@ -47,6 +48,8 @@ def find(name_or_path: str | Path, tokenizer: Tokenizer | None, world: World) ->
         return checkpoint, found
 
     checkpoint, found = world.first_then_all(opened)
+    if world.size > 1:
+        check_same_seen(checkpoint.found.folder, world.gather(world.each(lambda: fingerprint(checkpoint))))
     if world.is_first:
         found.warn_of_conflicts(checkpoint.config, checkpoint.found.folder)
     return checkpoint, found
@@ -62,11 +65,9 @@ def fill(model: OPT, checkpoint: Checkpoint, world: World) -> None:
         world: the processes.
 
     Raises:
-        ValueError: (``CheckpointError``) if the files do not hold what they should, or processes see different ones.
+        ValueError: (``CheckpointError``) if the files do not hold what they should.
         OSError: if they cannot be read.
     """
-    if world.size > 1:
-        check_same_seen(checkpoint.found.folder, world.gather(world.each(lambda: fingerprint(checkpoint))))
     if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         world.first(checkpoint.check_head)
         world.each(lambda: _read_shares(model, checkpoint, Share(world.rank, world.size)))
