@@ -4,7 +4,7 @@
 
 Each configuration runs in processes of its own: a model of random float16 weights is loaded and continues random
 prompts. The memory is the largest sum of anonymous and file pages of a process, read every 2 ms. Those with a limit run
-in a cgroup of that size (as root), page cache included. Peaks of processes that divide a model are those of the largest.
+in a cgroup of that size (as root), page cache included. Of processes that divide a model the largest counts.
 """
 
 from __future__ import annotations

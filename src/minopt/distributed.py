@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -59,26 +59,24 @@ class World:
 
     def first(self, run: Callable[[], _T]) -> _T | None:
         """Runs something in the first process alone, while the others wait; its error is everyone's."""
-        result, error = None, None
-        if self.is_first:
-            try:
-                result = run()
-            except (ValueError, OSError) as e:
-                error = e
-        self.agree(error)
-        return result
+        return self.each(lambda: run() if self.is_first else None)
 
     def first_then_all(self, run: Callable[[], _T]) -> _T:
         """Runs something in the first process, then in the others, which find what it has left in a cache."""
-        result, error = self.first(run), None
-        if not self.is_first:
-            try:
-                result = run()
-            except (ValueError, OSError) as e:
-                error = e
-        self.agree(error)
+        result = self.first(run)
+        result = self.each(lambda: result if self.is_first else run())
         assert result is not None
         return result
+
+    def each(self, run: Callable[[], _T]) -> _T:
+        """Runs something in every process; the first error is everyone's."""
+        result, error = None, None
+        try:
+            result = run()
+        except (ValueError, OSError) as e:
+            error = e
+        self.agree(error)
+        return cast(_T, result)
 
 
 def _kind(error: ValueError | OSError) -> type[Exception]:

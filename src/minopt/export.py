@@ -202,8 +202,7 @@ def export_model(
     limit = checkpoint.config.max_position_embeddings
     if max_length is not None and max_length > limit:
         raise ValueError(f"max_length: expected at most the model's {limit} positions, got {max_length}.")
-    folder = Tokenizer.find(checkpoint.found.folder) if tokenizer is None else Path(tokenizer).expanduser()
-    reader = None if folder is None else Tokenizer.load(folder)
+    reader = Tokenizer.beside(checkpoint.found.folder, tokenizer)
     model = _load(checkpoint, target, number_type, quantize)
     with replacing(destination, ()) as new:
         _compile(model, new / PROGRAM)

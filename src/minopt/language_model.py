@@ -543,8 +543,7 @@ def load(
         if checkpoint is None and given is not None:
             raise ValueError(f"{name}: {path} is a program, compiled with its own. Leave it out.")
     place = path if checkpoint is None else checkpoint.found.folder
-    folder = Tokenizer.find(place) if tokenizer is None else Path(tokenizer).expanduser()
-    reader = None if folder is None else Tokenizer.load(folder)
+    reader = Tokenizer.beside(place, tokenizer)
     defaults = read_defaults(place / "generation_config.json")
     model: OPT | ExportedModel
     if checkpoint is None:
@@ -567,7 +566,7 @@ def load(
     else:
         model = load_checkpoint(checkpoint, target, number_type)
     if reader is not None:
-        _warn_of_conflicts(model.config, reader, place)
+        reader.warn_of_conflicts(model.config, place)
     return LanguageModel(model, reader, defaults)
 
 
@@ -603,24 +602,3 @@ def _compiled(
         program = Path(folder) / "program"
         export_model(path, program, dtype=dtype, quantize=quantize, device="cpu", model_config=model_config)
         return load_exported(program)
-
-
-def _warn_of_conflicts(config: OPTConfig, tokenizer: Tokenizer, folder: Path) -> None:
-    """Config files that name another token than the tokenizer does have been published (transformers issue 17431)."""
-    if len(tokenizer) > config.vocab_size:
-        logger.warning(
-            "%s: the tokenizer has %d tokens, the model %d rows for them. Is it this model's?",
-            folder, len(tokenizer), config.vocab_size,
-        )  # fmt: skip
-    for name, known in (
-        ("bos", (config.bos_token_id,)),
-        ("eos", config.eos_token_ids),
-        ("pad", (config.pad_token_id,)),
-    ):
-        token_id = getattr(tokenizer, f"{name}_token_id")
-        if token_id is not None and known not in ((), (None,)) and token_id not in known:
-            logger.warning(
-                "%s: %s_token_id is %s in config.json and %s in the tokenizer's files. Texts begin as the tokenizer "
-                "says; padding and the end of generation follow config.json.",
-                folder, name, known[0], token_id,
-            )  # fmt: skip

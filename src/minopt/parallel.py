@@ -26,7 +26,8 @@ def apply_fsdp(module: nn.Module, model: OPT, dtype: torch.dtype | None, device:
 
     Args:
         module: the module whose forward is called; holds ``model``.
-        model: in float32; its layers are sharded one by one.
+        model: in float32; its layers are sharded one by one. Of one on the ``"meta"`` device each process gets its
+            shares, to be filled.
         dtype: in which parameters are gathered and used; gradients are summed in float32. ``None`` is float32.
         device: of this process.
     """
@@ -35,27 +36,24 @@ def apply_fsdp(module: nn.Module, model: OPT, dtype: torch.dtype | None, device:
     for layer in model.layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     fully_shard(module, mesh=mesh, mp_policy=policy)
+    if model.device.type == "meta":
+        module.to_empty(device=device)
 
 
 @torch.no_grad()
-def gathered(model: OPT, device: torch.device, dtype: torch.dtype, here: bool = True) -> OPT | None:
+def gathered(model: OPT, device: torch.device, dtype: torch.dtype) -> OPT:
     """A plain model in evaluation mode, with a model's parameters, sharded or not; every process has to call it.
+
+    Evaluation generates with it, which a model that is sharded by layers would do by gathering each for each token.
 
     Args:
         model: whose layers may be wrapped.
-        device, dtype: of the result, which shares what is there already.
-        here: whether this process wants it; it takes part either way.
-
-    Returns:
-        The model; ``None`` where it was not wanted.
+        device, dtype: of the result, which shares what is there already, and is whole in each process.
     """
     tensors = {}
     for name, parameter in model.named_parameters():
         whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
-        if here:
-            tensors[name] = whole.detach().to(device, dtype)
-    if not here:
-        return None
+        tensors[name] = whole.detach().to(device, dtype)
     plain = OPT(model.config, device="meta", dtype=dtype)
     plain.load_state_dict(tensors, assign=True)
     return plain.eval()

@@ -19,8 +19,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from minopt.cache import KVCache
-from minopt.checkpoint.errors import CheckpointError
-from minopt.checkpoint.inspect import fingerprint
+from minopt.checkpoint.inspect import check_same_seen, fingerprint
 from minopt.checkpoint.load import read_weights
 from minopt.checkpoint.pieces import Share
 from minopt.checkpoint.source import Checkpoint
@@ -100,14 +99,10 @@ def load_share(
     reason = shortage(checkpoint, device, dtype, devices=share.count, quantize="int8" if quantize else None)
     seen: list[tuple[str, str | None]] = [("", None)] * share.count
     dist.all_gather_object(seen, (fingerprint(checkpoint), reason), group=mesh.get_group())
-    for rank, (other, reason) in enumerate(seen):
+    check_same_seen(checkpoint.found.folder, [other for other, _ in seen])
+    for _, reason in seen:
         if reason is not None:
             raise ValueError(reason)
-        if other != seen[0][0]:
-            raise CheckpointError(
-                f"{checkpoint.found.folder}: process {rank} sees another checkpoint than process 0. Copy the same "
-                "files to all machines."
-            )
     weights = read_weights(checkpoint, device, dtype, apart=True, keep_int8=True, quantize=quantize, share=share)
     return ParallelOPT(checkpoint.config, weights, mesh)
 

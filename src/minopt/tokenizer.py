@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ import torch
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 from torch import Tensor
 
-from minopt.config import read_json
+from minopt.config import OPTConfig, read_json
+
+logger = logging.getLogger(__name__)
 
 # What OPT's own files declare (bos, eos and unk are one token), for a folder with vocab.json and merges.txt alone.
 _OPT_TOKENS = {"bos_token": "</s>", "eos_token": "</s>", "unk_token": "</s>", "pad_token": "<pad>"}
@@ -119,6 +122,46 @@ class Tokenizer:
             if any(all((place / name).is_file() for name in form) for form in _FORMS):
                 return place
         return None
+
+    @classmethod
+    def beside(cls, weights: Path, folder: str | Path | None = None) -> Tokenizer | None:
+        """The tokenizer of a model.
+
+        Args:
+            weights: the folder that holds the model's.
+            folder: of the tokenizer's files; ``None`` is the one that ``find`` gives.
+
+        Returns:
+            ``None`` where ``find`` gives none.
+
+        Raises:
+            FileNotFoundError, ValueError: as ``load`` does.
+        """
+        found = cls.find(weights) if folder is None else Path(folder).expanduser()
+        return None if found is None else cls.load(found)
+
+    def warn_of_conflicts(self, config: OPTConfig, folder: Path) -> None:
+        """Says where a model's config.json in ``folder`` names other tokens than the tokenizer does.
+
+        Such files have been published (transformers issue 17431).
+        """
+        if len(self) > config.vocab_size:
+            logger.warning(
+                "%s: the tokenizer has %d tokens, the model %d rows for them. Is it this model's?",
+                folder, len(self), config.vocab_size,
+            )  # fmt: skip
+        for name, known in (
+            ("bos", (config.bos_token_id,)),
+            ("eos", config.eos_token_ids),
+            ("pad", (config.pad_token_id,)),
+        ):
+            token_id = getattr(self, f"{name}_token_id")
+            if token_id is not None and known not in ((), (None,)) and token_id not in known:
+                logger.warning(
+                    "%s: %s_token_id is %s in config.json and %s in the tokenizer's files. Texts begin as the "
+                    "tokenizer says; padding and the end of generation follow config.json.",
+                    folder, name, known[0], token_id,
+                )  # fmt: skip
 
     def save(self, folder: str | Path) -> None:
         """Writes ``tokenizer.json`` and ``tokenizer_config.json``, which transformers reads too."""

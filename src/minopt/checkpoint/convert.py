@@ -108,8 +108,7 @@ def convert(
     if format == "metaseq":
         _check_parts(checkpoint.config, parts)
     checkpoint.check_head()
-    folder = Tokenizer.find(checkpoint.found.folder) if tokenizer is None else Path(tokenizer).expanduser()
-    reader = None if folder is None else Tokenizer.load(folder)
+    reader = Tokenizer.beside(checkpoint.found.folder, tokenizer)
     if reader is None:
         logger.warning("%s: no tokenizer's files beside the weights, so none are written.", checkpoint.found.folder)
     generation_file = checkpoint.found.folder / "generation_config.json"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -247,6 +247,19 @@ def fingerprint(checkpoint: Checkpoint) -> str:
         piece.read_into(numbers)
         _update(state, numbers)
     return state.hexdigest()
+
+
+def check_same_seen(folder: Path, seen: Sequence[str]) -> None:
+    """Compares what processes see of the checkpoint in ``folder``: the ``fingerprint`` of each, by rank.
+
+    Raises:
+        CheckpointError: naming a process that sees another one than the first.
+    """
+    for rank, other in enumerate(seen):
+        if other != seen[0]:
+            raise CheckpointError(
+                f"{folder}: process {rank} sees another checkpoint than process 0. Copy the same files to all machines."
+            )
 
 
 def _update(state: Any, numbers: torch.Tensor) -> None:

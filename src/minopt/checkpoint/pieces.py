@@ -159,28 +159,32 @@ class SourceTensor:
         assert self.dtype is not None
         out = empty(self.shape, dtype or self.dtype)
         self.fill(out)
-        self.check_copies()
         return out
 
     def fill(self, out: Tensor) -> None:
-        """Fills a contiguous tensor of its shape on the CPU, cast to that one's dtype."""
+        """Reads the tensor into one of its shape, contiguous and on the CPU, casting to its dtype.
+
+        Raises:
+            CheckpointError: as ``read`` does.
+        """
         if self.dim == 1:
             self.read_columns(out, 0)
         else:
             self.read_into(out.view(-1))
+        self.check_copies()
 
     def rows(self, start: int, stop: int) -> SourceTensor:
-        """Some rows of it, as a tensor of their own; not for tensors joined along dim 1."""
+        """Some rows of it, as a tensor of their own."""
         slices, begin = [], 0
-        width = math.prod(self.shape[1:])
-        for piece in self.slices if self.dim == 0 else self.slices[:1]:
-            end = begin + piece.shape[0]
-            low, high = max(start, begin), min(stop, end)
+        for piece in self.slices:
+            low, high = max(start, begin), min(stop, begin + piece.shape[0])
             if low < high:
-                slices.append(piece.part((low - begin) * width, (high - low, *self.shape[1:])))
-            begin = end
+                width = math.prod(piece.shape[1:])
+                slices.append(piece.part((low - begin) * width, (high - low, *piece.shape[1:])))
+            if self.dim == 0:  # else every slice has all rows
+                begin += piece.shape[0]
         return replace(
-            self, shape=(stop - start, *self.shape[1:]), slices=tuple(slices), dim=0,
+            self, shape=(stop - start, *self.shape[1:]), slices=tuple(slices),
             int8=None if self.int8 is None else self.int8.rows(start, stop),
             scale=None if self.scale is None else self.scale[start:stop],
         )  # fmt: skip

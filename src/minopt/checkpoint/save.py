@@ -36,6 +36,7 @@ def save_model(
     tokenizer: Tokenizer | None = None,
     generation_defaults: Mapping[str, Any] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    numbers: Iterator[Tensor] | None = None,
 ) -> None:
     """Writes config.json, safetensors (several with an index, if large) and the tokenizer's files.
 
@@ -50,6 +51,8 @@ def save_model(
         generation_defaults: options of ``GenerationConfig`` for a generation_config.json; without any, the one that is
             there is kept.
         max_shard_bytes: the most that one file holds, unless a single tensor is larger.
+        numbers: the model's parameters in their order, each asked for when its turn to be written comes, for a model
+            that does not have them whole; ``None`` are its own.
 
     Raises:
         FileExistsError: if ``folder`` is a file, a mount point or the current folder, or holds something other than
@@ -60,7 +63,9 @@ def save_model(
     folder = Path(folder)
     tensors = _tensors(model)
     with replacing(folder, TOKENIZER_FILES if tokenizer else ()) as new:
-        write_safetensors(new, {key: t.nbytes for key, t in tensors.items()}, tensors.__getitem__, max_shard_bytes)
+        sizes = {key: tensor.nbytes for key, tensor in tensors.items()}
+        read = tensors.__getitem__ if numbers is None else lambda _: next(numbers)
+        write_safetensors(new, sizes, read, max_shard_bytes)
         if tokenizer is not None:
             tokenizer.save(new)
         if generation_defaults:

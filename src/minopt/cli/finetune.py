@@ -38,6 +38,7 @@ def _finetune(args: argparse.Namespace) -> int:
     from minopt.language_model import load
     from minopt.training.data import read_data
     from minopt.training.prepare import template_of
+    from minopt.training.shares import NO_TOKENIZER
     from minopt.training.trainer import TrainingStopped, train
 
     template = template_of(config)
@@ -51,17 +52,14 @@ def _finetune(args: argparse.Namespace) -> int:
             eval_data = world.first_then_all(
                 lambda: read_data(config.dev_file, template, split="dev", show_progress=shown)
             )
-        place = "cpu" if config.parallel == "fsdp" else world.device  # a share of it goes on
         name = config.model_name_or_path
-        lm = world.first_then_all(lambda: load(name, device=place, dtype="float32", optimize=False))
-        if lm.tokenizer is None:
-            raise ValueError(
-                f"--model_name_or_path: expected a model with a tokenizer, {name} has none. Add its files."
-            )
         if not config.trains:
+            lm = world.first_then_all(lambda: load(name, device=world.device, dtype="float32", optimize=False))
+            if lm.tokenizer is None:
+                raise ValueError(NO_TOKENIZER.format(name))
             return evaluate_examples(lm, eval_data, config, world)
         try:
-            result = train(lm.model, train_data, config, tokenizer=lm.tokenizer, eval_data=eval_data)
+            result = train(name, train_data, config, eval_data=eval_data)
         except TrainingStopped as stopped:
             if world.is_first:
                 tell(f"{stopped} To go on:\n{_this_command(config.resume)}")

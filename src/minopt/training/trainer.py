@@ -18,7 +18,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from minopt import __version__
-from minopt.checkpoint.save import save_model
+from minopt.checkpoint.source import Checkpoint
 from minopt.config import read_json
 from minopt.distributed import World, processes
 from minopt.model import OPT
@@ -47,6 +47,7 @@ from minopt.training.run_folder import (
     remove_leftovers,
     set_aside,
 )
+from minopt.training.shares import fill, find, save
 from minopt.training.signals import StopSignal
 from minopt.training.tokens import Tokens
 
@@ -91,11 +92,11 @@ class TrainingStopped(RuntimeError):
 
 
 def train(
-    model: OPT,
+    model: OPT | str | Path,
     train_data: Sequence[Example] | str,
     config: TrainingConfig,
     *,
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | None = None,
     eval_data: Sequence[Example] | str | None = None,
 ) -> TrainResult:
     """Fine-tunes a model, in as many processes as torchrun has started, and writes it to ``config.output_dir``.
@@ -104,10 +105,11 @@ def train(
     and microbatches. Order and dropout follow from seed and step, so that nothing of them has to be kept.
 
     Args:
-        model: on any device; it is moved, made float32, and trained in place. Under FSDP it stays sharded.
+        model: on any device; it is moved, made float32, and trained in place. Under FSDP it stays sharded. Or the name
+            of one, as ``load_model`` takes it: then under FSDP each process reads its share, and none has it whole.
         train_data: examples, or one text, of which all tokens are learned; ``read_data`` gives either.
         config: how.
-        tokenizer: the model's.
+        tokenizer: the model's; ``None``, with a name, takes the one beside its weights, or one folder up.
         eval_data: what to evaluate on.
 
     Returns:
@@ -115,12 +117,18 @@ def train(
 
     Raises:
         ValueError: if the settings do not fit the model, the data, the processes or the run in the folder; or if
-            the gradients of 20 steps in a row are not finite.
-        OSError: if the folder is in use, or cannot be written.
+            the gradients of 20 steps in a row are not finite; and, of a model by its name, as ``load_model`` does.
+        OSError: if the folder is in use, or cannot be written; and as ``load_model`` does.
         TrainingStopped: if SIGTERM or SIGINT has ended it.
     """
-    check(model, config, eval_data)
     with processes(config.device) as world, contextlib.ExitStack() as stack:
+        checkpoint = None
+        if not isinstance(model, OPT):
+            checkpoint, tokenizer = find(model, tokenizer, world)
+            model = OPT(checkpoint.config, device="meta")
+        if tokenizer is None:
+            raise ValueError("tokenizer: expected the model's, got None. Pass it, or a name instead of the model.")
+        check(model, config, eval_data)
         if config.max_eval_samples is not None and eval_data is not None and not isinstance(eval_data, str):
             eval_data = eval_data[: config.max_eval_samples]
         tokens = prepare(train_data, model, tokenizer, config, world, training=True)
@@ -131,7 +139,7 @@ def train(
         folder = Path(config.output_dir).expanduser()
         world.first(lambda: stack.enter_context(locked(folder)))
         run = _Run(model, tokenizer, tokens, eval_data, eval_tokens, config, world, folder)
-        stack.enter_context(run.wrapped())
+        stack.enter_context(run.wrapped(checkpoint))
         return run.train()
 
 
@@ -161,8 +169,11 @@ class _Run:
         self.loss = math.nan
 
     @contextlib.contextmanager
-    def wrapped(self) -> Iterator[None]:
-        """Makes of the plain model one that is trained, and afterwards a plain one again (under FSDP, sharded)."""
+    def wrapped(self, checkpoint: Checkpoint | None) -> Iterator[None]:
+        """Makes of the plain model one that is trained, and afterwards a plain one again (under FSDP, sharded).
+
+        With a checkpoint it is on the meta device, and filled from that.
+        """
         config, world, model = self.config, self.world, self.model
         model.float().train()
         for layer in model.layers:
@@ -171,7 +182,9 @@ class _Run:
             self.module: Any = ModelWithLoss(model)
             if self.sharded:
                 apply_fsdp(self.module, model, self.dtype, world.device)
-            else:
+            if checkpoint is not None:
+                fill(model, checkpoint, world)
+            if not self.sharded:
                 model.to(world.device)
                 if world.size > 1:
                     self.module = DistributedDataParallel(self.module, gradient_as_bucket_view=True)
@@ -447,7 +460,6 @@ class _Run:
         assert self.eval_tokens is not None
         begin, last_written = time.perf_counter(), self.last_written
         model = gathered(self.model, self.world.device, self._evaluation_dtype())
-        assert model is not None
         result = evaluate(
             model, self.tokenizer, self.eval_data, self.eval_tokens, self.config, self.world,
             stop=lambda: self.stop.number != 0, show_progress=self.reporter.draws,
@@ -480,8 +492,7 @@ class _Run:
         return self.dtype
 
     def _save_model(self, folder: Path) -> None:
-        model = gathered(self.model, torch.device("cpu"), torch.float32, here=self.world.is_first)
-        self.world.first(lambda: save_model(model, folder, self.tokenizer) if model is not None else None)
+        save(self.model, folder, self.tokenizer, self.world)
 
     def _finish(self) -> None:
         """Writes the model beside what the folder holds of the run; config.json comes last, and makes it a model's."""

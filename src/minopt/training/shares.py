@@ -1,0 +1,135 @@
+"""A model on its way from files to the processes that train it, and back: under FSDP share by share, never whole."""
+
+from __future__ import annotations
+
+from collections import deque
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from minopt.checkpoint.hub import find_model
+from minopt.checkpoint.inspect import check_same_seen, fingerprint
+from minopt.checkpoint.load import read_weights
+from minopt.checkpoint.pieces import Share
+from minopt.checkpoint.save import save_model
+from minopt.checkpoint.source import Checkpoint, open_checkpoint
+from minopt.distributed import World
+from minopt.model import OPT
+from minopt.tokenizer import Tokenizer
+
+NO_TOKENIZER = "--model_name_or_path: expected a model with a tokenizer, {} has none. Add its files."
+
+# The first process holds so much beside its share while it writes.
+FILE_BYTES = 1_000_000_000
+
+
+def find(name_or_path: str | Path, tokenizer: Tokenizer | None, world: World) -> tuple[Checkpoint, Tokenizer]:
+    """Opens a checkpoint, in the first process before the others; every process has to call it.
+
+    Args:
+        name_or_path: see ``load_model``.
+        tokenizer: ``None`` takes the one beside the weights, or one folder up.
+        world: the processes.
+
+    Raises:
+        ValueError: (``CheckpointError`` where it is the files) if they are no model's, or have no tokenizer, or
+            processes see different ones.
+        OSError: as ``load_model`` does.
+    """
+
+    def opened() -> tuple[Checkpoint, Tokenizer]:
+        checkpoint = open_checkpoint(find_model(name_or_path))
+        found = tokenizer or Tokenizer.beside(checkpoint.found.folder)
+        if found is None:
+            raise ValueError(NO_TOKENIZER.format(name_or_path))
+        return checkpoint, found
+
+    checkpoint, found = world.first_then_all(opened)
+    if world.size > 1:
+        check_same_seen(checkpoint.found.folder, world.gather(world.each(lambda: fingerprint(checkpoint))))
+    if world.is_first:
+        found.warn_of_conflicts(checkpoint.config, checkpoint.found.folder)
+    return checkpoint, found
+
+
+def fill(model: OPT, checkpoint: Checkpoint, world: World) -> None:
+    """Gives a model the weights of a checkpoint, in float32; every process has to call it.
+
+    Args:
+        model: of the checkpoint's configuration, on the ``"meta"`` device; or sharded by ``apply_fsdp``, and then each
+            process reads its share of each tensor alone.
+        checkpoint: an open one.
+        world: the processes.
+
+    Raises:
+        ValueError: (``CheckpointError``) if the files do not hold what they should.
+        OSError: if they cannot be read.
+    """
+    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        world.first(checkpoint.check_head)
+        world.each(lambda: _read_shares(model, checkpoint, Share(world.rank, world.size)))
+    else:
+        state = world.each(lambda: dict(read_weights(checkpoint, world.device, torch.float32)))
+        model.load_state_dict(state, assign=True)
+
+
+@torch.no_grad()
+def _read_shares(model: OPT, checkpoint: Checkpoint, share: Share) -> None:
+    """Fills this process' shares: of the rows of each parameter, as FSDP divides them."""
+    for name, parameter in model.named_parameters():
+        assert isinstance(parameter, DTensor)
+        local, source = parameter.to_local(), checkpoint.tensors[name]
+        source = source.rows(*share.of(source.shape[0]))
+        assert local.shape == source.shape, name
+        if local.device.type == "cpu":
+            source.fill(local)
+        else:
+            local.copy_(source.read(local.dtype))
+
+
+@torch.no_grad()
+def save(model: OPT, folder: Path, tokenizer: Tokenizer, world: World) -> None:
+    """Writes a model as ``save_model`` does, in the first process; every process has to call it.
+
+    The others send their shares of a parameter when its turn comes; the first process holds those of one file.
+
+    Args:
+        model: sharded or not.
+        folder, tokenizer: see ``save_model``.
+        world: the processes.
+
+    Raises:
+        FileExistsError, ValueError, OSError: as ``save_model`` does, in all processes.
+    """
+    numbers = (_in_first(parameter, world) for parameter in model.parameters())
+
+    def write() -> None:
+        try:
+            if world.is_first:
+                save_model(model, folder, tokenizer, max_shard_bytes=FILE_BYTES, numbers=numbers)
+        finally:
+            if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+                deque(numbers, maxlen=0)  # what the others have to send, even where the first cannot go on
+
+    world.each(write)
+
+
+def _in_first(parameter: Tensor, world: World) -> Tensor:
+    """A parameter on the CPU: whole in the first process; in the others what they have of it."""
+    if not isinstance(parameter, DTensor):
+        return parameter.cpu()
+    own = parameter.to_local().cpu()
+    if not world.is_first:
+        if len(own):
+            dist.send(own, 0)
+        return own
+    whole = own.new_empty(parameter.shape)
+    whole[: len(own)] = own
+    for rank in range(1, world.size):
+        start, stop = Share(rank, world.size).of(len(whole))
+        if start < stop:
+            dist.recv(whole[start:stop], rank)
+    return whole
