@@ -1,13 +1,13 @@
-"""A model divided among processes: what it costs in time and in memory (`docs/parallel.md`).
+"""A model divided among processes: what it costs (`docs/parallel.md`). What it takes of memory is in `check_plan.py`.
 
-    python benchmarks/bench_parallel.py --folder MODELS [--hardware NAME] [--processes 1 2] [--cases speed memory fsdp]
+    python benchmarks/bench_parallel.py --folder MODELS [--hardware NAME] [--processes 1 2] [--cases speed fsdp]
 
 ``speed``: milliseconds a token of opt-125m's (float32) and opt-1.3b's size (bfloat16), and the share of it that is
-spent in messages between the processes. Cores are shared evenly. ``memory``: a checkpoint of opt-6.7b's size in 16
-bits, 13.3 GB, in two processes: the largest sum of anonymous and file pages of each. ``fsdp``: the same of fine-tuning
-opt-1.3b's width, 12 layers and all 24, in two processes, beside what their shares take; AdamW's steps are left out
-where weights, gradients and moments, 16 bytes a parameter, do not fit on the machine. Random weights, written to MODELS
-once.
+spent in messages between the processes. Cores are shared evenly. Beside minopt's: the plain model divided by hand in
+the same way (``plain``), and by torch's DTensor (``dtensor``), both with the whole token table in each process.
+``fsdp``: the largest sum of anonymous and file pages of each process that fine-tunes opt-1.3b's width, 12 layers and
+all 24, in two processes, beside what their shares take; AdamW's steps are left out where weights, gradients and
+moments, 16 bytes a parameter, do not fit on the machine. Random weights, written to MODELS once.
 """
 
 from __future__ import annotations
@@ -33,15 +33,13 @@ from minopt.checkpoint.names import to_hf
 SHARD_BYTES = 2_000_000_000
 CHILD = Path(__file__).with_name("parallel_child.py")
 FSDP_CHILD = CHILD.with_name("fsdp_child.py")
-CASES = ("speed", "memory", "fsdp")
+CASES = ("speed", "fsdp")
 STEPS = 3
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--folder", type=Path, required=True, help="where the models go: 17 GB with memory, 10 with fsdp"
-    )
+    parser.add_argument("--folder", type=Path, required=True, help="where the models go: 4 GB, with fsdp 10")
     parser.add_argument("--hardware", default="local", help="short name of the machine, for the result's file")
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
@@ -54,15 +52,10 @@ def main() -> None:
         for preset, dtype in (("opt-125m", "float32"), ("opt-1.3b", "bfloat16")):
             folder = write_model(args.folder, preset)
             for count in args.processes:
-                lines.append({"case": "speed", "model": preset, "dtype": dtype, "processes": count,
-                              "ranks": run(count, CHILD, folder, dtype, 24, 5)})  # fmt: skip
-                print(lines[-1], flush=True)
-    if "memory" in args.cases:
-        folder = write_model(args.folder, "opt-6.7b")
-        size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-        lines.append({"case": "memory", "model": "opt-6.7b", "dtype": "bfloat16", "processes": 2, "bytes": size,
-                      "ranks": run(2, CHILD, folder, "bfloat16", 8, 1)})  # fmt: skip
-        print(lines[-1], flush=True)
+                for form in ("minopt", "plain", "dtensor"):
+                    lines.append({"case": "speed", "model": preset, "dtype": dtype, "processes": count, "form": form,
+                                  "ranks": run(count, CHILD, folder, dtype, 24, 5, form)})  # fmt: skip
+                    print(lines[-1], flush=True)
     if "fsdp" in args.cases:
         for layers in (12, None):
             lines.append(fine_tune(write_model(args.folder, "opt-1.3b", layers), args.folder / "run"))
