@@ -24,7 +24,7 @@ from minopt.generation.config import GenerationConfig, read_defaults, with_defau
 from minopt.generation.decode import decode_steps, run
 from minopt.generation.request import STOP_REASONS, GenerationOutput, Request, check_room, prepare
 from minopt.generation.scoring import sliding_logprobs, token_logprobs
-from minopt.inference.exported import ExportedModel, is_exported, load_exported
+from minopt.inference.exported import NO_WEIGHTS, ExportedModel, is_exported, load_exported
 from minopt.inference.fast import FastOPT
 from minopt.inference.graphs import GraphedOPT
 from minopt.model import OPT
@@ -121,10 +121,7 @@ class LanguageModel:
             ValueError: if this is an exported program.
         """
         if isinstance(self.decoder, ExportedModel):
-            raise ValueError(
-                "model: this is an exported program, which generates and scores, but has no weights to train, measure "
-                "or save. Load what it was exported from."
-            )
+            raise ValueError(NO_WEIGHTS)
         return self.decoder
 
     @overload

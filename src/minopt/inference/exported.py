@@ -23,6 +23,11 @@ PROGRAM, MANIFEST = "program.pt2", "manifest.json"
 FORMAT = 1
 """Of the folder; grows when an older minopt could not run what a newer one writes."""
 
+NO_WEIGHTS = (
+    "model: this is an exported program, which generates and scores, but has no weights to train, measure or save. "
+    "Load what it was exported from."
+)
+
 _AGAIN = "Export the model again (minopt export), where it is to run."
 
 

@@ -17,6 +17,7 @@ from minopt.checkpoint.pieces import Share
 from minopt.checkpoint.save import save_model
 from minopt.checkpoint.source import Checkpoint, open_checkpoint
 from minopt.distributed import World
+from minopt.inference.exported import NO_WEIGHTS, is_exported
 from minopt.model import OPT
 from minopt.tokenizer import Tokenizer
 
@@ -41,7 +42,10 @@ def find(name_or_path: str | Path, tokenizer: Tokenizer | None, world: World) ->
     """
 
     def opened() -> tuple[Checkpoint, Tokenizer]:
-        checkpoint = open_checkpoint(find_model(name_or_path))
+        path = find_model(name_or_path)
+        if is_exported(path):
+            raise ValueError(NO_WEIGHTS)
+        checkpoint = open_checkpoint(path)
         found = tokenizer or Tokenizer.beside(checkpoint.found.folder)
         if found is None:
             raise ValueError(NO_TOKENIZER.format(name_or_path))
