@@ -207,3 +207,28 @@ def test_figures_of_int8_are_those_of_the_result() -> None:
             f"{result['logit_error'][case][scheme]:.1%}" for case in ("random weights", "outlier channels")
         )
         assert f"| {names.get(scheme, scheme)} | {books} | {errors} |" in README
+
+
+def test_figures_of_larger_models_are_those_of_the_results() -> None:
+    docs = (ROOT / "docs" / "parallel.md").read_text()
+    (kept,) = (ROOT / "benchmarks" / "results").glob("plan_xeon2_*.json")
+    cases = json.loads(kept.read_text())["cases"]
+    for case in cases:
+        held = f"{case['peak_mb'] / 1e3:.2f} GB | {case['planned_mb'] / 1e3:.2f} GB"
+        step = f"{case['step_seconds']:.2f} s |"
+        assert f"{case['batch']} x {case['length']:,} tokens | {held} | {case['error']:+.1%} | {step}" in docs
+        assert case["model"] != "opt-6.7b" or f"{held} | {step}" in README
+        assert round(case["planned_mb"] / case["peak_mb"] - 1, 2) == pytest.approx(case["error"], abs=0.006)
+    assert f"within {max(abs(case['error']) for case in cases):.1%} of what processes held" in docs
+    (kept,) = (ROOT / "benchmarks" / "results").glob("parallel_xeon2_*.json")
+    for case in json.loads(kept.read_text())["cases"]:
+        slowest = {key: max(rank.get(key, 0) for rank in case["ranks"]) for key in ("ms_per_token", "in_collectives")}
+        if case["case"] == "speed" and case["form"] == "minopt":
+            assert f"| {slowest['ms_per_token']:.1f} | {slowest['in_collectives']:.0%} |" in docs
+        elif case["case"] == "speed":
+            assert f" {slowest['ms_per_token']:.1f} |" in docs
+        else:
+            held = [
+                max(sum(rank[f"{phase}_peak_mb"]) for rank in case["ranks"]) for phase in ("load", "training", "save")
+            ]
+            assert "".join(f" {mb / 1e3:.2f} GB |" for mb in held) in docs

@@ -52,6 +52,21 @@ def test_int8_folders_give_what_they_stand_for(write_checkpoint: Callable[..., P
     assert torch.equal(logits_of(streamed), logits_of(minopt.load_model(tmp_path / "int8", device="cpu")))
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("offload", ["disk", "cpu"])
+def test_on_a_gpu(offload: str, kind: str, write_checkpoint: Callable[..., Path]) -> None:
+    folder = write_checkpoint(kind, num_hidden_layers=6)
+    for dtype in ("float32", "float16"):
+        streamed = minopt.load(folder, device="cuda", dtype=dtype, offload=offload)
+        plain = minopt.load(folder, device="cuda", dtype=dtype, optimize=False)
+        ids = IDS.cuda()
+        for _ in range(3):
+            assert torch.equal(streamed.model(ids), plain.model(ids))
+        options: dict[str, Any] = {"max_new_tokens": 12, "num_beams": 3, "eos_token_id": ()}
+        found, expected = (minopt.generate(lm.decoder, ids, MASK.cuda(), **options) for lm in (streamed, plain))
+        assert torch.equal(found.sequences, expected.sequences)
+
+
 @pytest.mark.parametrize("layers", [1, 2, 3, 6])
 def test_two_layers_at_most_are_in_memory(layers: int, write_checkpoint: Callable[..., Path]) -> None:
     folder = write_checkpoint(num_hidden_layers=layers)

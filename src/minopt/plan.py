@@ -96,6 +96,8 @@ def plan_generation(
         raise ValueError(
             f"devices: the model's {heads} heads cannot be divided among {devices}. Take one of {fitting}."
         )
+    if offload is not None:
+        quantize = None  # such weights are read as what they stand for
     C, F, V, L = config.hidden_size, config.ffn_dim, config.vocab_size, config.num_hidden_layers
     length = length or config.max_position_embeddings
     tokens = batch * length
@@ -156,9 +158,17 @@ def shortage(
 
     def needed(**changes: Any) -> int:
         plan = plan_generation(checkpoint.config, device=device.type, length=1, **(options | changes))
-        here = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device.type == "cpu" else 1
-        return (plan.weights + plan.loading) * here
+        shared = device.type == "cpu" and plan.devices > 1
+        return (plan.weights + plan.loading) * (int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if shared else 1)
 
+    where = checkpoint.found.folder
+    if offload == "cpu" and (host := available_memory(torch.device("cpu"))) is not None:
+        waiting = plan_generation(checkpoint.config, device=device.type, length=1, **options).host
+        if waiting > host:
+            return (
+                f"memory: the layers of {where} take {waiting / 1e9:.1f} GB of the machine's memory, and "
+                f"{host / 1e9:.1f} GB are free. What fits: offload disk."
+            )
     if needed() <= free:
         return None
     others: dict[str, dict[str, Any]] = {
@@ -174,7 +184,7 @@ def shortage(
     name = str(dtype).removeprefix("torch.") if quantize is None else "int8"
     among = f", divided among {devices}" if devices > 1 else ""
     return (
-        f"memory: {checkpoint.found.folder} takes {needed() / 1e9:.1f} GB as {name}{among}, and "
+        f"memory: {where} takes {needed() / 1e9:.1f} GB as {name}{among}, and "
         f"{free / 1e9:.1f} GB are free on this {'GPU' if device.type == 'cuda' else 'machine'}. "
         + (f"What fits: {'; '.join(fitting)}." if fitting else "See minopt plan.")
     )

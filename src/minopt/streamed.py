@@ -67,16 +67,15 @@ class _StreamedLayer(nn.Module):
 
 
 class _Place:
-    """Memory for one layer on the device, and where it is on a GPU, pinned memory on the way there."""
+    """Memory for one layer on the device, and, where layers come from the disk to a GPU, pinned memory on the way."""
 
     def __init__(self, config: OPTConfig, device: torch.device, dtype: torch.dtype, with_host: bool) -> None:
         self.index: int | None = None  # of the layer that is here
         self.layer = DecoderLayer(config, 0, device, dtype).requires_grad_(False).eval()
         self.tensors = {name: parameter.data for name, parameter in self.layer.named_parameters()}
-        self.on_gpu = device.type == "cuda"
         self.host = _pinned(self.tensors) if with_host else self.tensors
-        if self.on_gpu:
-            self.arrived, self.left = torch.cuda.Event(), torch.cuda.Event()  # type: ignore[no-untyped-call]
+        if device.type == "cuda":
+            self.arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
 
 
 class _Stream:
@@ -104,30 +103,30 @@ class _Stream:
         """A layer, good until the next one is taken; the one behind it is sent for."""
         coming, self._coming = self._coming, None
         place = None if coming is None else coming.result()
-        if place is None or place.index != index:
+        passed = None if self._copies is None else torch.cuda.current_stream().record_event()
+        if place is None or place.index != index:  # the first, or one behind a pass that was broken off
             here = [p for p in self._places if p.index == index]
-            place = here[0] if here else self._fetch(index, self._places[0])
+            place = here[0] if here else self._fetch(index, self._places[0], passed)
         following = (index + 1) % len(self._sources)
         if all(p.index != following for p in self._places):
             other = next(p for p in self._places if p is not place)
-            if self._copies is not None:
-                other.left.record()
-            self._coming = self._reader.submit(self._fetch, following, other)
+            self._coming = self._reader.submit(self._fetch, following, other, passed)
         if self._copies is not None:
             torch.cuda.current_stream().wait_event(place.arrived)
         place.layer.self_attn.index = index
         return place.layer
 
-    def _fetch(self, index: int, place: _Place) -> _Place:
+    def _fetch(self, index: int, place: _Place, passed: torch.cuda.Event | None) -> _Place:
+        """Fills a place; on a GPU behind all that had been sent to it by then, for which the place may be in use."""
         place.index = None
         host = place.host if self._waiting is None else self._waiting[index]
         if self._waiting is None:
             if self._copies is not None:
                 place.arrived.synchronize()  # what is on the way from this memory
             _read(self._sources[index], host)
-        if self._copies is not None:
+        if self._copies is not None and passed is not None:
             with torch.cuda.device(self._copies.device), torch.cuda.stream(self._copies):
-                self._copies.wait_event(place.left)
+                self._copies.wait_event(passed)
                 for name, tensor in place.tensors.items():
                     tensor.copy_(host[name], non_blocking=True)
                 place.arrived.record()
