@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 import minopt
 from minopt import OPTConfig, memory, plan
 from minopt.checkpoint import pieces
+from minopt.checkpoint.source import open_checkpoint
 from minopt.cli import main
 from minopt.config import PRESETS
 from minopt.inference.products import Plain, kind_on_cpu
@@ -166,6 +168,22 @@ def test_too_little_memory_is_said_before_anything_is_read(
             minopt.load(folder, device="cpu", **options)
         assert fits in str(error.value)
         assert "\n" not in str(error.value)
+
+
+def test_what_waits_for_a_gpu_has_to_have_room(
+    write_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = open_checkpoint(write_checkpoint())
+    free = {"cpu": 50_000, "cuda": 10**9}
+    monkeypatch.setattr(plan, "available_memory", lambda device: free[device.type])
+    gpu, layers = torch.device("cuda"), sum(t.numel for n, t in checkpoint.tensors.items() if n.startswith("layers."))
+    assert plan.shortage(checkpoint, gpu, torch.float32, offload="disk") is None
+    found = plan.shortage(checkpoint, gpu, torch.float32, offload="cpu") or ""
+    assert re.fullmatch(
+        r"memory: the layers of \S+ take 0\.0 GB .*, and 0\.0 GB are free\. What fits: offload disk\.", found
+    )
+    free["cpu"] = 4 * layers
+    assert plan.shortage(checkpoint, gpu, torch.float32, offload="cpu") is None
 
 
 def test_what_a_container_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
