@@ -83,13 +83,17 @@ def main() -> None:
     for case in CASES:
         if args.only and case.model not in args.only:
             continue
-        found = run(write_model(args.folder, case.model), case)
+        folder, disk = write_model(args.folder, case.model), None
+        if case.limit is not None:  # or it would find the files in the page cache of others, which has no limit
+            disk = {"disk_gb_per_second": round(read_from_disk(folder) / 1e9, 2)}
+            forget(folder)
+        found = run(folder, case)
         plan = plan_generation(
             OPTConfig.preset(case.model), dtype=getattr(torch, case.dtype), devices=case.processes,
             offload=case.offload, quantize=case.quantize, batch=case.batch, length=case.length,
         )  # fmt: skip
         largest = max(found, key=lambda rank: rank["peak_mb"])
-        lines.append({**asdict(case), **largest, "planned_mb": round(plan.total / 1e6), "plan": asdict(plan),
+        lines.append({**asdict(case), **largest, **(disk or {}), "planned_mb": round(plan.total / 1e6), "plan": asdict(plan),
                       "error": round(plan.total / 1e6 / largest["peak_mb"] - 1, 4)})  # fmt: skip
         print(json.dumps(lines[-1]), flush=True)
     common.keep("plan", args.hardware, {"topic": "plan", **common.machine("cpu"), "cases": lines})
@@ -124,6 +128,24 @@ def run(folder: Path, case: Case) -> list[dict[str, Any]]:
     with limited(case.limit) as enter:
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment, preexec_fn=enter)
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def forget(folder: Path) -> None:
+    """Takes a folder's files out of the page cache."""
+    for path in folder.glob("*.safetensors"):
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def read_from_disk(folder: Path) -> float:
+    """Bytes a second of reading a folder's files one after the other."""
+    forget(folder)
+    space, count, begin = bytearray(2**24), 0, time.perf_counter()
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb", buffering=0) as file:
+            while more := file.readinto(space):
+                count += more
+    return count / (time.perf_counter() - begin)
 
 
 @contextlib.contextmanager
