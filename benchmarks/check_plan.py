@@ -93,7 +93,8 @@ def main() -> None:
             offload=case.offload, quantize=case.quantize, batch=case.batch, length=case.length,
         )  # fmt: skip
         largest = max(found, key=lambda rank: rank["peak_mb"])
-        lines.append({**asdict(case), **largest, **(disk or {}), "planned_mb": round(plan.total / 1e6), "plan": asdict(plan),
+        lines.append({**asdict(case), **largest, **(disk or {}),
+                      "planned_mb": round(plan.total / 1e6), "plan": asdict(plan),
                       "error": round(plan.total / 1e6 / largest["peak_mb"] - 1, 4)})  # fmt: skip
         print(json.dumps(lines[-1]), flush=True)
     common.keep("plan", args.hardware, {"topic": "plan", **common.machine("cpu"), "cases": lines})
