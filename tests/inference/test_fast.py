@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 import minopt
 from minopt import OPT, int8
 from minopt.evaluation.perplexity import window_perplexity
-from minopt.inference import products
+from minopt.inference import fast, products
 from minopt.inference.fast import OUTLIERS_FROM, FastOPT
 from tests.conftest import build_ours, build_reference, lively, quantized_state
 
@@ -128,6 +129,33 @@ def test_what_was_packed_is_let_go() -> None:
 
     FastOPT(plain.config, weights())
     assert given["layers.1.fc1.weight"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_pages_of_packed_weights_go_with_them(dtype: str, tmp_path: Path) -> None:
+    """Or a model that keeps the dtype of its file would be in memory twice."""
+    if products.kind_on_cpu(getattr(torch, dtype)) is products.Plain:
+        pytest.skip("this machine packs no such weights")
+    reference = build_reference("125m", hidden_size=512, ffn_dim=2048, num_hidden_layers=2)
+    reference.to(getattr(torch, dtype)).save_pretrained(tmp_path)
+    at_most = [0]
+    build = fast.build_product
+
+    def counted(*args: Any, **options: Any) -> Any:
+        at_most[0] = max(at_most[0], mapped())
+        return build(*args, **options)
+
+    def mapped() -> int:
+        spans = [line.split()[0] for line in Path("/proc/self/maps").read_text().splitlines() if str(tmp_path) in line]
+        return sum(int(end, 16) - int(begin, 16) for begin, end in (span.split("-") for span in spans))
+
+    with mock.patch.object(fast, "build_product", counted):
+        lm = minopt.load(tmp_path, device="cpu", dtype=dtype)
+    size = (tmp_path / "model.safetensors").stat().st_size
+    assert 0 < at_most[0] < 2 * size  # the reader's own mapping of the file, and what is just now packed
+    assert mapped() == 0
+    assert lm.decoder.dtype == getattr(torch, dtype)
 
 
 def test_saving_writes_the_plain_weights(tmp_path: Path) -> None:
