@@ -18,6 +18,7 @@ from minopt.checkpoint.container import open_container
 from minopt.checkpoint.errors import CheckpointError, first_line, some
 from minopt.checkpoint.unpickle import NOT_TEXT, Placeholder, StoredTensor, UnpickleError
 
+_NUMBERS_IN_CACHE = 2**20
 _PIECE_BYTES = 64_000_000
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I8": torch.int8}
@@ -70,10 +71,13 @@ class TensorFile:
                     out.copy_(numbers)
                 return
             # Cast from the file's pages: a mapping of a piece at a time, whose pages go with it.
-            step = _PIECE_BYTES // stored.itemsize
+            # Between the two formats of 16 bits by way of float32: torch casts them directly at half the speed.
+            direct = stored.itemsize != 2 or out.dtype.itemsize != 2
+            step = _PIECE_BYTES // stored.itemsize if direct else _NUMBERS_IN_CACHE
             for first in range(0, out.numel(), step):
                 piece = out[first : first + step]
-                piece.copy_(self._mapped(file, begin + first * stored.itemsize, piece.numel(), stored))
+                numbers = self._mapped(file, begin + first * stored.itemsize, piece.numel(), stored)
+                piece.copy_(numbers if direct else numbers.float())
 
     def map_apart(self, key: str, start: int, count: int) -> Tensor | None:
         """Some numbers of a tensor in pages of their own, which go with it; ``None`` where they cannot be mapped.
