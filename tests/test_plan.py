@@ -17,6 +17,7 @@ from minopt.checkpoint import pieces
 from minopt.checkpoint.source import open_checkpoint
 from minopt.cli import main
 from minopt.config import PRESETS
+from minopt.inference.exported import MANIFEST
 from minopt.inference.products import Plain, kind_on_cpu
 from minopt.plan import find_config, plan_generation, rows_that_fit
 from tests.conftest import build_ours, build_reference
@@ -73,7 +74,7 @@ def test_the_article_of_2022(capsys: pytest.CaptureFixture[str]) -> None:
     rows = {line[:28].strip(): line.split()[-1] for line in lines[3:7]}
     assert list(rows) == ["one device", "each of 2 devices", "--offload cpu", "--offload disk"]
     assert int(rows["each of 2 devices"]) > 10 * int(rows["one device"]) > 0
-    assert lines[-1] == "Use: minopt generate --model facebook/opt-6.7b --dtype float16"
+    assert lines[-1] == "Use: minopt generate --model facebook/opt-6.7b --dtype float16 --max-batch-tokens 2048"
 
 
 def test_the_table_of_the_docs() -> None:
@@ -101,11 +102,11 @@ def test_the_table_of_the_docs() -> None:
         ("opt-6.7b --devices 4 --memory 8GB --device cuda --batch 8", 0, "Use: torchrun --nproc-per-node 4 -m minopt "
          "generate --model facebook/opt-6.7b --dtype float16"),
         ("opt-30b --memory 16GB --device cuda", 0, "Use: minopt generate --model facebook/opt-30b --dtype float16 "
-         "--offload cpu"),
+         "--offload cpu --max-batch-tokens 6144"),
         ("opt-13b --memory 24GB --device cuda --quantize int8", 0, "Use: minopt generate --model facebook/opt-13b "
          "--dtype float16 --quantize int8"),
         ("opt-13b --memory 2GB --device cpu", 1, "Nothing fits: the least is 8.2 GB (--offload disk). Try a smaller "
-         "--length, or --dtype bfloat16, or more --devices"),
+         "--length, or --dtype bfloat16, or more --devices."),
     ],
 )  # fmt: skip
 def test_what_to_use(arguments: str, code: int, expected: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -138,6 +139,9 @@ def test_an_int8_folder_is_known_for_one(
         ("opt-125m --devices 0", "--devices: expected 1 or more, got 0."),
         ("opt-125m --batch -1", "--batch: expected 1 or more, got -1."),
         ("opt-125m --length 4096", "--length: expected at most 2048 tokens, the model's positions, got 4096."),
+        ("opt-125m --memory 0", "--memory: expected a size above 0, such as 16GB, got 0."),
+        ("./no/opt-125m --memory 1GB", "./no/opt-125m: no such folder, and not the name of a model on the hub "
+                                            "(owner/name)."),
         ("opt-125m --dtype int4", "dtype: expected auto, float32, bfloat16, float16, float64 or the torch.dtype, got "
                                   "'int4'."),
     ],
@@ -145,6 +149,36 @@ def test_an_int8_folder_is_known_for_one(
 def test_bad_input_is_one_line(arguments: str, expected: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", *arguments.split()]) == 2
     assert capsys.readouterr().err == f"minopt: error: {expected}\n"
+
+
+def test_a_gpu_that_is_not_here_needs_its_memory_said(capsys: pytest.CaptureFixture[str]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    assert main(["plan", "opt-125m", "--device", "cuda"]) == 2
+    assert capsys.readouterr().err == (
+        "minopt: error: --memory: what is free cannot be read on this machine. Say how much there is.\n"
+    )
+
+
+def test_processes_on_one_cpu_share_what_is_free(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of what --memory says, each has as much."""
+    monkeypatch.setattr(memory, "available_memory", lambda _: 8_000_000_000)
+    arguments = ["plan", "opt-1.3b", "--devices", "2", "--device", "cpu", "--json"]
+    rows = []
+    for more in ([], ["--memory", "8GB"], ["--memory", "4GB"]):
+        main([*arguments, *more])
+        rows.append([line["rows"] for line in json.loads(capsys.readouterr().out)["plans"]])
+    assert rows[0] == [rows[1][0], rows[2][1], rows[1][2]]
+    assert rows[1][1] > rows[2][1]
+
+
+def test_an_exported_program_is_not_planned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / MANIFEST).write_text("{}")
+    (tmp_path / "config.json").write_text("{}")
+    assert main(["plan", str(tmp_path), "--device", "cpu"]) == 2
+    assert "is an exported program" in capsys.readouterr().err
 
 
 def test_a_size_by_its_name_is_asked_of_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,7 +236,14 @@ def test_what_a_container_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         monkeypatch.setattr(memory, "_GROUPS", groups)
         monkeypatch.setattr(memory, "_GROUP_ROOT", tmp_path / str(version))
         assert list(memory._free_in_cgroup()) == [3_000_000]
-        (group / names[0]).write_text("max")
+        (group / "memory.stat").write_text(f"{names[2]} 1000000\n{'total_' if version == 1 else ''}shmem 400000\n")
+        assert list(memory._free_in_cgroup()) == [2_600_000]  # files in memory stay
+        for name, text in zip(names[:2], ("4000000", "3500000"), strict=True):  # of the group around it
+            (group.parent / name).write_text(text)
+        (group.parent / "memory.stat").write_text(f"{names[2]} 0\n")
+        assert list(memory._free_in_cgroup()) == [2_600_000, 500_000]
+        for folder in (group, group.parent):
+            (folder / names[0]).write_text("max")
         assert list(memory._free_in_cgroup()) == []
 
 

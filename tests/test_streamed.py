@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +17,11 @@ from torch import Tensor
 
 import minopt
 from minopt import OPT
+from minopt import streamed as streamed_module
 from minopt.cli import main
 from minopt.streamed import StreamedOPT
 from tests.checkpoint.sources import KINDS_AND_SOURCES, write_source
+from tests.conftest import build_ours, build_reference
 from tests.test_tensor_parallel import IDS, MASK, results
 
 
@@ -95,6 +102,91 @@ def test_a_pass_that_is_broken_off_does_not_disturb_the_next(
         assert torch.equal(logits_of(streamed), expected)
 
 
+def test_an_interrupt_while_a_layer_is_read_does_no_harm(
+    write_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C in a notebook, then the same cell again: nothing may be filled twice at a time."""
+    folder = write_checkpoint(num_hidden_layers=5)
+    streamed = minopt.load(folder, device="cpu", offload="disk").model
+    expected = logits_of(minopt.load(folder, device="cpu", optimize=False).model)
+    read = streamed_module._read
+
+    def slowly(*arguments: Any) -> None:
+        read(*arguments)
+        time.sleep(0.1)
+        read(*arguments)
+
+    monkeypatch.setattr(streamed_module, "_read", slowly)
+    wait = streamed_module._Fetch.wait
+    for interrupted in range(1, 5):
+        waits = 0
+
+        def interrupt(fetch: Any, at: int = interrupted) -> None:
+            nonlocal waits
+            waits += 1
+            if waits == at:
+                raise KeyboardInterrupt
+            wait(fetch)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(streamed_module._Fetch, "wait", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                logits_of(streamed)
+        assert torch.equal(logits_of(streamed), expected)
+
+
+def test_threads_take_turns(write_checkpoint: Callable[..., Path]) -> None:
+    folder = write_checkpoint(num_hidden_layers=5)
+    streamed = minopt.load(folder, device="cpu", offload="disk").model
+    expected = logits_of(minopt.load(folder, device="cpu", optimize=False).model)
+    with ThreadPoolExecutor(4) as pool:
+        assert all(torch.equal(found, expected) for found in pool.map(lambda _: logits_of(streamed), range(40)))
+
+
+AFTER_THE_END = """
+import atexit, os, sys, threading, torch, minopt
+torch.set_num_threads(1)
+lm = minopt.load(sys.argv[1], device="cpu", offload="disk")
+ids = torch.tensor([[2, 8, 9]])
+expected = lm.model(ids)
+
+def same():
+    return "same" if torch.equal(lm.model(ids), expected) else "other"
+
+child = os.fork()
+if child == 0:
+    print("fork", same(), flush=True)
+    os._exit(0)
+os.waitpid(child, 0)
+atexit.register(lambda: print("end", same(), flush=True))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_in_a_fork_and_when_the_program_ends(write_checkpoint: Callable[..., Path]) -> None:
+    folder = write_checkpoint(num_hidden_layers=5)
+    command = [sys.executable, "-c", AFTER_THE_END, str(folder)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert (result.returncode, result.stdout) == (0, "fork same\nend same\n"), result.stderr
+
+
+def test_files_that_are_replaced_are_not_mixed_and_the_place_may_change(
+    write_checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_checkpoint(num_hidden_layers=5)
+    expected = logits_of(minopt.load(folder, device="cpu", optimize=False).model)
+    monkeypatch.chdir(folder.parent)
+    streamed = minopt.load(folder.name, device="cpu", offload="disk").model
+    monkeypatch.chdir(tmp_path.parent)
+    assert torch.equal(logits_of(streamed), expected)
+    minopt.save_model(build_ours(build_reference("125m", seed=1, num_hidden_layers=5)), folder)
+    with pytest.raises(minopt.CheckpointError, match=r"^\S+: was replaced since it was opened\. Load"):
+        logits_of(streamed)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(minopt.CheckpointError, match=r"^\S+: is gone since it was opened\. Load"):
+        logits_of(streamed)
+
+
 def test_files_that_become_shorter_are_one_line(write_checkpoint: Callable[..., Path]) -> None:
     folder = write_checkpoint(num_hidden_layers=5)
     lm = minopt.load(folder, device="cpu", offload="disk")
@@ -127,7 +219,7 @@ def test_options_that_do_not_fit(options: dict[str, Any], expected: str) -> None
 def test_what_a_streamed_model_cannot_do(tmp_path: Path) -> None:
     lm = minopt.load(minopt.DEMO, device="cpu", offload="disk")
     for run, expected in (
-        (lambda: lm.save(tmp_path / "saved"), "are not saved from there. Use minopt convert."),
+        (lambda: lm.save(tmp_path / "saved"), "are in their files and not here"),
         (lambda: lm.model.double(), "it cannot be moved or cast"),
         (lambda: lm.model.train(), "it cannot be trained"),
     ):

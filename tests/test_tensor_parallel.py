@@ -314,6 +314,18 @@ def test_a_process_that_is_killed_ends_all_and_is_named(tmp_path: Path) -> None:
     assert "minopt/cli" not in errors, errors  # no traceback but torchrun's own
 
 
+def test_the_example_of_the_docs_runs(tmp_path: Path) -> None:
+    """With the small model, on CPUs."""
+    docs = (Path(__file__).parents[1] / "docs" / "parallel.md").read_text()
+    example = docs.partition("```python\n# under torchrun")[2].partition("```")[0]
+    example = example.replace('"facebook/opt-6.7b"', "minopt.DEMO").replace('"cuda"', '"cpu"')
+    ending = "import torch.distributed as dist\nprint(text, flush=True)\ndist.barrier()\nos._exit(0)\n"
+    (tmp_path / "example.py").write_text(f"#{example}{ending}")
+    result = subprocess.run([*TORCHRUN[:-2], str(tmp_path / "example.py")], capture_output=True, text=True, check=False)
+    expected = minopt.load(minopt.DEMO, device="cpu").generate("Today is")
+    assert result.stdout.split(expected) == ["", "\n", "\n"], result.stderr
+
+
 def test_two_machines(tmp_path: Path) -> None:
     """As two agents on one: the first process of the first writes."""
     with socket.socket() as free:

@@ -27,6 +27,7 @@ from minopt.generation.scoring import sliding_logprobs, token_logprobs
 from minopt.inference.exported import NO_WEIGHTS, ExportedModel, is_exported, load_exported
 from minopt.inference.fast import FastOPT
 from minopt.inference.graphs import GraphedOPT
+from minopt.inference.products import packs
 from minopt.model import OPT
 from minopt.plan import shortage
 from minopt.streamed import StreamedOPT
@@ -556,7 +557,9 @@ def load(
     elif optimize == "compile" and target.type == "cpu":
         model = _compiled(path, dtype, quantize, model_config)
     elif optimize:
-        weights = read_weights(checkpoint, target, number_type, apart=True, keep_int8=True, quantize=quantize == "int8")
+        weights = read_weights(
+            checkpoint, target, number_type, apart=packs(number_type), keep_int8=True, quantize=quantize == "int8"
+        )
         model = (GraphedOPT if target.type == "cuda" else FastOPT)(checkpoint.config, weights)
         if isinstance(model, GraphedOPT):
             model.compile_step = optimize == "compile"

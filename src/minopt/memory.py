@@ -47,7 +47,7 @@ def available_memory(device: torch.device) -> int | None:
 
 
 def _free_in_cgroup() -> Iterator[int]:
-    """What the limits of a container leave: page cache counts against them, and gives way."""
+    """What the limits of a container, and of those around it, leave: page cache counts against them, and gives way."""
     try:
         groups = [line.split(":", 2)[1:] for line in _GROUPS.read_text().splitlines()]
     except OSError:
@@ -56,15 +56,16 @@ def _free_in_cgroup() -> Iterator[int]:
         if controllers not in ("", "memory"):
             continue
         root = _GROUP_ROOT / controllers
-        limit, used, cache = (
-            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache") if controllers
-            else ("memory.max", "memory.current", "file")
+        limit, used, cache, shared = (
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache", "total_shmem") if controllers
+            else ("memory.max", "memory.current", "file", "shmem")
         )  # fmt: skip
-        for folder in (root / path.lstrip("/"), root):  # the second where the group's path is that of the host
+        own = root / path.lstrip("/")  # not there where it is a path of the host's
+        for folder in dict.fromkeys((own, *own.parents[: len(own.relative_to(root).parts)], root)):
             try:
                 most = int((folder / limit).read_text())  # "max" is none
                 stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-                yield most - int((folder / used).read_text()) + int(stat[cache])
-                break
+                kept = int(stat[cache]) - int(stat.get(shared, 0))  # files in memory (tmpfs) do not give way
+                yield most - int((folder / used).read_text()) + kept
             except (OSError, ValueError, KeyError):
                 continue

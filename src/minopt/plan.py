@@ -16,11 +16,12 @@ import torch
 
 from minopt import int8
 from minopt.checkpoint.hub import find_model
-from minopt.checkpoint.load import resolve_dtype
+from minopt.checkpoint.load import DTYPES
 from minopt.checkpoint.names import shard_dim
 from minopt.checkpoint.pieces import Share, main_dtype
 from minopt.checkpoint.source import Checkpoint, open_checkpoint
 from minopt.config import PRESETS, OPTConfig
+from minopt.inference.exported import is_exported
 from minopt.inference.products import Blocked, Packed, Plain, kind_on_cpu
 from minopt.memory import available_memory
 from minopt.model import OPT
@@ -148,10 +149,7 @@ def shortage(
     free = available_memory(device)
     if free is None:
         return None
-    stored = main_dtype(checkpoint.tensors.values())
-    dtype = dtype or (torch.float32 if device.type == "cpu" else stored)
-    if device.type == "cpu" and dtype == stored and kind_on_cpu(dtype) is Plain and offload is None:
-        return None  # it is mapped
+    dtype = dtype or (torch.float32 if device.type == "cpu" else main_dtype(checkpoint.tensors.values()))
     if any(tensor.int8 is not None for tensor in checkpoint.tensors.values()):
         quantize = "int8"
     options: dict[str, Any] = {"dtype": dtype, "devices": devices, "offload": offload, "quantize": quantize}
@@ -180,7 +178,11 @@ def shortage(
     }
     if device.type == "cpu":
         del others["offload cpu"]
-    fitting = [name for name, changes in others.items() if needed(**changes) <= free]
+    fitting = [
+        f"{name} (without torchrun)" if devices > 1 and "devices" in changes else name
+        for name, changes in others.items()
+        if needed(**changes) <= free
+    ]
     name = str(dtype).removeprefix("torch.") if quantize is None else "int8"
     among = f", divided among {devices}" if devices > 1 else ""
     return (
@@ -203,6 +205,12 @@ def _sizes(config: OPTConfig, itemsize: int, devices: int, quantize: str | None)
             yield name, math.prod(shape) * itemsize
 
 
+def published(model: str) -> str | None:
+    """The published size that a name means: ``opt-6.7b``, or ``facebook/opt-6.7b``."""
+    name = model.lower().removeprefix("facebook/")
+    return name if name in PRESETS else None
+
+
 def find_config(model: str) -> tuple[OPTConfig, torch.dtype]:
     """The configuration of a model, and the dtype of its files; nothing is downloaded but a config.json.
 
@@ -212,13 +220,14 @@ def find_config(model: str) -> tuple[OPTConfig, torch.dtype]:
     Raises:
         ValueError, FileNotFoundError, OSError: as of ``minopt.load_model``.
     """
-    name = model.rpartition("/")[2].lower()
-    if not Path(model).exists() and name in PRESETS:
+    if not Path(model).exists() and (name := published(model)) is not None:
         return OPTConfig.preset(name), torch.float16
     path = Path(model) if Path(model).name == "config.json" else find_model(model, config_only=True)
+    if is_exported(path):
+        raise ValueError(f"{path}: is an exported program, which is not planned. Name the model that it was made from.")
     if (path / "config.json").is_file() or path.name == "config.json":
         config = OPTConfig.load(path)
         named = config.extra.get("torch_dtype", config.extra.get("dtype"))
-        return config, (resolve_dtype(named) if isinstance(named, str) else None) or torch.float16
+        return config, DTYPES.get(named, torch.float16) if isinstance(named, str) else torch.float16
     checkpoint = open_checkpoint(path)
     return checkpoint.config, main_dtype(checkpoint.tensors.values())

@@ -6,8 +6,10 @@ so that a large one pays for it.
 
 from __future__ import annotations
 
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from threading import Event, Lock, Thread
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ from torch import Tensor, nn
 
 from minopt.cache import KVCache
 from minopt.checkpoint.load import read_weights
-from minopt.checkpoint.pieces import SourceTensor
+from minopt.checkpoint.pieces import SourceTensor, main_dtype
 from minopt.checkpoint.source import Checkpoint
 from minopt.config import OPTConfig
 from minopt.inference.fast import InferenceOPT
@@ -38,18 +40,27 @@ class StreamedOPT(InferenceOPT):
     def __init__(
         self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype | None, *, in_memory: bool
     ) -> None:
+        if dtype is None:
+            dtype = torch.float32 if device.type == "cpu" else main_dtype(checkpoint.tensors.values())
+        super().__init__(checkpoint.config, device="meta", dtype=dtype)
         kept = {name: t for name, t in checkpoint.tensors.items() if not name.startswith("layers.")}
         weights = dict(read_weights(replace(checkpoint, tensors=kept), device, dtype))
-        super().__init__(checkpoint.config, device="meta", dtype=weights["embed_tokens.weight"].dtype)
-        stream = _Stream(checkpoint, device, weights["embed_tokens.weight"].dtype, in_memory)
+        stream = _Stream(checkpoint, device, dtype, in_memory)
         self.layers = nn.ModuleList(_StreamedLayer(stream, index) for index in range(len(self.layers)))
+        self._pass = Lock()
         self.load_state_dict(weights, assign=True)
         self.freeze()
+
+    def hidden_states(self, *args: Any, **options: Any) -> Tensor:
+        """As of any model; passes of several threads come one after the other."""
+        with self._pass:
+            return super().hidden_states(*args, **options)
 
     def state_dict(self, **options: Any) -> dict[str, Any]:  # type: ignore[override]
         """Refuses: the layers are in their files."""
         raise ValueError(
-            "model: its layers pass through memory one by one and are not saved from there. Use minopt convert."
+            "model: the weights of its layers are in their files and not here. Load it without offload; to write them "
+            "as another kind of checkpoint, use minopt convert."
         )
 
 
@@ -95,29 +106,44 @@ class _Stream:
             self._waiting = [_pinned(self._places[0].tensors) for _ in range(count)]
             for sources, tensors in zip(self._sources, self._waiting, strict=True):
                 _read(sources, tensors)
-        self._reader = ThreadPoolExecutor(1, thread_name_prefix="minopt-layers")
-        self._coming: Future[_Place] | None = None
+        self._device = device
+        self._coming: _Fetch | None = None
         self._copies = torch.cuda.Stream(device) if on_gpu else None  # type: ignore[no-untyped-call]
 
     def take(self, index: int) -> DecoderLayer:
         """A layer, good until the next one is taken; the one behind it is sent for."""
-        coming, self._coming = self._coming, None
-        place = None if coming is None else coming.result()
-        passed = None if self._copies is None else torch.cuda.current_stream().record_event()
-        if place is None or place.index != index:  # the first, or one behind a pass that was broken off
-            here = [p for p in self._places if p.index == index]
-            place = here[0] if here else self._fetch(index, self._places[0], passed)
+        self._arrive()
+        place = self._holder(index)
+        if place is None:  # the first, or one behind a pass that was broken off
+            self._send_for(index, self._places[0])
+            self._arrive()
+            place = self._places[0]
         following = (index + 1) % len(self._sources)
-        if all(p.index != following for p in self._places):
-            other = next(p for p in self._places if p is not place)
-            self._coming = self._reader.submit(self._fetch, following, other, passed)
+        if self._holder(following) is None:
+            self._send_for(following, next(p for p in self._places if p is not place))
         if self._copies is not None:
-            torch.cuda.current_stream().wait_event(place.arrived)
+            torch.cuda.current_stream(self._device).wait_event(place.arrived)
         place.layer.self_attn.index = index
         return place.layer
 
-    def _fetch(self, index: int, place: _Place, passed: torch.cuda.Event | None) -> _Place:
-        """Fills a place; on a GPU behind all that had been sent to it by then, for which the place may be in use."""
+    def _holder(self, index: int) -> _Place | None:
+        return next((place for place in self._places if place.index == index), None)
+
+    def _send_for(self, index: int, place: _Place) -> None:
+        """Has a place filled; on a GPU behind all that it has been sent so far, for which the place may be in use."""
+        passed = None if self._copies is None else torch.cuda.current_stream(self._device).record_event()
+        self._coming = _Fetch(partial(self._fetch, index, place, passed))
+        self._coming.begin()
+
+    def _arrive(self) -> None:
+        """Waits for what was sent for: nothing else may fill places. After an interrupt the next call waits on."""
+        if self._coming is not None:
+            self._coming.wait()
+            coming, self._coming = self._coming, None
+            if coming.error is not None:
+                raise coming.error
+
+    def _fetch(self, index: int, place: _Place, passed: torch.cuda.Event | None) -> None:
         place.index = None
         host = place.host if self._waiting is None else self._waiting[index]
         if self._waiting is None:
@@ -131,7 +157,33 @@ class _Stream:
                     tensor.copy_(host[name], non_blocking=True)
                 place.arrived.record()
         place.index = index
-        return place
+
+
+class _Fetch(Thread):
+    """Reads a layer while another computes. A thread for each, so that none is missing in a fork or at the end."""
+
+    def __init__(self, run: Callable[[], None]) -> None:
+        super().__init__(name="minopt-layers")
+        self.error: BaseException | None = None
+        self._fill, self._done = run, Event()
+
+    def begin(self) -> None:
+        try:
+            self.start()
+        except RuntimeError:  # the interpreter is about to end and starts no more threads
+            self.run()
+
+    def run(self) -> None:
+        try:
+            self._fill()
+        except BaseException as error:
+            self.error = error
+        self._done.set()
+
+    def wait(self) -> None:
+        while not self._done.wait(1):
+            if not self.is_alive():  # an interrupt came before it had begun, or a fork has left it behind
+                return
 
 
 def _pinned(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

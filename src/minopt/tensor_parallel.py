@@ -25,7 +25,7 @@ from minopt.checkpoint.pieces import Share
 from minopt.checkpoint.source import Checkpoint
 from minopt.config import OPTConfig
 from minopt.inference.fast import FastLayer, FastOPT
-from minopt.inference.products import Product
+from minopt.inference.products import Product, packs
 from minopt.model import Embedding
 from minopt.plan import shortage
 
@@ -103,7 +103,9 @@ def load_share(
     for _, reason in seen:
         if reason is not None:
             raise ValueError(reason)
-    weights = read_weights(checkpoint, device, dtype, apart=True, keep_int8=True, quantize=quantize, share=share)
+    weights = read_weights(
+        checkpoint, device, dtype, apart=packs(dtype), keep_int8=True, quantize=quantize, share=share
+    )
     return ParallelOPT(checkpoint.config, weights, mesh)
 
 

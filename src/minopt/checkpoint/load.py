@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 _WORTH_A_FILE = 1_000_000  # bytes: what is smaller is read and not mapped, where mappings hold open files
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
 def load_model(
@@ -166,7 +166,7 @@ def resolve_dtype(dtype: torch.dtype | str) -> torch.dtype | None:
     """
     if dtype == "auto":
         return None
-    resolved = _DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if resolved not in _DTYPES.values():
-        raise ValueError(f"dtype: expected auto, {', '.join(_DTYPES)} or the torch.dtype, got {dtype!r}.")
+    resolved = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if resolved not in DTYPES.values():
+        raise ValueError(f"dtype: expected auto, {', '.join(DTYPES)} or the torch.dtype, got {dtype!r}.")
     return resolved

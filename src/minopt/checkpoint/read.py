@@ -37,6 +37,27 @@ class TensorFile:
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, torch.dtype | None]
 
+    def _identify(self) -> None:
+        """Remembers which file it is, wherever the process goes and whatever takes the file's place."""
+        self._where, stat = self.path.absolute(), self.path.stat()
+        self._identity = stat.st_dev, stat.st_ino
+
+    def _open(self) -> Any:
+        """The file as it was when its names were read.
+
+        Raises:
+            CheckpointError: if there is another one in its place now, or none.
+        """
+        try:
+            file = self._where.open("rb", buffering=0)
+        except FileNotFoundError:
+            raise CheckpointError(f"{self.path}: is gone since it was opened. Load the model anew.") from None
+        stat = os.fstat(file.fileno())
+        if (stat.st_dev, stat.st_ino) != self._identity:
+            file.close()
+            raise CheckpointError(f"{self.path}: was replaced since it was opened. Load the model anew.")
+        return file
+
     def begins_at(self, key: str) -> int | None:
         """The byte of the file at which a tensor begins, ``None`` where its numbers do not lie in order."""
         raise NotImplementedError
@@ -62,7 +83,7 @@ class TensorFile:
             out.copy_(self.map(key).reshape(-1)[start : start + out.numel()])
             return
         begin += start * stored.itemsize
-        with self.path.open("rb", buffering=0) as file:
+        with self._open() as file:
             if stored == out.dtype or begin % stored.itemsize:
                 file.seek(begin)
                 numbers = out if stored == out.dtype else torch.empty(out.numel(), dtype=stored)
@@ -87,7 +108,7 @@ class TensorFile:
         stored, begin = self.dtypes[key], self.begins_at(key)
         if stored is None or begin is None or begin % stored.itemsize or count == 0:
             return None
-        with self.path.open("rb", buffering=0) as file:
+        with self._open() as file:
             return self._mapped(file, begin + start * stored.itemsize, count, stored)
 
     def _mapped(self, file: Any, begin: int, count: int, dtype: torch.dtype) -> Tensor:
@@ -119,6 +140,7 @@ class SafetensorsFile(TensorFile):
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
+            self._identify()
             self._handle: Any = safetensors.safe_open(path, framework="pt")  # checks the header
             handle: Any = self._handle
             slices: dict[str, Any] = {key: handle.get_slice(key) for key in handle.keys()}  # noqa: SIM118 (no mapping)
@@ -150,6 +172,7 @@ class TorchFile(TensorFile):
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._identify()
         try:
             content, self._begin = open_container(path)
             _check_overlaps(content)
@@ -189,12 +212,12 @@ class TorchFile(TensorFile):
         begin = self._begin[tensor.storage.key] + tensor.offset * dtype.itemsize
         if begin % dtype.itemsize:  # as old containers may have it; processors want numbers aligned
             span = torch.empty(tensor.end - tensor.offset, dtype=dtype)
-            with self.path.open("rb", buffering=0) as file:
+            with self._open() as file:
                 file.seek(begin)
                 self._fill(file, span)
         else:
             if self._mapping is None:
-                with self.path.open("rb") as file:  # a private mapping: what is written to it stays in memory
+                with self._open() as file:  # a private mapping: what is written to it stays in memory
                     self._mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
             if begin + (tensor.end - tensor.offset) * dtype.itemsize > len(self._mapping):
                 raise CheckpointError(self._cut_short)

@@ -6,10 +6,10 @@ import argparse
 import json
 import shlex
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minopt.cli.common import MODEL, gigabytes, size
-from minopt.config import PRESETS
 
 if TYPE_CHECKING:
     from minopt.plan import Plan
@@ -51,20 +51,29 @@ def _plan(args: argparse.Namespace) -> int:
     if length > longest:
         raise ValueError(f"--length: expected at most {longest} tokens, the model's positions, got {length}.")
     dtype = resolve_dtype(args.dtype) or (torch.float32 if device == "cpu" else stored)
-    memory = args.memory or available_memory(torch.device(device))
+    if args.memory == 0:
+        raise ValueError("--memory: expected a size above 0, such as 16GB, got 0.")
+    memory = args.memory
+    if memory is None and (device == "cpu" or torch.cuda.is_available()):
+        memory = available_memory(torch.device(device))
     if memory is None:
         raise ValueError("--memory: what is free cannot be read on this machine. Say how much there is.")
+    shared = args.memory is None and device == "cpu"  # by all processes on it
     options: dict[str, Any] = {"dtype": dtype, "device": device, "length": length}
-    counts = [n for n in range(1, args.devices + 1) if config.num_attention_heads % n == 0]
+    counts = [
+        n for n in range(1, min(args.devices, config.num_attention_heads) + 1) if config.num_attention_heads % n == 0
+    ]
     quantize = args.quantize or ("int8" if int8.CONFIG_KEY in config.extra else None)
     ways: list[dict[str, Any]] = [{"devices": n, "quantize": quantize} for n in counts]
     if args.quantize is None:
         ways += [{"offload": to} for to in ("cpu", "disk")[device == "cpu" :]]
     plans = [plan_generation(config, batch=args.batch, **way, **options) for way in ways]
-    rows = [rows_that_fit(config, memory, **way, **options) for way in ways]
-    fitting = [plan for plan in plans if plan.total <= memory]
+    each = [memory // way.get("devices", 1) if shared else memory for way in ways]
+    rows = [rows_that_fit(config, free, **way, **options) for way, free in zip(ways, each, strict=True)]
+    fitting = [number for number, plan in enumerate(plans) if plan.total <= each[number]]
     name = str(dtype).removeprefix("torch.")
-    command = _command(args, fitting[0], name) if fitting else None
+    best = plans[fitting[0]] if fitting else None
+    command = None if best is None else _command(args, best, name, rows[fitting[0]] * length)
     if args.json:
         lines = [asdict(p) | {"total": p.total, "rows": most} for p, most in zip(plans, rows, strict=True)]
         print(json.dumps({"memory": memory, "plans": lines, "command": command}, indent=2))
@@ -72,17 +81,17 @@ def _plan(args: argparse.Namespace) -> int:
     kind = "a GPU" if device == "cuda" else "a CPU"
     print(f"{args.model} as {name}, {args.batch} x {length:,} tokens (prompt and new ones), on {kind} with "
           f"{gigabytes(memory)}\n")  # fmt: skip
-    print(f"{'':28}{'weights':>10}{'cache':>10}{'activations':>13}{'runtime':>10}{'together':>10}{'rows that fit':>15}")
+    print(f"{'':28}{'weights':>11}{'cache':>11}{'activations':>13}{'runtime':>10}{'together':>12}{'rows that fit':>15}")
     for plan, most in zip(plans, rows, strict=True):
         parts = (plan.weights, plan.cache, plan.activations, plan.runtime, plan.total)
-        widths = (10, 10, 13, 10, 10)
+        widths = (11, 11, 13, 10, 12)
         print(f"{_label(plan):28}" + "".join(f"{gigabytes(n):>{w}}" for n, w in zip(parts, widths, strict=True))
               + f"{most:>15,}")  # fmt: skip
     print()
-    if fitting and fitting[0].host:
-        print(f"Beside it, {gigabytes(fitting[0].host)} of the machine's own memory.")
-    print(f"Use: {command}" if command else _advice(args, plans))
-    return 0 if fitting else 1
+    if best is not None and best.host:
+        print(f"Beside it, {gigabytes(best.host)} of the machine's own memory.")
+    print(f"Use: {command}" if command else _advice(args, plans, dtype.itemsize))
+    return 0 if best is not None else 1
 
 
 def _label(plan: Plan) -> str:
@@ -91,25 +100,31 @@ def _label(plan: Plan) -> str:
     return "one device" if plan.devices == 1 else f"each of {plan.devices} devices"
 
 
-def _command(args: argparse.Namespace, plan: Plan, dtype: str) -> str:
+def _command(args: argparse.Namespace, plan: Plan, dtype: str, most_tokens: int) -> str:
+    from minopt.generation.batches import MAX_BATCH_TOKENS
+    from minopt.plan import published
+
     start = ["minopt"] if plan.devices == 1 else ["torchrun", "--nproc-per-node", str(plan.devices), "-m", "minopt"]
-    named = f"facebook/{args.model}" if args.model in PRESETS and args.model != "opt-175b" else args.model
+    named = args.model
+    if not Path(named).exists() and (name := published(named)) is not None and name.startswith("opt-"):
+        named = f"facebook/{name}"
     command = [*start, "generate", "--model", named, "--dtype", dtype]
     if args.quantize is not None:
         command += ["--quantize", args.quantize]
     if plan.offload is not None:
         command += ["--offload", plan.offload]
+    if plan.offload is not None or most_tokens < MAX_BATCH_TOKENS:  # where many prompts are to run together
+        command += ["--max-batch-tokens", str(most_tokens)]
     return shlex.join(command)
 
 
-def _advice(args: argparse.Namespace, plans: list[Plan]) -> str:
+def _advice(args: argparse.Namespace, plans: list[Plan], itemsize: int) -> str:
     least = min(plans, key=lambda plan: plan.total)
     changes = [
         "--batch 1" if args.batch > 1 else "",
         "a smaller --length",
-        "--dtype bfloat16" if args.dtype in ("auto", "float32") else "",
+        "--dtype bfloat16" if itemsize > 2 else "",
         "more --devices",
     ]
-    return f"Nothing fits: the least is {gigabytes(least.total)} ({_label(least)}). Try " + ", or ".join(
-        filter(None, changes)
-    )
+    advice = ", or ".join(filter(None, changes))
+    return f"Nothing fits: the least is {gigabytes(least.total)} ({_label(least)}). Try {advice}."

@@ -205,6 +205,11 @@ def kind_on_cpu(dtype: torch.dtype) -> type[Blocked | Packed | Plain]:
     return Packed if _has_packed(dtype) else Plain
 
 
+def packs(dtype: torch.dtype | None) -> bool:
+    """Whether weights of a dtype (``None`` is float32) are copied to other memory on a CPU, or used where they are."""
+    return kind_on_cpu(dtype or torch.float32) is not Plain
+
+
 @cache
 def _has_packed(dtype: torch.dtype) -> bool:
     if dtype not in (torch.float32, torch.bfloat16):
