@@ -418,3 +418,23 @@ def test_the_command_line_reports_an_unknown_name_in_one_line(published: Publish
     assert (process.returncode, process.stdout) == (2, "")
     (line,) = process.stderr.splitlines()
     assert line.startswith("minopt: error: tester/unknown: no such folder, and no such model on the hub")
+
+
+def test_a_plan_fetches_a_configuration_and_nothing_else(write_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    folder = write_checkpoint(dtype=torch.float16)
+    with Hub() as hub:
+        hub.add("tester/planned", {path.name: path.read_bytes() for path in folder.iterdir()})
+        hub.add("tester/bare", {"model.safetensors": b"not looked at"})
+        outcomes = []
+        for name in ("tester/planned", "tester/bare"):
+            command = [sys.executable, "-m", "minopt", "plan", name, "--memory", "2GB", "--device", "cuda"]
+            outcomes.append(subprocess.run(command, env=environment(hub.url, tmp_path / "home"), capture_output=True,
+                                           encoding="utf-8", check=False))  # fmt: skip
+        assert hub.fetched("tester/planned") == ["config.json"]
+        assert hub.fetched("tester/bare") == []
+    planned, bare = outcomes
+    assert planned.returncode == 0, planned.stderr
+    assert planned.stdout.startswith("tester/planned as float16, 1 x 64 tokens")
+    assert bare.returncode == 2
+    said = "minopt: error: tester/bare: expected a config.json, the hub has none there. Name a size."
+    assert bare.stderr.splitlines()[-1] == said  # the library tells of the download before
