@@ -201,3 +201,10 @@ def test_public_names_are_declared_alike_everywhere() -> None:
 def test_a_name_that_is_not_there_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="module 'minopt' has no attribute 'Bert'"):
         minopt.Bert  # noqa: B018
+
+
+def test_loading_does_not_import_the_compiler() -> None:
+    """It takes a second; what is compiled asks for it."""
+    code = "import sys, minopt; minopt.load(minopt.DEMO, device='cpu'); print('torch._dynamo' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout == "False\n"
