@@ -88,7 +88,7 @@ def attend(
 
 # Not compiled, or a compiled layer would be compiled anew for each batch's lengths. torch.compiler.disable would import
 # the compiler with this module, which takes a second; this imports it with the first call.
-@torch._disable_dynamo  # type: ignore[attr-defined,untyped-decorator]
+@torch._disable_dynamo  # type: ignore[attr-defined]
 def _attend_apart(q: Tensor, k: Tensor, v: Tensor, packed: Packed, dropout: float) -> Tensor:
     """Causal attention of each text of a row ``[1, H, T, D]`` to itself: no work goes into pairs of texts."""
     dtype = q.dtype
