@@ -319,7 +319,8 @@ def test_the_example_of_the_docs_runs(tmp_path: Path) -> None:
     docs = (Path(__file__).parents[1] / "docs" / "parallel.md").read_text()
     example = docs.partition("```python\n# under torchrun")[2].partition("```")[0]
     example = example.replace('"facebook/opt-6.7b"', "minopt.DEMO").replace('"cuda"', '"cpu"')
-    ending = "import torch.distributed as dist\nprint(text, flush=True)\ndist.barrier()\nos._exit(0)\n"
+    # one write a process: torchrun's processes do not buffer, and `print` writes its newline by itself
+    ending = 'os.write(1, f"{text}\\n".encode())\nimport torch.distributed as dist\ndist.barrier()\nos._exit(0)\n'
     (tmp_path / "example.py").write_text(f"#{example}{ending}")
     result = subprocess.run([*TORCHRUN[:-2], str(tmp_path / "example.py")], capture_output=True, text=True, check=False)
     expected = minopt.load(minopt.DEMO, device="cpu").generate("Today is")
