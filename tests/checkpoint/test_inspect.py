@@ -19,9 +19,10 @@ from torch import Tensor
 
 from minopt import OPT, CheckpointError, OPTConfig, convert, inspect_checkpoint
 from minopt.checkpoint import inspect as inspecting
-from minopt.checkpoint.inspect import Report, digest_of
+from minopt.checkpoint.inspect import Report, digest_of, fingerprint
 from minopt.checkpoint.pieces import Slice, SourceTensor
 from minopt.checkpoint.read import SafetensorsFile
+from minopt.checkpoint.source import open_checkpoint
 from minopt.config import PRESETS
 from tests.checkpoint.metaseq_files import write_metaseq
 from tests.checkpoint.sources import (
@@ -642,6 +643,27 @@ def test_names_and_shapes_are_part_of_the_digest(hf: Path) -> None:
         for shape in ((64, 32), (32, 64), (2048,))
     }
     assert len(digests) == 6, "the same bytes, of another name or shape"
+
+
+# --- fingerprints ---
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_a_last_part_of_another_model_changes_the_fingerprint(source: str, tmp_path: Path) -> None:
+    folder = write_source(source, tmp_path / "source")
+    before = fingerprint(open_checkpoint(folder))
+    assert fingerprint(open_checkpoint(folder)) == before
+    path, key, index = place_of(source, folder, "layers.1.fc1.weight", 0)
+    change_tensor(path, key, lambda tensor: tensor.view(-1)[index].add_(1))
+    assert fingerprint(open_checkpoint(folder)) != before
+
+
+def test_scales_are_part_of_the_fingerprint(hf: Path, tmp_path: Path) -> None:
+    convert(hf, tmp_path / "int8", quantize="int8")
+    before = fingerprint(open_checkpoint(tmp_path / "int8"))
+    path = tmp_path / "int8" / "model.safetensors"
+    change_tensor(path, "model.decoder.layers.1.fc1.weight_scale", lambda tensor: tensor.view(-1)[5:6].mul_(2))
+    assert fingerprint(open_checkpoint(tmp_path / "int8")) != before
 
 
 # --- the bar ---

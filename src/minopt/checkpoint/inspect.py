@@ -238,14 +238,16 @@ def digest_of(tensor: SourceTensor) -> str:
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:
-    """SHA-256 of names, dtypes, shapes and a few numbers of each tensor: tells checkpoints apart, reading little."""
+    """SHA-256 of names, dtypes, shapes and a few numbers of each tensor from each file: tells checkpoints apart."""
     state = hashlib.sha256(repr(checkpoint.config).encode())
     for tensor in checkpoint.tensors.values():
         state.update(f"{tensor.name} {tensor.stored.dtype} {tensor.shape}\n".encode())
-        piece = tensor.stored.slices[0]
-        numbers = torch.empty(min(64, math.prod(piece.shape)), dtype=piece.dtype)
-        piece.read_into(numbers)
-        _update(state, numbers)
+        for run in (run for piece in tensor.stored.slices for run in piece.runs):
+            numbers = torch.empty(min(64, run.stop - run.start), dtype=tensor.stored.dtype)
+            run.file.read_into(numbers, run.key, run.start)
+            _update(state, numbers)
+        if tensor.scale is not None:
+            _update(state, tensor.scale.view(-1))
     return state.hexdigest()
 
 
