@@ -2,8 +2,9 @@
 
     python benchmarks/bench_inference.py [--hardware NAME] [--device cuda] [--samples 20] [--cases decode1 beams ...]
 
-Random weights, written by transformers, that all libraries read. A sample is one generation, and each round takes one
-of every variant, in an order that turns round by round: ratios are medians over the rounds that both took part in.
+Random weights, written by transformers, that all libraries read, each in a process of its own. A sample is one
+generation, and each round takes one of every variant, in an order that turns round by round: ratios are medians over
+the rounds that both took part in.
 Decode is the time of a generation less that to its first token, by the tokens after the first; prefill the time to the
 only token. "Read" is what a step must read: all weights but the position table, and the cached keys and values.
 
@@ -13,7 +14,6 @@ Groups of cases are run and kept apart: --cases replaces only these in the resul
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import os
 import statistics
@@ -33,7 +33,7 @@ from typing import Any
 import common
 import torch
 import transformers
-from inference_variants import OURS, SETTLE_SECONDS, VARIANTS, Checkpoint, NotAvailable, Variant
+from inference_variants import OURS, SETTLE_SECONDS, Checkpoint, NotAvailable, Running, Variant
 
 import minopt
 from minopt import int8
@@ -197,19 +197,19 @@ def head_bytes_per_second(precision: str) -> float:
 
 
 def measured(cases: list[Case], models: Models, bandwidth: float, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Runs cases, those of the same weights on the same loaded models."""
+    """Runs cases, those of the same weights in the same processes."""
     for (model, precision), of_model in groupby(cases, key=lambda case: (case.model, case.precision)):
         together = list(of_model)
-        checkpoint, variants = models(model), {}
+        checkpoint, variants = models(model), dict[str, Running]()
         for name in dict.fromkeys(name for case in together for name in case.variants):
             try:
-                variants[name] = VARIANTS[name](checkpoint, precision)
+                variants[name] = Running(name, checkpoint, precision)
             except NotAvailable as reason:
                 note(f"without {name}: {reason}")
         for case in together:
             yield compared(case, variants, checkpoint.config, bandwidth, args)
-        del variants
-        gc.collect()
+        for variant in variants.values():
+            variant.stop()
 
 
 @cache
@@ -219,10 +219,10 @@ def note(text: str) -> None:
 
 
 def compared(
-    case: Case, variants: dict[str, Variant], config: minopt.OPTConfig, bandwidth: float, args: argparse.Namespace
+    case: Case, loaded: Mapping[str, Variant], config: minopt.OPTConfig, bandwidth: float, args: argparse.Namespace
 ) -> dict[str, Any]:
     """All rounds of one case."""
-    variants = {name: variants[name] for name in case.variants if name in variants}
+    variants = {name: loaded[name] for name in case.variants if name in loaded}
     new_tokens = min(case.new_tokens, 4) if args.quick else case.new_tokens
     ids = torch.randint(10, 50000, (case.batch, case.prompt), generator=torch.Generator().manual_seed(1))
     for _ in range(1 if args.device == "cpu" else 2):  # what is compiled settles in the second
@@ -241,7 +241,7 @@ def compared(
     }  # fmt: skip
     if case.precision == "float32":
         line["same_tokens"] = {
-            name: round((tokens == texts["minopt"]).float().mean().item(), 4)
+            name: round((torch.tensor(tokens) == torch.tensor(texts["minopt"])).float().mean().item(), 4)
             for name, tokens in texts.items()
             if name != "minopt" and tokens is not None
         }

@@ -1,16 +1,19 @@
 """The programs that bench_inference.py compares, behind one call: ids in, times and tokens out.
 
-``VARIANTS`` is the one list of them. All live in one process: a library's idle threads use no processor but for a few
-milliseconds after a call, which ``SETTLE_SECONDS`` waits for.
+``VARIANTS`` is the one list of them. Each lives in a process of its own, as it would for a user: where two libraries
+keep OpenMP threads in one process, there are more of those than processors, and libgomp then lets all of them sleep at
+every barrier instead of waiting actively, which makes a step of either up to twice as long.
 """
 
 from __future__ import annotations
 
+import multiprocessing
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Protocol
@@ -25,7 +28,7 @@ import minopt
 from minopt.inference.products import build_product
 from minopt.model import attend
 
-SETTLE_SECONDS = 0.02  # torch's OpenMP threads wait actively for 5 ms after a call
+SETTLE_SECONDS = 0.02  # OpenMP threads wait actively for some 5 ms after a call: the next one's process waits for that
 
 
 class NotAvailable(Exception):
@@ -34,11 +37,11 @@ class NotAvailable(Exception):
 
 @dataclass(frozen=True)
 class Generation:
-    """One generation: seconds to the first token and in all, and the new tokens ``[B, N]``, if it makes any."""
+    """One generation: seconds to the first token and in all, and the new tokens of each row, if it makes any."""
 
     first: float
     whole: float
-    tokens: Tensor | None = None
+    tokens: list[list[int]] | None = None
 
     def seconds(self, new_tokens: int) -> float:
         """Of a token after the first; of the whole where there is but one."""
@@ -123,7 +126,7 @@ class Minopt:
             output = minopt.generate(self.model, ids, max_new_tokens=new_tokens, eos_token_id=(), **options)
             common.synchronize(self.device)
             end = time.perf_counter()
-        return Generation(read[0] - begin, end - begin, output.sequences[:, ids.shape[1] :].cpu())
+        return Generation(read[0] - begin, end - begin, output.sequences[:, ids.shape[1] :].tolist())
 
 
 def _loaded_as(precision: str) -> dict[str, str]:
@@ -148,7 +151,7 @@ class Transformers:
         )  # fmt: skip
         common.synchronize(self.device)
         end = time.perf_counter()
-        return Generation(clock.at - begin, end - begin, output[:, ids.shape[1] :].cpu())
+        return Generation(clock.at - begin, end - begin, output[:, ids.shape[1] :].tolist())
 
 
 class _FirstToken(transformers.StoppingCriteria):  # type: ignore[misc]
@@ -198,7 +201,7 @@ class CTranslate2:
             found = run(new_tokens, callback=note)
             first = times[0] - begin
         end = time.perf_counter()
-        return Generation(first, end - begin, torch.tensor([row.sequences_ids[0] for row in found]))
+        return Generation(first, end - begin, [row.sequences_ids[0] for row in found])
 
 
 class Products:
@@ -233,18 +236,83 @@ class Products:
         return Generation(seconds, seconds)
 
 
-VARIANTS: dict[str, Callable[[Checkpoint, str], Variant]] = {
-    "plain": lambda c, precision: Minopt(c.folder, c.device, optimize=False, **_loaded_as(precision)),
-    "minopt": lambda c, precision: Minopt(c.folder, c.device, **_loaded_as(precision)),
-    "exported": lambda c, precision: Minopt(c.exported(precision), c.device),
-    "transformers": lambda c, precision: Transformers(c.folder, precision, c.device),
-    "transformers static": lambda c, precision: Transformers(
-        c.folder, precision, c.device, cache_implementation="static"
+@dataclass(frozen=True)
+class Kind:
+    """How a variant is opened.
+
+    Attributes:
+        files: makes what it reads of a checkpoint in a precision, if that is not there yet.
+        load: of that folder, with precision and device.
+    """
+
+    files: Callable[[Checkpoint, str], Path]
+    load: Callable[[Path, str, str], Variant]
+
+
+def _as_written(checkpoint: Checkpoint, precision: str) -> Path:
+    return checkpoint.folder
+
+
+VARIANTS = {
+    "plain": Kind(_as_written, lambda path, p, device: Minopt(path, device, optimize=False, **_loaded_as(p))),
+    "minopt": Kind(_as_written, lambda path, p, device: Minopt(path, device, **_loaded_as(p))),
+    "exported": Kind(lambda checkpoint, p: checkpoint.exported(p), lambda path, p, device: Minopt(path, device)),
+    "transformers": Kind(_as_written, lambda path, p, device: Transformers(path, p, device)),
+    "transformers static": Kind(
+        _as_written, lambda path, p, device: Transformers(path, p, device, cache_implementation="static")
     ),
-    "ctranslate2": lambda c, precision: CTranslate2(c.converted(), precision, c.device),
-    "products": lambda c, precision: Products(c.config, precision, c.device),
+    "ctranslate2": Kind(lambda checkpoint, p: checkpoint.converted(), CTranslate2),
+    "products": Kind(_as_written, lambda path, p, device: Products(minopt.OPTConfig.load(path), p, device)),
 }
-"""How each is opened, of a checkpoint in a precision."""
 
 OURS = ("minopt", "exported")
 """Those that the others are held against."""
+
+
+class Running:
+    """A variant in a process of its own."""
+
+    def __init__(self, name: str, checkpoint: Checkpoint, precision: str) -> None:
+        path, context = VARIANTS[name].files(checkpoint, precision), multiprocessing.get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        arguments = (theirs, name, path, precision, checkpoint.device, torch.get_num_threads())
+        self._process = context.Process(target=_serve, args=arguments, daemon=True)
+        self._process.start()
+        theirs.close()
+        self._answer()  # it has loaded
+
+    def __call__(self, ids: Tensor, new_tokens: int, **options: Any) -> Generation:
+        """As of a ``Variant``."""
+        self._connection.send((ids.tolist(), new_tokens, options))
+        generation: Generation = self._answer()
+        return generation
+
+    def stop(self) -> None:
+        """Ends the process."""
+        self._connection.close()
+        self._process.join()
+
+    def _answer(self) -> Any:
+        answer = self._connection.recv()
+        if isinstance(answer, NotAvailable):
+            raise answer
+        return answer
+
+
+def _serve(connection: Connection, name: str, path: Path, precision: str, device: str, threads: int) -> None:
+    """Runs one variant for as long as somebody asks."""
+    torch.set_num_threads(threads)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        variant = VARIANTS[name].load(path, precision, device)
+    except NotAvailable as reason:
+        connection.send(reason)
+        return
+    connection.send(None)
+    while True:
+        try:
+            ids, new_tokens, options = connection.recv()
+        except EOFError:
+            return
+        connection.send(variant(torch.tensor(ids), new_tokens, **options))
