@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import math
 import mmap
 from collections.abc import Iterator, Sequence
@@ -11,6 +13,8 @@ import torch
 from torch import Tensor
 
 _PAGE = 2**21
+_LARGE = 2**25  # bytes from which on the C library gives memory an area of its own
+_MADV_COLLAPSE = 25  # from Linux 6.1 on
 _GROUPS, _GROUP_ROOT = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 
 
@@ -30,6 +34,30 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device | None 
     except (AttributeError, OSError):
         return torch.empty(tuple(shape), dtype=dtype)
     return torch.frombuffer(memory, dtype=dtype, count=math.prod(shape), offset=first).view(tuple(shape))
+
+
+@contextlib.contextmanager
+def in_large_pages() -> Iterator[None]:
+    """Moves large memory that is allocated within, and not by ``empty``, to pages of 2 MB, where Linux can.
+
+    That takes a second a GB.
+    """
+    before = set(_areas())
+    yield
+    for first, end in set(_areas()) - before:
+        first, end = -(-first // _PAGE) * _PAGE, end // _PAGE * _PAGE
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), _MADV_COLLAPSE)
+
+
+def _areas() -> Iterator[tuple[int, int]]:
+    """First and last address of each large area of memory that belongs to no file; none but on Linux."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/maps").read_text().splitlines():
+            match line.split():
+                case [addresses, "rw-p", _, _, "0"]:
+                    first, end = (int(address, 16) for address in addresses.split("-"))
+                    if end - first >= _LARGE:
+                        yield first, end
 
 
 def available_memory(device: torch.device) -> int | None:

@@ -11,6 +11,7 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import minopt
@@ -259,6 +260,26 @@ def test_a_row_of_an_int8_product_does_not_depend_on_the_others(outliers: bool) 
         assert torch.equal(product(rows[[i, 2]])[0], together[i])
         alone = product(rows[[i]])[0]
         assert (alone - together[i]).norm() <= 0.02 * (1 + together[i].norm())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("activation", ["none", "relu", "gelu"])
+def test_a_single_row_of_an_int8_product_is_what_its_dequantised_weight_gives(
+    activation: str, dtype: torch.dtype
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight, bias = torch.randn(64, 48, generator=generator), torch.randn(64, generator=generator)
+    quantized, scale = int8.quantize(weight)
+    product = products.Int8(quantized, scale, bias.to(dtype), activation)
+    x = torch.randn(1, 1, 48, generator=generator).to(dtype)
+    expected = F.linear(x.float(), int8.dequantize(quantized, scale), bias.to(dtype).float())
+    expected = {"none": expected, "relu": F.relu(expected), "gelu": F.gelu(expected)}[activation]
+    got = product(x)
+    assert got.shape == (1, 1, 64)
+    assert got.dtype == dtype
+    rounding = (x.max() - x.min()).item() / 255 / 2 * weight.abs().sum(1).max().item()  # each input is off by so much
+    assert (got - expected).abs().max() <= rounding + 0.02 * (dtype == torch.bfloat16)
+    assert (got - expected).abs().max() > 0
 
 
 def test_outlier_channels_ruin_plain_rounding_and_not_that_of_large_models() -> None:

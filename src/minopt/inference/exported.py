@@ -16,6 +16,7 @@ from torch import Tensor
 
 from minopt.cache import KVCache
 from minopt.config import OPTConfig, read_json
+from minopt.memory import in_large_pages
 from minopt.model import causal_mask
 
 PROGRAM, MANIFEST = "program.pt2", "manifest.json"
@@ -126,7 +127,8 @@ class ExportedModel:
             torch.cpu._init_amx()  # Linux gives a process these registers when it asks for them
         try:
             # What torch._inductor.aoti_load_package wraps; that also imports the compiler, for more than a second.
-            self._program = torch._C._aoti.AOTIModelPackageLoader(str(self._path), "model", False, 1, -1)
+            with in_large_pages():
+                self._program = torch._C._aoti.AOTIModelPackageLoader(str(self._path), "model", False, 1, -1)
         except RuntimeError as error:
             reason = (str(error).splitlines() or ["RuntimeError"])[0]
             raise ValueError(f"{self._path}: cannot be loaded ({reason}). {_AGAIN}") from None

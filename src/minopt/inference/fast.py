@@ -5,7 +5,7 @@ Shapes: B batch, T tokens this call, S cached + T, H heads, D head_dim, C hidden
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from minopt.model import OPT, Embedding, Packed, attend
 OUTLIERS_FROM = 4096
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj")
+_NORMS = ("self_attn_layer_norm", "final_layer_norm")
 
 
 class InferenceOPT(OPT):
@@ -103,7 +104,7 @@ class _Builder:
 
     def __init__(self, weights: Iterable[tuple[str, Tensor]], config: OPTConfig) -> None:
         self._coming, self._waiting = iter(weights), dict[str, Tensor]()
-        self.in_int8, self.outliers, self._biases = False, config.hidden_size >= OUTLIERS_FROM, config.enable_bias
+        self.in_int8, self.outliers, self._config = False, config.hidden_size >= OUTLIERS_FROM, config
 
     def take(self, name: str) -> Tensor:
         while name not in self._waiting:
@@ -120,9 +121,14 @@ class _Builder:
         scale = bias = None
         if weight.dtype == torch.int8:
             self.in_int8, scale = True, self._joined(f"{prefix}{name}.weight{int8.SCALE}" for name in names)
-        if self._biases:
+        if self._config.enable_bias:
             bias = self._joined(f"{prefix}{name}.bias" for name in names)
         return build_product(weight, bias, activation, scale=scale, outliers=self.outliers)
+
+    def norm(self, name: str) -> _Norm:
+        affine = self._config.layer_norm_elementwise_affine
+        weight, bias = (self.take(f"{name}.{part}") if affine else None for part in ("weight", "bias"))
+        return _Norm(self._config.hidden_size, weight, bias)
 
     def _joined(self, names: Iterable[str]) -> Tensor:
         tensors = [self.take(name) for name in names]
@@ -132,37 +138,55 @@ class _Builder:
         return torch.cat(tensors, out=empty((rows, *first.shape[1:]), first.dtype, first.device))
 
 
-class FastLayer(nn.Module):
-    """``DecoderLayer`` with four products: query, key and value are one."""
+class _Norm:
+    """``nn.LayerNorm`` of fixed weights as one call."""
 
-    def __init__(self, config: OPTConfig, index: int, build: Callable[..., Product]) -> None:
+    def __init__(self, size: int, weight: Tensor | None, bias: Tensor | None) -> None:
+        self._shape, self.weight, self.bias = [size], weight, bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return torch.layer_norm(x, self._shape, self.weight, self.bias)
+
+
+class FastLayer(nn.Module):
+    """``DecoderLayer`` with four products: query, key and value are one.
+
+    Between two products everything is in cold caches, for the weights have gone through them: a lookup or a call that
+    takes a microsecond elsewhere takes five here.
+    """
+
+    def __init__(self, config: OPTConfig, index: int, build: _Builder) -> None:
         super().__init__()
         self.index, self.prefix, self.norm_before = index, f"layers.{index}.", config.do_layer_norm_before
-        self.head_dim = config.head_dim
-        C, affine = config.hidden_size, config.layer_norm_elementwise_affine
-        self.self_attn_layer_norm = nn.LayerNorm(C, elementwise_affine=affine, device="meta")
-        self.final_layer_norm = nn.LayerNorm(C, elementwise_affine=affine, device="meta")
+        self.head_dim, self._scale = config.head_dim, config.head_dim**-0.5
         self._qkv = build(f"{self.prefix}self_attn.", _PROJECTIONS)
         self._out = build(f"{self.prefix}self_attn.", ("out_proj",))
         self._fc1 = build(self.prefix, ("fc1",), config.activation_function)
         self._fc2 = build(self.prefix, ("fc2",))
+        self._norms = {name: build.norm(self.prefix + name) for name in _NORMS}
+        self._attn_norm, self._final_norm = self._norms.values()
 
     def forward(self, x: Tensor, mask: Tensor | Packed | None = None, cache: KVCache | None = None) -> Tensor:
         """As ``DecoderLayer``'s."""
         B, T, _ = x.shape
-        y = self._qkv(self.self_attn_layer_norm(x) if self.norm_before else x)
+        y = self._qkv(self._attn_norm(x) if self.norm_before else x)
         q, k, v = y.view(B, T, 3, -1, self.head_dim).permute(2, 0, 3, 1, 4).unbind()  # [B, H, T, D]
         if cache is not None:
             k, v = cache.append(self.index, k, v)
-        x = x + self._out(attend(q, k, v, mask, scale=self.head_dim**-0.5).transpose(1, 2).reshape(B, T, -1))
+        x = x + self._out(attend(q, k, v, mask, scale=self._scale).transpose(1, 2).reshape(B, T, -1))
         if not self.norm_before:
-            x = self.self_attn_layer_norm(x)
-        x = x + self._fc2(self._fc1(self.final_layer_norm(x) if self.norm_before else x))
-        return x if self.norm_before else self.final_layer_norm(x)
+            x = self._attn_norm(x)
+        x = x + self._fc2(self._fc1(self._final_norm(x) if self.norm_before else x))
+        return x if self.norm_before else self._final_norm(x)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The weights of a ``DecoderLayer`` but for its norms, by their names in an OPT."""
-        found: dict[str, Tensor] = {}
+        """The weights of a ``DecoderLayer`` by their names in an OPT."""
+        found = {
+            f"{self.prefix}{name}.{part}": tensor
+            for name, norm in self._norms.items()
+            for part, tensor in (("weight", norm.weight), ("bias", norm.bias))
+            if tensor is not None
+        }
         for prefix, names, product in (
             ("self_attn.", _PROJECTIONS, self._qkv),
             ("self_attn.", ("out_proj",), self._out),

@@ -58,9 +58,10 @@ class Packed:
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
         self.bias, self._activation = bias, activation
         self._algorithm = "none" if activation == "gelu" else ""  # of two, the exact one
+        self._product = torch.ops.mkldnn._linear_pointwise.default
 
     def __call__(self, x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, self._weight, self.bias, self._activation, [], self._algorithm)
+        return self._product(x, self._weight, self.bias, self._activation, [], self._algorithm)
 
     def weight(self) -> tuple[Tensor, Tensor | None]:
         return self._weight.to_dense(), None
@@ -84,14 +85,14 @@ class Blocked:
         for block, rows in zip(self._blocks, torch.split(weight, self.width), strict=True):
             block[:, : len(rows)] = rows.T
             block[:, len(rows) :] = 0
-        self.bias, self._activation = bias, _ACTIVATIONS[activation]
+        self.bias, self._activation, self._whole = bias, _ACTIVATIONS[activation], rest == 0
         self._bias = weight.new_zeros(()) if bias is None else F.pad(bias, (0, rest)).view(-1, 1, self.width)
 
     def __call__(self, x: Tensor) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
-        rows = rows.expand(len(self._blocks), *rows.shape)
+        rows = x.reshape(-1, x.shape[-1]).expand(len(self._blocks), -1, -1)
         y = torch.baddbmm(self._bias, rows, self._blocks)  # [O / width, M, width]
-        return self._activation(y.transpose(0, 1).flatten(1)[:, : self._outputs].view(*x.shape[:-1], self._outputs))
+        y = y.transpose(0, 1).reshape(*x.shape[:-1], -1)
+        return self._activation(y if self._whole else y[..., : self._outputs])
 
     def weight(self) -> tuple[Tensor, Tensor | None]:
         return self._blocks.transpose(1, 2).flatten(0, 1)[: self._outputs], None
@@ -118,6 +119,10 @@ class Int8:
     ) -> None:
         self.bias, self._activation, self._outliers = bias, _ACTIVATIONS[activation], outliers
         self._bias = None if bias is None else bias.float()
+        kernel, self._after = torch.ops.quantized.linear_dynamic, self._activation
+        if activation == "relu":
+            kernel, self._after = torch.ops.quantized.linear_relu_dynamic, _ACTIVATIONS["none"]
+        self._one_row = kernel.default
         zeros = torch.zeros(len(weight), dtype=torch.long)
         before = torch.backends.quantized.engine
         torch.backends.quantized.engine = "fbgemm"
@@ -130,11 +135,10 @@ class Int8:
             torch.backends.quantized.engine = before
 
     def __call__(self, x: Tensor) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1]).float()
-        if len(rows) == 1 and not self._outliers:
-            y = torch.ops.quantized.linear_dynamic(rows, self._packed, not _VNNI)
-        else:
-            y = self._row_by_row(rows)
+        if x.numel() == x.shape[-1] and not self._outliers:  # as few operators as can be: each finds cold caches
+            y = self._after(self._one_row(x.float(), self._packed, not _VNNI))
+            return y if y.dtype == x.dtype else y.to(x.dtype)
+        y = self._row_by_row(x.reshape(-1, x.shape[-1]).float())
         return self._activation(y).to(x.dtype).view(*x.shape[:-1], -1)
 
     def _row_by_row(self, rows: Tensor) -> Tensor:
