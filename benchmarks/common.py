@@ -78,16 +78,23 @@ def write_model(
 
 def machine(device: str) -> dict[str, Any]:
     """What a reader needs to know of where the figures come from."""
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
     return {
         "date": date.today().isoformat(),
-        "commit": commit.stdout.strip(),
+        "commit": _commit(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": version("transformers"),
         "device": torch.cuda.get_device_name() if device != "cpu" else _processor(),
         "threads": torch.get_num_threads(),
     }
+
+
+def _commit() -> str:
+    """The one that is checked out, ``-dirty`` where files other than results differ from it."""
+    commit = subprocess.run(["git", "describe", "--always"], capture_output=True, text=True, check=False)
+    others = ["git", "diff", "--quiet", "HEAD", "--", ":/", ":(top,exclude)benchmarks/results"]
+    changed = subprocess.run(others, check=False).returncode
+    return commit.stdout.strip() + ("-dirty" if changed else "")
 
 
 def _processor() -> str:
