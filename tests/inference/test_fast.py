@@ -249,6 +249,16 @@ def test_weight_only_int8_is_its_own_dequantised_reference(kind: str, monkeypatc
         assert difference(quantised(ids), dequantised(plain)(ids)) < 1e-5
 
 
+def test_a_product_of_no_rows_has_none() -> None:
+    weight, bias = torch.randn(200, 48), torch.randn(200)
+    quantized = int8.quantize(weight)
+    made = [kind(weight, bias) for kind in (products.Blocked, products.Packed, products.Plain)]
+    made += [kind(*quantized, bias) for kind in (products.Int8, products.WeightOnlyInt8)]
+    for product in (*made, products.Int8(*quantized, bias, outliers=True)):
+        assert product(torch.empty(1, 0, 48)).shape == (1, 0, 200), product
+        assert product(torch.empty(0, 48)).shape == (0, 200), product
+
+
 @pytest.mark.parametrize("outliers", [False, True])
 def test_a_row_of_an_int8_product_does_not_depend_on_the_others(outliers: bool) -> None:
     generator = torch.Generator().manual_seed(0)

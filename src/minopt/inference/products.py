@@ -91,7 +91,7 @@ class Blocked:
     def __call__(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1]).expand(len(self._blocks), -1, -1)
         y = torch.baddbmm(self._bias, rows, self._blocks)  # [O / width, M, width]
-        y = y.transpose(0, 1).reshape(*x.shape[:-1], -1)
+        y = y.transpose(0, 1).reshape(*x.shape[:-1], len(y) * self.width)
         return self._activation(y if self._whole else y[..., : self._outputs])
 
     def weight(self) -> tuple[Tensor, Tensor | None]:
@@ -139,7 +139,7 @@ class Int8:
             y = self._after(self._one_row(x.float(), self._packed, not _VNNI))
             return y if y.dtype == x.dtype else y.to(x.dtype)
         y = self._row_by_row(x.reshape(-1, x.shape[-1]).float())
-        return self._activation(y).to(x.dtype).view(*x.shape[:-1], -1)
+        return self._activation(y).to(x.dtype).view(*x.shape[:-1], y.shape[-1])
 
     def _row_by_row(self, rows: Tensor) -> Tensor:
         scale = rows.abs().amax(1, keepdim=True).clamp_min_(torch.finfo(torch.float32).tiny)
