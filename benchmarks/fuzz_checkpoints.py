@@ -40,6 +40,7 @@ import torch
 import transformers
 from fuzz_engine import (
     LIMITS,
+    PACKAGE,
     Kind,
     Limits,
     Opener,
@@ -125,7 +126,8 @@ def _stop(worker: _Worker) -> None:
 
 def _deepest(trace: str) -> str:
     """The innermost line of minopt in what faulthandler wrote, the last call first."""
-    match = re.search(r'File "[^"]*/minopt/(?:\w+/)*(\w+\.py)", line (\d+) in (\w+)', trace)
+    package = PACKAGE.encode("ascii", "backslashreplace").decode()  # as faulthandler writes it
+    match = re.search(rf'File "{re.escape(package)}(?:\w+/)*(\w+\.py)", line (\d+) in (\w+)', trace)
     return f"{match[1]}:{match[2]} {match[3]}" if match else "no line of minopt"
 
 

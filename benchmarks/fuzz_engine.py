@@ -35,6 +35,8 @@ import minopt  # noqa: E402
 from tests.checkpoint.legacy_files import save_legacy  # noqa: E402
 from tests.checkpoint.metaseq_files import write_metaseq  # noqa: E402
 
+PACKAGE = str(Path(minopt.__file__).parent) + os.sep
+
 Shapes = Mapping[str, tuple[int, ...]]
 Opener = Callable[[Path], Any]
 
@@ -378,7 +380,7 @@ def _trouble_with_error(error: BaseException, folder: Path) -> list[tuple[str, s
 
 def _place(error: BaseException) -> str:
     """The innermost line of minopt that an exception came through."""
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if f"{os.sep}minopt{os.sep}" in f.filename]
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename.startswith(PACKAGE)]
     return f"{Path(frames[-1].filename).name}:{frames[-1].lineno} {frames[-1].name}" if frames else "no line of minopt"
 
 

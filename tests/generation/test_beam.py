@@ -289,7 +289,7 @@ def test_where_transformers_has_placeholders_for_want_of_texts_minopt_has_empty_
 
 @pytest.mark.parametrize("falling", [True, False], ids=["best first", "best last"])
 def test_sampled_beams_are_those_of_transformers(kind: str, falling: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where both draw the most probable candidates, in this order or that: what is drawn first may end."""
+    """Where both draw the most probable candidates, in this order or that: the best of them may end."""
 
     def most_probable(probabilities: Tensor, num_samples: int, **_: Any) -> Tensor:
         picks = probabilities.topk(num_samples).indices
@@ -366,13 +366,14 @@ def chi_square(counts: Counter[Any], expected: dict[Any, float]) -> float:
     return (sum((n - p) ** 2 / p for n, p in often) - freedom) / math.sqrt(2 * freedom)
 
 
-def pairs_without_replacement(q: dict[Any, float]) -> dict[frozenset[Any], float]:
-    """Which two of weighted items are drawn first."""
-    total = sum(q.values())
-    p = {item: weight / total for item, weight in q.items()}
-    return {
-        frozenset((x, y)): p[x] * p[y] / (1 - p[x]) + p[y] * p[x] / (1 - p[y]) for x, y in itertools.combinations(p, 2)
-    }
+def best_two_drawn(q: dict[Any, float], draws: int) -> dict[frozenset[Any], float]:
+    """Which two of weighted items are the weightiest of so many drawn without replacement."""
+    total, found = sum(q.values()), Counter[frozenset[Any]]()
+    for drawn in itertools.permutations(q, draws):
+        left = [total - sum(q[item] for item in drawn[:n]) for n in range(draws)]
+        best = sorted(drawn, key=lambda item: -q[item])[:2]
+        found[frozenset(best)] += math.prod(q[item] / rest for item, rest in zip(drawn, left, strict=True))
+    return dict(found)
 
 
 def drawn_pairs(table: Tensor, steps: int, temperature: float, rows: int = 8000) -> Counter[frozenset[Any]]:
@@ -387,27 +388,22 @@ def drawn_pairs(table: Tensor, steps: int, temperature: float, rows: int = 8000)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_two_beams_of_one_step_are_drawn_without_replacement(temperature: float) -> None:
+def test_two_beams_of_one_step_are_the_best_of_four_drawn_without_replacement(temperature: float) -> None:
     table = random_table(6)
     counts = drawn_pairs(table, 1, temperature)
     q = {(token,): p for token, p in enumerate((table[0].log_softmax(-1) / temperature).softmax(-1).tolist())}
-    assert abs(chi_square(counts, pairs_without_replacement(q))) < 4
-    drawn_at_once = {pair: math.prod(q[item] for item in pair) for pair in pairs_without_replacement(q)}
-    total = sum(drawn_at_once.values())
-    assert chi_square(counts, {pair: p / total for pair, p in drawn_at_once.items()}) > 8
+    assert abs(chi_square(counts, best_two_drawn(q, 4))) < 4
+    assert chi_square(counts, best_two_drawn(q, 2)) > 8  # the first two drawn
 
 
 def test_beams_of_a_second_step_are_drawn_in_proportion_to_whole_texts() -> None:
-    """Of five tokens four are drawn, whose best two go on; of their ten continuations the first two drawn remain."""
+    """Of five tokens four are drawn, whose best two go on; the best two of four drawn of their continuations remain."""
     table, expected = random_table(5, seed=3), Counter[frozenset[Any]]()
     first, then = table[0].softmax(-1).tolist(), table.softmax(-1).tolist()
-    for drawn in itertools.permutations(range(5), 4):
-        left = [1 - sum(first[token] for token in drawn[:n]) for n in range(4)]
-        p_drawn = math.prod(first[token] / rest for token, rest in zip(drawn, left, strict=True))
-        running = sorted(drawn, key=lambda token: -first[token])[:2]
+    for running, p_running in best_two_drawn(dict(enumerate(first)), 4).items():
         q = {(a, b): first[a] * then[a][b] for a in running for b in range(5)}
-        for pair, p in pairs_without_replacement(q).items():
-            expected[pair] += p_drawn * p
+        for pair, p in best_two_drawn(q, 4).items():
+            expected[pair] += p_running * p
     counts = drawn_pairs(table, 2, 1.0)
     assert abs(chi_square(counts, expected)) < 4
     assert len({a for pair in counts for a, _ in pair}) == 3  # the third best token has gone on too

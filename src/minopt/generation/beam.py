@@ -136,7 +136,7 @@ def _record(history: History, config: GenerationConfig, logprobs: Tensor, scores
 
 
 def _candidates(request: Request, scores: Tensor, sums: Tensor, logprobs: Tensor) -> Candidates:
-    """The best continuations of all beams together, or as many drawn ones; ``reason`` is not known yet.
+    """The best continuations of all beams together, or as many drawn ones, best first; ``reason`` is not known yet.
 
     There are more than K, so that K can go on whichever of them end. ``scores`` and ``logprobs`` are ``[B, K, V]``.
     """
@@ -149,7 +149,8 @@ def _candidates(request: Request, scores: Tensor, sums: Tensor, logprobs: Tensor
         top = flat.amax(1, keepdim=True)
         probabilities = flat.softmax(-1).masked_fill(~top.isfinite(), 1.0)
         index = request.agreed(torch.multinomial(probabilities, min(M, flat.shape[1]), generator=request.generator))
-        values = torch.where(top.isfinite(), flat.gather(1, index), top)
+        values, order = torch.where(top.isfinite(), flat.gather(1, index), top).sort(descending=True)
+        index = index.gather(1, order)  # the best come first here too: only the first K may end
     else:
         # The best of all are among the best of each beam: short rows to look through, and one pass over scores.
         values, token = _topk(scores, min(M, V))
