@@ -17,6 +17,7 @@ from torch import Tensor
 import minopt
 from minopt import OPT, int8
 from minopt.evaluation.perplexity import window_perplexity
+from minopt.export import Int8Linear
 from minopt.inference import fast, products
 from minopt.inference.fast import OUTLIERS_FROM, FastOPT
 from tests.conftest import build_ours, build_reference, lively, quantized_state
@@ -290,6 +291,43 @@ def test_a_single_row_of_an_int8_product_is_what_its_dequantised_weight_gives(
     rounding = (x.max() - x.min()).item() / 255 / 2 * weight.abs().sum(1).max().item()  # each input is off by so much
     assert (got - expected).abs().max() <= rounding + 0.02 * (dtype == torch.bfloat16)
     assert (got - expected).abs().max() > 0
+
+
+@pytest.mark.parametrize("form", ["none", "relu", "program", "weights alone"])
+@pytest.mark.parametrize("size", [0, 1e-45, 1e-40, 1e-38, 1e-36, 1e-30, 1e-10, 3e-5, 1e-4, 1e-3, 3e-3, 1, 1e5, 1e30])
+def test_a_single_row_is_as_exact_as_one_of_a_batch_whatever_its_size(size: float, form: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight, scale = int8.quantize(torch.randn(64, 256, generator=generator))
+    activation = F.relu if form == "relu" else lambda y: y
+    product: Any = {
+        "program": lambda: Int8Linear(weight, scale, None),
+        "weights alone": lambda: products.WeightOnlyInt8(weight, scale, None),
+    }.get(form, lambda: products.build_product(weight, None, form, scale=scale))()
+    rows = torch.randn(40, 1, 256, generator=generator) * size
+    exact = activation(rows.double() @ (weight.double() * scale.double()).T)
+    alone = torch.stack([product(row) for row in rows]).double()
+    together = product(rows).double()
+    bound = max((together - exact).norm().item(), 1e-6 * exact.norm().item())
+    assert (alone - exact).norm() <= 1.02 * bound
+    if size == 0 or size >= 1e-36:
+        assert (alone - exact).norm() <= 0.01 * exact.norm()
+
+
+@pytest.mark.parametrize("activation", ["none", "relu"])
+def test_a_single_row_that_is_not_finite_is_seen(activation: str) -> None:
+    weight, scale = int8.quantize(torch.randn(64, 48, generator=torch.Generator().manual_seed(0)))
+    product = products.build_product(weight, torch.ones(64), activation, scale=scale)
+    for value in (torch.nan, torch.inf, -torch.inf):
+        row = torch.ones(1, 48)
+        row[0, 7] = value
+        assert not product(row).isfinite().all()
+
+
+def test_weights_alone_in_int8_do_not_overflow_float16() -> None:
+    weight, scale = int8.quantize(torch.full((8, 512), 0.01))
+    x = torch.full((1, 512), 4.0, dtype=torch.float16)
+    product = products.WeightOnlyInt8(weight, scale, torch.ones(8, dtype=torch.float16))
+    assert product(x).float() == pytest.approx(21.48, rel=1e-3)
 
 
 def test_outlier_channels_ruin_plain_rounding_and_not_that_of_large_models() -> None:

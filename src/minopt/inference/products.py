@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 # Without these instructions the kernel adds pairs of products in 16 bits, which take one bit less of the activations.
 _VNNI = torch.cpu._is_vnni_supported()
 _LEVELS = 127 if _VNNI else 63
+_TINY, _HUGE = 1e-35, 1e35  # between them a scale and its reciprocal are normal numbers of float32, as kernels need it
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"none": lambda y: y, "relu": F.relu, "gelu": F.gelu}
 
@@ -102,7 +103,7 @@ class Int8:
     """A product of int8 weights and activations that are rounded to int8, with a scale for each row, as they come.
 
     Each row's largest value becomes 127 (arXiv 2206.01861, token-wise), so that the rows of a batch do not depend on
-    each other. A row that comes alone is rounded between its own least and largest value: one pass of the kernel.
+    each other. A row that comes alone is rounded between its own least and largest value, which is at least as fine.
 
     Args:
         weight: int8 ``[O, I]``.
@@ -119,10 +120,12 @@ class Int8:
     ) -> None:
         self.bias, self._activation, self._outliers = bias, _ACTIVATIONS[activation], outliers
         self._bias = None if bias is None else bias.float()
-        kernel, self._after = torch.ops.quantized.linear_dynamic, self._activation
+        # Not linear_dynamic, which finds a row's scale by itself: it takes none below 6.1e-5, however small the row is.
+        kernel, self._after = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32, self._activation
         if activation == "relu":
-            kernel, self._after = torch.ops.quantized.linear_relu_dynamic, _ACTIVATIONS["none"]
-        self._one_row = kernel.default
+            kernel = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_relu_output_fp32
+            self._after = _ACTIVATIONS["none"]
+        self._one_row, self._least_and_largest = kernel.default, torch.ops.aten.aminmax.default
         zeros = torch.zeros(len(weight), dtype=torch.long)
         before = torch.backends.quantized.engine
         torch.backends.quantized.engine = "fbgemm"
@@ -136,8 +139,13 @@ class Int8:
 
     def __call__(self, x: Tensor) -> Tensor:
         if x.numel() == x.shape[-1] and not self._outliers:  # as few operators as can be: each finds cold caches
-            y = self._after(self._one_row(x.float(), self._packed, not _VNNI))
-            return y if y.dtype == x.dtype else y.to(x.dtype)
+            row = x.float()
+            least, largest = self._least_and_largest(row)
+            low = min(least.item(), 0.0)
+            scale = (max(largest.item(), 0.0) - low) / (2 * _LEVELS + 1)
+            if _TINY < scale < _HUGE:  # not where the row is zeros, or holds NaN or infinity
+                y = self._after(self._one_row(row, scale, int(0.5 - low / scale), self._packed))
+                return y if y.dtype == x.dtype else y.to(x.dtype)
         y = self._row_by_row(x.reshape(-1, x.shape[-1]).float())
         return self._activation(y).to(x.dtype).view(*x.shape[:-1], y.shape[-1])
 
@@ -166,12 +174,13 @@ class WeightOnlyInt8:
 
     def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None, activation: str = "none") -> None:
         self._weight, self._scale, self.bias = weight, scale, bias
-        self._row = scale.flatten()
         self._activation = _ACTIVATIONS[activation]
 
     def __call__(self, x: Tensor) -> Tensor:
-        y = F.linear(x, self._weight.to(x.dtype)) * self._row.to(x.dtype)
-        return self._activation(y if self.bias is None else y + self.bias)
+        # Scaled before the product, or float16 overflows: its sums are a hundred times the results. By out= a GPU
+        # multiplies in float32 and casts in one kernel.
+        weight = torch.mul(self._weight, self._scale, out=x.new_empty(self._weight.shape))
+        return self._activation(F.linear(x, weight, self.bias))
 
     def weight(self) -> tuple[Tensor, Tensor | None]:
         return self._weight, self._scale
