@@ -189,6 +189,10 @@ def test_every_public_name_is_there(name: str) -> None:
     assert name in dir(minopt)
 
 
+def test_only_public_names_are_shown() -> None:
+    assert set(dir(minopt)) == {*minopt.__all__, "__version__"}
+
+
 def test_public_names_are_declared_alike_everywhere() -> None:
     """In ``__all__``, in the table that resolves them, and in the imports that type checkers read."""
     tree = ast.parse(FILES["minopt"].read_text(encoding="utf-8"))

@@ -12,7 +12,7 @@ import transformers
 from torch import Tensor
 
 from minopt import GenerationConfig, OPTConfig, generate
-from minopt.generation.logits import NUCLEUS, Rule, build_rules, keep_top_p
+from minopt.generation.logits import NUCLEUS, Rule, build_rules, keep_min_p, keep_top_p
 from tests.conftest import SIZE, build_reference
 
 V, PAD, EOS = 24, 1, (2, 9)
@@ -225,7 +225,7 @@ RULE_OPTIONS: dict[str, list[Any]] = {
 FILTER_OPTIONS: dict[str, list[Any]] = {
     "temperature": [0.4, 0.8, 1.6],
     "top_k": [2, 6, 15],
-    "top_p": [0.2, 0.7, 0.95],
+    "top_p": [0.21, 0.71, 0.96],  # no sum of equal probabilities, where rounding in float32 decides in transformers
     "min_p": [0.02, 0.1, 0.5],
 }
 MODES: dict[str, dict[str, Any]] = {
@@ -671,6 +671,31 @@ def test_the_nucleus_of_a_large_vocabulary_is_that_of_transformers(p: float, lea
     assert (theirs.isfinite().sum(1) < NUCLEUS).all()
     few = scores.masked_fill(scores < 3, -INF)
     assert torch.equal(keep_top_p(few, p, least), transformers.TopPLogitsWarper(p, min_tokens_to_keep=least)(IDS, few))
+
+
+@pytest.mark.parametrize("count", [50, 1000, 3000, 15_000])
+def test_a_nucleus_is_exact_close_to_its_edge(count: int) -> None:
+    """In float32 the sum of thousands of tokens is off by enough to keep one more or fewer."""
+    scores = 0.1 * torch.randn(4, 20_000, generator=torch.Generator().manual_seed(0))
+    sums = scores.double().softmax(-1).sort(-1, descending=True).values.cumsum(-1)
+    for row, total in zip(scores.split(1), sums[:, count - 1].tolist(), strict=True):
+        assert keep_top_p(row, total * (1 - 1e-9)).isfinite().sum() == count
+        assert keep_top_p(row, total * (1 + 1e-9)).isfinite().sum() == count + 1
+
+
+@pytest.mark.parametrize("size", [10, 2000])
+def test_equal_probabilities_that_add_up_to_p_are_the_nucleus(size: int) -> None:
+    scores = torch.full((1, size), 0.7)
+    for tenths in range(1, 10):
+        assert keep_top_p(scores, tenths / 10).isfinite().sum() == size * tenths // 10
+
+
+def test_min_p_is_exact_close_to_its_edge() -> None:
+    scores = torch.randn(50, 100, generator=torch.Generator().manual_seed(0))
+    ratios = (scores[:, 7].double() - scores.amax(1).double()).exp()
+    for row, ratio in zip(scores.split(1), ratios.tolist(), strict=True):
+        assert keep_min_p(row, ratio * (1 - 1e-9))[0, 7].isfinite()
+        assert ratio == 1 or not keep_min_p(row, ratio * (1 + 1e-9))[0, 7].isfinite()
 
 
 def test_a_nucleus_of_a_peaked_large_vocabulary_sorts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ which no rule here takes for text.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import reduce
@@ -21,6 +22,7 @@ Rule = Callable[[Tensor, Tensor], Tensor]
 
 # How many of the most probable tokens are looked at for a nucleus before all are sorted.
 NUCLEUS = 1024
+_ROUNDING = 1e-12  # by which a sum of probabilities may be off in float64
 
 
 def build_rules(
@@ -176,19 +178,19 @@ def keep_top_k(scores: Tensor, k: int) -> Tensor:
 def keep_top_p(scores: Tensor, p: float, least: int = 1) -> Tensor:
     """Excludes the least probable tokens of each row that together have at most ``1 - p``; ``least`` always stay.
 
-    Nucleus sampling (Holtzman et al. 2019, arXiv 1904.09751).
+    Nucleus sampling (Holtzman et al. 2019, arXiv 1904.09751), in float64: thousands of probabilities are added.
     """
     if scores.shape[1] > NUCLEUS and scores.device.type == "cpu":  # a GPU would wait to say whether they are enough
         # Mostly a few tokens have p between them, and the others need no order among themselves.
-        probabilities, order = scores.softmax(-1).topk(NUCLEUS)
+        probabilities, order = scores.softmax(-1, dtype=torch.float64).topk(NUCLEUS)
         up_to = probabilities.cumsum(-1)
         if bool((up_to[:, -1] >= p).all()):
-            dropped = up_to - probabilities >= p
+            dropped = up_to - probabilities >= p - _ROUNDING
             dropped[:, :least] = False
             kept = scores.gather(1, order).masked_fill(dropped, -torch.inf)
             return torch.full_like(scores, -torch.inf).scatter(1, order, kept)
     ascending, order = scores.sort(dim=-1)
-    dropped = ascending.softmax(-1).cumsum(-1) <= 1 - p
+    dropped = ascending.softmax(-1, dtype=torch.float64).cumsum(-1) <= 1 - p + _ROUNDING
     dropped[:, -least:] = False
     return scores.masked_fill(dropped.scatter(1, order, dropped), -torch.inf)
 
@@ -198,7 +200,7 @@ def keep_min_p(scores: Tensor, p: float, least: int = 1) -> Tensor:
 
     Nguyen et al. 2024, arXiv 2407.01082.
     """
-    probabilities = scores.softmax(-1)
-    dropped = probabilities < p * probabilities.amax(-1, keepdim=True)
-    dropped.scatter_(1, probabilities.topk(min(least, scores.shape[-1])).indices, False)
+    exact = scores.double()  # a difference of two scores is the logarithm of how their probabilities compare
+    dropped = exact - exact.amax(-1, keepdim=True) < (math.log(p) if p > 0 else -math.inf)
+    dropped.scatter_(1, scores.topk(min(least, scores.shape[-1])).indices, False)
     return scores.masked_fill(dropped, -torch.inf)
