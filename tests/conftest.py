@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from minopt import OPT, OPTConfig, int8
 from minopt.checkpoint.names import HF_HEAD, from_hf
 
 torch.set_num_threads(1)  # small models lose time by sharing, most of all on a busy machine
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background jobs with it ignored
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 

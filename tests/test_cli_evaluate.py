@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shlex
 import socket
 import subprocess
 import sys
@@ -208,7 +209,7 @@ def test_what_a_user_can_mend_is_one_line_and_exit_code_2(
     arguments: str, message: str, dev_file: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     (tmp_path / "short.txt").write_text("Yes.")
-    words = [word.strip("'") for word in arguments.replace("' ", " '").format(dev=dev_file, tmp=tmp_path).split()]
+    words = [word.format(dev=dev_file, tmp=tmp_path) for word in shlex.split(arguments)]
     status = evaluate(*words)
     captured = capsys.readouterr()
     assert (status, captured.out) == (2, "")

@@ -90,8 +90,8 @@ def shown_settings(stderr: str) -> dict[str, Any]:
 def recipe(data: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     """The recipe's run in two processes."""
     out, home = data.parent / "checkpoints" / "opt", tmp_path_factory.mktemp("home")
-    result = launch("finetune", *RECIPE.format(model=DEMO, out=out, data=data).split(), processes=2,
-                    MINOPT_HOME=str(home))  # fmt: skip
+    words = [word.format(model=DEMO, out=out, data=data) for word in RECIPE.split()]  # paths may hold spaces
+    result = launch("finetune", *words, processes=2, MINOPT_HOME=str(home))
     assert result.returncode == 0, result.stderr
     return SimpleNamespace(out=out, stdout=result.stdout, stderr=result.stderr)
 
@@ -328,7 +328,7 @@ def test_a_file_that_is_not_squad_is_named_with_the_place_in_it(
 
 def test_unknown_settings_of_a_file_are_named(data: Path, tmp_path: Path, capsys: Capture) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"seed": 3, "src-lenght": 3, "learn_rate": 1}))
-    line = error_of(finetune(data, tmp_path / "run", f"--config {tmp_path / 'config.json'}"), capsys)
+    line = error_of(finetune(data, tmp_path / "run", f"--config {shlex.quote(str(tmp_path / 'config.json'))}"), capsys)
     assert line == f"{tmp_path / 'config.json'}: no such settings: learn_rate, src_lenght. See minopt finetune --help."
 
 
@@ -391,9 +391,10 @@ def test_a_run_with_other_settings_is_refused_and_the_differences_are_listed(
 def test_many_processes_say_it_once_and_all_end(
     flags: str, message: str, data: Path, recipe: SimpleNamespace, tmp_path: Path
 ) -> None:
-    base = (f"--model_name_or_path {DEMO} --train_file {data / 'train.json'} --output_dir {tmp_path / 'run'} "
-            "--src_length 96 --tgt_length 8 --max_steps 1 --device cpu ")  # fmt: skip
-    result = launch("finetune", *shlex.split(base + flags.format(recipe=recipe.out)), processes=2)
+    base = {"model_name_or_path": DEMO, "train_file": data / "train.json", "output_dir": tmp_path / "run",
+            "src_length": 96, "tgt_length": 8, "max_steps": 1, "device": "cpu"}  # fmt: skip
+    words = [word for name, value in base.items() for word in (f"--{name}", str(value))]
+    result = launch("finetune", *words, *(flag.format(recipe=recipe.out) for flag in flags.split()), processes=2)
     assert result.returncode == 1  # torchrun's own
     (line,) = [line for line in result.stderr.splitlines() if "minopt: error:" in line]
     assert message in line

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -118,7 +119,7 @@ def test_as_json_and_of_a_folder(write_checkpoint: Callable[..., Path], capsys: 
     folder = write_checkpoint(dtype=torch.bfloat16)
     assert main(["plan", str(folder), "--device", "cuda", "--memory", "1GB", "--length", "40", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["command"] == f"minopt generate --model {folder} --dtype bfloat16"
+    assert found["command"] == f"minopt generate --model {shlex.quote(str(folder))} --dtype bfloat16"
     planned = plan_generation(OPTConfig.load(folder), dtype=torch.bfloat16, device="cuda", length=40)
     assert found["plans"][0]["total"] == planned.total
     assert [line["offload"] for line in found["plans"]] == [None, "cpu", "disk"]
@@ -214,7 +215,7 @@ def test_what_waits_for_a_gpu_has_to_have_room(
     assert plan.shortage(checkpoint, gpu, torch.float32, offload="disk") is None
     found = plan.shortage(checkpoint, gpu, torch.float32, offload="cpu") or ""
     assert re.fullmatch(
-        r"memory: the layers of \S+ take 0\.0 GB .*, and 0\.0 GB are free\. What fits: offload disk\.", found
+        r"memory: the layers of .+ take 0\.0 GB .*, and 0\.0 GB are free\. What fits: offload disk\.", found
     )
     free["cpu"] = 4 * layers
     assert plan.shortage(checkpoint, gpu, torch.float32, offload="cpu") is None
