@@ -99,15 +99,15 @@ def test_each_option_reaches_the_library(tmp_path: Path, monkeypatch: pytest.Mon
     asked: list[tuple[Any, ...]] = []
     monkeypatch.setattr(converting, "convert", lambda *args, **options: asked.append((args, options)))
     flags = "--format metaseq --parts 4 --dtype bfloat16 --max-shard-size 1.5MB --model-config opt-125m --force"
-    hub = ["--revision", "v1", "--local-files-only"]
+    hub = ["--revision", "v1", "--local-files-only", "--ignore", "a.*"]
     assert main(["convert", "a", "b", *flags.split(), "--tokenizer", "c", *hub]) == 0
     assert main(["convert", "a", "b", "--quantize", "int8"]) == 0
     given = {"format": "metaseq", "parts": 4, "dtype": "bfloat16", "max_shard_bytes": 1_500_000, "tokenizer": "c",
              "model_config": "opt-125m", "force": True, "show_progress": False, "revision": "v1",
-             "local_files_only": True, "quantize": None}  # fmt: skip
+             "local_files_only": True, "quantize": None, "ignore": ["a.*"]}  # fmt: skip
     default = {"format": "hf", "parts": 1, "dtype": "auto", "max_shard_bytes": 2_000_000_000, "tokenizer": None,
                "model_config": None, "force": False, "show_progress": False, "revision": None,
-               "local_files_only": False, "quantize": "int8"}  # fmt: skip
+               "local_files_only": False, "quantize": "int8", "ignore": []}  # fmt: skip
     assert asked == [(("a", "b"), given), (("a", "b"), default)]
 
 

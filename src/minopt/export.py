@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -167,6 +167,7 @@ def export_model(
     revision: str | None = None,
     local_files_only: bool = False,
     model_config: OPTConfig | str | Path | None = None,
+    ignore: Sequence[str] = (),
     tokenizer: str | Path | None = None,
 ) -> None:
     """Compiles a model into a folder that ``minopt.load`` opens, and that runs without minopt too (docs/export.md).
@@ -183,7 +184,7 @@ def export_model(
         max_length: the most tokens of a row, new ones included; ``None`` is the model's number of positions.
         max_batch: refuse more rows than that; ``None`` is any number.
         device: ``"cpu"`` or ``"cuda"``.
-        revision, local_files_only, model_config: see ``minopt.load_model``.
+        revision, local_files_only, model_config, ignore: see ``minopt.load_model``.
         tokenizer: the folder of its files; ``None`` looks beside the weights, then one folder up.
 
     Raises:
@@ -198,7 +199,7 @@ def export_model(
     _check_options(destination, quantize, target, max_length, max_batch)
     _check_compiler()
     path = find_model(source, revision=revision, local_files_only=local_files_only)
-    checkpoint = open_checkpoint(path, model_config)
+    checkpoint = open_checkpoint(path, model_config, ignore)
     limit = checkpoint.config.max_position_embeddings
     if max_length is not None and max_length > limit:
         raise ValueError(f"max_length: expected at most the model's {limit} positions, got {max_length}.")

@@ -494,6 +494,7 @@ def load(
     revision: str | None = None,
     local_files_only: bool = False,
     model_config: OPTConfig | str | Path | None = None,
+    ignore: Sequence[str] = (),
     tokenizer: str | Path | None = None,
 ) -> LanguageModel:
     """Loads a model with its tokenizer: ``minopt.load("facebook/opt-125m").generate("Today is")``.
@@ -534,9 +535,10 @@ def load(
     if offload is not None:
         _check_offload(offload, target, quantize, optimize, mesh)
     path = find_model(name_or_path, revision=revision, local_files_only=local_files_only)
-    checkpoint = None if is_exported(path) else open_checkpoint(path, model_config)
+    checkpoint = None if is_exported(path) else open_checkpoint(path, model_config, ignore)
     for name, given in (
-        ("model_config", model_config), ("quantize", quantize), ("mesh", mesh), ("offload", offload)
+        ("model_config", model_config), ("ignore", ignore or None), ("quantize", quantize), ("mesh", mesh),
+        ("offload", offload),
     ):  # fmt: skip
         if checkpoint is None and given is not None:
             raise ValueError(f"{name}: {path} is a program, compiled with its own. Leave it out.")
@@ -555,7 +557,7 @@ def load(
     elif offload is not None:
         model = StreamedOPT(checkpoint, target, number_type, in_memory=offload == "cpu")
     elif optimize == "compile" and target.type == "cpu":
-        model = _compiled(path, dtype, quantize, model_config)
+        model = _compiled(path, dtype, quantize, model_config, ignore)
     elif optimize:
         weights = read_weights(
             checkpoint, target, number_type, apart=packs(number_type), keep_int8=True, quantize=quantize == "int8"
@@ -593,12 +595,18 @@ def _check_offload(
 
 
 def _compiled(
-    path: Path, dtype: torch.dtype | str, quantize: str | None, model_config: OPTConfig | str | Path | None
+    path: Path,
+    dtype: torch.dtype | str,
+    quantize: str | None,
+    model_config: OPTConfig | str | Path | None,
+    ignore: Sequence[str],
 ) -> ExportedModel:
     """A model as its program, which needs no file once it is loaded."""
     from minopt.export import export_model  # it brings the compiler
 
     with tempfile.TemporaryDirectory(prefix="minopt-") as folder:
         program = Path(folder) / "program"
-        export_model(path, program, dtype=dtype, quantize=quantize, device="cpu", model_config=model_config)
+        export_model(
+            path, program, dtype=dtype, quantize=quantize, device="cpu", model_config=model_config, ignore=ignore
+        )
         return load_exported(program)

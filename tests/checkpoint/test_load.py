@@ -335,7 +335,8 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "tensor unexpected": (
         lambda f: rewrite_safetensors(f, lambda ts: ts | {"score.weight": torch.zeros(2)}),
-        r"1 unexpected \(score\.weight\)",
+        r"1 unexpected \(score\.weight: a classifier's head, as of OPTForSequenceClassification\)\. To load all "
+        r"else, leave them out: ignore=\['score\.\*'\] \(--ignore \"score\.\*\"\)\.",
     ),
     "tensor of integers": (
         lambda f: rewrite_safetensors(f, lambda ts: {k: t.int() if "fc1.bias" in k else t for k, t in ts.items()}),

@@ -8,7 +8,7 @@ import logging
 import math
 import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -52,6 +52,7 @@ def convert(
     revision: str | None = None,
     local_files_only: bool = False,
     model_config: OPTConfig | str | Path | None = None,
+    ignore: Sequence[str] = (),
     tokenizer: str | Path | None = None,
     force: bool = False,
     show_progress: bool = False,
@@ -73,7 +74,7 @@ def convert(
             format that compressed-tensors calls int-quantized; ``dtype`` then is that of the other tensors, and what
             is int8 already stays so. ``None`` writes int8 weights as what they stand for.
         max_shard_bytes: the most that one safetensors file holds, unless a single tensor is larger.
-        revision, local_files_only, model_config: see ``minopt.load_model``.
+        revision, local_files_only, model_config, ignore: see ``minopt.load_model``.
         tokenizer: the folder of its files; ``None`` looks beside the weights, then one folder up.
         force: replace a model that is there.
         show_progress: draw a bar on stderr.
@@ -102,7 +103,7 @@ def convert(
         raise ValueError(f"max_shard_bytes: expected a positive number, got {max_shard_bytes}.")
     _check_destination(destination, force)  # before anything is downloaded
     path = find_model(source, revision=revision, local_files_only=local_files_only)
-    checkpoint = open_checkpoint(path, model_config)
+    checkpoint = open_checkpoint(path, model_config, ignore)
     if checkpoint.found.folder.resolve().is_relative_to(destination.resolve()):
         raise ValueError(f"{destination}: is, or holds, the source {path}. Name another destination.")
     if format == "metaseq":

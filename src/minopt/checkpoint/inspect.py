@@ -109,6 +109,7 @@ def inspect_checkpoint(
     revision: str | None = None,
     local_files_only: bool = False,
     model_config: OPTConfig | str | Path | None = None,
+    ignore: Sequence[str] = (),
     show_progress: bool = False,
 ) -> Report:
     """Describes a checkpoint of any kind, also one that is damaged or incomplete.
@@ -120,7 +121,7 @@ def inspect_checkpoint(
             tensor, over its name, dtype and shape as three lines (``layers.0.fc1.weight``, ``float16``, ``3072,768``)
             and then its little-endian bytes in row-major order, those of an int8 weight followed by its scales' as
             float32; and of the whole, over the lines ``<name> <digest>`` sorted by name. Each line ends with a newline.
-        revision, local_files_only, model_config: see ``minopt.load_model``.
+        revision, local_files_only, model_config, ignore: see ``minopt.load_model``.
         show_progress: draw a bar on stderr while values are read.
 
     Raises:
@@ -142,7 +143,7 @@ def inspect_checkpoint(
     files = {file.name: file.stat().st_size for file in found.files if file.is_file()}
     base = Report(str(path), found.kind, files, parts, shards, found.missing)
     try:
-        checkpoint = open_checkpoint(path, model_config)
+        checkpoint = open_checkpoint(path, model_config, ignore)
     except (CheckpointError, OSError) as error:
         return replace(base, problem=str(error))
     return _describe(base, checkpoint, check, digest, show_progress)

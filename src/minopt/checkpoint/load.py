@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -34,6 +34,7 @@ def load_model(
     revision: str | None = None,
     local_files_only: bool = False,
     model_config: OPTConfig | str | Path | None = None,
+    ignore: Sequence[str] = (),
 ) -> OPT:
     """Loads the plain, trainable model of a checkpoint, in evaluation mode.
 
@@ -50,6 +51,7 @@ def load_model(
         local_files_only: use what the hub's cache holds, ask nobody.
         model_config: instead of the configuration that the checkpoint comes with: one, the name of a preset such
             as ``"opt-1.3b"``, or a config.json.
+        ignore: tensors to leave out, by patterns of their names in the files, such as ``"score.*"`` or ``"v_head.*"``.
 
     Returns:
         The model, in ``eval()`` mode.
@@ -62,7 +64,7 @@ def load_model(
     """
     target, number_type = resolve_device(device), resolve_dtype(dtype)  # before anything is downloaded
     path = find_model(name_or_path, revision=revision, local_files_only=local_files_only)
-    return load_checkpoint(open_checkpoint(path, model_config), target, number_type)
+    return load_checkpoint(open_checkpoint(path, model_config, ignore), target, number_type)
 
 
 def load_checkpoint(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype | None) -> OPT:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Any
 
 from minopt.checkpoint.errors import CheckpointError, MissingFileError, some
 from minopt.checkpoint.metaseq_config import check_agreement, config_of, facts_of, settings_of
-from minopt.checkpoint.names import METASEQ_HEAD, from_metaseq, looks_like, shard_dim
+from minopt.checkpoint.names import METASEQ_HEAD, described, from_metaseq, left_out, own_keys, shard_dim
 from minopt.checkpoint.pieces import Run, Slice, SourceTensor, check_distinct
 from minopt.checkpoint.read import TorchFile
 from minopt.config import PRESETS, OPTConfig, is_int
@@ -102,13 +102,16 @@ class MetaseqTensors:
     heads: list[tuple[Slice, int]]
 
 
-def open_metaseq(files: FileSet, override: OPTConfig | None, beside: OPTConfig | None) -> MetaseqTensors:
+def open_metaseq(
+    files: FileSet, override: OPTConfig | None, beside: OPTConfig | None, ignore: Sequence[str] = ()
+) -> MetaseqTensors:
     """Opens all files of a set, and puts together what they hold; no numbers are read but a sample of each.
 
     Args:
         files: the set.
         override: a configuration that goes before the one in the files.
         beside: of a config.json beside them, which may not contradict them.
+        ignore: patterns of keys to leave out.
 
     Raises:
         MissingFileError: naming the parts and shards that are not there.
@@ -122,6 +125,9 @@ def open_metaseq(files: FileSet, override: OPTConfig | None, beside: OPTConfig |
     parts = [[opened[part, shard] for shard in range(files.shards)] for part in range(files.parts)]
     settings = settings_of(parts[0][0].content)
     shares = [_share(part, settings, override or beside, len(parts)) for part in parts]
+    for number, share in enumerate(shares):
+        own = own_keys(share, ignore, parts[number][0].path, say=number == 0)
+        shares[number] = {name: share[key] for key, name in own.items()}
     named = [_named(share, part[0].path) for share, part in zip(shares, parts, strict=True)]
     heads = [share.pop(METASEQ_HEAD, None) for share in shares]
     _check_alike(named, parts)
@@ -336,9 +342,8 @@ def _named(share: dict[str, Slice], path: Path) -> dict[str, Slice]:
     if twice:
         raise CheckpointError(f"{path}: holds these twice, fused and apart: {some(sorted(twice))}.")
     if strange:
-        other = looks_like(strange)
-        raise CheckpointError(f"{path}: {len(strange)} tensors are not an OPT's: {some(strange)}. "
-                              + (f"To judge by them, this looks like {other}." if other else "Is it one?"))  # fmt: skip
+        raise CheckpointError(f"{path}: {len(strange)} tensors are not an OPT's: {some(list(map(described, strange)))}."
+                              f" {left_out(strange)}")  # fmt: skip
     return named
 
 

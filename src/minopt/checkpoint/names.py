@@ -6,7 +6,15 @@ back as it is, so that it is reported as unexpected.
 
 from __future__ import annotations
 
+import logging
 import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
+
+from minopt.checkpoint.errors import CheckpointError, some
+
+logger = logging.getLogger(__name__)
 
 # Hugging Face: published files carry "model.decoder." (OPTForCausalLM) or "decoder." (OPTModel).
 _HF_PREFIXES = ("model.decoder.", "decoder.")
@@ -52,9 +60,36 @@ FUSED = ("k_proj", "v_proj", "q_proj")
 _FUSED = "qkv_proj"
 
 # What no Hugging Face file has.
-_METASEQ_ONLY = re.compile(r"(^|\.)flat_param_\d+$|\.qkv_proj\.|^decoder\.(layer_norm|project_(in|out)_dim)\.")
+_METASEQ_ONLY = re.compile(r"(^|\.)flat_param_\d+$|\.qkv_proj\.|(^|\.)decoder\.(layer_norm|project_(in|out)_dim)\.")
+
+# Of what PEFT puts into the modules that it adapts.
+_ADAPTER = re.compile(r"(^|\.)(lora_\w+|ia3_\w+|base_layer|modules_to_save|prompt_encoder)(\.|$)")
 
 _LAYER = re.compile(r"^layers\.(0|[1-9]\d*)\.")
+
+# A key that ends as a decoder's do: what is in front, and the name. The shortest front: a layer has a final_layer_norm.
+_IN_DECODER = re.compile(
+    r"((?:.*?\.)??)("
+    + "|".join(
+        re.escape(name).replace(r"layers\.N\.", r"layers\.\d+\.")
+        for name in [*_METASEQ, *_FROM_METASEQ, *(f"layers.N.self_attn.{_FUSED}.{end}" for end in ("weight", "bias"))]
+    )
+    + r"|flat_param_\d+)"
+)
+
+_LONGEST = 1000  # characters of a key that is looked at closely
+
+# The attribute in which a wrapper keeps what it wraps: DDP's, and those of torch.compile, FSDP and recomputation.
+_WRAPPER = re.compile(r"(?<![^.])(module|_\w+)\.")
+
+# What stands beside a decoder and computes something else from it, by the beginning of its name.
+_HEADS = {
+    "score": "a classifier's head, as of OPTForSequenceClassification",
+    "classifier": "a classifier's head",
+    "qa_outputs": "the head of OPTForQuestionAnswering",
+    "v_head": "TRL's value head",
+    "lm_head": "of a head that is more than the token table, to which OPT's is tied",
+}
 
 # Keys by which other models can be told, for a helpful error.
 _OTHERS = {
@@ -67,6 +102,102 @@ _OTHERS = {
     "T5": r"(encoder|decoder)\.block\.\d+\.layer\.",
     "BART or another encoder-decoder": r"(^|\.)encoder\.layers\.\d+\.",
 }
+
+
+def own_keys(keys: Iterable[str], ignore: Sequence[str], where: object, *, say: bool = True) -> dict[str, str]:
+    """The keys of an OPT, as they are where nothing wraps it, by its keys in the files.
+
+    What a wrapper or a larger model has put in front of all of them is taken off, whatever it is. Other parts of a
+    larger model are left out. What belongs to the OPT itself, but is none of its tensors, is not.
+
+    Args:
+        keys: all of a checkpoint's.
+        ignore: patterns of keys to leave out.
+        where: they are, for messages.
+        say: log what was taken off and left out.
+
+    Raises:
+        CheckpointError: if they are of several decoders, or of none.
+    """
+    plain = {key: _unwrapped(key) for key in keys}
+    for pattern in ignore:
+        ignored = [key for key, name in plain.items() if fnmatchcase(key, pattern) or fnmatchcase(name, pattern)]
+        if not ignored:
+            logger.warning("%s: ignore: no tensor is called %s.", where, pattern)
+        plain = {key: name for key, name in plain.items() if key not in ignored}
+    root = _root(list(plain.values()), where)
+    own: dict[str, str] = {}
+    for key, name in plain.items():
+        inside = _without_common(name, root)
+        if name.startswith(root) or inside.split(".")[0] in _HEADS:
+            own[key] = inside
+    if say and (wrapped := next((key for key, name in own.items() if key != name and is_decoders(key)), None)):
+        logger.warning("%s: names are those of a wrapped model: %s is read as %s.", where, wrapped, own[wrapped])
+    if say and (beside := Counter(name.partition(".")[0] for key, name in plain.items() if key not in own)):
+        parts = [f"{name} ({count} tensors)" for name, count in beside.items()]
+        logger.warning("%s: an OPT within a larger model, whose other parts are left out: %s.", where, some(parts, 8))
+    return own
+
+
+def _unwrapped(key: str) -> str:
+    return _WRAPPER.sub("", key) if len(key) <= _LONGEST else key
+
+
+def _root(names: list[str], where: object) -> str:
+    """What stands in front of all names of the one OPT."""
+    found: dict[str, set[str]] = {}
+    for name in names:
+        if len(name) <= _LONGEST and (match := _IN_DECODER.fullmatch(name)):
+            found.setdefault(match[1], set()).add(match[2])
+    # Encoders have layers of the same names, but no tables of both tokens and positions.
+    for tables in ({"embed_positions.weight", "embed_tokens.weight"}, {"embed_positions.weight"}):
+        if whole := [front for front, inner in found.items() if tables <= inner]:
+            break
+    if len(whole) != 1 and (other := looks_like(names)):
+        raise CheckpointError(f"{where}: this looks like {other}, not an OPT. minopt opens OPT and Galactica.")
+    if len(whole) > 1:
+        raise CheckpointError(
+            f"{where}: expected one OPT, got {len(whole)} decoders, whose names begin with {some(sorted(whole))}. "
+            f'Leave out all but one: ignore=["{max(whole, key=len)}*"] (--ignore "{max(whole, key=len)}*").'
+        )
+    if not found:
+        raise CheckpointError(
+            f"{where}: none of its tensors is called as an OPT's: expected {to_hf('embed_tokens.weight')}, "
+            f"{to_hf('layers.0.fc1.weight')} and so on, whatever stands in front, got {some(names) or 'nothing'}."
+        )
+    front = whole[0] if whole else max(found, key=lambda front: len(found[front]))
+    return next((front.removesuffix(end) for end in _HF_PREFIXES if f".{front}".endswith(f".{end}")), front)
+
+
+def _without_common(name: str, root: str) -> str:
+    """A name without the components with which it begins as ``root`` does."""
+    parts, own = root.split(".")[:-1], name.split(".")
+    count = next((i for i, part in enumerate(parts) if own[i : i + 1] != [part]), len(parts))
+    return ".".join(own[count:])
+
+
+def described(key: str) -> str:
+    """A key that an OPT does not have, and what it is if that is known."""
+    what = next((_HEADS[part] for part in key.split(".") if part in _HEADS), None)
+    return f"{key}: {what}" if what else key
+
+
+def left_out(keys: Sequence[str]) -> str:
+    """What to do about keys that an OPT does not have: leave them out, but for an adapter's."""
+    if any(_ADAPTER.search(key) for key in keys):
+        return "They are an adapter's: merge it into the model first (PEFT: merge_and_unload)."
+    above = [(key, key.rpartition(".")[0]) for key in keys]
+    names = dict.fromkeys(
+        key if folder.rpartition(".")[2] in ("", "decoder") else f"{folder}.*" for key, folder in above
+    )
+    patterns = list(names)[:5]
+    flags = " ".join(f'--ignore "{pattern}"' for pattern in patterns)
+    return f"To load all else, leave them out: ignore={patterns} ({flags})."
+
+
+def is_decoders(key: str) -> bool:
+    """Whether a key ends as those of an OPT do, of either kind."""
+    return len(key) <= _LONGEST and _IN_DECODER.fullmatch(_unwrapped(key)) is not None
 
 
 def from_hf(key: str) -> str | None:
@@ -138,7 +269,7 @@ def shard_dim(name: str) -> int | None:
     return _METASEQ[_LAYER.sub("layers.N.", name)][1]
 
 
-def is_metaseq(keys: list[str]) -> bool:
+def is_metaseq(keys: Iterable[str]) -> bool:
     """Whether keys are those of a metaseq file and not of a Hugging Face one."""
     return any(_METASEQ_ONLY.search(key) for key in keys)
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from minopt.checkpoint.container import open_container
 from minopt.checkpoint.errors import CheckpointError, first_line, some
+from minopt.checkpoint.names import is_decoders
 from minopt.checkpoint.unpickle import NOT_TEXT, Placeholder, StoredTensor, UnpickleError
 
 _NUMBERS_IN_CACHE = 2**20
@@ -167,7 +168,7 @@ class TorchFile(TensorFile):
 
     Attributes:
         wrapped: whether the tensors lay in ``content["model"]``, as metaseq writes them.
-        content: all else that the file holds, by key.
+        content: all else that such a file holds, by key.
     """
 
     def __init__(self, path: Path) -> None:
@@ -175,15 +176,14 @@ class TorchFile(TensorFile):
         self._identify()
         try:
             content, self._begin = open_container(path)
-            _check_overlaps(content)
+            tensors = _state_dict(content, path)
+            _check_overlaps(tensors)
         except UnpickleError as error:
             raise CheckpointError(f"{path}: cut short or not a checkpoint ({error}). Fetch the file again.") from None
-        tensors = content if isinstance(content, dict) else {}
-        self.wrapped = isinstance(tensors.get("model"), dict)
         self.content: dict[str, Any] = {}
+        self.wrapped = isinstance(content, dict) and tensors is content.get("model")
         if self.wrapped:
-            self.content = {key: value for key, value in tensors.items() if key != "model"}
-            tensors = tensors["model"]
+            self.content = {key: value for key, value in content.items() if key != "model"}
         strange = [f"{str(key)[:80]}: {_kind(t)}" for key, t in tensors.items()
                    if key.endswith(NOT_TEXT) or not isinstance(t, StoredTensor)]  # fmt: skip
         if strange or not tensors:
@@ -232,14 +232,36 @@ def _kind(value: object) -> str:
     return "nothing" if value == {} else type(value).__name__
 
 
-def _check_overlaps(content: Any) -> None:
+def _state_dict(content: Any, path: Path) -> dict[str, Any]:
+    """The one dict of a model's tensors in what a file holds: all of it, or a part, as in training's checkpoints.
+
+    Raises:
+        CheckpointError: if there are several.
+    """
+    if not isinstance(content, dict):
+        return {}
+    places, seen, found = [("", content)], {id(content)}, {}
+    for place, values in places:  # grows: a dict's own dicts are looked at after it
+        if any(isinstance(t, StoredTensor) and is_decoders(key) for key, t in values.items()):
+            found[place] = values
+            continue
+        inner = {id(v): (f"{place[:200]}.{k}", v) for k, v in values.items() if isinstance(v, dict)}
+        places += [inner[number] for number in inner if number not in seen]  # one may hold itself
+        seen |= inner.keys()
+    if len(found) > 1:
+        names = some([place.removeprefix(".") for place in found])
+        raise CheckpointError(f"{path}: expected one model's tensors, got {len(found)} dicts of them ({names}). "
+                              "Save the one that you want as a file of its own.")  # fmt: skip
+    model = content.get("model")
+    return next(iter(found.values()), model if isinstance(model, dict) else content)
+
+
+def _check_overlaps(tensors: dict[str, Any]) -> None:
     """Two names for one tensor are fine (a tied head); two tensors that share some of their numbers are not."""
     spans: dict[str, set[tuple[int, int]]] = {}
-    dicts = [content, content.get("model")] if isinstance(content, dict) else []
-    for tensors in dicts:
-        for tensor in tensors.values() if isinstance(tensors, dict) else ():
-            if isinstance(tensor, StoredTensor) and tensor.numel:
-                spans.setdefault(tensor.storage.key, set()).add((tensor.offset, tensor.end))
+    for tensor in tensors.values():
+        if isinstance(tensor, StoredTensor) and tensor.numel:
+            spans.setdefault(tensor.storage.key, set()).add((tensor.offset, tensor.end))
     for ranges in spans.values():
         ordered = sorted(ranges)
         if any(end > begin for (_, end), (begin, _) in pairwise(ordered)):

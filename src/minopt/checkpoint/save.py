@@ -82,7 +82,11 @@ def generation_config(config: OPTConfig) -> dict[str, Any]:
 def write_config(folder: Path, config: OPTConfig, dtype: torch.dtype, *, is_int8: bool = False) -> None:
     """Writes config.json, for weights of ``dtype``, or int8 ones beside other tensors of it."""
     # The head is the token table, whatever the file said that the model came from (loading has compared the two).
-    values = config.to_dict() | {"tie_word_embeddings": True, "torch_dtype": str(dtype).removeprefix("torch.")}
+    values = config.to_dict() | {
+        "architectures": ["OPTForCausalLM"],
+        "tie_word_embeddings": True,
+        "torch_dtype": str(dtype).removeprefix("torch."),
+    }
     values.pop("dtype", None)  # the newer name of the same key, from the file that was loaded
     values.pop(int8.CONFIG_KEY, None)  # what that file's weights were
     if is_int8:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from minopt import int8
 from minopt.checkpoint.errors import AmbiguousPathError, CheckpointError, MissingFileError, some
 from minopt.checkpoint.metaseq import FileSet, group_files, open_metaseq
 from minopt.checkpoint.metaseq_config import facts_of, infer_config
-from minopt.checkpoint.names import HF_HEAD, from_hf, from_metaseq, is_metaseq, looks_like
+from minopt.checkpoint.names import HF_HEAD, described, from_hf, is_decoders, is_metaseq, left_out, own_keys
 from minopt.checkpoint.pieces import Slice, SourceTensor, same_numbers
 from minopt.checkpoint.quantized import check_quantization, with_scales
 from minopt.checkpoint.read import SafetensorsFile, TensorFile, TorchFile
@@ -161,9 +162,7 @@ def _holds_decoder(files: FileSet, errors: list[CheckpointError]) -> bool:
     except CheckpointError as error:
         errors.append(error)
         return False
-    return is_metaseq(list(file.shapes)) or any(
-        name not in (None, key) for key in file.shapes for name in (from_hf(key), *from_metaseq(key))
-    )
+    return any(map(is_decoders, file.shapes))
 
 
 def _looks_metaseq(path: Path) -> bool:
@@ -175,8 +174,7 @@ def _looks_metaseq(path: Path) -> bool:
 
 
 def _is_metaseq(file: TorchFile) -> bool:
-    keys = list(file.shapes)
-    return is_metaseq(keys) or (file.wrapped and not any(key.startswith("model.decoder.") for key in keys))
+    return is_metaseq(file.shapes) or (file.wrapped and all(key.startswith("decoder.") for key in file.shapes))
 
 
 def _as_metaseq(files: FileSet) -> Found:
@@ -229,12 +227,15 @@ def _check_link(path: Path) -> None:
         raise CheckpointError(f"{path}: a link that leads out of its folder, to {target}. Name the file it leads to.")
 
 
-def open_checkpoint(path: Path, model_config: OPTConfig | str | Path | None = None) -> Checkpoint:
+def open_checkpoint(
+    path: Path, model_config: OPTConfig | str | Path | None = None, ignore: Sequence[str] = ()
+) -> Checkpoint:
     """Opens all files of a checkpoint and checks that they are exactly a model's; no numbers are read but samples.
 
     Args:
         path: a folder that holds one checkpoint, or any one file of it.
         model_config: instead of what the files say: a configuration, the name of a preset, or a config.json.
+        ignore: tensors to leave out, by patterns of their names in the files: ``"score.*"``.
 
     Raises:
         MissingFileError: if a file is not there.
@@ -246,14 +247,14 @@ def open_checkpoint(path: Path, model_config: OPTConfig | str | Path | None = No
     if found.metaseq is not None:
         path = found.folder / "config.json"
         beside = _read_config(path) if override is None and path.is_file() else None
-        content = open_metaseq(found.metaseq, override, beside)
+        content = open_metaseq(found.metaseq, override, beside, ignore)
         checkpoint = Checkpoint(found, content.config, content.config_source, content.tensors, tuple(content.heads))
     else:
-        checkpoint = _open_hf(found, override)
+        checkpoint = _open_hf(found, override, ignore)
     return _matched(checkpoint)
 
 
-def _open_hf(found: Found, override: OPTConfig | None) -> Checkpoint:
+def _open_hf(found: Found, override: OPTConfig | None, ignore: Sequence[str]) -> Checkpoint:
     if found.missing:
         raise MissingFileError(f"{found.folder}: {len(found.missing)} of the {len(found.files)} files in its index are "
                                f"missing: {some(found.missing)}. Fetch them again.")  # fmt: skip
@@ -266,30 +267,26 @@ def _open_hf(found: Found, override: OPTConfig | None) -> Checkpoint:
     where = found.files[0] if len(files) == 1 else found.folder
     pieces = {key: Slice.whole(file, key) for file in files for key in file.shapes}
     named: dict[str, tuple[str, Slice]] = {}
-    twice, strange = [], []
-    for key, piece in pieces.items():
-        name = from_hf(key)
-        if name is None or key == HF_HEAD:
-            continue
-        if name == key:
-            strange.append(key)
+    twice, heads = [], []
+    for key, short in own_keys(pieces, ignore, where).items():
+        name, piece = from_hf(short), pieces[key]
+        if short == HF_HEAD:
+            heads.append((key, piece))
         elif name in named:
             twice.append(f"{named[name][0]} and {key}")
-        named.setdefault(name, (key, piece))
-    if (other := looks_like(strange)) and "embed_tokens.weight" not in named:
-        raise CheckpointError(f"{where}: this looks like {other}, not an OPT. minopt opens OPT and Galactica.")
+        elif name is not None:
+            named[name] = (key, piece)
     if twice:
         raise CheckpointError(f"{where}: {len(twice)} stored twice ({some(twice)}). Keep one of each.")
-    head = pieces.get(HF_HEAD)
-    if head is not None and head.dtype == torch.int8:
-        raise CheckpointError(f"{where}: {HF_HEAD}: expected the token embeddings, to which OPT's head is tied, got "
+    if wrong := [key for key, head in heads if head.dtype == torch.int8]:
+        raise CheckpointError(f"{where}: {wrong[0]}: expected the token embeddings, to which OPT's head is tied, got "
                               "int8. Make the int8 weights anew, and ignore lm_head.")  # fmt: skip
-    if "embed_tokens.weight" not in named and head is not None:
-        named["embed_tokens.weight"], head = (HF_HEAD, head), None  # tied, written once under the head's name
+    if "embed_tokens.weight" not in named and heads:
+        named["embed_tokens.weight"] = heads.pop()  # tied, written once under the head's name
     tensors = {name: SourceTensor(name, p.shape, p.dtype, (p,)) for name, (_, p) in named.items()}
     tensors = with_scales(tensors, quantization is not None, where)
     config, source = _hf_config(found.folder, override, {name: t.shape for name, t in tensors.items()}, where)
-    return Checkpoint(found, config, source, tensors, () if head is None else ((head, 0),))
+    return Checkpoint(found, config, source, tensors, tuple((head, 0) for _, head in heads))
 
 
 def _quantization_of(folder: Path, override: OPTConfig | None) -> object:
@@ -368,12 +365,18 @@ def _matched(checkpoint: Checkpoint) -> Checkpoint:
     unexpected = [_key(tensor) for name, tensor in tensors.items() if name not in expected]
     problems = [
         f"{len(names)} {what} ({some(names)})"
-        for what, names in (("missing", missing), ("unexpected", unexpected), ("of the wrong shape or kind", wrong))
+        for what, names in (
+            ("missing", missing),
+            ("unexpected", list(map(described, unexpected))),
+            ("of the wrong shape or kind", wrong),
+        )
         if names
     ]
     if problems:
         hint = "Do config and weights belong together?"
-        if set(missing) & {"final_layer_norm.weight", "final_layer_norm.bias"}:
+        if unexpected and not any(map(is_decoders, unexpected)):
+            hint = left_out(unexpected)
+        if missing and {*missing} <= {"final_layer_norm.weight", "final_layer_norm.bias"}:
             hint = (
                 "A fine-tune made before transformers 4.20.1 has no final_layer_norm: if this is one, set "
                 '"_remove_final_layer_norm": true in its config.json.'

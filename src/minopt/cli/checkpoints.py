@@ -57,6 +57,7 @@ def _convert(args: argparse.Namespace) -> None:
         revision=args.revision,
         local_files_only=args.local_files_only,
         model_config=args.model_config,
+        ignore=args.ignore,
         tokenizer=args.tokenizer,
         force=args.force,
         show_progress=on_terminal(),
@@ -74,6 +75,7 @@ def _inspect(args: argparse.Namespace) -> int:
         revision=args.revision,
         local_files_only=args.local_files_only,
         model_config=args.model_config,
+        ignore=args.ignore,
         show_progress=on_terminal(),
     )
     print(json.dumps(report.to_dict(), indent=2) if args.json else report.to_text(tensors=args.tensors))

@@ -46,6 +46,13 @@ def add_reading_arguments(parser: argparse.ArgumentParser, with_tokenizer: bool 
         metavar="NAME_OR_JSON",
         help="a preset such as opt-1.3b, or a config.json, instead of what the checkpoint says",
     )
+    parser.add_argument(
+        "--ignore",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="leave out tensors of such a name in the files, for example v_head.* (more than once: several)",
+    )
     if with_tokenizer:
         parser.add_argument(
             "--tokenizer", metavar="FOLDER", help="of its files (default: beside the weights, or one up)"

@@ -62,7 +62,8 @@ def _evaluate(args: argparse.Namespace) -> int:
     options = {
         "dtype": "float32" if args.task == "reference" else args.dtype, "quantize": args.quantize,
         "revision": args.revision,
-        "local_files_only": args.local_files_only, "model_config": args.model_config, "tokenizer": args.tokenizer,
+        "local_files_only": args.local_files_only, "model_config": args.model_config,
+        "ignore": args.ignore, "tokenizer": args.tokenizer,
     }  # fmt: skip
     if args.task == "reference":
         return _reference(load(args.model, device=args.device, **options), args.json)

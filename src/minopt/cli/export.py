@@ -41,6 +41,7 @@ def _export(args: argparse.Namespace) -> None:
         revision=args.revision,
         local_files_only=args.local_files_only,
         model_config=args.model_config,
+        ignore=args.ignore,
         tokenizer=args.tokenizer,
     )
     tell(f"wrote {args.destination}")

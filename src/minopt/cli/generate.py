@@ -182,6 +182,7 @@ def _run(
         revision=args.revision,
         local_files_only=args.local_files_only,
         model_config=args.model_config,
+        ignore=args.ignore,
         tokenizer=args.tokenizer,
     )
     options = {"max_new_tokens": lm.generation_defaults.get("max_new_tokens", 30), **options}
