@@ -201,7 +201,8 @@ def test_perplexity_is_that_of_the_library(name: str, lm: LanguageModel, tmp_pat
         ("--task perplexity", "--data: expected a text file, such as WikiText-2's wiki.test.raw, got none. Name one."),
         ("--task perplexity --data nope.txt", "data: expected a file"),
         ("--task perplexity --data {dev}", "--data: expected a text (.txt, .raw), got "),
-        ("--task perplexity --data {tmp}/short.txt", "expected at least the 1024 tokens of one window, got 3."),
+        ("--task perplexity --data {tmp}/short.txt --window 2 --stride 3", "stride: expected 1 to the window's 2 "),
+        ("--task reference --stride 5", "--stride: goes with --task perplexity, got --task reference. Leave it out."),
         ("--task perplexity --data {tmp}/short.txt --window 1", "window: expected 2 to the model's 1024 positions, g"),
     ],
 )  # fmt: skip

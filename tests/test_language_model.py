@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
 import functools
 import json
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
 import transformers
 from hypothesis import HealthCheck, given, settings
@@ -20,9 +22,10 @@ from torch import Tensor
 
 import minopt
 from minopt import GenerationConfig, Tokenizer
+from minopt.cli import main
 from minopt.language_model import SCORES_IN_TOKENS
 from minopt.tokenizer import TokenBytes
-from tests.test_tokenizer import STOP_ALPHABET, STOP_TEXTS, first_stop, stop_ids
+from tests.test_tokenizer import STOP_ALPHABET, STOP_TEXTS, first_stop, stop_ids, write_marked
 
 PROMPTS = ["It was a dark night", "The captain", "“I will go,” said the old man, and he", ""]
 
@@ -97,10 +100,6 @@ def test_an_empty_prompt_starts_from_the_beginning_token(lm: minopt.LanguageMode
     expected = minopt.generate(lm.model, torch.tensor([[2]]), max_new_tokens=6).sequences[0, 1:]
     assert lm.generate("", max_new_tokens=6, return_details=True).token_ids == tuple(expected.tolist())
     assert lm.generate("", max_new_tokens=6, add_bos=False) == lm.generate("", max_new_tokens=6)
-    headless = dataclasses.replace(lm.model.config, bos_token_id=None)
-    model = minopt.OPT(headless)
-    with pytest.raises(ValueError, match="prompt: empty, and the model has no beginning-of-text token"):
-        minopt.LanguageModel(model, lm.tokenizer).generate("", add_bos=False)
 
 
 @pytest.mark.parametrize("options", [{}, {"do_sample": True, "seed": 3, "temperature": 1.5}])
@@ -188,6 +187,39 @@ def test_generation_leaves_nothing_behind_on_the_model() -> None:
     lm.generate("The", max_new_tokens=3)
     assert {name: value for name, value in vars(lm.model).items() if not name.startswith("_")} == before
     assert all(p.requires_grad for p in lm.model.parameters())
+
+
+def without_bos(bos: int | None, **settings: Any) -> minopt.LanguageModel:
+    """A model with a tokenizer that puts nothing in front of a text, and a config that names some bos."""
+    lm = minopt.load(minopt.DEMO, device="cpu", optimize=False)
+    assert lm.tokenizer is not None
+    backend = tokenizers.Tokenizer.from_str(lm.tokenizer.backend.to_str())
+    backend.post_processor = tokenizers.processors.ByteLevel()
+    model = minopt.OPT(dataclasses.replace(lm.model.config, bos_token_id=bos)).eval()
+    model.load_state_dict(lm.model.state_dict())
+    return minopt.LanguageModel(model, Tokenizer(backend, settings))
+
+
+@pytest.mark.parametrize(("settings", "first"), [({"bos_token": "</s>"}, 2), ({}, 5)], ids=["named", "not named"])
+def test_an_empty_text_begins_as_the_tokenizer_says_and_else_as_the_model_does(
+    settings: dict[str, Any], first: int
+) -> None:
+    """Generated, streamed, scored, in a list with others."""
+    lm = without_bos(5, **settings)
+    assert lm.tokenizer is not None
+    assert lm.tokenizer.encode("") == []
+    expected = minopt.generate(lm.model, torch.tensor([[first]]), max_new_tokens=6).sequences[0, 1:]
+    record = lm.generate("", max_new_tokens=6, return_details=True)
+    assert record.token_ids == tuple(expected.tolist())
+    assert "".join(lm.stream("", max_new_tokens=6)) == record.text
+    assert lm.generate(["", "The sea"], max_new_tokens=6, show_progress=False)[0] == record.text
+    (scored,) = lm.score("", [record.text])
+    assert scored.logprobs == pytest.approx(record.logprobs, abs=1e-4)
+    assert lm.score("", [record.text], add_bos=False)[0].logprobs[0] is None
+    headless = without_bos(None)
+    with pytest.raises(ValueError, match="prompt: empty, and the model has no beginning-of-text token"):
+        headless.generate("")
+    assert headless.score("", ["a"])[0].logprobs == (None,)
 
 
 def test_files_that_name_different_tokens_are_pointed_out(
@@ -320,21 +352,94 @@ def test_a_stream_holds_back_what_may_begin_a_stop_string_and_nothing_else(
     tokenizer = scripted.tokenizer
     assert tokenizer is not None
     script = script_of(data, tokenizer)
-    options: dict[str, Any] = {"stop_strings": strings, "min_new_tokens": min_new_tokens, "max_new_tokens": 50}
+    options: dict[str, Any] = {
+        "stop_strings": strings, "min_new_tokens": min_new_tokens, "max_new_tokens": len(script) + 5,
+    }  # fmt: skip
     rule = Script(tokenizer, [script])
     given_by: dict[int, str] = {}
     for piece in scripted.stream(strings[0] + "=0", logits_processor=rule, **options):
         assert piece
         given_by[rule.steps] = given_by.get(rule.steps, "") + piece
     text, token_ids, _ = by_definition(tokenizer, script, strings, min_new_tokens)
-    decoder, whole = tokenizer.stream_decoder(), ""
+    token_bytes, whole = TokenBytes(tokenizer, skip_special_tokens=True), b""
     for count, token_id in enumerate(token_ids[:-1], start=1):
-        whole += decoder.push(token_id)
-        held = max((n for s in strings for n in range(len(s)) if whole.endswith(s[:n])), default=0)
+        whole += token_bytes[token_id]
+        beginnings = [s.encode()[:n] for s in strings for n in range(len(s.encode()))]
+        held = max((len(beginning) for beginning in beginnings if whole.endswith(beginning)), default=0)
         so_far = "".join(piece for step, piece in given_by.items() if step <= count)
-        assert so_far == whole[: len(whole) - held]
+        assert so_far == codecs.getincrementaldecoder("utf-8")("replace").decode(whole[: len(whole) - held])
     assert "".join(given_by.values()) == text
     assert scripted.generate(strings[0] + "=0", logits_processor=Script(tokenizer, [script]), **options) == text
+
+
+# What is written, and by what it is to end: strings that are special or added tokens, hold some, or a part of one.
+SPECIAL_STOPS: list[tuple[str, list[str], str | None, str | None]] = [
+    ("a cat<|user|> b", ["<|user|>"], "a cat", "a cat"),
+    ("a cat\n<|user|> b", ["\n<|user|>"], "a cat", "a cat"),
+    ("a\n cat<|user|>\n b", ["\n<|user|>"], None, None),
+    ("a</s> cat[END_REF]. b", ["zz", "[END_REF]."], "a cat", "a</s> cat"),
+    ("a</s>b</s>", ["</s>"], "a", "a"),
+    ("a <tool> b", ["<tool>"], "a ", "a "),
+    ("a <tool> b", ["ol> b"], "a <to", "a <to"),
+    ("a<|user|>b c", ["ab"], "", None),
+    ("a<|user|>b c", ["r|>b"], None, "a<|use"),
+    ("a<|user|><|user|>", ["<|user|><|user|>", "x"], "a", "a"),
+    ("a  <wide>  b", ["  <wide> "], "a", "a"),
+    ("a \u00e9t\u00e9 b", ["\u00e9t\u00e9"], "a ", "a "),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def marked(tmp_path_factory: pytest.TempPathFactory) -> minopt.LanguageModel:
+    """With a tokenizer that has special and other added tokens."""
+    return small_lm(write_marked(tmp_path_factory.mktemp("marked")))
+
+
+@pytest.mark.parametrize("way", [*WAYS, {"stream": True}, {"batch_size": 2}], ids=str)
+@pytest.mark.parametrize("skip", [True, False], ids=["hidden", "shown"])
+@pytest.mark.parametrize(("written", "strings", "hidden", "shown"), SPECIAL_STOPS)
+def test_special_tokens_are_text_to_stop_strings_whether_they_are_shown_or_not(
+    marked: minopt.LanguageModel, written: str, strings: list[str], hidden: str | None, shown: str | None, skip: bool,
+    way: dict[str, Any],
+) -> None:  # fmt: skip
+    tokenizer = marked.tokenizer
+    assert tokenizer is not None
+    script = tokenizer.encode(written, add_bos=False)
+    options: dict[str, Any] = {"stop_strings": strings, "max_new_tokens": len(script) + 3, "eos_token_id": 0,
+                               "skip_special_tokens": skip, "show_progress": False, **way}  # fmt: skip
+    expected = hidden if skip else shown
+    if expected is None:
+        expected = tokenizer.decode([*script, 2, 2, 2], skip_special_tokens=skip)
+    rule = Script(tokenizer, [script, script])
+    if options.pop("stream", False):
+        del options["show_progress"]
+        assert "".join(marked.stream("x=0", logits_processor=rule, **options)) == expected
+        return
+    found = marked.generate(["x=0", "longer =1"], logits_processor=rule, echo=True, **options)
+    for prompt, texts in zip(["x=0", "longer =1"], found, strict=True):
+        assert set([texts] if isinstance(texts, str) else texts) == {prompt + expected}
+
+
+def test_special_tokens_are_shown_if_asked_for(
+    lm: minopt.LanguageModel, reference: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """By all methods and the command line, as transformers decodes them."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(minopt.DEMO)
+    options: dict[str, Any] = {"max_new_tokens": 4, "min_new_tokens": 3, "sequence_bias": [[[2], 1000.0]]}
+    ids = tokenizer(PROMPTS[0], return_tensors="pt")["input_ids"]
+    new = reference.generate(ids, do_sample=False, **options)[0, ids.shape[1] :]
+    (tmp_path / "in.txt").write_text(PROMPTS[0] + "\n", encoding="utf-8")
+    flags = ["--device=cpu", "--max-new-tokens=4", "--min-new-tokens=3", "--sequence-bias=[[[2], 1000.0]]"]
+    for skip, flag in ((True, "--skip-special-tokens"), (False, "--no-skip-special-tokens")):
+        expected = tokenizer.decode(new, skip_special_tokens=skip)
+        assert expected.count("</s>") == (0 if skip else 1)
+        options["skip_special_tokens"] = skip
+        assert lm.generate(PROMPTS[0], **options) == "".join(lm.stream(PROMPTS[0], **options)) == expected
+        assert next(iter(lm.generate_each(PROMPTS[:1], **options)))[1][0].text == expected
+        assert main(["generate", PROMPTS[0], flag, *flags]) == 0
+        assert capsys.readouterr().out == expected + "\n"
+        assert main(["generate", "--input", str(tmp_path / "in.txt"), flag, *flags]) == 0
+        assert json.loads(capsys.readouterr().out)["text"] == expected
 
 
 @pytest.mark.parametrize("way", [{}, {"num_beams": 3, "num_return_sequences": 3}])
@@ -550,15 +655,21 @@ def test_the_most_probable_tokens_of_each_step_are_the_models_own(
         torch.testing.assert_close(torch.tensor(record.logprobs), chosen, rtol=0, atol=1e-4)
 
 
-def test_the_end_of_a_long_prompt_is_kept_if_asked_for(lm: minopt.LanguageModel) -> None:
+@pytest.mark.parametrize("add_bos", [None, False])
+def test_the_end_of_a_long_prompt_is_kept_if_asked_for(lm: minopt.LanguageModel, add_bos: bool | None) -> None:
+    """Behind the token that the prompt began with, if the tokenizer put it there."""
     text = "It was a dark night. " * 250
     ids = ids_of(lm, text)
     assert len(ids) > 1020
-    expected = minopt.generate(lm.model, torch.tensor([ids[-1020:]]), max_new_tokens=4).sequences[0, -4:].tolist()
-    record = lm.generate(text, max_new_tokens=4, truncate_prompt=True, return_details=True)
-    assert list(record.token_ids) == expected
-    both = lm.generate(["The sea", text], max_new_tokens=4, truncate_prompt=True, echo=True, batch_size=2)
-    assert both == [lm.generate("The sea", max_new_tokens=4, echo=True), text + record.text]
+    kept = ids[-1020:] if add_bos is False else [2, *ids[-1019:]]
+    expected = minopt.generate(lm.model, torch.tensor([kept]), max_new_tokens=4, output_logprobs=True)
+    options: dict[str, Any] = {"max_new_tokens": 4, "truncate_prompt": True, "add_bos": add_bos}
+    record = lm.generate(text, return_details=True, **options)
+    assert list(record.token_ids) == expected.sequences[0, -4:].tolist()
+    assert expected.logprobs is not None
+    assert record.logprobs == pytest.approx(expected.logprobs[0].tolist(), abs=1e-4)
+    both = lm.generate(["The sea", text], echo=True, batch_size=2, **options)
+    assert both == [lm.generate("The sea", max_new_tokens=4, echo=True, add_bos=add_bos), text + record.text]
     with pytest.raises(ValueError, match=r"prompt: \d+ tokens \+ max_new_tokens 4 = .* or set truncate_prompt"):
         lm.generate(text, max_new_tokens=4)
 
@@ -684,7 +795,7 @@ def test_a_generated_text_scores_what_generating_it_said(lm: minopt.LanguageMode
         (lambda lm: lm.perplexity(""), r"^perplexity: expected a text of at least two tokens, got ''\.$"),
         (lambda lm: lm.perplexity("a", add_bos=False), "perplexity: expected a text of at least two tokens, got 'a'"),
         (lambda lm: lm.perplexity("abc", window=1025), "window: expected 2 to the model's 1024 positions, got 1025"),
-        (lambda lm: lm.perplexity("abc", window=8, stride=8), r"stride: expected 1 to 7 \(window - 1\), got 8"),
+        (lambda lm: lm.perplexity("abc", window=8, stride=9), "stride: expected 1 to the window's 8 tokens, got 9"),
         (lambda lm: lm.score(None), "expected a text"),
         (lambda lm: lm.score("a", 5), "expected one prompt and a list of continuations"),
     ],
@@ -714,40 +825,25 @@ def test_without_a_tokenizer_every_method_on_text_says_so(lm: minopt.LanguageMod
             call(["x"] if call == bare.generate_each else "x")
 
 
-def perplexity_recipe(reference: Any, ids: list[int], window: int, stride: int) -> float:
-    """As transformers' documentation has it, with the model's own loss."""
-    total, count, previous_end = 0.0, 0, 0
-    for begin in range(0, len(ids), stride):
-        end = min(begin + window, len(ids))
-        input_ids = torch.tensor([ids[begin:end]])
-        labels = input_ids.clone()
-        labels[:, : -(end - previous_end)] = -100
-        scored = int((labels[:, 1:] != -100).sum())  # the loss shifts labels, which drops the very first
-        with torch.no_grad():
-            total += reference(input_ids, labels=labels).loss.item() * scored
-        count, previous_end = count + scored, end
-        if end == len(ids):
-            break
-    return math.exp(total / count)
-
-
-@pytest.mark.parametrize(
-    ("repeats", "window", "stride"), [(1, None, None), (1, 32, None), (1, 32, 31), (1, 50, 7), (20, None, None)]
-)
-def test_perplexity_is_that_of_the_strided_recipe(
-    lm: minopt.LanguageModel, reference: Any, repeats: int, window: int | None, stride: int | None
-) -> None:
-    """Of a text within the model's positions and of one beyond them."""
-    text = " ".join([prompt * (n + 1) for n, prompt in enumerate(PROMPTS)] * repeats)
-    ids = ids_of(lm, text)
-    assert (len(ids) > 1024) == (repeats > 1)
-    expected = perplexity_recipe(reference, ids, window or 1024, stride or (window or 1024) // 2)
-    assert lm.perplexity(text, window=window, stride=stride) == pytest.approx(expected, rel=1e-5)
-    if repeats == 1 and window is None:
-        assert lm.perplexity(text) == pytest.approx(math.exp(-lm.score(text).mean), rel=1e-5)
-        assert lm.perplexity(text, add_bos=False) == pytest.approx(
-            perplexity_recipe(reference, ids[1:], 1024, 512), rel=1e-5
-        )
+@pytest.mark.parametrize(("window", "stride"), [(None, None), (40, None), (40, 40), (40, 7)])
+def test_perplexity_is_that_of_the_command_line(
+    lm: minopt.LanguageModel, window: int | None, stride: int | None, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """One definition, and one number: of a text within the model's positions and of one beyond them."""
+    flags = [f"--{name}={value}" for name, value in (("window", window), ("stride", stride)) if value is not None]
+    for repeats in (1, 20):
+        text = " ".join([prompt * (n + 1) for n, prompt in enumerate(PROMPTS)] * repeats)
+        assert (len(ids_of(lm, text)) > 1024) == (repeats > 1)
+        (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+        command = ["evaluate", "--task", "perplexity", "--model", str(minopt.DEMO), "--data", str(tmp_path / "a.txt")]
+        assert main([*command, "--device", "cpu", "--json", *flags]) == 0
+        found = json.loads(capsys.readouterr().out)["perplexity"]
+        assert lm.perplexity(text, window=window, stride=stride) == pytest.approx(found, rel=1e-6)
+        if repeats == 1 and window is None:
+            for add_bos in (None, False):
+                mean = lm.score(text, add_bos=add_bos).mean
+                assert lm.perplexity(text, add_bos=add_bos) == pytest.approx(math.exp(-mean), rel=1e-5)
 
 
 def test_a_text_of_two_tokens_has_a_perplexity(lm: minopt.LanguageModel) -> None:

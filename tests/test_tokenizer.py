@@ -78,15 +78,31 @@ def byte_level_bpe(specials: Sequence[str]) -> tokenizers.Tokenizer:
     return backend
 
 
-@pytest.fixture(scope="module")
-def small_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """vocab.json, merges.txt and tokenizer_config.json like OPT's, of some three hundred tokens."""
-    folder = tmp_path_factory.mktemp("small")
+def write_small(folder: Path) -> Path:
+    """Writes vocab.json, merges.txt and tokenizer_config.json like OPT's, of some three hundred tokens."""
     byte_level_bpe(["<s>", "<pad>", "</s>", "<unk>"]).model.save(str(folder))
     vocab = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
     write_json(folder / "vocab.json", vocab | {"<mask>": len(vocab)})
     write_json(folder / "tokenizer_config.json", OPT_SETTINGS)
     return folder
+
+
+def write_marked(folder: Path) -> Path:
+    """The same with added tokens: special ones and others, one that takes the spaces beside it, one not of ASCII."""
+    known = json.loads((write_small(folder) / "vocab.json").read_text(encoding="utf-8"))
+    added: list[dict[str, Any]] = [{"content": t, "special": True} for t in ("<pad>", "</s>", "<|user|>", "[END_REF]")]
+    added += [{"content": t, "special": False, "normalized": False} for t in ("<tool>", "\u00e9t\u00e9")]
+    added.append({"content": "<wide>", "special": True, "lstrip": True, "rstrip": True})
+    numbers = [known.setdefault(token["content"], len(known)) for token in added]
+    settings = OPT_SETTINGS | {"added_tokens_decoder": dict(zip(map(str, numbers), added, strict=True))}
+    write_json(folder / "tokenizer_config.json", settings)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def small_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small tokenizer's files."""
+    return write_small(tmp_path_factory.mktemp("small"))
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +123,13 @@ def published(request: pytest.FixtureRequest) -> Path:
 def pair(published: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Tokenizer, Any]:
     """Ours and transformers' tokenizer of the published files, opened once."""
     return Tokenizer.load(published), open_reference(published, tmp_path_factory.mktemp("reference"))
+
+
+@pytest.fixture(scope="module")
+def marked_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Tokenizer, Any]:
+    """Ours and transformers' tokenizer with added tokens."""
+    folder = write_marked(tmp_path_factory.mktemp("marked"))
+    return Tokenizer.load(folder), open_reference(folder, tmp_path_factory.mktemp("reference"))
 
 
 @pytest.fixture(scope="module")
@@ -784,8 +807,40 @@ def test_stop_strings_are_found_over_borders_within_tokens_and_within_characters
 def test_what_may_begin_a_stop_string_is_the_longest_end_that_one_goes_on_from(
     small: Tokenizer, text: str, strings: list[str]
 ) -> None:
-    expected = max((n for n in range(len(text) + 1) for s in strings if n < len(s) and text.endswith(s[:n])), default=0)
-    assert small.stop_strings(strings, 0).may_begin(text) == expected
+    data, ids = text.encode(), small.encode(text, add_bos=False)
+    ends = [(n, s.encode()) for n in range(len(data) + 1) for s in strings]
+    expected = max((n for n, s in ends if n < len(s) and data.endswith(s[:n])), default=0)
+    assert small.stop_strings(strings, 0).may_begin(ids) in (expected, len(text.encode()) if text in strings else -1)
+
+
+MARKS = ("<|user|>", "[END_REF]", "<tool>", "</s>", "a", "b", "\n", " cat", "ab")
+
+
+@SEARCH
+@given(
+    row=st.lists(st.sampled_from(MARKS), max_size=8),
+    strings=st.lists(st.lists(st.sampled_from(MARKS), min_size=1, max_size=3).map("".join), min_size=1, max_size=3),
+    skip=st.booleans(),
+)
+def test_strings_with_special_tokens_stop_where_those_of_transformers_do(
+    marked_pair: tuple[Tokenizer, Any], row: list[str], strings: list[str], skip: bool
+) -> None:
+    """At each length; but where only the text without special tokens has one, and they are not shown."""
+    ours, reference = marked_pair
+    criterion = transformers.StopStringCriteria(reference, strings)
+    ids = [i for mark in row for i in ours.encode(mark, add_bos=False)]
+    stops = ours.stop_strings(strings, 0, skip_special_tokens=skip)
+    for count in range(1, len(ids) + 1):
+        part = torch.tensor([ids[:count]])
+        expected, found = bool(criterion(part, None)), bool(stops(part))
+        shown, before = (ours.decode(ids[:end], skip_special_tokens=skip) for end in (count, count - 1))
+        if expected or not skip:
+            assert found == expected
+        else:
+            assert found == any(string in shown[max(0, len(before) - len(string) + 1) :] for string in strings)
+        text = stops.cut(ids[:count])
+        assert (text is not None) == found
+        assert text is None or shown.startswith(text)
 
 
 # --- Prompts and continuations -------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import logging
 import math
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -19,11 +20,12 @@ from minopt.checkpoint.load import load_checkpoint, read_weights, resolve_device
 from minopt.checkpoint.save import save_model
 from minopt.checkpoint.source import open_checkpoint
 from minopt.config import OPTConfig
+from minopt.evaluation.perplexity import window_perplexity
 from minopt.generation.batches import cut_batches
 from minopt.generation.config import GenerationConfig, read_defaults, with_defaults
 from minopt.generation.decode import decode_steps, run
 from minopt.generation.request import STOP_REASONS, GenerationOutput, Request, check_room, prepare
-from minopt.generation.scoring import sliding_logprobs, token_logprobs
+from minopt.generation.scoring import token_logprobs
 from minopt.inference.exported import NO_WEIGHTS, ExportedModel, is_exported, load_exported
 from minopt.inference.fast import FastOPT
 from minopt.inference.graphs import GraphedOPT
@@ -151,7 +153,8 @@ class LanguageModel:
         """Continues a text, or each of many.
 
         Args:
-            prompt: one text, or a list of any number of them; ``""`` starts from the beginning-of-text token.
+            prompt: one text, or a list of any number of them; ``""`` starts from the beginning-of-text token: the
+                tokenizer's, or the model's if the tokenizer has none.
             echo: put the prompt before its continuation.
             return_details: return a ``GeneratedText`` for each continuation instead of its text.
             show_progress: draw a bar on stderr where there is more than one batch.
@@ -159,7 +162,7 @@ class LanguageModel:
 
         Returns:
             The continuation, or a list of them in the order of the prompts. With ``num_return_sequences`` above 1, a
-            list of that many in place of each. Special tokens are left out of the texts.
+            list of that many in place of each.
 
         Raises:
             ValueError: as ``minopt.generate`` does, or if there is no tokenizer.
@@ -193,7 +196,8 @@ class LanguageModel:
             **options: those of ``GenerationConfig`` (``max_new_tokens``, ``num_beams``, ``top_p``, ...), over
                 ``generation_defaults`` or, if given, ``config``; the arguments ``logits_processor``,
                 ``stopping_criteria`` and ``generator`` of ``minopt.generate``, which see the rows of one batch after
-                the other; ``add_bos`` of ``Tokenizer.encode``; and ``batch_size`` and ``max_batch_tokens`` of
+                the other; ``add_bos`` of ``Tokenizer.encode``; ``skip_special_tokens``, which leaves special tokens
+                out of the texts (by default); and ``batch_size`` and ``max_batch_tokens`` of
                 ``generation.batches.cut_batches``: prompts run in batches of like length, by default of 8,192 tokens,
                 new ones and padding included, or of one prompt with ``prompt_lookup_num_tokens``.
 
@@ -219,8 +223,7 @@ class LanguageModel:
             ValueError: as ``generate`` does, before the first piece is asked for; or if beams or several continuations
                 are asked for.
         """
-        if not isinstance(prompt, str):
-            self._encode(prompt, None)  # says what is wrong
+        _check_prompt(prompt)
         _refuse_details(options)
         (batch,) = self._batches([prompt], **options)
         config = batch.request.config
@@ -229,8 +232,7 @@ class LanguageModel:
                 raise ValueError(
                     f"{name}: a stream has one continuation, got {getattr(config, name)}. Set it to 1, or use generate."
                 )
-        assert self.tokenizer is not None
-        return _stream(batch, self.tokenizer)
+        return _stream(batch)
 
     @overload
     def score(self, text: str, continuations: None = ..., **options: Any) -> ScoredText: ...
@@ -253,7 +255,7 @@ class LanguageModel:
         """Says how probable texts are, or continuations of a prompt: to rank answers, say.
 
         A prompt and its continuation are encoded as one text. A token that reaches from one into the other counts as
-        the continuation's.
+        the continuation's. An empty prompt is the beginning-of-text token, as in ``generate``.
 
         Args:
             text: one text, or a list of any number of them; with ``continuations``, the prompt.
@@ -274,11 +276,14 @@ class LanguageModel:
                 raise ValueError("score: expected one prompt and a list of continuations.")
             texts = [_checked("continuation", c) for c in continuations]
             pairs = tokenizer.encode_continuations(text, texts, add_bos)
+            bos = tokenizer.beginning(self.decoder.config)
+            if text == "" and add_bos is None and bos is not None and not tokenizer.encode(""):
+                pairs = [([bos, *ids], start + 1) for ids, start in pairs]  # as generate("") goes on
         else:
             if not isinstance(text, Sequence):
                 raise ValueError(f"score: expected a text or several, got {type(text).__name__}.")
             texts = [_checked("text", t) for t in ([text] if isinstance(text, str) else text)]
-            pairs = [(tokenizer.encode(t, add_bos), 0) for t in texts]
+            pairs = [(ids, 0) for ids in tokenizer.encode_each(texts, add_bos)]
         for t, (ids, start) in zip(texts, pairs, strict=True):
             if start == len(ids):
                 raise ValueError(f"score: expected some text, got {t!r}, which has no tokens.")
@@ -298,12 +303,12 @@ class LanguageModel:
     def perplexity(
         self, text: str, *, window: int | None = None, stride: int | None = None, add_bos: bool | None = None
     ) -> float:
-        """Perplexity of a text of any length: ``exp`` of the mean negative log-probability of its tokens but the first.
+        """Perplexity of a text of any length, as ``minopt evaluate --task perplexity`` measures it.
 
         Args:
             text: may be longer than the model's positions.
-            window, stride: tokens read at once, and by how many the window moves on; see
-                ``generation.scoring.sliding_logprobs``.
+            window, stride: tokens read at once, and by how many the window moves on. By default windows do not overlap,
+                and what does not fill one at the end is left out; see ``evaluation.perplexity.window_losses``.
             add_bos: see ``Tokenizer.encode``.
 
         Raises:
@@ -312,7 +317,7 @@ class LanguageModel:
         ids = self._tokenizer().encode(_checked("text", text), add_bos)
         if len(ids) < 2:
             raise ValueError(f"perplexity: expected a text of at least two tokens, got {text!r}.")
-        return sliding_logprobs(self.decoder, ids, window, stride).double().mean().neg().exp().item()
+        return window_perplexity(self.decoder, ids, window, stride).perplexity
 
     def save(self, folder: str | Path) -> None:
         """Writes a folder that transformers opens too; see ``minopt.save_model``, also for what it raises."""
@@ -336,6 +341,7 @@ class LanguageModel:
         *,
         config: GenerationConfig | None = None,
         add_bos: bool | None = None,
+        skip_special_tokens: bool = True,
         batch_size: int | None = None,
         max_batch_tokens: int | None = None,
         logits_processor: Any = None,
@@ -357,14 +363,10 @@ class LanguageModel:
             config = config.replace(seed=None)
         strings = config.stop_strings
         config = config.replace(stop_strings=(), suppress_tokens=config.suppress_tokens + self._rows_without_token)
-        rows = []
-        for number, text in enumerate(prompts, 1):
-            try:
-                rows.append(self._encode(text, add_bos))
-                check_room(self.decoder.config.max_position_embeddings, len(rows[-1]), config)
-            except ValueError as error:
-                where = f" (Prompt {number} of {len(prompts)}.)" if len(prompts) > 1 else ""
-                raise ValueError(f"{error}{where}") from None
+        rows = self._encode(prompts, add_bos)
+        for number, row in enumerate(rows, 1):
+            with _where(number, len(rows)):
+                check_room(self.decoder.config.max_position_embeddings, len(row), config)
         if config.prompt_lookup_num_tokens is not None and batch_size is None and max_batch_tokens is None:
             batch_size = 1  # rows of a batch wait for each other's drafts
         batches = []
@@ -372,11 +374,15 @@ class LanguageModel:
             batch_size = self._most_rows(config.num_return_sequences if config.num_beams == 1 else 1)
         for indices in cut_batches([self._cost(len(row), config) for row in rows], batch_size, max_batch_tokens):
             input_ids, mask = pad_left([rows[i] for i in indices], self.decoder.config.pad_token_id)
-            request = prepare(self.decoder, input_ids, mask, config, logits_processor, stopping_criteria, generator)
-            stops = tokenizer.stop_strings(strings, request.input_ids.shape[1]) if strings else None
+            request = prepare(
+                self.decoder, input_ids, mask, config, logits_processor, stopping_criteria, generator,
+                tokenizer.beginning(self.decoder.config),
+            )  # fmt: skip
+            width = request.input_ids.shape[1]
+            stops = tokenizer.stop_strings(strings, width, skip_special_tokens) if strings else None
             if stops is not None:
                 request = replace(request, stopping_criteria=(*request.stopping_criteria, stops))
-            batches.append(_Batch(indices, request, stops, tokenizer))
+            batches.append(_Batch(indices, request, stops, tokenizer, skip_special_tokens))
         return batches
 
     def _most_rows(self, copies: int = 1) -> int | None:
@@ -393,16 +399,20 @@ class LanguageModel:
             return tokens + config.num_beams * new  # beams share the prompt
         return (tokens + new) * config.num_return_sequences
 
-    def _encode(self, text: str, add_bos: bool | None) -> list[int]:
-        if not isinstance(text, str):
-            raise ValueError(f"prompt: expected a text, got {type(text).__name__}. A list of texts goes to generate.")
-        ids = self._tokenizer().encode(text, add_bos)
-        if ids:
-            return ids
-        bos = self.decoder.config.bos_token_id
+    def _encode(self, prompts: Sequence[str], add_bos: bool | None) -> list[list[int]]:
+        """Ids of prompts, at least one of each."""
+        tokenizer = self._tokenizer()
+        for number, text in enumerate(prompts, 1):
+            with _where(number, len(prompts)):
+                _check_prompt(text)
+                tokenizer.check([text])
+        rows = tokenizer.encode_each(prompts, add_bos)
+        if all(rows):
+            return rows
+        bos = tokenizer.beginning(self.decoder.config)
         if bos is None:
             raise ValueError("prompt: empty, and the model has no beginning-of-text token. Give it some text.")
-        return [bos]
+        return [row or [bos] for row in rows]
 
 
 @dataclass(frozen=True)
@@ -413,11 +423,12 @@ class _Batch:
     request: Request
     stops: StopStrings | None
     tokenizer: Tokenizer
+    skip_special_tokens: bool
 
     def text(self, ids: list[int], stop_reason: str) -> str:
         """Text of a row's new ids."""
         cut = self.stops.cut(ids) if self.stops is not None and stop_reason in ("stop", "eos") else None
-        return self.tokenizer.decode(ids) if cut is None else cut
+        return self.tokenizer.decode(ids, self.skip_special_tokens) if cut is None else cut
 
 
 def _run_each(batches: list[_Batch], show_progress: bool) -> Iterator[tuple[int, list[GeneratedText]]]:
@@ -453,22 +464,37 @@ def _generated_text(batch: _Batch, output: GenerationOutput, row: int) -> Genera
     )
 
 
-def _stream(batch: _Batch, tokenizer: Tokenizer) -> Iterator[str]:
-    decoder, ids, held, given, reason = tokenizer.stream_decoder(), list[int](), "", 0, ""
+def _stream(batch: _Batch) -> Iterator[str]:
+    # What may be the beginning of a stop string waits until it is known whether it is.
+    decoder = batch.tokenizer.stream_decoder(batch.skip_special_tokens, batch.stops)
+    ids, given, reason = list[int](), 0, ""
     for step in decode_steps(batch.request.on_device()):
         reason = STOP_REASONS[int(step.reasons)]
+        ready = ""
         if bool(step.is_new):
             ids.append(int(step.tokens))
-            held += decoder.push(ids[-1])
+            ready = decoder.push(ids[-1])
         if reason:
             break
-        # What may be the beginning of a stop string waits until it is known whether it is.
-        ready = held[: len(held) - (batch.stops.may_begin(held) if batch.stops else 0)]
-        held, given = held[len(ready) :], given + len(ready)
+        given += len(ready)
         if ready:
             yield ready
     if rest := batch.text(ids, reason)[given:]:
         yield rest
+
+
+def _check_prompt(text: object) -> None:
+    if not isinstance(text, str):
+        raise ValueError(f"prompt: expected a text, got {type(text).__name__}. A list of texts goes to generate.")
+
+
+@contextmanager
+def _where(number: int, count: int) -> Iterator[None]:
+    """Adds to an error which of several prompts it is about."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{error} (Prompt {number} of {count}.)" if count > 1 else str(error)) from None
 
 
 def _refuse_details(options: Mapping[str, Any]) -> None:

@@ -140,6 +140,10 @@ class Tokenizer:
         found = cls.find(weights) if folder is None else Path(folder).expanduser()
         return None if found is None else cls.load(found)
 
+    def beginning(self, config: OPTConfig) -> int | None:
+        """The token from which an empty text goes on: the tokenizer's bos or, if its files name none, the model's."""
+        return config.bos_token_id if self.bos_token_id is None else self.bos_token_id
+
     def warn_of_conflicts(self, config: OPTConfig, folder: Path) -> None:
         """Says where a model's config.json in ``folder`` names other tokens than the tokenizer does.
 
@@ -196,6 +200,12 @@ class Tokenizer:
 
     def encode_each(self, texts: Sequence[str], add_bos: bool | None = None) -> list[list[int]]:
         """Ids of several texts, together and so faster than one by one; see ``encode``, also for what it raises."""
+        self.check(texts, add_bos)
+        encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=add_bos is None)
+        return [self._with_bos(encoding.ids) if add_bos else encoding.ids for encoding in encodings]
+
+    def check(self, texts: Sequence[str], add_bos: bool | None = None) -> None:
+        """Raises what ``encode`` would raise."""
         if add_bos and self.bos_token_id is None:
             raise ValueError("add_bos: the tokenizer's files name no bos_token. Leave add_bos out.")
         for text in texts:
@@ -203,8 +213,6 @@ class Tokenizer:
                 text.encode()
             except UnicodeEncodeError as error:
                 raise ValueError(f"text: not valid Unicode at character {error.start} ({error.reason}).") from None
-        encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=add_bos is None)
-        return [self._with_bos(encoding.ids) if add_bos else encoding.ids for encoding in encodings]
 
     def _with_bos(self, ids: list[int]) -> list[int]:
         assert self.bos_token_id is not None
@@ -222,11 +230,11 @@ class Tokenizer:
         Raises:
             ValueError: as ``encode`` does.
         """
+        texts = [prompt + continuation for continuation in continuations]
+        self.check(texts, add_bos)
         pairs = []
-        for continuation in continuations:
-            text = prompt + continuation
-            (ids,) = self.encode_each([text], add_bos)  # which checks both
-            offsets = self.backend.encode(text, add_special_tokens=add_bos is None).offsets
+        for encoding in self.backend.encode_batch(texts, add_special_tokens=add_bos is None):
+            ids, offsets = self._with_bos(encoding.ids) if add_bos else encoding.ids, encoding.offsets
             start = next((i for i, (_, end) in enumerate(offsets) if end > len(prompt)), len(offsets))
             pairs.append((ids, start + len(ids) - len(offsets)))  # one more with a bos that was added here
         return pairs
@@ -249,22 +257,43 @@ class Tokenizer:
         """Text of ids. Ids without a token give nothing; bytes that are not UTF-8 give U+FFFD."""
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
 
-    def stream_decoder(self, skip_special_tokens: bool = True) -> StreamDecoder:
-        """A decoder that takes one id at a time; what it gives adds up to ``decode`` of them all."""
-        return StreamDecoder(TokenBytes(self, skip_special_tokens))
+    def stream_decoder(self, skip_special_tokens: bool = True, stops: StopStrings | None = None) -> StreamDecoder:
+        """A decoder that takes one id at a time; what it gives adds up to ``decode`` of them all.
 
-    def stop_strings(self, strings: Sequence[str], prompt_length: int) -> StopStrings:
-        """A criterion for ``minopt.generate``: ends rows whose new text, behind ``prompt_length`` ids, has a string."""
-        return StopStrings(TokenBytes(self, skip_special_tokens=True), strings, prompt_length)
+        With ``stops`` it holds back what may be the beginning of one of their strings.
+        """
+        return StreamDecoder(TokenBytes(self, skip_special_tokens), stops)
+
+    def stop_strings(self, strings: Sequence[str], prompt_length: int, skip_special_tokens: bool = True) -> StopStrings:
+        """A criterion for ``minopt.generate``: ends rows whose new text, behind ``prompt_length`` ids, has a string.
+
+        Strings may be special tokens, or hold some: they end a text whether it shows them or not.
+        """
+        shown, written = TokenBytes(self, skip_special_tokens), TokenBytes(self, False, written=True)
+        # Some added tokens take the spaces beside them: a model that has read encoded texts does not write those.
+        encoded = [
+            b"".join(written[i] for i in ids).decode(errors="replace") for ids in self.encode_each(strings, False)
+        ]
+        pairs = [(text, string) for text, string in zip(encoded, strings, strict=True) if len(text) < len(string)]
+        bare = [text for text, string in pairs if text and "".join(text.split()) == "".join(string.split())]
+        return StopStrings(shown, written, [*strings, *bare], prompt_length)
 
 
 class TokenBytes:
-    """The bytes that each id stands for; none for ids without a token, and for special ones if those are skipped."""
+    """The bytes that each id stands for; none for ids without a token, and for special ones if those are skipped.
 
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool) -> None:
+    Args:
+        tokenizer: whose ids they are.
+        skip_special_tokens: special tokens stand for nothing.
+        written: added tokens stand for what is written in a text to get them, which a decoder may show otherwise.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool, *, written: bool = False) -> None:
         self._backend = tokenizer.backend
         added = self._backend.get_added_tokens_decoder()
-        self._known = {i: b"" for i, token in added.items() if token.special and skip_special_tokens}
+        self._known = {i: token.content.encode() for i, token in added.items()} if written else {}
+        if skip_special_tokens:
+            self._known |= {i: b"" for i, token in added.items() if token.special}
 
     def __getitem__(self, token_id: int) -> bytes:
         if token_id not in self._known:
@@ -277,35 +306,50 @@ class TokenBytes:
 
 
 class StreamDecoder:
-    """Decodes ids one by one; holds back the bytes of an unfinished character until the next ids complete it."""
+    """Decodes ids one by one; holds back what the next ids may change.
 
-    def __init__(self, token_bytes: TokenBytes) -> None:
-        self._token_bytes = token_bytes
+    That is the bytes of an unfinished character, and with ``stops`` what may be the beginning of a stop string.
+    """
+
+    def __init__(self, token_bytes: TokenBytes, stops: StopStrings | None = None) -> None:
+        self._token_bytes, self._stops = token_bytes, stops
+        self._ids: list[int] = []
+        self._held = b""
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, token_id: int) -> str:
         """The text that this id completes, often ``""`` within a character of several tokens."""
-        return self._utf8.decode(self._token_bytes[token_id])
+        self._held += self._token_bytes[token_id]
+        ready = len(self._held)
+        if self._stops is not None:
+            self._ids.append(token_id)
+            ready -= self._stops.may_begin(self._ids)
+        text, self._held = self._utf8.decode(self._held[:ready]), self._held[ready:]
+        return text
 
     def finish(self) -> str:
-        """What is left: U+FFFD if the last character never came whole, else ``""``."""
-        return self._utf8.decode(b"", final=True)
+        """What was held back, U+FFFD for a last character that never came whole; mostly ``""``."""
+        held, self._held = self._held, b""
+        return self._utf8.decode(held, final=True)
 
 
 class StopStrings:
     """Ends rows in which the newest token completes one of some strings.
 
-    Strings are sought in bytes: a token may begin or end within one, and within a character.
+    Strings are sought in bytes: a token may begin or end within one, and within a character. They are sought in the
+    text as it is shown, and with its special tokens, of which they may hold some: each whole, if they are not shown.
 
     Args:
-        token_bytes: what ids stand for.
+        shown: what ids stand for in the text that is shown.
+        written: what they stand for in a text that is encoded.
         strings: at least one, none empty.
         prompt_length: ids at the beginning of each row in which nothing is sought.
     """
 
-    def __init__(self, token_bytes: TokenBytes, strings: Sequence[str], prompt_length: int) -> None:
-        self._token_bytes = token_bytes
+    def __init__(self, shown: TokenBytes, written: TokenBytes, strings: Sequence[str], prompt_length: int) -> None:
+        self._shown, self._written = shown, written
         self._strings = [string.encode() for string in strings]
+        self._longest = max(map(len, self._strings))
         self._prompt_length = prompt_length
 
     def __call__(self, input_ids: Tensor, scores: object = None) -> Tensor:
@@ -315,30 +359,61 @@ class StopStrings:
 
     def cut(self, ids: Sequence[int]) -> str | None:
         """Text of new ids before the string that the last of them completes; ``None`` if it completes none."""
-        begin = self._find(ids)
-        text = b"".join(self._token_bytes[i] for i in ids)
-        return None if begin is None else text[: len(text) + begin].decode(errors="replace")
-
-    def _find(self, ids: Sequence[int]) -> int | None:
-        """Where the string begins that the last id completes, in bytes from the end (below 0); the first of several."""
-        newest = len(self._token_bytes[ids[-1]]) if ids else 0
-        if newest == 0:
+        place = self._find(ids)
+        if place is None:
             return None
-        needed, tail = newest + max(map(len, self._strings)), b""
-        for i in reversed(ids):
-            if len(tail) >= needed:
-                break
-            tail = self._token_bytes[i] + tail
-        found = [tail.find(string, max(0, len(tail) - newest - len(string) + 1)) for string in self._strings]
-        return min((at - len(tail) for at in found if at >= 0), default=None)
+        at, offset = place
+        text = b"".join(self._shown[i] for i in ids[:at]) + self._shown[ids[at]][:offset]
+        return text.decode(errors="replace")
 
-    def may_begin(self, text: str) -> int:
-        """How many characters at the end of a text may be the beginning of a string."""
-        data = text.encode()
-        longest = max(
-            (n for s in self._strings for n in range(1, min(len(s), len(data) + 1)) if data.endswith(s[:n])), default=0
-        )
-        return len(data[len(data) - longest :].decode(errors="ignore"))
+    def may_begin(self, ids: Sequence[int]) -> int:
+        """How many bytes at the end of the shown text of ids may belong to a string that begins there."""
+        places = [
+            _place(view, ids, n)
+            for view in (self._shown, self._written)
+            for tail, borders in [self._tail(view, ids, self._longest)]
+            for s in self._strings
+            for n in range(1, min(len(s), len(tail) + 1))
+            if n in borders and tail.endswith(s[:n])
+        ]
+        if not places:
+            return 0
+        at, offset = min(places)
+        return len(self._shown[ids[at]][offset:]) + sum(len(self._shown[i]) for i in ids[at + 1 :])
+
+    def _find(self, ids: Sequence[int]) -> tuple[int, int] | None:
+        """The token, and the byte in it, at which a string begins that the last id completes; the first of several."""
+        places = []
+        for view in (self._shown, self._written) if ids else ():
+            newest = len(view[ids[-1]])
+            tail, borders = self._tail(view, ids, newest + self._longest if newest else 0)
+            for s in self._strings:
+                for end in range(min(newest, len(tail) - len(s) + 1)):
+                    begin = end + len(s)
+                    if tail.startswith(s, len(tail) - begin) and begin in borders and end in borders:
+                        places.append(_place(view, ids, begin))
+        return min(places, default=None)
+
+    def _tail(self, view: TokenBytes, ids: Sequence[int], least: int) -> tuple[bytes, set[int]]:
+        """The last bytes of ids, at least so many, and the distances from the end where a string may begin or end."""
+        tail, borders = b"", {0}
+        for i in reversed(ids):
+            if len(tail) >= least:
+                break
+            # A token that is not shown as it is written may be in a string whole, or not at all.
+            step = 1 if view[i] == self._shown[i] else len(view[i])
+            borders.update(range(len(tail) + step, len(tail) + len(view[i]) + 1, step))
+            tail = view[i] + tail
+        return tail, borders
+
+
+def _place(view: TokenBytes, ids: Sequence[int], back: int) -> tuple[int, int]:
+    """The token, and the byte in it, so many bytes before the end of ids."""
+    at = len(ids)
+    while back > 0:
+        at -= 1
+        back -= len(view[ids[at]])
+    return at, -back
 
 
 def pad_left(rows: Sequence[Sequence[int]], pad_token_id: int | None) -> tuple[Tensor, Tensor | None]:

@@ -12,7 +12,13 @@ import torch
 from torch import Tensor
 
 from minopt import OPT
-from minopt.evaluation.perplexity import PerplexityResult, wikitext_text, window_perplexity
+from minopt.evaluation.perplexity import (
+    PerplexityResult,
+    perplexity_of,
+    wikitext_text,
+    window_losses,
+    window_perplexity,
+)
 from minopt.generation import scoring
 from tests.conftest import SIZE, build_ours, build_reference
 
@@ -39,6 +45,49 @@ def protocol(reference: Any, ids: list[int], window: int) -> float:
         logits = reference(batch).logits
         total += torch.nn.functional.cross_entropy(logits[0, :-1], batch[0, 1:]).item() * window
     return math.exp(total / (windows * window))
+
+
+@torch.no_grad()
+def strided_recipe(reference: Any, ids: list[int], window: int, stride: int) -> tuple[float, int]:
+    """As transformers' documentation has it: perplexity, and how many tokens it is of."""
+    total, count, previous_end = 0.0, 0, 0
+    for begin in range(0, len(ids), stride):
+        end = min(begin + window, len(ids))
+        input_ids = torch.tensor([ids[begin:end]])
+        labels = input_ids.clone()
+        labels[:, : -(end - previous_end)] = -100
+        scored = int((labels[:, 1:] != -100).sum())  # the loss shifts labels, which drops the very first
+        total += reference(input_ids, labels=labels).loss.item() * scored
+        count, previous_end = count + scored, end
+        if end == len(ids):
+            break
+    return math.exp(total / count), count
+
+
+@pytest.mark.parametrize(
+    ("length", "window", "stride"),
+    [
+        (150, 16, 8), (150, 16, 15), (60, 16, 1), (33, 16, 5), (17, 16, 8), (16, 16, 8), (15, 16, 8), (2, 16, 8),
+        (2, 2, 1), (20, 2, 1), (150, LIMIT, 50), (LIMIT, None, 1), (LIMIT + 1, None, 1), (7, 16, None), (2, None, None),
+    ],
+)  # fmt: skip
+def test_overlapping_windows_and_short_texts_are_scored_as_by_the_strided_recipe(
+    kind: str, length: int, window: int | None, stride: int | None
+) -> None:
+    reference, ids = build_reference(kind), random_ids(length)
+    result = window_perplexity(build_ours(reference), ids, window, stride)
+    expected, count = strided_recipe(reference, ids, window or LIMIT, stride or window or LIMIT)
+    assert result.perplexity == pytest.approx(expected, rel=1e-5)
+    assert result.tokens == count == length - 1
+
+
+@pytest.mark.parametrize("stride", [None, 5])
+def test_processes_share_windows(model: OPT, stride: int | None) -> None:
+    ids = random_ids(16 * 7 + 3)
+    shares = [window_losses(model, ids, 16, stride, first=rank, every=3) for rank in range(3)]
+    together = perplexity_of([row for share in shares for row in share])
+    alone = window_perplexity(model, ids, 16, stride)
+    assert together == PerplexityResult(pytest.approx(alone.perplexity, rel=1e-6), alone.tokens, alone.windows)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -82,22 +131,24 @@ def test_logits_come_in_chunks_that_do_not_show(model: OPT, chunk: int, monkeypa
 
 
 @pytest.mark.parametrize(
-    ("length", "window", "message"),
+    ("length", "window", "stride", "message"),
     [
-        (15, 16, r"text: expected at least the 16 tokens of one window, got 15\. .* or a smaller --window\.$"),
-        (63, None, r"text: expected at least the 64 tokens of one window, got 63\. Give a longer text, or"),
-        (0, 2, r"text: expected at least the 2 tokens of one window, got 0\."),
-        (99, 65, r"window: expected 2 to the model's 64 positions, got 65\. Change --window\.$"),
-        (99, 1, r"window: expected 2 to the model's 64 positions, got 1\."),
-        (99, 16.0, r"window: expected 2 to the model's 64 positions, got 16\.0\."),
-        (99, True, r"window: expected 2 to the model's 64 positions, got True\."),
+        (1, None, None, r"^text: expected at least two tokens, got 1\. Give it a longer one\.$"),
+        (0, 2, None, r"^text: expected at least two tokens, got 0\."),
+        (99, 65, None, r"^window: expected 2 to the model's 64 positions, got 65\. Change it\.$"),
+        (99, 1, None, r"^window: expected 2 to the model's 64 positions, got 1\."),
+        (99, 16.0, None, r"^window: expected 2 to the model's 64 positions, got 16\.0\."),
+        (99, True, None, r"^window: expected 2 to the model's 64 positions, got True\."),
+        (99, 16, 17, r"^stride: expected 1 to the window's 16 tokens, got 17\. Change it\.$"),
+        (99, 16, 0, r"^stride: expected 1 to the window's 16 tokens, got 0\."),
+        (99, None, 65, r"^stride: expected 1 to the window's 64 tokens, got 65\."),
     ],
 )
 def test_what_cannot_be_measured_is_refused_with_the_numbers(
-    model: OPT, length: int, window: Any, message: str
+    model: OPT, length: int, window: Any, stride: int | None, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        window_perplexity(model, random_ids(length), window)
+        window_perplexity(model, random_ids(length), window, stride)
 
 
 def test_the_raw_file_gives_the_hubs_rows_joined(tmp_path: Path) -> None:

@@ -431,20 +431,30 @@ def test_continuations_are_those_of_as_many_equal_prompts(kind: str) -> None:
 
 
 @pytest.mark.parametrize("room", [1, 9, 20])
-def test_a_prompt_that_is_too_long_keeps_its_end(kind: str, room: int) -> None:
-    """In a padded batch, each row as if its end had been given; a row that fits stays whole."""
+def test_a_prompt_that_is_too_long_keeps_its_end_and_the_bos_that_it_began_with(kind: str, room: int) -> None:
+    """In a padded batch, each row as if that had been given; a row that fits stays whole."""
     ours, new = build_ours(lively(kind)), 64 - room
-    prompts = [random_prompts(1, seed=seed)[0].repeat(64)[:length] for seed, length in enumerate((70, 25, 5))]
+    bos = ours.config.bos_token_id
+    assert bos is not None
+    prompts = [random_prompts(1, seed=seed)[0].repeat(64)[:length] for seed, length in enumerate((70, 25, 5, 64, 9))]
+    for prompt in prompts:
+        prompt[prompt == bos] = 7
+    prompts[3][0] = prompts[4][0] = bos
     ids, mask = pad_left(prompts)
     found = generate(ours, ids, mask, max_new_tokens=new, truncate_prompt=True)
-    assert found.lengths == (new,) * 3
-    assert torch.equal(found.sequences[:, :room], ids[:, -room:])
+    assert found.lengths == (new,) * 5
     for row, prompt in enumerate(prompts):
-        alone = generate(ours, prompt[None, -room:], max_new_tokens=new).sequences[0, -new:]
+        kept = prompt[-room:].clone()
+        if row >= 3 and 1 < room < len(prompt):
+            kept[0] = bos
+        assert torch.equal(found.sequences[row, max(0, room - len(prompt)) : room], kept)
+        alone = generate(ours, kept[None], max_new_tokens=new).sequences[0, -new:]
         assert torch.equal(found.sequences[row, room:], alone)
-    assert torch.equal(
-        generate(ours, ids, max_new_tokens=new, truncate_prompt=True).sequences[:, :room], ids[:, -room:]
-    )
+    without_mask = generate(ours, ids, max_new_tokens=new, truncate_prompt=True).sequences[:, :room]
+    expected = ids[:, -room:].clone()
+    if room > 1:
+        expected[ids[:, 0] == bos, 0] = bos
+    assert torch.equal(without_mask, expected)
 
 
 def test_a_prompt_that_fits_is_not_cut() -> None:

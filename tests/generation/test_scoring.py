@@ -13,7 +13,7 @@ from torch import Tensor
 
 from minopt import OPT
 from minopt.generation import scoring
-from minopt.generation.scoring import sliding_logprobs, token_logprobs
+from minopt.generation.scoring import token_logprobs
 from tests.conftest import KINDS, SIZE, build_ours, build_reference
 
 LIMIT, V = SIZE["max_position_embeddings"], SIZE["vocab_size"]
@@ -184,87 +184,4 @@ def test_what_makes_no_sense_is_refused_before_anything_is_read(
     reads = spy_on_reads(model, monkeypatch)
     with pytest.raises(ValueError, match=message):
         token_logprobs(model, rows, starts)
-    assert reads == []
-
-
-def strided_recipe(reference: Any, ids: list[int], window: int, stride: int) -> Tensor:
-    """transformers' own recipe for perplexity of fixed-length models, token by token instead of as a mean."""
-    found, previous_end = [], 0
-    for begin in range(0, len(ids), stride):
-        end = min(begin + window, len(ids))
-        targets = end - previous_end  # tokens of this window that no earlier one has scored
-        labels = torch.tensor(ids[begin:end])
-        labels[:-targets] = -100
-        with torch.no_grad():
-            logprobs = reference(torch.tensor([ids[begin:end]])).logits[0].log_softmax(-1)
-        shifted = labels[1:]
-        kept = shifted != -100
-        found.append(logprobs[:-1][kept].gather(1, shifted[kept][:, None])[:, 0])
-        previous_end = end
-        if end == len(ids):
-            break
-    return torch.cat(found)
-
-
-@pytest.mark.parametrize("batch_size", [1, 3])
-@pytest.mark.parametrize(
-    ("length", "window", "stride"),
-    [
-        (150, None, None), (150, 16, 8), (150, 16, 15), (60, 16, 1), (33, 16, 5), (17, 16, 8), (16, 16, 8), (15, 16, 8),
-        (2, 16, 8), (2, 2, 1), (20, 2, 1), (150, LIMIT, 50), (LIMIT, None, None), (LIMIT + 1, None, 1),
-    ],
-)  # fmt: skip
-def test_a_long_text_is_scored_as_by_the_strided_recipe(
-    pair: Pair, length: int, window: int | None, stride: int | None, batch_size: int
-) -> None:
-    reference, ours = pair
-    (ids,) = random_rows([length])
-    expected = strided_recipe(reference, ids, window or LIMIT, stride or (window or LIMIT) // 2)
-    got = sliding_logprobs(ours, ids, window, stride, batch_size)
-    assert (got.dtype, got.shape) == (torch.float32, (length - 1,))
-    assert (got - expected).abs().max() <= 1e-5 * expected.abs().max()
-
-
-def test_windows_of_a_text_that_repeats_itself_share_what_they_begin_with(
-    pair: Pair, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    reference, ours = pair
-    ids = [7, 8, 9, 10] * 20
-    reads = spy_on_reads(ours, monkeypatch)
-    got = sliding_logprobs(ours, ids, 16, 8)
-    assert reads[0][0] == 1
-    assert (got - strided_recipe(reference, ids, 16, 8)).abs().max() <= 1e-5 * got.abs().max()
-
-
-def test_a_smaller_stride_and_a_larger_window_give_other_numbers(pair: Pair) -> None:
-    """So the comparison above can tell them apart."""
-    (ids,) = random_rows([100])
-    by_stride = [strided_recipe(pair[0], ids, 16, stride) for stride in (4, 8)]
-    by_window = [strided_recipe(pair[0], ids, window, 8) for window in (16, 17)]
-    for one, other in (by_stride, by_window):
-        assert (one - other).abs().max() > 1e-3
-
-
-def test_a_single_token_has_nothing_to_score_and_no_text_is_refused(model: OPT) -> None:
-    assert sliding_logprobs(model, [5]).shape == (0,)
-    with pytest.raises(ValueError, match="starts: expected 1 to the row's 0 tokens"):
-        sliding_logprobs(model, [])
-
-
-@pytest.mark.parametrize(
-    ("window", "stride", "message"),
-    [
-        (LIMIT + 1, None, rf"^window: expected 2 to the model's {LIMIT} positions, got {LIMIT + 1}\.$"),
-        (1, None, rf"^window: expected 2 to the model's {LIMIT} positions, got 1\.$"),
-        (16, 16, r"^stride: expected 1 to 15 \(window - 1\), got 16\.$"),
-        (16, 0, r"^stride: expected 1 to 15 \(window - 1\), got 0\.$"),
-        (None, LIMIT, rf"^stride: expected 1 to {LIMIT - 1} \(window - 1\), got {LIMIT}\.$"),
-    ],
-)
-def test_windows_and_strides_that_make_no_sense_are_refused(
-    model: OPT, window: int | None, stride: int | None, message: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    reads = spy_on_reads(model, monkeypatch)
-    with pytest.raises(ValueError, match=message):
-        sliding_logprobs(model, [5] * 100, window, stride)
     assert reads == []

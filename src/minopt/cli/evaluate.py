@@ -39,6 +39,7 @@ def add_evaluate(verbs: Any) -> None:
     text = parser.add_argument_group("--task perplexity")
     text.add_argument("--data", metavar="FILE", help="a text; a .raw, such as wiki.test.raw, is joined as published")
     text.add_argument("--window", type=int, metavar="N", help="tokens read at once (all of the model's positions)")
+    text.add_argument("--stride", type=int, metavar="N", help="tokens between windows; fewer overlap (the window)")
     squad = parser.add_argument_group("--task squad, squad-question")
     squad.add_argument("--output", metavar="FILE", help="write the predictions, in SQuAD's own format")
     add_settings(parser, _SETTINGS)
@@ -53,7 +54,9 @@ def _evaluate(args: argparse.Namespace) -> int:
         raise ValueError("--model: expected a checkpoint to measure, got none. Name one.")
     if given := [name for name in (*_SETTINGS, "output") if not questions and getattr(args, name, None) is not None]:
         raise ValueError(f"--{given[0]}: goes with --task squad, got --task {args.task}. Leave it out.")
-    if given := [name for name in ("data", "window") if args.task != "perplexity" and getattr(args, name) is not None]:
+    if given := [
+        name for name in ("data", "window", "stride") if args.task != "perplexity" and getattr(args, name) is not None
+    ]:
         raise ValueError(f"--{given[0]}: goes with --task perplexity, got --task {args.task}. Leave it out.")
     if args.task == "reference" and args.dtype not in ("auto", "float32"):
         raise ValueError(f"--dtype: published numbers are float32's, got {args.dtype}. Leave it out.")
@@ -142,9 +145,9 @@ def _perplexity(args: argparse.Namespace, options: dict[str, Any]) -> int:
         lm = world.first_then_all(lambda: load(args.model, device=world.device, **options))
         if lm.tokenizer is None:
             raise ValueError(_NO_TOKENIZER)
-        window = args.window if args.window is not None else lm.model.config.max_position_embeddings
-        share = window_losses(lm.model, lm.tokenizer.encode(text), window, first=world.rank, every=world.size)
-        result = perplexity_of([loss for losses in world.gather(share) for loss in losses], window)
+        ids = lm.tokenizer.encode(text)
+        share = window_losses(lm.model, ids, args.window, args.stride, first=world.rank, every=world.size)
+        result = perplexity_of([losses for part in world.gather(share) for losses in part])
     if world.is_first:
         _print({"perplexity": result.perplexity, "tokens": result.tokens, "windows": result.windows}, args.json)
     return 0

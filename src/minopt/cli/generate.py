@@ -75,6 +75,8 @@ def add_generate(verbs: Any) -> None:
     groups["length"].add_argument("--truncate-prompt", action=switch, help="keep the end of a prompt that is too long")
     groups["length"].add_argument("--stop-strings", action="append", metavar="TEXT",
                                   help="end before this text (a line end: $'\\n'); may be repeated")  # fmt: skip
+    groups["length"].add_argument("--skip-special-tokens", action=switch,
+                                  help="leave special tokens such as </s> out of the text (the default)")  # fmt: skip
     groups["length"].add_argument("--eos-token-id", type=_ids, metavar="IDS", help="what ends a text (the model's)")
     groups["choice"].add_argument("--do-sample", action=switch, help="draw tokens instead of taking the most probable")
     groups["choice"].add_argument("--early-stopping", type=_early_stopping, metavar="true|false|never",
@@ -187,6 +189,7 @@ def _run(
     )
     options = {"max_new_tokens": lm.generation_defaults.get("max_new_tokens", 30), **options}
     config = with_defaults(lm.generation_defaults, options)
+    options["skip_special_tokens"] = args.skip_special_tokens is not False
     if args.input is not None:
         limits = {"batch_size": args.batch_size, "max_batch_tokens": args.max_batch_tokens}
         texts = [prompt["prompt"] for prompt in prompts]

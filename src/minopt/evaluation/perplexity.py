@@ -1,4 +1,4 @@
-"""Perplexity of a text as the published WikiText-2 figures of OPT are measured: windows that do not overlap."""
+"""Perplexity of a text, by default as the published WikiText-2 figures of OPT are measured."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from minopt.config import is_int
+from minopt.generation.request import Decoder
 from minopt.generation.scoring import token_logprobs
-from minopt.model import OPT
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class PerplexityResult:
 
     Attributes:
         perplexity: ``exp`` of the mean negative log-likelihood of a token, in nats.
-        tokens: that were scored: one less than the window for each.
+        tokens: that were scored.
         windows: that were read.
     """
 
@@ -43,52 +43,71 @@ def wikitext_text(lines: Iterable[str]) -> str:
     return "\n\n".join(line if line.strip() else "" for line in lines)
 
 
-def window_perplexity(model: OPT, input_ids: Sequence[int], window: int | None = None) -> PerplexityResult:
-    """Perplexity of a text in windows that do not overlap; see ``window_losses``, also for what it raises.
+def window_perplexity(
+    model: Decoder, input_ids: Sequence[int], window: int | None = None, stride: int | None = None
+) -> PerplexityResult:
+    """Perplexity of a text of any length; see ``window_losses``, also for what it raises."""
+    return perplexity_of(window_losses(model, input_ids, window, stride))
+
+
+def perplexity_of(losses: Sequence[Sequence[float]]) -> PerplexityResult:
+    """What the losses of all windows of a text, as ``window_losses`` gives them, come to."""
+    tokens = sum(map(len, losses))
+    return PerplexityResult(math.exp(math.fsum(map(math.fsum, losses)) / tokens), tokens, len(losses))
+
+
+def window_losses(
+    model: Decoder,
+    input_ids: Sequence[int],
+    window: int | None = None,
+    stride: int | None = None,
+    *,
+    first: int = 0,
+    every: int = 1,
+) -> list[list[float]]:
+    """Losses of a text's tokens, in windows of ``window`` tokens that begin every ``stride`` tokens.
+
+    Each window is read alone. Each token is scored once, in the first window that has it, unless that begins with it.
+
+    By default windows do not overlap, as published figures are measured (IST-DASLab/gptq, ``opt_eval`` of opt.py, with
+    the text of datautils.py): tokens at the end that do not fill a window are left out, unless they are the whole
+    text. The figures of the GPTQ paper (arXiv 2210.17323) ran in float16, so expect differences of about 0.02. With a
+    smaller stride windows overlap, each token but the first is scored, behind at least ``window - stride`` others but
+    at the beginning: closer to the truth, and slower.
 
     Args:
-        model: on any device, in ``eval()`` mode.
+        model: on any device, in ``eval()`` mode: dropout counts otherwise; or another decoder, an exported program say.
         input_ids: of the text, ``[T]``.
         window: tokens; ``None`` is the model's number of positions, 2048 for OPT.
-    """
-    window = model.config.max_position_embeddings if window is None else window
-    return perplexity_of(window_losses(model, input_ids, window), window)
-
-
-def perplexity_of(losses: Sequence[float], window: int) -> PerplexityResult:
-    """What the losses of all windows of a text, as ``window_losses`` gives them, come to."""
-    return PerplexityResult(math.exp(math.fsum(losses) / len(losses)), len(losses) * (window - 1), len(losses))
-
-
-def window_losses(model: OPT, input_ids: Sequence[int], window: int, *, first: int = 0, every: int = 1) -> list[float]:
-    """Losses of a text in windows that do not overlap, from its first token on.
-
-    Each window is read alone and scores all of its tokens but the first. Tokens at the end that do not fill a window
-    are left out. As IST-DASLab/gptq does (``opt_eval`` of opt.py, with the text of datautils.py); the figures
-    of the GPTQ paper (arXiv 2210.17323) ran in float16, so expect differences of about 0.02. Logits are compared in
-    float32, and exist for a few hundred positions at a time.
-
-    Args:
-        model: on any device, in ``eval()`` mode: dropout counts otherwise.
-        input_ids: of the text, ``[T]``.
-        window: tokens, at most the model's number of positions (2048 for OPT).
+        stride: tokens; ``None`` is the window.
         first, every: windows ``first``, ``first + every`` and so on: a process' share.
 
     Returns:
-        Of each window the mean over its targets, in nats.
+        Of each window the negative log-likelihoods of the tokens that it scores, in nats.
 
     Raises:
-        ValueError: if the window makes no sense, if the text does not fill one, and as ``token_logprobs`` does.
+        ValueError: if window or stride make no sense, if the text has fewer than two tokens, and as
+            ``token_logprobs`` does.
     """
-    limit = model.config.max_position_embeddings
+    limit, length = model.config.max_position_embeddings, len(input_ids)
+    window = limit if window is None else window
     if not is_int(window) or not 2 <= window <= limit:
-        raise ValueError(f"window: expected 2 to the model's {limit} positions, got {window!r}. Change --window.")
-    windows = len(input_ids) // window
-    if windows == 0:
-        raise ValueError(
-            f"text: expected at least the {window} tokens of one window, got {len(input_ids)}. "
-            "Give a longer text, or a smaller --window."
-        )
-    rows = [input_ids[i * window : (i + 1) * window] for i in range(first, windows, every)]
-    # One at a time: a window of 2048 fills any device, and memory does not depend on the text.
-    return [-token_logprobs(model, [row], [1])[0].double().mean().item() for row in rows]
+        raise ValueError(f"window: expected 2 to the model's {limit} positions, got {window!r}. Change it.")
+    stride = window if stride is None else stride
+    if not is_int(stride) or not 1 <= stride <= window:
+        raise ValueError(f"stride: expected 1 to the window's {window} tokens, got {stride!r}. Change it.")
+    if length < 2:
+        raise ValueError(f"text: expected at least two tokens, got {length}. Give it a longer one.")
+    count = 1 + max(0, length - window) // stride  # of full windows, or the text is a shorter one
+    if stride < window and (count - 1) * stride + window < length:
+        count += 1
+    starts = [1, *[max(1, window - stride)] * (count - 1)]
+    mine = range(first, count, every)
+    rows = [input_ids[i * stride : i * stride + window] for i in mine]
+    losses: list[list[float]] = []
+    # Few at a time: a window of 2048 fills any device, and memory does not depend on the text.
+    at_once = min(max(1, 2048 // window), getattr(model, "max_batch", None) or 2048)
+    for at in range(0, len(rows), at_once):
+        part = token_logprobs(model, rows[at : at + at_once], [starts[i] for i in mine[at : at + at_once]])
+        losses += [(-row.double()).tolist() for row in part]
+    return losses

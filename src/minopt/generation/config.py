@@ -22,8 +22,8 @@ class GenerationConfig:
     Attributes:
         max_new_tokens: the most tokens to add to each row.
         min_new_tokens: no row is ended by an eos, a stop string or a criterion before it has this many.
-        truncate_prompt: keep the end of a prompt that, with ``max_new_tokens``, exceeds the model's positions; it is
-            an error otherwise.
+        truncate_prompt: keep the end of a prompt that, with ``max_new_tokens``, exceeds the model's positions, and the
+            bos in front if it begins with one; it is an error otherwise.
         do_sample: draw the next token; otherwise take the most probable one.
         num_beams: hypotheses kept by beam search; 1 is no beam search. With ``do_sample``, beams are drawn.
         num_return_sequences: continuations of each prompt: draws, or the best of the beams.
@@ -53,7 +53,8 @@ class GenerationConfig:
         max_matching_ngram_size: the most tokens at the end of the text that are looked for; the longest match counts.
         eos_token_id: ids that end a row; ``None`` means the model's; ``()`` ends none.
         pad_token_id: what follows in a row that has ended; ``None`` means the model's.
-        stop_strings: texts that end a row and are cut from it; for methods of ``LanguageModel``, which know text.
+        stop_strings: texts that end a row and are cut from it, special tokens too (``"<|user|>"``); for methods of
+            ``LanguageModel``, which know text.
         max_time: seconds after which no further step begins; for each batch of a list of texts.
         output_scores: return the scores of every step, after all rules.
         output_logprobs: return the log-probability of every new token.

@@ -210,8 +210,11 @@ def prepare(
     logits_processor: Rule | Sequence[Rule] | None = None,
     stopping_criteria: Criterion | Sequence[Criterion] | None = None,
     generator: torch.Generator | None = None,
+    bos_token_id: int | None = None,
 ) -> Request:
     """Checks the arguments of ``generate``. Nothing runs, and nothing is put on the decoder's device.
+
+    ``bos_token_id`` stays in front of a prompt whose end is kept; ``None`` is the model's.
 
     Raises:
         ValueError: as ``generate`` says.
@@ -229,7 +232,8 @@ def prepare(
         generator = torch.Generator(decoder.device).manual_seed(config.seed)
     _check_prompt(decoder.config.vocab_size, input_ids, attention_mask)
     _check_rows(decoder, len(input_ids) * (config.num_return_sequences if config.num_beams == 1 else 1))
-    input_ids, attention_mask = _fit(decoder.config.max_position_embeddings, input_ids, attention_mask, config)
+    bos = decoder.config.bos_token_id if bos_token_id is None else bos_token_id
+    input_ids, attention_mask = _fit(decoder.config.max_position_embeddings, input_ids, attention_mask, config, bos)
     eos_token_ids = _eos_token_ids(decoder, config)
     # What fills a row that has ended: any id would do, for nobody reads it.
     filler = (config.pad_token_id, decoder.config.pad_token_id, *eos_token_ids, 0)
@@ -309,15 +313,20 @@ def check_room(limit: int, tokens: int, config: GenerationConfig) -> None:
 
 
 def _fit(
-    limit: int, input_ids: Tensor, attention_mask: Tensor | None, config: GenerationConfig
+    limit: int, input_ids: Tensor, attention_mask: Tensor | None, config: GenerationConfig, bos: int | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Prompts that leave room for the new tokens: as they are, or their ends."""
-    longest = input_ids.shape[1] if attention_mask is None else int(attention_mask.bool().sum(1).max())
+    """Prompts that leave room for the new tokens: as they are, or their ends, behind the bos if they began with it."""
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.bool()
+    lengths = mask.sum(1)
+    longest, room = int(lengths.max()), limit - config.max_new_tokens
     check_room(limit, longest, config)
-    room = limit - config.max_new_tokens
     if longest <= room:
         return input_ids, attention_mask
-    return input_ids[:, -room:], None if attention_mask is None else attention_mask[:, -room:]
+    first = input_ids.gather(1, (input_ids.shape[1] - lengths)[:, None])[:, 0]
+    input_ids = input_ids[:, -room:].clone()
+    if bos is not None and room > 1:
+        input_ids[:, 0] = input_ids[:, 0].where((lengths <= room) | (first != bos), bos)
+    return input_ids, None if attention_mask is None else attention_mask[:, -room:]
 
 
 def _eos_token_ids(decoder: Decoder, config: GenerationConfig) -> tuple[int, ...]:

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from minopt.config import is_int
 from minopt.generation.request import Decoder
 from minopt.model import OPT
 
@@ -58,46 +57,6 @@ def token_logprobs(model: Decoder, rows: Sequence[Sequence[int]], starts: Sequen
         target = wanted[chunk].to(logits.device)
         found.append(logits.gather(1, target[:, None])[:, 0] - logits.logsumexp(1))
     return list(torch.split(torch.cat(found).cpu(), lengths))
-
-
-def sliding_logprobs(
-    model: Decoder, ids: Sequence[int], window: int | None = None, stride: int | None = None, batch_size: int = 4
-) -> Tensor:
-    """Log-probabilities of a text of any length, all but its first token: float32 ``[len(ids) - 1]``.
-
-    Windows of ``window`` tokens begin every ``stride`` tokens. Each token is scored once, in the first window that has
-    it: behind at least ``window - stride`` others, but for those at the beginning.
-
-    Args:
-        model: on any device; or another decoder, such as an exported program.
-        ids: of the text.
-        window: ``None`` is the model's number of positions.
-        stride: ``None`` is half a window. Smaller is closer to the truth and takes longer.
-        batch_size: windows that are read at once.
-
-    Raises:
-        ValueError: if window or stride make no sense, and as ``token_logprobs`` does.
-    """
-    limit = model.config.max_position_embeddings
-    window = limit if window is None else window
-    if not is_int(window) or not 2 <= window <= limit:
-        raise ValueError(f"window: expected 2 to the model's {limit} positions, got {window!r}.")
-    stride = window // 2 if stride is None else stride
-    if not is_int(stride) or not 1 <= stride < window:
-        raise ValueError(f"stride: expected 1 to {window - 1} (window - 1), got {stride!r}.")
-    rows, starts, done = [], [], 1
-    for begin in range(0, max(1, len(ids)), stride):
-        end = min(begin + window, len(ids))
-        rows.append(ids[begin:end])
-        starts.append(done - begin)
-        done = end
-        if end == len(ids):
-            break
-    batch_size = min(batch_size, getattr(model, "max_batch", None) or batch_size)
-    parts = []
-    for i in range(0, len(rows), batch_size):
-        parts += token_logprobs(model, rows[i : i + batch_size], starts[i : i + batch_size])
-    return torch.cat(parts)
 
 
 def _check(model: Decoder, rows: Sequence[Sequence[int]], starts: Sequence[int]) -> None:

@@ -68,7 +68,8 @@ def prepare(
     option = "--train_file" if training else "--dev_file"
     eos = model.config.eos_token_ids[0] if model.config.eos_token_ids else tokenizer.eos_token_id
     tokens = world.first_then_all(lambda: tokenise(
-        data, tokenizer, config.src_length, config.tgt_length, eos_token_id=eos, around_answer=training,
+        data, tokenizer, config.src_length, config.tgt_length, eos_token_id=eos,
+        bos_token_id=tokenizer.beginning(model.config), around_answer=training,
         show_progress=world.is_first and not isinstance(data, str) and len(data) > 2000,
     ))  # fmt: skip
     if len(tokens) == 0:

@@ -78,6 +78,7 @@ def tokenise(
     tgt_length: int,
     *,
     eos_token_id: int | None,
+    bos_token_id: int | None = None,
     around_answer: bool,
     show_progress: bool = False,
 ) -> Tokens:
@@ -93,15 +94,16 @@ def tokenise(
         src_length: the most tokens of a prompt, bos included.
         tgt_length: the most tokens of a completion, eos included.
         eos_token_id: what ends a completion; ``None`` is nothing.
+        bos_token_id: the prompt that has no tokens; ``None`` is the eos.
         around_answer: leave out what is farthest from the answer, and examples that cannot be cut to length; otherwise
             leave out the end of the context, as must be done where the answer is not known, and drop nothing.
         show_progress: draw a bar on stderr.
     """
-    digest = _digest(data, tokenizer, [_FORMAT, src_length, tgt_length, eos_token_id, around_answer])
+    digest = _digest(data, tokenizer, [_FORMAT, src_length, tgt_length, eos_token_id, bos_token_id, around_answer])
     path = cache_folder() / "tokens" / f"{digest}.safetensors"
     found = _read(path, digest)
     if found is None:
-        encoder = _Encoder(tokenizer, src_length, tgt_length, eos_token_id, around_answer)
+        encoder = _Encoder(tokenizer, src_length, tgt_length, eos_token_id, bos_token_id, around_answer)
         found = encoder.text(data, digest) if isinstance(data, str) else encoder.examples(data, digest, show_progress)
         _write(found, path)
     return found
@@ -111,10 +113,12 @@ class _Encoder:
     """Collects rows."""
 
     def __init__(
-        self, tokenizer: Tokenizer, src_length: int, tgt_length: int, eos_token_id: int | None, around_answer: bool
-    ) -> None:
+        self, tokenizer: Tokenizer, src_length: int, tgt_length: int, eos_token_id: int | None,
+        bos_token_id: int | None, around_answer: bool,
+    ) -> None:  # fmt: skip
         self.tokenizer, self.src_length, self.tgt_length = tokenizer, src_length, tgt_length
         self.eos = [] if eos_token_id is None else [eos_token_id]
+        self.bos = self.eos or [0] if bos_token_id is None else [bos_token_id]
         self.around_answer = around_answer
         self.cut_prompts = self.cut_completions = self.dropped = 0
 
@@ -157,7 +161,7 @@ class _Encoder:
     def _fit(self, example: Example, ids: list[int]) -> list[int] | None:
         """The prompt in at most ``src_length`` tokens, at least one; ``None`` if too little of it may be cut."""
         if not ids:  # an empty prompt, and a tokenizer that puts no bos in front: something has to come first
-            return self.eos or [0]
+            return self.bos
         excess = len(ids) - self.src_length
         if excess <= 0:
             return ids
