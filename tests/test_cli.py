@@ -69,15 +69,15 @@ def test_each_option_reaches_the_library(capsys: pytest.CaptureFixture[str]) -> 
     [
         ([], "prompt: expected one, or --input with a file of them"),
         (["x", "--model", "/nowhere"], "/nowhere: no such folder"),
-        (["x", "--temperature", "0", "--do-sample"], "temperature must be from 1e-6 to 1e6"),
-        (["x", "--seed", "1"], "seed acts on sampling only, and do_sample is off"),
-        (["x", "--temperature", "0.5"], "temperature acts on sampling only, and do_sample is off"),
-        (["x", "--top-p", "2", "--do-sample"], "top_p must be above 0 and at most 1, got 2.0"),
-        (["x", "--max-new-tokens", "-1"], "max_new_tokens must be an integer of at least 1, got -1"),
+        (["x", "--temperature", "0", "--do-sample"], "--temperature must be from 1e-6 to 1e6"),
+        (["x", "--seed", "1"], "--seed acts on sampling only, and --do-sample is off"),
+        (["x", "--temperature", "0.5"], "--temperature acts on sampling only, and --do-sample is off"),
+        (["x", "--top-p", "2", "--do-sample"], "--top-p must be above 0 and at most 1, got 2.0"),
+        (["x", "--max-new-tokens", "-1"], "--max-new-tokens must be an integer of at least 1, got -1"),
         (["x", "--max-new-tokens", "1024"], "positions, the model has 1024. Shorten the prompt, or ask for at most"),
-        (["x " * 2000], "tokens + max_new_tokens 30 = "),
-        (["x", "--device", "cuda:99"], "device: 'cuda:99' is not available here"),
-        (["x", "--dtype", "int4"], "dtype: expected auto, float32"),
+        (["x " * 2000], "tokens + --max-new-tokens 30 = "),
+        (["x", "--device", "cuda:99"], "--device: 'cuda:99' is not available here"),
+        (["x", "--dtype", "int4"], "--dtype: expected auto, float32"),
         (["x", "--revision", "main"], "--revision needs --model"),
         (["\udcff"], "text: not valid Unicode at character 0"),
     ],
@@ -103,12 +103,88 @@ def test_a_model_of_another_tokenizer_is_one_line_too(
     assert "expected ids from 0 to 95" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments", [[], ["nonsense"], ["generate", "x", "--max-new-tokens", "many"]])
-def test_wrong_usage_is_exit_code_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("genrate x", "genrate: no such command. Did you mean generate? See minopt --help."),
+        ("nonsense", "nonsense: no such command. See minopt --help."),
+        ("--model x generate", "--model: expected a command before its flags: generate, convert, export, inspect, pl"),
+        ("generate x --max_tokns 3", "--max-tokns: no such flag. Did you mean --max-new-tokens? See minopt generate "),
+        ("generate x --max-length 3", "--max-length: no such flag. Did you mean --max-new-tokens?"),
+        ("generate x --temp=3", "--temp: no such flag. Did you mean --temperature?"),
+        ("generate --promt x", "--promt: no such flag. Did you mean --prompt?"),
+        ("generate x --no-do-sampl", "--no-do-sampl: no such flag. Did you mean --no-do-sample?"),
+        ("generate x -q", "-q: no such flag. See minopt generate --help."),
+        ("evaluate --tsk squad", "--tsk: no such flag. Did you mean --task?"),
+        ("finetune --lerning_rate 1", "--lerning-rate: no such flag. Did you mean --learning-rate?"),
+        ("inspect --modle x", "--modle: no such flag. Did you mean --model?"),
+        ("evaluate", "--task: expected, got none. See minopt evaluate --help."),
+        ("evaluate --task=squat", "--task: expected reference or perplexity or squad or squad-question, got 'squat'. "
+         "Did you mean squad? See"),
+        ("convert", "source, destination: expected, got none. See minopt convert --help."),
+        ("inspect a b", "b: expected nothing more. A text stands in quotes, and behind -- if it begins with a hyphen."),
+        ("generate x --max-new-tokens many", "--max-new-tokens: expected an integer, got 'many'. See"),
+        ("generate x --top_p", "--top-p: expected a value, got none. See"),
+        ("generate x --top-p much", "--top-p: expected a number, got 'much'. See"),
+        ("generate x --echo=5", "--echo: expected no value, got '5'. See"),
+        ("plan opt-125m --memory lots", "--memory: expected a size such as"),
+    ],
+)  # fmt: skip
+def test_a_wrong_word_is_named_in_one_line_with_the_nearest_right_one(
+    command: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as caught:
-        main(arguments)
+        main(command.split())
     assert caught.value.code == 2
-    assert "usage: minopt" in capsys.readouterr().err
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"minopt: error: {message}")
+
+
+@pytest.mark.parametrize("words", [[], ["help"], ["--help"]])
+def test_without_a_command_all_are_shown(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(words)
+    assert caught.value.code == (0 if words else 2)
+    shown = capsys.readouterr()
+    assert "generate  continue a text" in (shown.out if words else shown.err)
+
+
+@pytest.mark.parametrize("words", [["help", "plan"], ["plan", "--help"]])
+def test_help_of_a_command_is_asked_for_in_either_order(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(words)
+    assert caught.value.code == 0
+    assert capsys.readouterr().out.startswith("usage: minopt plan ")
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["generate x --model /nowhere", "generate x --model_name_or_path=/nowhere", "generate --prompt x --model /nowhere",
+     "inspect --model /nowhere", "plan --model_name_or_path /nowhere", "export /nowhere /new",
+     "evaluate --task reference --model-name-or-path /nowhere",
+     "finetune --model /nowhere --output_dir {tmp}/run --train_file {tmp}/text.txt",
+     "finetune --model-name-or-path /nowhere --output-dir {tmp}/run --train-file {tmp}/text.txt"],
+)  # fmt: skip
+def test_a_model_is_named_alike_everywhere(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "text.txt").write_text("The old house.\n" * 50)
+    assert main(command.format(tmp=tmp_path).split()) in (1, 2)
+    assert "/nowhere: no such folder" in "".join(capsys.readouterr())
+
+
+@pytest.mark.parametrize(
+    "flags", ["--stop-strings ---", "--num-beams 2 --length-penalty -1e-1", "--presence-penalty -.5"]
+)
+def test_a_value_may_begin_with_a_hyphen(flags: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "x", "--max-new-tokens", "2", "--device", "cpu", *flags.split()]) == 0
+
+
+@pytest.mark.parametrize("name", ["bf16", "fp16", "half", "fp32", "float", "fp64", "double", "bfloat16"])
+def test_a_dtype_has_a_short_name(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    dtype = {"b": torch.bfloat16, "f": torch.float32, "h": torch.float16, "d": torch.float64}[name[0]]
+    dtype = {"fp16": torch.float16, "fp64": torch.float64}.get(name, dtype)
+    assert minopt.load_model(minopt.DEMO, dtype=name, device="cpu").embed_tokens.weight.dtype == dtype
+    assert main(["plan", "opt-125m", "--dtype", name, "--memory", "100GB", "--device", "cpu"]) == 0
+    assert f"opt-125m as {str(dtype).removeprefix('torch.')}," in capsys.readouterr().out
 
 
 def test_a_closed_pipe_is_no_error() -> None:

@@ -70,15 +70,19 @@ def run(*arguments: str, env: dict[str, str] | None = None) -> subprocess.Comple
     return subprocess.run(command, capture_output=True, text=True, check=False, env=env)
 
 
+NO_TOKENIZER = "no tokenizer's files beside the weights, so none are written."
+
+
 def error_of(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """The one line of a command that ends with 2."""
+    """The one line of a command that ends with 2, after warnings."""
     assert main(arguments) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert captured.err.startswith("minopt: error: ")
-    assert captured.err.count("\n") == 1
-    assert captured.err.endswith("\n")
-    return captured.err
+    *warnings, line = captured.err.splitlines(keepends=True)
+    assert all(warning.startswith("minopt: warning: ") for warning in warnings)
+    assert line.startswith("minopt: error: ")
+    assert line.endswith("\n")
+    return line
 
 
 # --- convert ---
@@ -103,10 +107,10 @@ def test_each_option_reaches_the_library(tmp_path: Path, monkeypatch: pytest.Mon
     assert main(["convert", "a", "b", *flags.split(), "--tokenizer", "c", *hub]) == 0
     assert main(["convert", "a", "b", "--quantize", "int8"]) == 0
     given = {"format": "metaseq", "parts": 4, "dtype": "bfloat16", "max_shard_bytes": 1_500_000, "tokenizer": "c",
-             "model_config": "opt-125m", "force": True, "show_progress": False, "revision": "v1",
+             "model_config": "opt-125m", "force": True, "show_progress": True, "revision": "v1",
              "local_files_only": True, "quantize": None, "ignore": ["a.*"]}  # fmt: skip
     default = {"format": "hf", "parts": 1, "dtype": "auto", "max_shard_bytes": 2_000_000_000, "tokenizer": None,
-               "model_config": None, "force": False, "show_progress": False, "revision": None,
+               "model_config": None, "force": False, "show_progress": True, "revision": None,
                "local_files_only": False, "quantize": "int8", "ignore": []}  # fmt: skip
     assert asked == [(("a", "b"), given), (("a", "b"), default)]
 
@@ -148,8 +152,8 @@ def test_there_and_back_by_the_command_line(parts: Path, tmp_path: Path) -> None
         (["{parts}", "{tmp}/new", "--dtype", "int8"], "dtype: expected auto, float32, "),
         (["{parts}", "{tmp}/new", "--parts", "2"], "metaseq's format has them, got 2 with hf. Add --format metaseq."),
         (["{parts}", "{tmp}/new", "--parts", "3", "--format", "metaseq"], "1, 2, 4 would do."),
-        (["{parts}", "{tmp}/new", "--max-shard-size", "0"], "max_shard_bytes: expected a positive number, got 0."),
-        (["{parts}", "{tmp}/new", "--model-config", "opt-9b"], "model_config: opt-9b: no such file, and "),
+        (["{parts}", "{tmp}/new", "--max-shard-size", "0"], "--max-shard-size: expected a positive number, got 0."),
+        (["{parts}", "{tmp}/new", "--model-config", "opt-9b"], "--model-config: opt-9b: no such file, and "),
         (["{parts}", "{tmp}/new", "--tokenizer", "{tmp}"], "expected tokenizer.json, or vocab.json and merges.txt"),
         (["{parts}", "{parts}", "--force"], "is, or holds, the source"),
         (["{parts}", "{tmp}/old"], "is there already. Name another folder, or replace it with --force."),
@@ -179,7 +183,9 @@ def test_wrong_usage_of_convert_is_exit_code_2(arguments: list[str], capsys: pyt
     with pytest.raises(SystemExit) as caught:
         main(["convert", *arguments])
     assert caught.value.code == 2
-    assert "usage: minopt" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert error.startswith("minopt: error: ")
+    assert error.endswith(" See minopt convert --help.\n")
 
 
 def test_an_interrupt_ends_with_130_and_leaves_nothing(
@@ -199,7 +205,7 @@ def test_an_interrupt_ends_with_130_and_leaves_nothing(
         assert main(["convert", str(parts), str(tmp_path / "new")]) == 130
     finally:
         signal.signal(signal.SIGINT, before)
-    assert capsys.readouterr() == ("", "")
+    assert capsys.readouterr() == ("", f"minopt: warning: {parts}: {NO_TOKENIZER}\n")
     assert [p.name for p in tmp_path.iterdir()] == ["parts"]
 
 
@@ -218,7 +224,8 @@ def test_a_bar_is_drawn_on_a_terminal(parts: Path, tmp_path: Path, capsys: pytes
 def test_no_bar_is_drawn_into_a_file(parts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["convert", str(parts), str(tmp_path / "new")]) == 0
     assert main(["inspect", str(parts), "--check", "--hash"]) == 0
-    assert capsys.readouterr().err == f"minopt: wrote {tmp_path / 'new'}\n"
+    wrote = f"minopt: wrote {tmp_path / 'new'}\n"
+    assert capsys.readouterr().err == f"minopt: warning: {parts}: {NO_TOKENIZER}\n{wrote}"
 
 
 # --- inspect ---
@@ -373,4 +380,6 @@ def test_wrong_usage_of_evaluate_is_exit_code_2(arguments: list[str], capsys: py
     with pytest.raises(SystemExit) as caught:
         main(["evaluate", *arguments])
     assert caught.value.code == 2
-    assert "usage: minopt" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert error.startswith("minopt: error: ")
+    assert error.endswith(" See minopt evaluate --help.\n")

@@ -80,7 +80,7 @@ def mean_loss(lm: LanguageModel, pairs: list[tuple[str, str]]) -> float:
 
 def test_answers_are_scored_as_squad_does(dev_file: Path, lm: LanguageModel, tmp_path: Path, capsys: Capture) -> None:
     output = tmp_path / "predictions.json"
-    assert evaluate("--task", "squad", "--dev_file", dev_file, "--tgt_length", 14, "--json", "--output", output) == 0
+    assert evaluate("--task", "squad", "--dev-file", dev_file, "--tgt-length", 14, "--json", "--output", output) == 0
     captured = capsys.readouterr()
     values = json.loads(captured.out)
     prompts = {key: f"{CONTEXT}\nQuestion: {question}\nAnswer:" for key, (question, _) in QUESTIONS.items()}
@@ -96,7 +96,7 @@ def test_answers_are_scored_as_squad_does(dev_file: Path, lm: LanguageModel, tmp
 
 
 def test_the_table_says_what_the_json_says(dev_file: Path, capsys: Capture) -> None:
-    flags = ("--task", "squad", "--dev-file", dev_file, "--tgt-length", 4, "--per_device_eval_batch_size")
+    flags = ("--task", "squad", "--dev-file", dev_file, "--tgt-length", 4, "--per-device-eval-batch-size")
     assert evaluate(*flags, 5, "--json") == 0
     values = json.loads(capsys.readouterr().out)
     assert evaluate(*flags, 2) == 0  # in other batches
@@ -110,10 +110,10 @@ def test_the_first_samples_alone_and_how_to_generate(
     dev_file: Path, lm: LanguageModel, tmp_path: Path, capsys: Capture
 ) -> None:
     output = tmp_path / "predictions.json"
-    template = ("--prompt_template", "{question} Here: {context}", "--completion_template", "\n{answer}")
-    flags = ("--num_beams", 2, "--min_tgt_length", 5, "--tgt_length", 7, "--length_penalty", 2,
-             "--no_repeat_ngram_size", 2, "--max_eval_samples", 2)  # fmt: skip
-    assert evaluate("--task", "squad", "--dev_file", dev_file, "--output", output, *template, *flags) == 0
+    template = ("--prompt-template", "{question} Here: {context}", "--completion-template", "\n{answer}")
+    flags = ("--num-beams", 2, "--min-tgt-length", 5, "--tgt-length", 7, "--length-penalty", 2,
+             "--no-repeat-ngram-size", 2, "--max-eval-samples", 2)  # fmt: skip
+    assert evaluate("--task", "squad", "--dev-file", dev_file, "--output", output, *template, *flags) == 0
     assert "examples     2\n" in capsys.readouterr().out
     options: dict[str, Any] = {"num_beams": 2, "min_new_tokens": 5, "max_new_tokens": 7, "length_penalty": 2.0,
                                "no_repeat_ngram_size": 2, "no_repeat_ngram_include_prompt": False}  # fmt: skip
@@ -125,7 +125,7 @@ def test_questions_to_answers_are_scored_by_rouge(
     dev_file: Path, lm: LanguageModel, tmp_path: Path, capsys: Capture
 ) -> None:
     output = tmp_path / "predictions.json"
-    flags = ("--dev_file", dev_file, "--tgt_length", 14, "--json", "--output", output)
+    flags = ("--dev-file", dev_file, "--tgt-length", 14, "--json", "--output", output)
     assert evaluate("--task", "squad-question", *flags) == 0
     values = json.loads(capsys.readouterr().out)
     asked = {key: (question, answers[0]) for key, (question, answers) in QUESTIONS.items() if answers}
@@ -141,7 +141,7 @@ def test_questions_to_answers_are_scored_by_rouge(
 
 def test_two_processes_find_what_one_does_and_say_it_once(dev_file: Path, tmp_path: Path, capsys: Capture) -> None:
     """Five questions: one more in a process than in the other."""
-    flags = ["--task", "squad", "--dev_file", str(dev_file), "--tgt_length", "4", "--json"]
+    flags = ["--task", "squad", "--dev-file", str(dev_file), "--tgt-length", "4", "--json"]
     assert evaluate(*flags, "--output", tmp_path / "one.json") == 0
     expected = json.loads(capsys.readouterr().out)
     with socket.socket() as probe:
@@ -184,20 +184,20 @@ def test_perplexity_is_that_of_the_library(name: str, lm: LanguageModel, tmp_pat
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--task squad --dev_file {dev} --data x.txt", "--data: goes with --task perplexity, got --task squad. Leave"),
-        ("--task squad --dev_file {dev} --window 8", "--window: goes with --task perplexity, got --task squad. Leave"),
-        ("--task perplexity --data x.txt --num_beams 2", "--num_beams: goes with --task squad, got --task perplexity."),
-        ("--task perplexity --data x.txt --dev_file {dev}", "--dev_file: goes with --task squad, got --task perplex"),
+        ("--task squad --dev-file {dev} --data x.txt", "--data: goes with --task perplexity, got --task squad. Leave"),
+        ("--task squad --dev-file {dev} --window 8", "--window: goes with --task perplexity, got --task squad. Leave"),
+        ("--task perplexity --data x.txt --num-beams 2", "--num-beams: goes with --task squad, got --task perplexity."),
+        ("--task perplexity --data x.txt --dev-file {dev}", "--dev-file: goes with --task squad, got --task perplex"),
         ("--task reference --output x.json", "--output: goes with --task squad, got --task reference. Leave it out."),
         ("--task reference --data x.txt", "--data: goes with --task perplexity, got --task reference. Leave it out."),
         ("--task reference --quantize int8", "--quantize: published numbers are float32's, got int8. Leave it out."),
         ("--task reference --dtype bfloat16", "--dtype: published numbers are float32's, got bfloat16. Leave it out."),
-        ("--task squad --dev_file nope.json", "dev_file: expected squad, squad-v2 or a file"),
-        ("--task squad --dev_file {dev} --output {tmp}/nowhere/x.json", "--output: there is no folder"),
-        ("--task squad --dev_file {dev} --output {tmp}", "--output: expected a file, got a folder"),
-        ("--task squad --dev_file {dev} --src_length 1020 --tgt_length 8", "--src_length 1020 and --tgt_length 8: exp"),
-        ("--task squad --dev_file {dev} --tgt_length 0", "--tgt_length: expected an integer of at least 1, got 0"),
-        ("--task squad --dev_file {dev} --prompt_template x --completion_template ' {{answer}}'", "--prompt_templat"),
+        ("--task squad --dev-file nope.json", "--dev-file: expected squad, squad-v2 or a file"),
+        ("--task squad --dev-file {dev} --output {tmp}/nowhere/x.json", "--output: there is no folder"),
+        ("--task squad --dev-file {dev} --output {tmp}", "--output: expected a file, got a folder"),
+        ("--task squad --dev-file {dev} --src-length 1020 --tgt-length 8", "--src-length 1020 and --tgt-length 8: exp"),
+        ("--task squad --dev-file {dev} --tgt-length 0", "--tgt-length: expected an integer of at least 1, got 0"),
+        ("--task squad --dev-file {dev} --prompt-template x --completion-template ' {{answer}}'", "--prompt-templat"),
         ("--task perplexity", "--data: expected a text file, such as WikiText-2's wiki.test.raw, got none. Name one."),
         ("--task perplexity --data nope.txt", "data: expected a file"),
         ("--task perplexity --data {dev}", "--data: expected a text (.txt, .raw), got "),
@@ -224,7 +224,7 @@ def test_a_model_is_needed_and_it_needs_a_tokenizer(
 ) -> None:
     (tmp_path / "text.txt").write_text("Yes.")
     model = write_checkpoint()
-    for task in (["squad", "--dev_file", str(dev_file), "--src_length", "40", "--tgt_length", "4"],
+    for task in (["squad", "--dev-file", str(dev_file), "--src-length", "40", "--tgt-length", "4"],
                  ["perplexity", "--data", str(tmp_path / "text.txt")]):  # fmt: skip
         capsys.readouterr()
         assert main(["evaluate", "--task", *task]) == 2

@@ -106,17 +106,17 @@ def test_the_recipe_runs_to_its_end_and_writes_what_it_measured(recipe: SimpleNa
     assert (evaluation["step"], evaluation["eval_examples"]) == (6, 2)
     predictions = json.loads((recipe.out / "predictions.json").read_text())
     assert predictions.keys() == {"q0", "q1"}
-    assert all(len(text) > 55 for text in predictions.values())  # --min_tgt_length, in tokens of a letter or more
+    assert all(len(text) > 55 for text in predictions.values())  # --min-tgt-length, in tokens of a letter or more
     assert recipe.stdout == ""
 
 
 def test_the_recipe_says_each_thing_once(recipe: SimpleNamespace) -> None:
     lines = recipe.stderr.splitlines()
-    for said in ("--fp16: float16 is slow on a CPU. --bf16 is", "--min_tgt_length 55: no completion of --dev_file",
+    for said in ("--fp16: float16 is slow on a CPU. --bf16 is", "--min-tgt-length 55: no completion of --dev-file",
                  "12 examples, ", "4 examples a step: 2 processes x ", "step 1/6  loss ", "step 6/6  loss ",
                  "evaluation after step 6: loss ", f"The model is in {recipe.out}"):  # fmt: skip
         assert sum(said in line for line in lines) == 1, said
-    assert not any("--no_repeat_ngram_size" in line for line in lines)  # bans none of these answers
+    assert not any("--no-repeat-ngram-size" in line for line in lines)  # bans none of these answers
     assert "Traceback" not in recipe.stderr
     assert "Warning" not in recipe.stderr
 
@@ -178,8 +178,9 @@ def test_each_field_has_a_flag_with_help_and_no_other_flags_are_there(capsys: Ca
     flags = re.findall(r"^  (?:-h, )?--([\w-]+)(.*(?:\n {20,}\S.*)*)", text, re.MULTILINE)
     assert [name.replace("-", "_") for name, _ in flags] == [
         "help",
+        "debug",
         "config",
-        *(f.name for f in fields(TrainingConfig)),
+        *(f.name.removesuffix("_name_or_path") for f in fields(TrainingConfig)),
     ]
     for name, said in flags:
         assert re.search(r"  [a-zA-Z]\w+", said) or "\n" in said, f"--{name} has no help"
@@ -190,7 +191,7 @@ def test_a_flag_sets_its_field(f: Any) -> None:
     value: Any = {"int": 3, "float": 0.25, "bool": not f.default, "str": "x"}[f.type.removesuffix(" | None")]
     if f.metadata["choices"]:
         value = f.metadata["choices"][-1]
-    flag = f"--{f.name.replace('_', '-')}"
+    flag = f"--{f.name.removesuffix('_name_or_path').replace('_', '-')}"
     assert given(flag, str(value))[f.name] == value
     assert f.name not in given()
     if isinstance(value, bool):
@@ -211,16 +212,16 @@ def test_settings_come_from_a_file_and_flags_come_before_it(data: Path, tmp_path
     written = {"model-name-or-path": DEMO, "train_file": str(data / "train.json"), "max_steps": 2, "src_length": 96,
                "tgt_length": 8, "learning_rate": 1, "recompute": True}  # fmt: skip
     config.write_text(json.dumps(written))
-    assert main(["finetune", "--config", str(config), "--output_dir", str(first), "--learning-rate", "0.5",
-                 "--max_steps", "1", "--recompute", "false", "--device", "cpu"]) == 0  # fmt: skip
+    assert main(["finetune", "--config", str(config), "--output-dir", str(first), "--learning-rate", "0.5",
+                 "--max-steps", "1", "--recompute", "false", "--device", "cpu"]) == 0  # fmt: skip
     settings = settings_in(first)
     assert (settings["learning_rate"], settings["max_steps"], settings["recompute"]) == (0.5, 1, False)
     assert (settings["src_length"], settings["model_name_or_path"]) == (96, DEMO)
     capsys.readouterr()
-    assert main(["finetune", "--config", str(first / "run.json"), "--output_dir", str(second)]) == 0
+    assert main(["finetune", "--config", str(first / "run.json"), "--output-dir", str(second)]) == 0
     assert settings_in(second) == settings | {"output_dir": str(second)}
     assert shown_settings(capsys.readouterr().err) == settings_in(second)
-    assert main(["finetune", "--config", str(second / "run.json"), "--output_dir", str(third), "--seed", "7"]) == 0
+    assert main(["finetune", "--config", str(second / "run.json"), "--output-dir", str(third), "--seed", "7"]) == 0
     assert settings_in(third) == settings | {"output_dir": str(third), "seed": 7}
     losses = [(folder / "metrics.jsonl").read_text().split('"loss": ')[1].split(",")[0] for folder in (first, second)]
     assert losses[0] == losses[1]
@@ -230,9 +231,9 @@ def test_settings_come_from_a_file_and_flags_come_before_it(data: Path, tmp_path
     ("file", "flags", "rows"),
     [
         ("pairs.jsonl", "", "6 examples"),
-        ("book.txt", "--src_length 20 --tgt_length 12", None),
+        ("book.txt", "--src-length 20 --tgt-length 12", None),
         ("train.json", "--task squad-question", "12 examples"),
-        ("train.json", "--prompt_template 'Q: {question} A:' --completion_template ' {answer}'", "12 examples"),
+        ("train.json", "--prompt-template 'Q: {question} A:' --completion-template ' {answer}'", "12 examples"),
     ],
     ids=["pairs", "text", "squad-question", "templates"],
 )
@@ -240,7 +241,7 @@ def test_each_kind_of_data_is_trained_and_evaluated_on(
     file: str, flags: str, rows: str | None, data: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     out = tmp_path / "run"
-    assert finetune(data, out, f"--do_train --do_eval {flags}", train_file=data / file, dev_file=data / file) == 0
+    assert finetune(data, out, f"--do-train --do-eval {flags}", train_file=data / file, dev_file=data / file) == 0
     captured = capsys.readouterr()
     assert captured.out == ""
     assert rows is None or rows in captured.err
@@ -256,7 +257,7 @@ def test_each_kind_of_data_is_trained_and_evaluated_on(
 
 def test_do_eval_alone_evaluates_and_writes_no_run(data: Path, tmp_path: Path, capsys: Capture) -> None:
     out = tmp_path / "run"
-    assert finetune(data, out, "--do_eval --max_eval_samples 2", train_file=None, dev_file=data / "dev.json") == 0
+    assert finetune(data, out, "--do-eval --max-eval-samples 2", train_file=None, dev_file=data / "dev.json") == 0
     captured = capsys.readouterr()
     values = dict(line.split() for line in captured.out.splitlines())
     assert values.keys() == {"loss", "perplexity", "examples", "exact_match", "f1"}
@@ -279,24 +280,24 @@ def error_of(status: int, capsys: Capture) -> str:
 @pytest.mark.parametrize(
     ("settings", "flags", "message"),
     [
-        ({"train_file": "nope.json"}, "", "train_file: expected squad, squad-v2 or a file"),
-        ({"dev_file": "nope.json"}, "--do_train --do_eval", "dev_file: expected squad, squad-v2 or a file"),
-        ({"src_length": 1020}, "", "--src_length 1020 and --tgt_length 8: expected at most 1024 tokens together, the "
+        ({"train_file": "nope.json"}, "", "--train-file: expected squad, squad-v2 or a file"),
+        ({"dev_file": "nope.json"}, "--do-train --do-eval", "--dev-file: expected squad, squad-v2 or a file"),
+        ({"src_length": 1020}, "", "--src-length 1020 and --tgt-length 8: expected at most 1024 tokens together, the "
          "model's positions, got 1028. Lower one."),
-        ({"src_length": 1}, "", "--train_file: expected at least one example, got none (12 cannot be cut to "),
-        ({"output_dir": None}, "", "--output_dir: expected a folder for the run, got none. Name one."),
-        ({"model_name_or_path": None}, "", "--model_name_or_path: expected a folder, any one file of a checkpoint, or"),
+        ({"src_length": 1}, "", "--train-file: expected at least one example, got none (12 cannot be cut to "),
+        ({"output_dir": None}, "", "--output-dir: expected a folder for the run, got none. Name one."),
+        ({"model_name_or_path": None}, "", "--model: expected a folder, any one file of a checkpoint, or"),
         ({}, "--fp16 --bf16", "--fp16 and --bf16: expected one of them, got both. Leave one out."),
         ({}, "--task poetry", "--task: expected squad or squad-question, got 'poetry'"),
-        ({}, "--lr_scheduler_type steep", "--lr_scheduler_type: expected linear or cosine or constant, got 'steep'"),
+        ({}, "--lr-scheduler-type steep", "--lr-scheduler-type: expected linear or cosine or constant, got 'steep'"),
         ({"device": "nonsense"}, "", "--device: expected cpu or cuda, got 'nonsense'."),
-        ({}, "--prompt_template Why --completion_template ' {answer}'", "--prompt_template: expected one field or mor"),
-        ({}, "--prompt_template '{context}'", "--prompt_template and --completion_template: expected both or none."),
-        ({}, "--prompt_template '{text}' --completion_template ' {answer}'", "{question}, {answer}, got {text} (in"),
+        ({}, "--prompt-template Why --completion-template ' {answer}'", "--prompt-template: expected one field or mor"),
+        ({}, "--prompt-template '{context}'", "--prompt-template and --completion-template: expected both or none."),
+        ({}, "--prompt-template '{text}' --completion-template ' {answer}'", "{question}, {answer}, got {text} (in"),
         ({"model_name_or_path": "/nowhere"}, "", "/nowhere: no such folder"),
         ({}, "--config nope.json", "--config: expected a JSON file, got nope.json, which there is not. Name another."),
         ({}, "--resume nowhere", "--resume: expected auto, never or the folder of a checkpoint, got nowhere."),
-        ({}, "--learning_rate -1", "--learning_rate: expected a number of at least 0, got -1.0"),
+        ({}, "--learning-rate -1", "--learning-rate: expected a number of at least 0, got -1.0"),
     ],
 )  # fmt: skip
 def test_what_a_user_can_mend_is_one_line_and_exit_code_2(
@@ -312,8 +313,8 @@ def test_what_a_user_can_mend_is_one_line_and_exit_code_2(
         ("{}", "data: expected a list, got nothing"),
         ('{"data": [{"paragraphs": [{"qas": []}]}]}', "data[0].paragraphs[0].context: expected a text, got nothing"),
         ("[1", "expected JSON, got an error"),
-        ("", "train_file: expected data, got an empty file"),
-        ('{"data": []}', "train_file: expected examples, got none"),
+        ("", "--train-file: expected data, got an empty file"),
+        ('{"data": []}', "--train-file: expected examples, got none"),
     ],
 )
 def test_a_file_that_is_not_squad_is_named_with_the_place_in_it(
@@ -346,19 +347,19 @@ def test_a_model_without_a_tokenizer_is_one_line(
     model = write_checkpoint()
     capsys.readouterr()  # what transformers says while it writes
     line = error_of(finetune(data, tmp_path / "run", model_name_or_path=model), capsys)
-    assert line == f"--model_name_or_path: expected a model with a tokenizer, {model} has none. Add its files."
+    assert line == f"--model: expected a model with a tokenizer, {model} has none. Add its files."
 
 
 def test_what_is_in_the_folder_is_not_touched(data: Path, tmp_path: Path, capsys: Capture) -> None:
     out = tmp_path / "run"
     with locked(out):
         line = error_of(finetune(data, out), capsys)
-    assert f"--output_dir: {out} is in use by a run that is alive (process {os.getpid()}). Wait for it" in line
+    assert f"--output-dir: {out} is in use by a run that is alive (process {os.getpid()}). Wait for it" in line
     (out / "notes").write_text("mine")
     line = error_of(finetune(data, out), capsys)
-    assert line == f"--output_dir: {out} holds files that are no run's: notes. Name another folder."
+    assert line == f"--output-dir: {out} holds files that are no run's: notes. Name another folder."
     line = error_of(finetune(data, out / "notes"), capsys)
-    assert line.startswith(f"--output_dir: expected a folder, got {out / 'notes'}")
+    assert line.startswith(f"--output-dir: expected a folder, got {out / 'notes'}")
     assert (out / "notes").read_text() == "mine"
 
 
@@ -369,12 +370,12 @@ def test_a_run_with_other_settings_is_refused_and_the_differences_are_listed(
         words = [word for name, value in settings_in(recipe.out).items() if value is not None
                  for word in (f"--{name}", str(value))]  # fmt: skip
         before = {path: path.stat().st_mtime_ns for path in recipe.out.rglob("*") if path.name != ".lock"}
-        status = main(["finetune", *words, "--do_eval", "false", "--fp16", "false", *flags])
+        status = main(["finetune", *words, "--do-eval", "false", "--fp16", "false", *flags])
         assert {path: path.stat().st_mtime_ns for path in recipe.out.rglob("*") if path.name != ".lock"} == before
         return error_of(status, capsys)
 
     line = again("--seed", "3")
-    assert line.startswith(f"--output_dir: {recipe.out} holds a run with other settings: ")
+    assert line.startswith(f"--output-dir: {recipe.out} holds a run with other settings: ")
     assert "seed is 42 there and 3 here; fp16 is true there and false here. Name another folder, or use" in line
     assert "do_eval" not in line  # makes no other run of it
 
@@ -382,9 +383,9 @@ def test_a_run_with_other_settings_is_refused_and_the_differences_are_listed(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--train_file nope.json", "train_file: expected squad, squad-v2 or a file"),
+        ("--train-file nope.json", "--train-file: expected squad, squad-v2 or a file"),
         ("--fp16 --bf16", "--fp16 and --bf16: expected one of them, got both. Leave one out."),
-        ("--output_dir {recipe}", "holds a run with other settings: "),
+        ("--output-dir {recipe}", "holds a run with other settings: "),
     ],
     ids=["file", "contradiction", "folder"],
 )
@@ -407,10 +408,10 @@ def test_many_processes_say_it_once_and_all_end(
 
 
 def test_a_batch_that_does_not_fit_the_run_is_refused_with_what_would(recipe: SimpleNamespace, capsys: Capture) -> None:
-    status = main(["finetune", "--config", str(recipe.out / "run.json"), "--per_device_train_batch_size", "3"])
+    status = main(["finetune", "--config", str(recipe.out / "run.json"), "--per-device-train-batch-size", "3"])
     *_, line = capsys.readouterr().err.splitlines()
     assert status == 2
     assert line == (
-        "minopt: error: --per_device_train_batch_size: 3 in each of 1 processes do not divide the 4 examples of a step "
+        "minopt: error: --per-device-train-batch-size: 3 in each of 1 processes do not divide the 4 examples of a step "
         "that the run was begun with. Their product must be one of 1, 2, 4."
     )

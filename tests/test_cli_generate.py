@@ -217,9 +217,9 @@ def test_a_file_of_prompts_that_is_none_names_the_line(
         (["x", "--top-logprobs", "2"], "--top-logprobs goes with --input"),
         (["x", "--output-logprobs"], "--output-logprobs goes with --input"),
         (["--input", "p.txt", "--echo"], "--echo: the output of --input has the prompts already"),
-        (["x", "--sequence-bias", "[[5, 1.0]]"], "sequence_bias must be pairs of ids and a number"),
-        (["x", "--bad-words-ids", "5"], "bad_words_ids must be sequences of at least one id each, got 5"),
-        (["x", "--length-penalty", "2"], "length_penalty acts on beam search only, and num_beams is 1"),
+        (["x", "--sequence-bias", "[[5, 1.0]]"], "--sequence-bias must be pairs of ids and a number"),
+        (["x", "--bad-words-ids", "5"], "--bad-words-ids must be sequences of at least one id each, got 5"),
+        (["x", "--length-penalty", "2"], "--length-penalty acts on beam search only, and --num-beams is 1"),
         (["x", "--num-return-sequences", "2"], "greedy decoding has one answer"),
     ],
 )

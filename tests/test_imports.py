@@ -22,7 +22,7 @@ FILES = {
 
 # A room imports from those before it. Rooms of one line do not import each other.
 ORDER = (
-    ("config", "memory"),
+    ("config", "errors", "memory", "progress"),
     ("cache", "distributed", "int8"),
     ("model",),
     ("tokenizer",),
@@ -42,6 +42,7 @@ LAZY = {
     "minopt.checkpoint.hub": {"huggingface_hub"},
     "minopt.language_model": {"minopt"},  # export, which brings the compiler, and tensor_parallel, torch.distributed
     "minopt.checkpoint.save": {"safetensors"},
+    "minopt.progress": {"tqdm"},
     **{f"minopt.cli.{verb}": {"minopt"} for verb in ("checkpoints", "evaluate", "export", "finetune")},
     **{f"minopt.cli.{verb}": {"minopt", "torch"} for verb in ("generate", "plan")},
 }

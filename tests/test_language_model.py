@@ -574,8 +574,10 @@ def test_one_bad_prompt_refuses_all_before_anything_runs(
 
 
 def test_a_bar_is_drawn_for_more_than_one_batch_only(
-    lm: minopt.LanguageModel, capsys: pytest.CaptureFixture[str]
+    lm: minopt.LanguageModel, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("minopt.progress.on_terminal", lambda: True)
+
     def drawn(call: Callable[..., Any], **options: Any) -> str:
         capsys.readouterr()
         call(**options)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,9 +12,14 @@ from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _get_default_store
 from torch.distributed.rendezvous import rendezvous
 
+from minopt.errors import is_connection_lost, is_out_of_memory, is_users
+
 _T = TypeVar("_T")
+
+_calls = itertools.count()  # of `processes`, the same in all of them
 
 
 @dataclass(frozen=True)
@@ -49,13 +56,13 @@ class World:
         dist.all_gather_object(values, value)
         return values
 
-    def agree(self, error: ValueError | OSError | None) -> None:
+    def agree(self, error: Exception | None) -> None:
         """Raises the first error of any process in all of them; each has to call it."""
         if error is not None and self.size == 1:
             raise error
-        for other in self.gather(error if error is None else (_kind(error), str(error))):
-            if other is not None:
-                raise other[0](other[1]) from error
+        for process, packed in enumerate(self.gather(None if error is None else _packed(error, self.rank))):
+            if packed is not None:
+                raise _unpacked(packed, process) from error
 
     def first(self, run: Callable[[], _T]) -> _T | None:
         """Runs something in the first process alone, while the others wait; its error is everyone's."""
@@ -73,15 +80,34 @@ class World:
         result, error = None, None
         try:
             result = run()
-        except (ValueError, OSError) as e:
+        except Exception as e:
+            if not is_users(e) and not is_out_of_memory(e):
+                raise
             error = e
         self.agree(error)
         return cast(_T, result)
 
 
-def _kind(error: ValueError | OSError) -> type[Exception]:
-    """A class that takes a message alone."""
-    return next(kind for kind in (FileNotFoundError, FileExistsError, ValueError, OSError) if isinstance(error, kind))
+def _packed(error: Exception, rank: int) -> bytes:
+    """An error as bytes, of its own type where a message alone makes one; of memory, with the process that lacks it."""
+    if is_out_of_memory(error):
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        error = torch.OutOfMemoryError(f"process {rank}: {reason}")
+    try:
+        packed = pickle.dumps(error)
+        same = pickle.loads(packed)
+        if type(same) is type(error) and str(same) == str(error):
+            return packed
+    except Exception:  # whatever the class does
+        pass
+    kinds = (FileNotFoundError, FileExistsError, ValueError, OSError)
+    return pickle.dumps(next(kind for kind in kinds if isinstance(error, kind))(str(error)))
+
+
+def _unpacked(packed: bytes, process: int) -> Exception:
+    error: Exception = pickle.loads(packed)
+    error.process = process  # type: ignore[attr-defined]  # in which it happened; that one tells the user
+    return error
 
 
 @contextmanager
@@ -109,9 +135,35 @@ def processes(device: str | None) -> Iterator[World]:
     if joined_here:
         # Two backends: numbers of the processes (losses, errors) go by way of the CPU and do not wait for a GPU.
         _join("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo")
-    yield World(dist.get_rank(), dist.get_world_size(), chosen)
+    world, key = World(dist.get_rank(), dist.get_world_size(), chosen), f"minopt-error-{next(_calls)}"
+    try:
+        yield world
+    except Exception as error:
+        common = _common(error, world.rank, key)
+        if common is None:
+            raise
+        raise common from error
     if joined_here:  # not after an error: the others may not come to the same point
         dist.destroy_process_group()
+
+
+def _common(error: Exception, rank: int, key: str) -> Exception | None:
+    """The error of the process that failed first, which has left word of it in the store that all share.
+
+    All others only see that it is gone, and end with its error too. ``None`` where there is no other error to raise.
+    """
+    lost = is_connection_lost(error)
+    if hasattr(error, "process") or not (lost or is_users(error) or is_out_of_memory(error)):
+        return None
+    try:
+        store = _get_default_store()
+        if lost and not store.check([key]):  # killed, without a word
+            return None
+        word = store.get(key) if lost else store.compare_set(key, "", f"{rank} {_packed(error, rank).hex()}")
+    except RuntimeError:  # the store is gone as well
+        return None
+    process, packed = word.decode().split()
+    return _unpacked(bytes.fromhex(packed), int(process))
 
 
 def _join(backend: str) -> None:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
-from tqdm import tqdm
 
 from minopt.checkpoint.hub import find_model
 from minopt.checkpoint.load import load_checkpoint, read_weights, resolve_device, resolve_dtype
@@ -32,6 +31,7 @@ from minopt.inference.graphs import GraphedOPT
 from minopt.inference.products import packs
 from minopt.model import OPT
 from minopt.plan import shortage
+from minopt.progress import bar
 from minopt.streamed import StreamedOPT
 from minopt.tokenizer import StopStrings, Tokenizer, pad_left
 
@@ -157,7 +157,7 @@ class LanguageModel:
                 tokenizer's, or the model's if the tokenizer has none.
             echo: put the prompt before its continuation.
             return_details: return a ``GeneratedText`` for each continuation instead of its text.
-            show_progress: draw a bar on stderr where there is more than one batch.
+            show_progress: draw a bar on stderr, if that is a terminal and there is more than one batch.
             **options: as ``generate_each`` takes them.
 
         Returns:
@@ -192,7 +192,7 @@ class LanguageModel:
 
         Args:
             prompts: any number of texts.
-            show_progress: draw a bar on stderr where there is more than one batch.
+            show_progress: draw a bar on stderr, if that is a terminal and there is more than one batch.
             **options: those of ``GenerationConfig`` (``max_new_tokens``, ``num_beams``, ``top_p``, ...), over
                 ``generation_defaults`` or, if given, ``config``; the arguments ``logits_processor``,
                 ``stopping_criteria`` and ``generator`` of ``minopt.generate``, which see the rows of one batch after
@@ -261,7 +261,7 @@ class LanguageModel:
             text: one text, or a list of any number of them; with ``continuations``, the prompt.
             continuations: texts that may follow ``text``.
             add_bos: see ``Tokenizer.encode``.
-            show_progress: draw a bar on stderr where there is more than one batch.
+            show_progress: draw a bar on stderr, if that is a terminal and there is more than one batch.
             **limits: ``batch_size`` and ``max_batch_tokens``, see ``generate_each``.
 
         Returns:
@@ -289,7 +289,7 @@ class LanguageModel:
                 raise ValueError(f"score: expected some text, got {t!r}, which has no tokens.")
         found: list[Any] = [None] * len(texts)
         batches = cut_batches([len(ids) for ids, _ in pairs], **{"batch_size": self._most_rows(), **limits})
-        with tqdm(total=len(texts), unit="text", disable=not show_progress or len(batches) < 2) as bar:
+        with bar(len(texts), "text", shown=show_progress and len(batches) > 1) as drawn:
             for batch in batches:
                 rows = [pairs[i][0] for i in batch]
                 values = token_logprobs(self.decoder, rows, [max(1, pairs[i][1]) for i in batch])
@@ -297,7 +297,7 @@ class LanguageModel:
                     ids, start = pairs[i]
                     first: list[float | None] = [None] if start == 0 else []
                     found[i] = ScoredText(texts[i], tuple(ids[start:]), tuple(first + logprobs.tolist()))
-                bar.update(len(batch))
+                drawn.update(len(batch))
         return found if continuations is not None or not isinstance(text, str) else found[0]
 
     def perplexity(
@@ -434,13 +434,13 @@ class _Batch:
 def _run_each(batches: list[_Batch], show_progress: bool) -> Iterator[tuple[int, list[GeneratedText]]]:
     """Runs batches in turn; gives each prompt's index and continuations."""
     count = sum(len(batch.indices) for batch in batches)
-    with tqdm(total=count, unit="prompt", mininterval=0, disable=not show_progress or len(batches) < 2) as bar:
+    with bar(count, "prompt", shown=show_progress and len(batches) > 1) as drawn:
         for batch in batches:
             output, copies = run(batch.request), batch.request.config.num_return_sequences
             rows = [_generated_text(batch, output, row) for row in range(len(output.lengths))]
             for at, index in enumerate(batch.indices):
                 yield index, rows[at * copies : (at + 1) * copies]
-                bar.update()
+                drawn.update()
 
 
 def _generated_text(batch: _Batch, output: GenerationOutput, row: int) -> GeneratedText:
@@ -573,7 +573,7 @@ def load(
     defaults = read_defaults(place / "generation_config.json")
     model: OPT | ExportedModel
     if checkpoint is None:
-        model = load_exported(path, device=device, dtype=dtype)
+        model = load_exported(path, device=device, dtype=number_type or "auto")
     elif mesh is not None:
         from minopt.tensor_parallel import load_share  # it brings torch.distributed
 

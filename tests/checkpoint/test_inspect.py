@@ -670,8 +670,9 @@ def test_scales_are_part_of_the_fingerprint(hf: Path, tmp_path: Path) -> None:
 
 
 def test_the_bar_is_drawn_while_values_are_read_and_on_demand_only(
-    hf: Path, capsys: pytest.CaptureFixture[str]
+    hf: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("minopt.progress.on_terminal", lambda: True)
     inspect_checkpoint(hf, check=True, digest=True)
     inspect_checkpoint(hf, show_progress=True)
     assert capsys.readouterr() == ("", "")

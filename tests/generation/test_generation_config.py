@@ -49,21 +49,21 @@ NONSENSE: dict[str, tuple[str, tuple[Any, ...]]] = {
     "min_new_tokens": ("an integer of at least 0", COUNTS),
     "no_repeat_ngram_size": ("an integer of at least 0", COUNTS),
     "top_logprobs": ("an integer of at least 0", COUNTS),
-    "truncate_prompt": ("True or False", FLAGS),
-    "do_sample": ("True or False", FLAGS),
-    "no_repeat_ngram_include_prompt": ("True or False", FLAGS),
-    "output_scores": ("True or False", FLAGS),
-    "output_logprobs": ("True or False", FLAGS),
+    "truncate_prompt": ("true or false", FLAGS),
+    "do_sample": ("true or false", FLAGS),
+    "no_repeat_ngram_include_prompt": ("true or false", FLAGS),
+    "output_scores": ("true or false", FLAGS),
+    "output_logprobs": ("true or false", FLAGS),
     "length_penalty": ("a number from -5 to 5", (None, "1", True, math.nan, math.inf, 5.1, -6)),
-    "early_stopping": ('True, False or "never"', (None, 0, 1, "always", "True", "")),
+    "early_stopping": ("true, false or never", (None, 0, 1, "always", "True", "")),
     "temperature": (
         "from 1e-6 to 1e6 (for the most probable token at each step leave do_sample off)",
         (0, 0.0, -1.0, 1e-7, 2e6, math.nan, math.inf, "hot", None, True),
     ),
     "top_k": ("an integer of at least 0 (0 = no limit)", COUNTS),
     "top_p": ("above 0 and at most 1", (0, 0.0, 2, 1.0001, -0.1, math.nan, None, "0.9", True)),
-    "min_p": ("from 0 to 1, or None", (-0.1, 1.0001, math.nan, "0.1", True)),
-    "seed": ("an integer from 0 to 2**64 - 1, or None", (-1, 0.5, 2**64, True, "7")),
+    "min_p": ("from 0 to 1", (-0.1, 1.0001, math.nan, "0.1", True)),
+    "seed": ("an integer from 0 to 2**64 - 1", (-1, 0.5, 2**64, True, "7")),
     "repetition_penalty": ("from 0.0001 to 10000", (0, 0.0, -1.0, 1e-5, 10001, math.nan, math.inf, None, "1", True)),
     "presence_penalty": ("a number from -10000 to 10000", PENALTIES),
     "frequency_penalty": ("a number from -10000 to 10000", PENALTIES),
@@ -78,13 +78,13 @@ NONSENSE: dict[str, tuple[str, tuple[Any, ...]]] = {
         (5, "ab", ((),), ((1,), ()), (1, 2), ((1, -1),), ((1.0,),), (("a",),), ((True,),), (None,)),
     ),
     "suppress_tokens": ("ids", (5, (1, -1), "abc", (1.0,), (None,), ((1,),), (False,))),
-    "forced_bos_token_id": ("an id, or None", (-1, 2.0, "2", (2,), True)),
-    "prompt_lookup_num_tokens": ("an integer of at least 1, or None", (0, -1, 2.0, True, "3", math.nan, [1])),
+    "forced_bos_token_id": ("an id", (-1, 2.0, "2", (2,), True)),
+    "prompt_lookup_num_tokens": ("an integer of at least 1", (0, -1, 2.0, True, "3", math.nan, [1])),
     "max_matching_ngram_size": ("an integer of at least 1", (0, *COUNTS)),
-    "eos_token_id": ("an id, several, or None", (-1, (2, -1), "</s>", 2.0, True, (2, None))),
-    "pad_token_id": ("an id, or None", (-1, 1.0, "<pad>", (1,), False)),
+    "eos_token_id": ("an id, or several", (-1, (2, -1), "</s>", 2.0, True, (2, None))),
+    "pad_token_id": ("an id", (-1, 1.0, "<pad>", (1,), False)),
     "stop_strings": ("texts of at least one character", (5, ("",), ("a", ""), ("a", 5), (None,), (b"a",))),
-    "max_time": ("seconds above 0, or None", (0, -1.0, math.nan, math.inf, "1", True)),
+    "max_time": ("seconds above 0", (0, -1.0, math.nan, math.inf, "1", True)),
 }  # fmt: skip
 
 
@@ -150,10 +150,10 @@ CONTRADICTIONS: dict[str, dict[str, Any]] = {
     "num_return_sequences is 2, and greedy decoding has one answer: set do_sample or num_beams": {
         "num_return_sequences": 2,
     },
-    "prompt_lookup_num_tokens is 3, and only greedy decoding reads drafts: leave it out, or set do_sample=False": {
+    "prompt_lookup_num_tokens is 3, and only greedy decoding reads drafts: leave out do_sample, or this": {
         "prompt_lookup_num_tokens": 3, "do_sample": True, "num_return_sequences": 2,
     },
-    "prompt_lookup_num_tokens is 5, and only greedy decoding reads drafts: leave it out, or set num_beams=1": {
+    "prompt_lookup_num_tokens is 5, and only greedy decoding reads drafts: leave out num_beams, or this": {
         "prompt_lookup_num_tokens": 5, "num_beams": 2,
     },
 }  # fmt: skip
@@ -180,7 +180,7 @@ def test_all_nonsense_is_named_at_once() -> None:
         GenerationConfig(max_new_tokens=0, temperature=0.5, seed=-1, length_penalty=2.0, min_new_tokens=5)
     assert str(error.value) == (
         "generation: max_new_tokens must be an integer of at least 1, got 0; seed must be an integer from 0 to "
-        "2**64 - 1, or None, got -1; temperature acts on sampling only, and do_sample is off; "
+        "2**64 - 1, got -1; temperature acts on sampling only, and do_sample is off; "
         "seed acts on sampling only, and do_sample is off; "
         "length_penalty acts on beam search only, and num_beams is 1."
     )
@@ -475,7 +475,7 @@ def test_what_a_call_asks_for_in_vain_is_an_error_whatever_the_file_holds() -> N
     [
         ({"top_k": -1, "do_sample": True}, "top_k must be an integer of at least 0 (0 = no limit), got -1"),
         ({"num_beams": 0}, "num_beams must be an integer of at least 1, got 0"),
-        ({"do_sample": "yes", "max_new_tokens": 1.5}, "at least 1, got 1.5; do_sample must be True or False"),
+        ({"do_sample": "yes", "max_new_tokens": 1.5}, "at least 1, got 1.5; do_sample must be true or false"),
         ({"sequence_bias": {"(1, 2)": -2.0}}, "sequence_bias must be pairs of ids"),
     ],
     ids=repr,

@@ -7,13 +7,11 @@ import json
 import logging
 import math
 import shutil
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from minopt import int8
 from minopt.checkpoint.errors import CheckpointError, some
@@ -32,6 +30,7 @@ from minopt.checkpoint.save import (
 )
 from minopt.checkpoint.source import Checkpoint, open_checkpoint
 from minopt.config import OPTConfig, read_json
+from minopt.progress import bar
 from minopt.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -77,7 +76,7 @@ def convert(
         revision, local_files_only, model_config, ignore: see ``minopt.load_model``.
         tokenizer: the folder of its files; ``None`` looks beside the weights, then one folder up.
         force: replace a model that is there.
-        show_progress: draw a bar on stderr.
+        show_progress: draw a bar on stderr, if that is a terminal.
 
     Raises:
         FileNotFoundError: if there is no such folder, repository or file.
@@ -119,15 +118,14 @@ def convert(
     _check_space(destination, sum(sizes.values()))
     # A bar of bytes would be finer, but a tensor is what is read and written as one.
     with (
-        tqdm(total=len(sizes) * (parts if format == "metaseq" else 1), unit=" tensors", file=sys.stderr,
-             disable=not show_progress, desc=destination.name) as bar,
+        bar(len(sizes) * (parts if format == "metaseq" else 1), " tensors", shown=show_progress) as drawn,
         replacing(destination, (*TOKENIZER_FILES, "generation_config.json")) as new,
-    ):  # fmt: skip
+    ):
         if format == "hf":
-            _write_hf(new, checkpoint, number_type, sizes, max_shard_bytes, bar.update)
+            _write_hf(new, checkpoint, number_type, sizes, max_shard_bytes, drawn.update)
             write_json(new / "generation_config.json", generation)
         else:
-            _write_parts(new, checkpoint, number_type, parts, bar.update)
+            _write_parts(new, checkpoint, number_type, parts, drawn.update)
         main = number_type or main_dtype(checkpoint.tensors.values())
         write_config(new, checkpoint.config, main, is_int8=bool(quantize))
         if reader is not None:

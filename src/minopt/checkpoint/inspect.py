@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from minopt.checkpoint.errors import AmbiguousPathError, CheckpointError, MissingFileError
 from minopt.checkpoint.hub import find_model
 from minopt.checkpoint.pieces import Run, SourceTensor
 from minopt.checkpoint.source import Checkpoint, find_files, open_checkpoint, weight_files
 from minopt.config import OPTConfig
+from minopt.progress import bar
 from minopt.tokenizer import Tokenizer
 
 # A shard of 175B that was damaged at its source held weights up to 5e4 (metaseq issue 122); sound ones stay far below.
@@ -122,7 +121,7 @@ def inspect_checkpoint(
             and then its little-endian bytes in row-major order, those of an int8 weight followed by its scales' as
             float32; and of the whole, over the lines ``<name> <digest>`` sorted by name. Each line ends with a newline.
         revision, local_files_only, model_config, ignore: see ``minopt.load_model``.
-        show_progress: draw a bar on stderr while values are read.
+        show_progress: draw a bar on stderr, if that is a terminal, while values are read.
 
     Raises:
         FileNotFoundError: if there is no such folder, repository or file, or no weights in it.
@@ -152,8 +151,8 @@ def inspect_checkpoint(
 def _describe(base: Report, checkpoint: Checkpoint, check: bool, digest: bool, show_progress: bool) -> Report:
     dtypes: dict[str, int] = {}
     reports, problem = [], None
-    disable = not (show_progress and (check or digest))
-    for tensor in tqdm(checkpoint.tensors.values(), unit=" tensors", file=sys.stderr, disable=disable, leave=False):
+    tensors, shown = checkpoint.tensors.values(), show_progress and (check or digest)
+    for tensor in bar(len(tensors), " tensors", iterable=tensors, shown=shown, leave=False):
         dtype = _name(tensor.stored.dtype)
         dtypes[dtype] = dtypes.get(dtype, 0) + tensor.numel
         try:

@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 _WORTH_A_FILE = 1_000_000  # bytes: what is smaller is read and not mapped, where mappings hold open files
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+_SHORT = {"fp32": "float32", "float": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16",
+          "fp64": "float64", "double": "float64"}  # fmt: skip
 
 
 def load_model(
@@ -45,8 +47,8 @@ def load_model(
         name_or_path: a model's folder, a folder that holds exactly one model's folder, any one file of a
             checkpoint, or a name on the hub such as ``"facebook/opt-125m"``.
         device: ``None`` is the GPU if there is one, else the CPU.
-        dtype: ``"float32"``, ``"bfloat16"``, ``"float16"``, ``"float64"`` or the torch dtype; ``"auto"`` is float32
-            on a CPU and the file's own elsewhere. Tensors are cast as they are read.
+        dtype: ``"float32"``, ``"bfloat16"``, ``"float16"``, ``"float64"`` (or ``"bf16"``, ``"fp16"``, ...) or the torch
+            dtype; ``"auto"`` is float32 on a CPU and the file's own elsewhere. Tensors are cast as they are read.
         revision: branch, tag or commit on the hub.
         local_files_only: use what the hub's cache holds, ask nobody.
         model_config: instead of the configuration that the checkpoint comes with: one, the name of a preset such
@@ -168,7 +170,7 @@ def resolve_dtype(dtype: torch.dtype | str) -> torch.dtype | None:
     """
     if dtype == "auto":
         return None
-    resolved = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    resolved = DTYPES.get(_SHORT.get(dtype, dtype)) if isinstance(dtype, str) else dtype
     if resolved not in DTYPES.values():
         raise ValueError(f"dtype: expected auto, {', '.join(DTYPES)} or the torch.dtype, got {dtype!r}.")
     return resolved

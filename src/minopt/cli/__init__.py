@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import argparse
 import io
+import logging
 import os
-import re
 import sys
 import time
-from collections.abc import Sequence
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from minopt import __version__
 from minopt.cli.checkpoints import add_convert, add_inspect
 from minopt.cli.common import tell
+from minopt.cli.errors import explained
 from minopt.cli.evaluate import add_evaluate
 from minopt.cli.export import add_export
 from minopt.cli.finetune import add_finetune
 from minopt.cli.generate import add_generate
+from minopt.cli.parser import Parser
 from minopt.cli.plan import add_plan
-
-# What gloo and NCCL say of it.
-_CONNECTION_LOST = re.compile("connection (closed|reset|refused)|broken pipe|timed out|socket", re.IGNORECASE)
+from minopt.errors import is_connection_lost
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,40 +37,55 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Raises:
         SystemExit: with 2 for wrong usage, with 0 for ``--help`` and ``--version``.
+        Exception: whatever is a bug of minopt's.
     """
-    args = build_parser().parse_args(_hyphenated(sys.argv[1:] if argv is None else argv))
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal without UTF-8 shows "?", not a traceback
+    args = argparse.Namespace()
     try:
-        return args.run(args) or 0
-    except BrokenPipeError:  # the reader has had enough: `| head`. What is left to flush goes nowhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        args = _parse(list(sys.argv[1:] if argv is None else argv))
+        with _warnings_told(args.parser):
+            code = args.run(args) or 0
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # the reader has had enough: `| head`
         return 0
     except KeyboardInterrupt:
         return 130
-    except (ValueError, OSError) as error:
-        if os.environ.get("RANK", "0") == "0":
-            tell(f"error: {error}")
-        else:
-            time.sleep(5)  # for torchrun, which ends the others with the first that ends: that one has to say it
-        return 2
-    except RuntimeError as error:
-        if os.environ.get("WORLD_SIZE", "1") != "1" and _CONNECTION_LOST.search(str(error)):
-            time.sleep(5)  # for torchrun, which says who has died and ends the others; unless it is gone itself
-            reason = str(error).splitlines()[0][:200]
-            tell(f"error: process {os.environ.get('RANK')} has lost another one, which has died or is gone ({reason}).")
-            return 2
-        if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
-            raise
-        tell(f"error: not enough memory. Try {args.when_out_of_memory}.")
-        return 2
+    except Exception as error:
+        return _told(error, args)
+    finally:
+        try:
+            if sys.stdout is not None:
+                sys.stdout.flush()
+        except (OSError, ValueError):  # said above, if it needs saying: what is left to write goes nowhere
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def build_parser() -> argparse.ArgumentParser:
+def _parse(words: list[str]) -> argparse.Namespace:
+    """The arguments of a verb, and its ``parser``. Ends the program if they make no sense."""
+    parser = build_parser()
+    verbs: dict[str, Parser] = next(a.choices for a in parser._actions if isinstance(a.choices, dict))
+    if not words:
+        parser.print_help(sys.stderr)
+        parser.exit(2)
+    if words[0] == "help":
+        words = [*words[1:2], "--help"]
+    if words[0] == "--debug":
+        words = [*words[1:], "--debug"]
+    if words[0] in verbs:
+        verb = verbs[words[0]]
+        return argparse.Namespace(**vars(verb.parse_args(verb.spelt(words[1:]))), parser=verb)
+    if words[0] not in ("-h", "--help", "--version"):
+        parser.refuse_command(words[0], verbs)
+    return parser.parse_args(words[:1])
+
+
+def build_parser() -> Parser:
     """The parser of all verbs; each sets ``run``, the function that takes the parsed arguments."""
-    parser = argparse.ArgumentParser(prog="minopt", description="OPT language models in plain PyTorch.")
+    parser = Parser(prog="minopt", description="OPT language models in plain PyTorch.")
     parser.add_argument("--version", action="version", version=f"minopt {__version__}")
-    parser.set_defaults(when_out_of_memory="--dtype bfloat16, or with --input a smaller --max-batch-tokens")
     verbs = parser.add_subparsers(title="commands", required=True, metavar="command")
     add_generate(verbs)
     add_convert(verbs)
@@ -80,9 +97,29 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _hyphenated(arguments: Sequence[str]) -> list[str]:
-    """``--max_new_tokens=3`` as ``--max-new-tokens=3``: either spelling works, up to a ``--``."""
-    end = arguments.index("--") if "--" in arguments else len(arguments)
-    flags = (argument.partition("=") for argument in arguments[:end])
-    spelt = [(f.replace("_", "-") if f.startswith("--") else f) + equals + value for f, equals, value in flags]
-    return spelt + list(arguments[end:])
+def _told(error: Exception, args: argparse.Namespace) -> int:
+    """Says in one line what a user can mend; lets what is a bug go on."""
+    line = explained(error, args)
+    if line is None:
+        raise
+    if "debug" in args or os.environ.get("MINOPT_DEBUG", "0") not in ("", "0"):
+        traceback.print_exc()
+    lost, first = is_connection_lost(error), str(getattr(error, "process", 0))
+    if lost or os.environ.get("RANK", "0") != first:
+        time.sleep(5)  # for torchrun, which ends the others with the first that ends: that one has to say why
+    if lost or os.environ.get("RANK", "0") == first:
+        tell(f"error: {args.parser.in_flags(line)}")
+    return 2
+
+
+@contextmanager
+def _warnings_told(parser: Parser) -> Iterator[None]:
+    """What the library logs, as lines that name flags."""
+    handler = logging.Handler()
+    handler.emit = lambda record: tell(f"warning: {parser.in_flags(record.getMessage())}")  # type: ignore[method-assign]
+    logger = logging.getLogger("minopt")
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)

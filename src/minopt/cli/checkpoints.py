@@ -6,12 +6,12 @@ import argparse
 import json
 from typing import Any
 
-from minopt.cli.common import MODEL, add_reading_arguments, on_terminal, size, tell
+from minopt.cli.common import MODEL, add_reading_arguments, size, tell
 
 
 def add_convert(verbs: Any) -> None:
     parser = verbs.add_parser(
-        "convert", help="write a checkpoint anew, as another kind", allow_abbrev=False,
+        "convert", help="write a checkpoint anew, as another kind",
         description="Reads a checkpoint of any kind (Hugging Face or metaseq: one file, parts, shards) and writes a "
         "Hugging Face folder, or metaseq's files.",
     )  # fmt: skip
@@ -22,7 +22,7 @@ def add_convert(verbs: Any) -> None:
     parser.add_argument("--parts", type=int, default=1, metavar="N", help="metaseq's model parallel parts (1)")
     parser.add_argument("--dtype", default="auto", help="float32, bfloat16 or float16 (auto: as stored)")
     parser.add_argument("--quantize", choices=("int8",), help="round the layers' weights to 8 bits (--format hf)")
-    parser.add_argument("--max-shard-size", type=size, default="2GB", metavar="SIZE",
+    parser.add_argument("--max-shard-size", dest="max_shard_bytes", type=size, default="2GB", metavar="SIZE",
                         help="the most that a safetensors file holds (2GB)")  # fmt: skip
     add_reading_arguments(parser)
     parser.add_argument("--force", action="store_true", help="replace a model that is there")
@@ -30,7 +30,7 @@ def add_convert(verbs: Any) -> None:
 
 def add_inspect(verbs: Any) -> None:
     parser = verbs.add_parser(
-        "inspect", help="say what a checkpoint is", allow_abbrev=False,
+        "inspect", help="say what a checkpoint is",
         description="Says what a checkpoint is and whether it is complete. Exits with 1 if it cannot be loaded, or "
         "--check finds something.",
     )  # fmt: skip
@@ -53,14 +53,14 @@ def _convert(args: argparse.Namespace) -> None:
         parts=args.parts,
         dtype=args.dtype,
         quantize=args.quantize,
-        max_shard_bytes=args.max_shard_size,
+        max_shard_bytes=args.max_shard_bytes,
         revision=args.revision,
         local_files_only=args.local_files_only,
         model_config=args.model_config,
         ignore=args.ignore,
         tokenizer=args.tokenizer,
         force=args.force,
-        show_progress=on_terminal(),
+        show_progress=True,
     )
     tell(f"wrote {args.destination}")
 
@@ -76,7 +76,7 @@ def _inspect(args: argparse.Namespace) -> int:
         local_files_only=args.local_files_only,
         model_config=args.model_config,
         ignore=args.ignore,
-        show_progress=on_terminal(),
+        show_progress=True,
     )
     print(json.dumps(report.to_dict(), indent=2) if args.json else report.to_text(tensors=args.tensors))
     return 0 if report.is_sound else 1

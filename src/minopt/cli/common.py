@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import sys
+
+from minopt.progress import say
 
 MODEL = "a folder, any one file of a checkpoint, or a name such as facebook/opt-125m"
 
 
 def tell(text: str) -> None:
-    """One line on stderr, if there is one: where it is closed, print would take stdout."""
-    if sys.stderr is not None:
-        print(f"minopt: {text}", file=sys.stderr)
-
-
-def on_terminal() -> bool:
-    return sys.stderr is not None and sys.stderr.isatty()
+    """One line on stderr."""
+    say(f"minopt: {text}")
 
 
 def true_or_false(text: str) -> bool:

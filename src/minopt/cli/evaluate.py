@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minopt.cli.common import add_model_arguments, on_terminal
+from minopt.cli.common import add_model_arguments
 from minopt.cli.settings import add_settings, settings_of
 from minopt.training.config import TrainingConfig
 
@@ -26,7 +26,7 @@ _TASKS = ("reference", "perplexity", "squad", "squad-question")
 def add_evaluate(verbs: Any) -> None:
     """Adds the command to a parser's."""
     parser = verbs.add_parser(
-        "evaluate", help="measure a model: published numbers, perplexity, questions", allow_abbrev=False,
+        "evaluate", help="measure a model: published numbers, perplexity, questions",
         description="Measures a model. With --task reference it exits with 0 only if all published numbers hold.",
     )  # fmt: skip
     parser.set_defaults(run=_evaluate)
@@ -46,6 +46,7 @@ def add_evaluate(verbs: Any) -> None:
 
 
 def _evaluate(args: argparse.Namespace) -> int:
+    from minopt.checkpoint.load import DTYPES, resolve_dtype
     from minopt.language_model import load
 
     settings = {name: value for name, value in settings_of(args).items() if name in _SETTINGS}
@@ -58,7 +59,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         name for name in ("data", "window", "stride") if args.task != "perplexity" and getattr(args, name) is not None
     ]:
         raise ValueError(f"--{given[0]}: goes with --task perplexity, got --task {args.task}. Leave it out.")
-    if args.task == "reference" and args.dtype not in ("auto", "float32"):
+    if args.task == "reference" and resolve_dtype(args.dtype) not in (None, DTYPES["float32"]):
         raise ValueError(f"--dtype: published numbers are float32's, got {args.dtype}. Leave it out.")
     if args.task == "reference" and args.quantize is not None:
         raise ValueError(f"--quantize: published numbers are float32's, got {args.quantize}. Leave it out.")
@@ -84,8 +85,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     if args.output is not None and Path(args.output).is_dir():
         raise IsADirectoryError(f"--output: expected a file, got a folder ({args.output}). Name a file in it.")
     with processes(args.device) as world:
-        shown = world.is_first and on_terminal()
-        data = world.first_then_all(lambda: read_data(config.dev_file, template, split="dev", show_progress=shown))
+        data = world.first_then_all(lambda: read_data(config.dev_file, template, split="dev"))
         if args.output is not None and isinstance(data, str):
             raise ValueError(f"--output: there are no predictions for a text ({config.dev_file}). Leave it out.")
         lm = world.first_then_all(lambda: load(args.model, device=world.device, **options))
@@ -107,7 +107,7 @@ def evaluate_examples(
         data = data[: config.max_eval_samples]
     tokens = prepare(data, lm.model, lm.tokenizer, config, world, training=False)
     warn(config, world, tokens)
-    result = evaluate(lm.model, lm.tokenizer, data, tokens, config, world, show_progress=on_terminal())
+    result = evaluate(lm.model, lm.tokenizer, data, tokens, config, world)
     assert result is not None
     if world.is_first:
         if output is not None:

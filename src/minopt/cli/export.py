@@ -10,7 +10,7 @@ from minopt.cli.common import MODEL, add_reading_arguments, tell
 
 def add_export(verbs: Any) -> None:
     parser = verbs.add_parser(
-        "export", help="compile a model into a program that runs without it", allow_abbrev=False,
+        "export", help="compile a model into a program that runs without it",
         description="Compiles a model with AOTInductor, checks that the program decodes as the model does, and writes "
         "it with the tokenizer's files into a folder, which minopt generate --model opens. Takes about a minute and "
         "needs a C++ compiler. The program runs with this version of torch, on processors like this one.",

@@ -9,7 +9,7 @@ import sys
 from dataclasses import fields
 from typing import Any
 
-from minopt.cli.common import MODEL, on_terminal, tell
+from minopt.cli.common import MODEL, tell
 from minopt.cli.evaluate import evaluate_examples
 from minopt.cli.settings import add_settings, settings_of
 from minopt.training.config import TrainingConfig
@@ -18,7 +18,7 @@ from minopt.training.config import TrainingConfig
 def add_finetune(verbs: Any) -> None:
     """Adds the command to a parser's."""
     parser = verbs.add_parser(
-        "finetune", help="fine-tune a model, with torchrun in many processes", allow_abbrev=False,
+        "finetune", help="fine-tune a model, with torchrun in many processes",
         description="Fine-tunes a model on SQuAD, on pairs of prompt and completion, or on a text, and writes it to "
         "--output_dir. Under torchrun it runs in as many processes as that starts. Started again with the same "
         "settings, it goes on from its latest checkpoint.",
@@ -43,15 +43,12 @@ def _finetune(args: argparse.Namespace) -> int:
 
     template = template_of(config)
     with processes(config.device) as world:
-        shown = world.is_first and on_terminal()
         train_data: Any = None
         eval_data: Any = None
         if config.trains:
-            train_data = world.first_then_all(lambda: read_data(config.train_file, template, show_progress=shown))
+            train_data = world.first_then_all(lambda: read_data(config.train_file, template))
         if config.evaluates:
-            eval_data = world.first_then_all(
-                lambda: read_data(config.dev_file, template, split="dev", show_progress=shown)
-            )
+            eval_data = world.first_then_all(lambda: read_data(config.dev_file, template, split="dev"))
         name = config.model_name_or_path
         if not config.trains:
             lm = world.first_then_all(lambda: load(name, device=world.device, dtype="float32", optimize=False))

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minopt import DEMO
-from minopt.cli.common import add_model_arguments, on_terminal, tell, true_or_false
+from minopt.cli.common import add_model_arguments, tell, true_or_false
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -53,7 +53,7 @@ _NUMBERS: dict[str, tuple[str, tuple[tuple[str, type, str], ...]]] = {
 
 def add_generate(verbs: Any) -> None:
     parser = verbs.add_parser(
-        "generate", help="continue a text, or a file of them", allow_abbrev=False,
+        "generate", help="continue a text, or a file of them",
         description="Continues a text, written as it comes; or each prompt of a file, in batches.",
     )  # fmt: skip
     parser.set_defaults(run=_generate)
@@ -193,8 +193,7 @@ def _run(
     if args.input is not None:
         limits = {"batch_size": args.batch_size, "max_batch_tokens": args.max_batch_tokens}
         texts = [prompt["prompt"] for prompt in prompts]
-        shown = on_terminal() and os.environ.get("RANK", "0") == "0"
-        results = lm.generate_each(texts, show_progress=shown, **options, **limits)
+        results = lm.generate_each(texts, show_progress=True, **options, **limits)
         _write_results(results, prompts, args.output)
     elif config.num_beams == config.num_return_sequences == 1:
         pieces = lm.stream(args.prompt, **options)

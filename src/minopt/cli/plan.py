@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def add_plan(verbs: Any) -> None:
     parser = verbs.add_parser(
-        "plan", help="say what a model takes of a device's memory", allow_abbrev=False,
+        "plan", help="say what a model takes of a device's memory",
         description="Says what a device would hold while a model generates: whole, divided among several, or with its "
         "layers offloaded; what of it fits, and by which flags. No weights are needed. Exits with 1 if nothing fits.",
     )  # fmt: skip

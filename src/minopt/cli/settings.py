@@ -15,6 +15,8 @@ _GROUPS = {
     "evaluation_strategy": "evaluation", "logging_steps": "what is written",
 }  # fmt: skip
 
+_FLAGS = {"model_name_or_path": "--model"}  # what the other verbs call it
+
 
 def add_settings(parser: argparse.ArgumentParser, names: Iterable[str]) -> None:
     """Adds flags for fields of ``TrainingConfig``; those that are not given are not set."""
@@ -35,7 +37,8 @@ def add_settings(parser: argparse.ArgumentParser, names: Iterable[str]) -> None:
         said = f.default in (None, "", False, MISSING) or f.metadata["help"].endswith(")")
         default = "" if said else f" ({str(f.default).lower()})"
         text = f.metadata["help"].replace("%", "%%") + default
-        group.add_argument(f"--{f.name.replace('_', '-')}", help=text, default=argparse.SUPPRESS, **options)
+        flag = _FLAGS.get(f.name, f"--{f.name.replace('_', '-')}")
+        group.add_argument(flag, dest=f.name, help=text, default=argparse.SUPPRESS, **options)
 
 
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:

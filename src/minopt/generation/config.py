@@ -126,7 +126,7 @@ class GenerationConfig:
         if self.prompt_lookup_num_tokens is not None and (self.do_sample or self.num_beams > 1):
             problems.append(
                 f"prompt_lookup_num_tokens is {self.prompt_lookup_num_tokens}, and only greedy decoding reads drafts: "
-                f"leave it out, or set {'do_sample=False' if self.do_sample else 'num_beams=1'}"
+                f"leave out {'do_sample' if self.do_sample else 'num_beams'}, or this"
             )
         if self.forced_bos_token_id in self.suppress_tokens:
             problems.append(f"suppress_tokens holds the forced_bos_token_id {self.forced_bos_token_id}")
@@ -299,7 +299,7 @@ def _are_biases(value: object) -> bool:
     return _are_sequences(sequences) and fit and len(set(sequences)) == len(sequences)
 
 
-_FLAG = (lambda value: isinstance(value, bool), "True or False")
+_FLAG = (lambda value: isinstance(value, bool), "true or false")
 _AT_LEAST_0 = (_is_count, "an integer of at least 0")
 _AT_LEAST_1 = (lambda value: _is_count(value, 1), "an integer of at least 1")
 # Finite bounds, so that no sum of scores leaves float32.
@@ -314,17 +314,17 @@ _VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "num_beams": _AT_LEAST_1,
     "num_return_sequences": _AT_LEAST_1,
     "length_penalty": (lambda value: _is_within(value, -5, 5), "a number from -5 to 5"),
-    "early_stopping": (lambda value: isinstance(value, bool) or value == "never", 'True, False or "never"'),
+    "early_stopping": (lambda value: isinstance(value, bool) or value == "never", "true, false or never"),
     "temperature": (
         lambda value: _is_within(value, 1e-6, 1e6),
         "from 1e-6 to 1e6 (for the most probable token at each step leave do_sample off)",
     ),
     "top_k": (_is_count, "an integer of at least 0 (0 = no limit)"),
     "top_p": (lambda value: is_number(value) and 0 < value <= 1, "above 0 and at most 1"),
-    "min_p": (lambda value: value is None or _is_within(value, 0, 1), "from 0 to 1, or None"),
+    "min_p": (lambda value: value is None or _is_within(value, 0, 1), "from 0 to 1"),
     "seed": (
         lambda value: value is None or (_is_count(value) and value < 2**64),
-        "an integer from 0 to 2**64 - 1, or None",
+        "an integer from 0 to 2**64 - 1",
     ),
     "repetition_penalty": (lambda value: _is_within(value, 1e-4, 1e4), "from 0.0001 to 10000"),
     "presence_penalty": _PENALTY,
@@ -334,19 +334,19 @@ _VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "sequence_bias": (_are_biases, "pairs of ids and a number from -10000 to 10000 or -inf, each sequence of ids once"),
     "bad_words_ids": (_are_sequences, "sequences of at least one id each"),
     "suppress_tokens": (_are_ids, "ids"),
-    "forced_bos_token_id": (lambda value: value is None or _is_count(value), "an id, or None"),
+    "forced_bos_token_id": (lambda value: value is None or _is_count(value), "an id"),
     "prompt_lookup_num_tokens": (
         lambda value: value is None or _is_count(value, 1),
-        "an integer of at least 1, or None",
+        "an integer of at least 1",
     ),
     "max_matching_ngram_size": _AT_LEAST_1,
-    "eos_token_id": (lambda value: value is None or _is_count(value) or _are_ids(value), "an id, several, or None"),
-    "pad_token_id": (lambda value: value is None or _is_count(value), "an id, or None"),
+    "eos_token_id": (lambda value: value is None or _is_count(value) or _are_ids(value), "an id, or several"),
+    "pad_token_id": (lambda value: value is None or _is_count(value), "an id"),
     "stop_strings": (
         lambda value: isinstance(value, tuple) and all(isinstance(text, str) and text for text in value),
         "texts of at least one character",
     ),
-    "max_time": (lambda value: value is None or (is_number(value) and value > 0), "seconds above 0, or None"),
+    "max_time": (lambda value: value is None or (is_number(value) and value > 0), "seconds above 0"),
     "output_scores": _FLAG,
     "output_logprobs": _FLAG,
     "top_logprobs": _AT_LEAST_0,

@@ -354,7 +354,7 @@ def _check_ids(vocab_size: int, config: GenerationConfig, eos: tuple[int, ...], 
     if named := [ids[0] for ids in config.bad_words_ids if len(ids) == 1 and ids[0] in eos]:
         raise ValueError(
             f"generation: bad_words_ids holds {named[0]}, which ends a text (transformers would ignore it). "
-            "To never end, set eos_token_id=() or suppress_tokens."
+            "To never end, leave eos_token_id empty, or set suppress_tokens."
         )
     excluded = {*config.suppress_tokens, *(eos if config.min_new_tokens > 0 else ())}
     if len(excluded) == vocab_size:

@@ -19,6 +19,7 @@ from typing import Any, Literal, TypeVar
 import torch.hub
 
 from minopt.checkpoint.errors import first_line, some
+from minopt.progress import on_terminal
 
 UNANSWERABLE = "unanswerable"
 """What questions without an answer train to."""
@@ -160,7 +161,7 @@ def read_data(
         template: how questions of SQuAD become examples. A prompt with ``{answer}`` leaves out questions that have
             none; with other prompts, the answer to those is ``UNANSWERABLE`` and their reference ``""``.
         split: which published file, and which option a message names: ``train_file`` or ``dev_file``.
-        show_progress: draw a bar on stderr while downloading.
+        show_progress: draw a bar on stderr while downloading, if that is a terminal.
 
     Returns:
         The examples in the order of the file, or the text as it is in the file.
@@ -201,7 +202,8 @@ def _download(name: str, split: str, show_progress: bool) -> Path:
         # A folder of its own, because torch leaves its part of a file where the disk is full.
         with TemporaryDirectory(dir=path.parent) as folder:
             part = os.path.join(folder, name)
-            torch.hub.download_url_to_file(url, part, hash_prefix=_SQUAD_SHA256[name], progress=show_progress)
+            shown = show_progress and on_terminal()
+            torch.hub.download_url_to_file(url, part, hash_prefix=_SQUAD_SHA256[name], progress=shown)
             os.replace(part, path)
     except (OSError, HTTPException, RuntimeError) as error:  # the last is a wrong digest
         raise OSError(

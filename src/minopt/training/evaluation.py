@@ -7,8 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from tqdm import tqdm
-
 from minopt.distributed import World
 from minopt.evaluation.squad import normalize_answer, rouge_l
 from minopt.evaluation.squad import score as squad_score
@@ -17,6 +15,7 @@ from minopt.generation.config import GenerationConfig
 from minopt.generation.decode import generate
 from minopt.generation.scoring import token_logprobs
 from minopt.model import OPT
+from minopt.progress import bar
 from minopt.tokenizer import Tokenizer, pad_left
 from minopt.training.config import TrainingConfig
 from minopt.training.data import UNANSWERABLE, Example
@@ -61,7 +60,6 @@ def evaluate(
     world: World,
     *,
     stop: Callable[[], bool] = lambda: False,
-    show_progress: bool = False,
 ) -> EvaluationResult | None:
     """Evaluates a model; each process takes its share of the examples, each example is taken once.
 
@@ -73,7 +71,6 @@ def evaluate(
         config: says how to generate, and ``task``.
         world: the processes.
         stop: asked between batches; once it says yes in any process, there is no result.
-        show_progress: draw a bar on stderr, in the first process.
 
     Returns:
         The result, the same in all processes; ``None`` if stopped.
@@ -87,8 +84,7 @@ def evaluate(
     rows = {i: tokens.row(i) for i in mine}
     lengths = [len(rows[i][0]) for i in mine]
     batches = [[mine[i] for i in batch] for batch in cut_batches(lengths, config.per_device_eval_batch_size)]
-    with tqdm(total=len(mine), desc="evaluating", unit="example", leave=False,
-              disable=not (show_progress and world.is_first)) as bar:  # fmt: skip
+    with bar(len(mine), "example", desc="evaluating", leave=False) as drawn:
         for batch in batches:
             if stop():
                 break
@@ -98,7 +94,7 @@ def evaluate(
             if generates:
                 texts = _continue(model, tokenizer, [tokens.prompt(i) for i in batch], config)
                 predictions |= {data[i].id: text for i, text in zip(batch, texts, strict=True)}  # type: ignore[union-attr]
-            bar.update(len(batch))
+            drawn.update(len(batch))
     model.train(was_training)
     total, count, stopped = world.sum(nll, learned, float(stop()))
     if stopped:

@@ -70,7 +70,6 @@ def prepare(
     tokens = world.first_then_all(lambda: tokenise(
         data, tokenizer, config.src_length, config.tgt_length, eos_token_id=eos,
         bos_token_id=tokenizer.beginning(model.config), around_answer=training,
-        show_progress=world.is_first and not isinstance(data, str) and len(data) > 2000,
     ))  # fmt: skip
     if len(tokens) == 0:
         raise ValueError(

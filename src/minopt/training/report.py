@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
 import time
 from collections.abc import Mapping
 
 from tqdm import tqdm
 
-
-def say(text: str) -> None:
-    """A line on stderr, if somebody reads it: a run does not end with its reader."""
-    if sys.stderr is not None:
-        with contextlib.suppress(OSError):
-            tqdm.write(text, file=sys.stderr)
+from minopt.progress import bar, on_terminal, say
 
 
 class Reporter:
@@ -28,10 +22,10 @@ class Reporter:
 
     def __init__(self, shown: bool, first_step: int, total_steps: int) -> None:
         self.shown = shown and sys.stderr is not None
-        self.draws = self.shown and sys.stderr.isatty()
+        self.draws = self.shown and on_terminal()
         self.first_step, self.total_steps = first_step, total_steps
         self.began = time.perf_counter()
-        self.bar = tqdm(total=total_steps, initial=first_step, unit="step", disable=not self.draws)
+        self.bar = bar(total_steps, "step", initial=first_step, shown=self.draws)
 
     def say(self, text: str) -> None:
         """A line."""

@@ -15,8 +15,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm import tqdm
 
+from minopt.progress import bar
 from minopt.tokenizer import Tokenizer
 from minopt.training.data import Example, cache_folder
 
@@ -80,7 +80,6 @@ def tokenise(
     eos_token_id: int | None,
     bos_token_id: int | None = None,
     around_answer: bool,
-    show_progress: bool = False,
 ) -> Tokens:
     """Encodes examples, or a text, or finds them in the cache.
 
@@ -97,14 +96,13 @@ def tokenise(
         bos_token_id: the prompt that has no tokens; ``None`` is the eos.
         around_answer: leave out what is farthest from the answer, and examples that cannot be cut to length; otherwise
             leave out the end of the context, as must be done where the answer is not known, and drop nothing.
-        show_progress: draw a bar on stderr.
     """
     digest = _digest(data, tokenizer, [_FORMAT, src_length, tgt_length, eos_token_id, bos_token_id, around_answer])
     path = cache_folder() / "tokens" / f"{digest}.safetensors"
     found = _read(path, digest)
     if found is None:
         encoder = _Encoder(tokenizer, src_length, tgt_length, eos_token_id, bos_token_id, around_answer)
-        found = encoder.text(data, digest) if isinstance(data, str) else encoder.examples(data, digest, show_progress)
+        found = encoder.text(data, digest) if isinstance(data, str) else encoder.examples(data, digest)
         _write(found, path)
     return found
 
@@ -122,9 +120,9 @@ class _Encoder:
         self.around_answer = around_answer
         self.cut_prompts = self.cut_completions = self.dropped = 0
 
-    def examples(self, data: Sequence[Example], digest: str, show_progress: bool) -> Tokens:
+    def examples(self, data: Sequence[Example], digest: str) -> Tokens:
         ids, lengths, starts = [torch.zeros(0, dtype=torch.int32)], list[int](), list[int]()
-        with tqdm(total=len(data), desc="tokenising", unit="example", disable=not show_progress) as bar:
+        with bar(len(data), "example", desc="tokenising", delay=1) as drawn:
             for at in range(0, len(data), _AT_ONCE):
                 part, flat = data[at : at + _AT_ONCE], list[int]()
                 prompts = self.tokenizer.encode_each([example.prompt for example in part])
@@ -139,7 +137,7 @@ class _Encoder:
                     lengths.append(len(row))
                     starts.append(len(kept))
                 ids.append(torch.tensor(flat, dtype=torch.int32))
-                bar.update(len(part))
+                drawn.update(len(part))
         return self._tokens(torch.cat(ids), lengths, starts, digest)
 
     def text(self, data: str, digest: str) -> Tokens:

@@ -23,6 +23,7 @@ from minopt.config import read_json
 from minopt.distributed import World, processes
 from minopt.model import OPT
 from minopt.parallel import apply_fsdp, gathered, wrapped_layers
+from minopt.progress import say
 from minopt.tokenizer import Tokenizer
 from minopt.training.batches import Order, collate, seed_of
 from minopt.training.checkpoint import Checkpoints, read_state, write_durably
@@ -32,7 +33,7 @@ from minopt.training.evaluation import EvaluationResult, evaluate
 from minopt.training.loss import ModelWithLoss
 from minopt.training.optim import build_optimizer, clip_gradients, learning_rate
 from minopt.training.prepare import check, prepare, warn
-from minopt.training.report import Reporter, say
+from minopt.training.report import Reporter
 from minopt.training.run_folder import (
     BEST,
     CHECKPOINTS,
@@ -462,7 +463,7 @@ class _Run:
         model = gathered(self.model, self.world.device, self._evaluation_dtype())
         result = evaluate(
             model, self.tokenizer, self.eval_data, self.eval_tokens, self.config, self.world,
-            stop=lambda: self.stop.number != 0, show_progress=self.reporter.draws,
+            stop=lambda: self.stop.number != 0,
         )  # fmt: skip
         if result is None:
             return True

@@ -1,0 +1,38 @@
+"""Whose an error is: the user's, who can mend it, that of a full memory or a lost process, or a bug of minopt's."""
+
+from __future__ import annotations
+
+import re
+from opcode import opname
+
+# What gloo and NCCL say of a process that is gone.
+_CONNECTION_LOST = re.compile("connection (closed|reset|refused)|broken pipe|timed out|socket", re.IGNORECASE)
+
+
+def is_users(error: BaseException) -> bool:
+    """Whether an error says what a user can mend: a ``raise`` of minopt's made it, or the system did (``OSError``).
+
+    A ``ValueError`` that torch, numpy or Python raised beneath minopt is a bug of minopt's.
+    """
+    if isinstance(error, OSError):
+        return True
+    at = error.__traceback__
+    if not isinstance(error, ValueError) or at is None:
+        return False
+    while at.tb_next is not None:
+        at = at.tb_next
+    is_minopts = at.tb_frame.f_globals.get("__name__", "").partition(".")[0] == "minopt"
+    return is_minopts and opname[at.tb_frame.f_code.co_code[at.tb_lasti]] == "RAISE_VARARGS"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether there was not enough memory, on a GPU or on the machine."""
+    said = f"{type(error).__name__}: {error}" if isinstance(error, RuntimeError) else ""
+    return isinstance(error, MemoryError) or any(
+        words in said for words in ("OutOfMemoryError", "out of memory", "can't allocate memory")
+    )
+
+
+def is_connection_lost(error: BaseException) -> bool:
+    """Whether another process of a run has died or is gone."""
+    return isinstance(error, RuntimeError) and _CONNECTION_LOST.search(str(error)) is not None

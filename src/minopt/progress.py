@@ -1,0 +1,43 @@
+"""What a terminal sees meanwhile: bars and lines on stderr, of the first process alone."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+
+def on_terminal() -> bool:
+    """Whether stderr is a terminal that has room for a bar."""
+    try:
+        return sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns > 0
+    except (AttributeError, OSError, ValueError):  # closed, or no file
+        return False
+
+
+def bar(total: float, unit: str, *, shown: bool = True, **options: Any) -> tqdm[Any]:
+    """A bar of at most ten frames a second, on a terminal only.
+
+    Args:
+        total: how many units there are.
+        unit: what is counted.
+        shown: whether to draw it at all.
+        **options: of ``tqdm``.
+    """
+    from tqdm import tqdm  # not needed to show help
+
+    disable = not (shown and os.environ.get("RANK", "0") == "0" and on_terminal())
+    return tqdm(total=total, unit=unit, mininterval=0.1, disable=disable, **options)
+
+
+def say(text: str) -> None:
+    """A line on stderr beside any bar, if somebody reads it: a run does not end with its reader."""
+    from tqdm import tqdm
+
+    if sys.stderr is not None:
+        with contextlib.suppress(OSError):
+            tqdm.write(text, file=sys.stderr)
