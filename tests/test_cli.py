@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -194,6 +195,21 @@ def test_a_closed_pipe_is_no_error() -> None:
     assert len(result.stdout) == 5
     assert "Traceback" not in result.stderr
     assert "Exception" not in result.stderr
+
+
+@pytest.mark.parametrize("command", ["--help", "generate --help", "inspect {demo} --tensors", "inspect {demo} --json"])
+def test_a_pipe_that_closes_at_once_is_quiet(command: str) -> None:
+    whole = f"{sys.executable} -m minopt {command.format(demo=shlex.quote(minopt.DEMO))} | true"
+    result = subprocess.run(["bash", "-c", f"set -o pipefail; {whole}"], capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, which Linux has")
+def test_a_full_disk_is_one_line() -> None:
+    command = f"{sys.executable} -m minopt inspect {shlex.quote(minopt.DEMO)} > /dev/full"
+    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert result.stderr == "minopt: error: the disk is full. Free some space, or name another path.\n"
 
 
 def test_a_terminal_without_unicode_shows_question_marks() -> None:

@@ -62,7 +62,8 @@ class World:
             raise error
         for process, packed in enumerate(self.gather(None if error is None else _packed(error, self.rank))):
             if packed is not None:
-                raise _unpacked(packed, process) from error
+                common = _unpacked(packed, process, error if process == self.rank else None)
+                raise common from (error.__cause__ if common is error else error)
 
     def first(self, run: Callable[[], _T]) -> _T | None:
         """Runs something in the first process alone, while the others wait; its error is everyone's."""
@@ -81,7 +82,7 @@ class World:
         try:
             result = run()
         except Exception as e:
-            if not is_users(e) and not is_out_of_memory(e):
+            if not isinstance(e, (ValueError, OSError)) and not is_out_of_memory(e):
                 raise
             error = e
         self.agree(error)
@@ -104,9 +105,12 @@ def _packed(error: Exception, rank: int) -> bytes:
     return pickle.dumps(next(kind for kind in kinds if isinstance(error, kind))(str(error)))
 
 
-def _unpacked(packed: bytes, process: int) -> Exception:
+def _unpacked(packed: bytes, process: int, own: Exception | None) -> Exception:
+    """The error of a process, which tells the user of it; in that process its ``own``, with its traceback."""
     error: Exception = pickle.loads(packed)
-    error.process = process  # type: ignore[attr-defined]  # in which it happened; that one tells the user
+    if own is not None and type(own) is type(error) and str(own) == str(error):
+        error = own
+    error.process = process  # type: ignore[attr-defined]
     return error
 
 
@@ -142,7 +146,7 @@ def processes(device: str | None) -> Iterator[World]:
         common = _common(error, world.rank, key)
         if common is None:
             raise
-        raise common from error
+        raise common from (error.__cause__ if common is error else error)
     if joined_here:  # not after an error: the others may not come to the same point
         dist.destroy_process_group()
 
@@ -163,7 +167,7 @@ def _common(error: Exception, rank: int, key: str) -> Exception | None:
     except RuntimeError:  # the store is gone as well
         return None
     process, packed = word.decode().split()
-    return _unpacked(bytes.fromhex(packed), int(process))
+    return _unpacked(bytes.fromhex(packed), int(process), error if int(process) == rank else None)
 
 
 def _join(backend: str) -> None:
