@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import io
 import json
 import os
 import subprocess
@@ -105,8 +106,9 @@ def test_a_text_file_has_a_prompt_a_line(
     file, out = tmp_path / "prompts.txt", tmp_path / "out.jsonl"
     file.write_text("\n".join(PROMPTS[:3]) + "\n\n", encoding="utf-8")  # the last prompt is an empty line
     assert generate("--input", str(file), "--output", str(out), "--max-new-tokens", "5", "--batch-size", "2") == 0
-    assert capsys.readouterr() == ("", "")
-    records = sorted(lines(out), key=lambda record: record["index"])
+    said = f"minopt: {file}: 1 of 4 lines are blank, line 4 first: each is an empty prompt\n"
+    assert capsys.readouterr() == ("", said)
+    records = lines(out)
     assert [record["prompt"] for record in records] == PROMPTS
     assert [record["text"] for record in records] == lm.generate(PROMPTS, max_new_tokens=5)
     assert {tuple(record) for record in records} == {("prompt", "index", "sequence", "text", "stop_reason")}
@@ -148,7 +150,9 @@ def test_prompt_lookup_writes_the_same_tokens_and_how_many_came_from_drafts(
     assert capsys.readouterr().out == lm.generate(prompts[0], max_new_tokens=20) + "\n"
 
 
-def test_each_result_is_written_as_soon_as_it_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_result_is_written_as_soon_as_it_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """And stays, if the run breaks off."""
     file, out = tmp_path / "prompts.txt", tmp_path / "out.jsonl"
     file.write_text("\n".join(PROMPTS[:3]))
@@ -166,6 +170,7 @@ def test_each_result_is_written_as_soon_as_it_is_there(tmp_path: Path, monkeypat
     assert generate("--input", str(file), "--output", str(out), *flags) == 130
     assert seen == [0, 1, 2]
     assert len(lines(out)) == 2
+    assert capsys.readouterr().err == f"minopt: interrupted, with 2 of 3 prompts in {out}: go on with --resume\n"
 
 
 def test_an_existing_output_is_kept_unless_forced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -173,7 +178,7 @@ def test_an_existing_output_is_kept_unless_forced(tmp_path: Path, capsys: pytest
     file.write_text("The sea")
     out.write_text("mine")
     arguments = ["--input", str(file), "--output", str(out), "--max-new-tokens", "1"]
-    assert refused(capsys, *arguments) == f"{out}: is there already. Name another file, or add --force."
+    assert refused(capsys, *arguments) == f"{out}: is there already. Name another file, or add --force or --resume."
     assert out.read_text() == "mine"
     assert refused(capsys, *arguments, "--force", "--max-new-tokens", "2000").startswith("prompt: ")
     assert out.read_text() == "mine"  # nothing is opened before all prompts are known to fit
@@ -210,8 +215,19 @@ def test_a_file_of_prompts_that_is_none_names_the_line(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--input", "/nowhere.txt"], "/nowhere.txt"),
-        (["x", "--input", "p.txt"], "prompt: expected one, or --input with a file of them"),
+        (
+            ["--input", "/nowhere.txt"],
+            "--input: /nowhere.txt: there is no such file or folder. Check the path.",
+        ),
+        (["--input", "/"], "--input: /: expected a file, got a folder. Name a file in it."),
+        (["x", "--input", "p.txt"], "prompt: expected one, or --input with a file of them. Either may be -"),
+        (["--input", "p.txt", "--resume"], "--resume: goes with --output."),
+        (
+            ["--input", "p.txt", "--output", "o", "--resume", "--force"],
+            "--resume: goes with --output and without --force",
+        ),
+        (["x", "--resume"], "--resume goes with --input"),
+        (["x", "--unordered"], "--unordered goes with --input"),
         (["x", "--output", "o.jsonl"], "--output goes with --input"),
         (["x", "--batch-size", "2"], "--batch-size goes with --input"),
         (["x", "--top-logprobs", "2"], "--top-logprobs goes with --input"),
@@ -246,10 +262,108 @@ def test_a_value_that_is_none_names_the_flag(
     assert message in error
 
 
-def test_an_empty_file_of_prompts_gives_an_empty_output(tmp_path: Path) -> None:
+def test_an_empty_file_of_prompts_gives_an_empty_output_and_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "p.jsonl").write_text("")
     assert generate("--input", str(tmp_path / "p.jsonl"), "--output", str(tmp_path / "o.jsonl")) == 0
     assert (tmp_path / "o.jsonl").read_text() == ""
+    assert capsys.readouterr().err == f"minopt: {tmp_path / 'p.jsonl'}: has no prompts, so there are no results\n"
+
+
+def test_an_empty_continuation_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ends = ["--sequence-bias", "[[[2], 1000.0]]"]
+    assert generate("The sea", *ends) == 0
+    assert capsys.readouterr() == (
+        "\n", "minopt: the continuation is empty: the model ended it at once (--min-new-tokens 1 forbids that).\n"
+    )  # fmt: skip
+    assert generate("The sea", "--no-skip-special-tokens", *ends) == 0
+    assert capsys.readouterr() == ("</s>\n", "")
+    (tmp_path / "p.txt").write_text("a\nb\n")
+    assert generate("--input", str(tmp_path / "p.txt"), *ends) == 0
+    assert "2 continuations are empty: the model ended them at once" in capsys.readouterr().err
+
+
+# --- standard input, order, and going on
+
+
+@pytest.mark.parametrize(("given", "flags"), [("The sea\n", ["-"]), ("The sea", ["-"]), ("The sea\n", [])])
+def test_a_prompt_comes_through_a_pipe(given: str, flags: list[str], lm: minopt.LanguageModel) -> None:
+    command = [sys.executable, "-m", "minopt", "generate", *flags, "--device", "cpu", "--max-new-tokens", "4", "--echo"]
+    result = subprocess.run(command, input=given, capture_output=True, text=True, check=True, encoding="utf-8")
+    assert result.stdout == lm.generate("The sea", max_new_tokens=4, echo=True) + "\n"
+    assert ("reading the prompt from standard input" in result.stderr) == (not flags)
+
+
+def test_lines_of_standard_input_are_prompts(
+    lm: minopt.LanguageModel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("\ufeffK\u00e4the\r\nThe sea\r\n".encode())))
+    assert generate("--input", "-", "--max-new-tokens", "3") == 0
+    records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [record["prompt"] for record in records] == ["K\u00e4the", "The sea"]
+    assert [record["text"] for record in records] == lm.generate(["K\u00e4the", "The sea"], max_new_tokens=3)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff")))
+    assert "stdin: expected UTF-8" in refused(capsys, "-")
+    monkeypatch.setattr(sys, "stdin", None)
+    assert "stdin: expected a text, got none" in refused(capsys, "--input", "-")
+
+
+MANY = [f"{'The sea ' * (n % 7)}{n}" for n in range(40)]
+
+
+@pytest.mark.parametrize("flags", [[], ["--num-beams", "2", "--num-return-sequences", "2"], ["--unordered"]], ids=str)
+@pytest.mark.parametrize("broken", [0, 1, 17, 40, 80])
+def test_an_interrupted_output_is_gone_on_with_wherever_it_was_cut(
+    flags: list[str], broken: int, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In order unless asked otherwise; the whole is then what it would have been."""
+    file, whole, out = tmp_path / "in.txt", tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
+    file.write_text("\n".join(MANY) + "\n")
+    options = ["--input", str(file), "--max-new-tokens", "2", "--batch-size", "3", *flags]
+    assert generate(*options, "--output", str(whole)) == 0
+    order = [record["index"] for record in lines(whole)]
+    assert (order == sorted(order)) == ("--unordered" not in flags)
+    data = whole.read_bytes().splitlines(keepends=True)
+    out.write_bytes(b"".join(data[:broken]) + b"".join(data[broken:])[:20])
+    assert generate(*options, "--output", str(out), "--resume") == 0
+    found, expected = ([(r["index"], r["sequence"], r["prompt"], r["text"]) for r in lines(p)] for p in (out, whole))
+    assert sorted(found) == sorted(expected)
+    assert found == expected or "--unordered" in flags
+    capsys.readouterr()
+    monkeypatch.setattr(minopt.language_model, "load", lambda *args, **options: pytest.fail("a model was loaded"))
+    assert generate(*options, "--output", str(out), "--resume") == 0
+    assert capsys.readouterr() == ("", f"minopt: {out}: has the results of all 40 prompts already\n")
+
+
+@pytest.mark.parametrize(
+    ("content", "flags", "message"),
+    [
+        ('{"prompt": "b", "index": 0, "sequence": 0}\n', [], "line 1 is not a result of this --input. Name another"),
+        ('{"prompt": "a", "index": 7, "sequence": 0}\n', [], "line 1 is not a result of this --input"),
+        ('{"prompt": "a", "index": -2, "sequence": 0}\n', [], "line 1 is not a result of this --input"),
+        ('{"prompt": "a", "index": 0, "sequence": 1}\n', [], "line 1 is not a result of this --input"),
+        ("no JSON\n", [], "line 1 is not a result of this --input"),
+        ("[]\n", [], "line 1 is not a result of this --input"),
+        ('{"prompt": "a", "index": 0, "sequence": 0}\n{"prompt": "a", "index": 0, "sequence": 1}\n',
+         ["--num-return-sequences", "1"], "--resume: expected 1 continuations of a prompt, got an output with 2."),
+        ('{"prompt": "a", "index": 0, "sequence": 0}\n{"prompt": "a", "index": 0, "sequence": 1}\n',
+         [], "--resume: expected 1 continuations of a prompt, got an output with 2. Give the flags that it was begun"),
+    ],
+)  # fmt: skip
+def test_an_output_of_something_else_is_not_gone_on_with(
+    content: str, flags: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "in.txt").write_text("a\nb\n")
+    (tmp_path / "out.jsonl").write_text(content)
+    arguments = ["--input", str(tmp_path / "in.txt"), "--output", str(tmp_path / "out.jsonl"), "--resume"]
+    assert message in refused(capsys, *arguments, *flags)
+    assert (tmp_path / "out.jsonl").read_text() == content
+
+
+def test_what_is_no_file_may_be_written_to_again(tmp_path: Path) -> None:
+    (tmp_path / "in.txt").write_text("The sea")
+    assert generate("--input", str(tmp_path / "in.txt"), "--output", os.devnull, "--max-new-tokens", "1") == 0
 
 
 def test_the_prompts_are_never_the_output(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

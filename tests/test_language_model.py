@@ -963,7 +963,7 @@ def test_options_that_minopt_does_not_have_are_named_in_one_warning(
             '{"do_sample": true, "top_p": 7}',
             r"generation: top_p must be above 0 and at most 1, got 7\. Mend the file, or remove it\.$",
         ),
-        ('{"do_sample": "yes"}', "generation: do_sample must be True or False, got 'yes'"),
+        ('{"do_sample": "yes"}', "generation: do_sample must be true or false, got 'yes'"),
     ],
 )
 def test_options_that_make_no_sense_are_refused_by_the_name_of_their_file(

@@ -186,12 +186,14 @@ class LanguageModel:
         return found[0] if isinstance(prompt, str) else found
 
     def generate_each(
-        self, prompts: Sequence[str], *, show_progress: bool = False, **options: Any
+        self, prompts: Sequence[str], *, in_order: bool = False, show_progress: bool = False, **options: Any
     ) -> Iterator[tuple[int, list[GeneratedText]]]:
         """Continues many texts, and gives each result as soon as it is there.
 
         Args:
             prompts: any number of texts.
+            in_order: give results in the order of the prompts. Batches are then cut from the next few hundred prompts,
+                and a result waits for those before it.
             show_progress: draw a bar on stderr, if that is a terminal and there is more than one batch.
             **options: those of ``GenerationConfig`` (``max_new_tokens``, ``num_beams``, ``top_p``, ...), over
                 ``generation_defaults`` or, if given, ``config``; the arguments ``logits_processor``,
@@ -202,12 +204,13 @@ class LanguageModel:
                 new ones and padding included, or of one prompt with ``prompt_lookup_num_tokens``.
 
         Returns:
-            An iterator of a prompt's index and its continuations, the batch of the longest prompts first.
+            An iterator of a prompt's index and its continuations; without ``in_order`` the longest prompts come first.
 
         Raises:
             ValueError: as ``generate`` does, before anything runs.
         """
-        return _run_each(self._batches(prompts, **options), show_progress)
+        results = _run_each(self._batches(prompts, in_order=in_order, **options), show_progress)
+        return _in_order(results) if in_order else results
 
     def stream(self, prompt: str, **options: Any) -> Iterator[str]:
         """Continues a text piece by piece, as the tokens come: greedy or sampled.
@@ -344,6 +347,7 @@ class LanguageModel:
         skip_special_tokens: bool = True,
         batch_size: int | None = None,
         max_batch_tokens: int | None = None,
+        in_order: bool = False,
         logits_processor: Any = None,
         stopping_criteria: Any = None,
         generator: torch.Generator | None = None,
@@ -372,7 +376,8 @@ class LanguageModel:
         batches = []
         if batch_size is None:
             batch_size = self._most_rows(config.num_return_sequences if config.num_beams == 1 else 1)
-        for indices in cut_batches([self._cost(len(row), config) for row in rows], batch_size, max_batch_tokens):
+        costs = [self._cost(len(row), config) for row in rows]
+        for indices in cut_batches(costs, batch_size, max_batch_tokens, in_order):
             input_ids, mask = pad_left([rows[i] for i in indices], self.decoder.config.pad_token_id)
             request = prepare(
                 self.decoder, input_ids, mask, config, logits_processor, stopping_criteria, generator,
@@ -441,6 +446,17 @@ def _run_each(batches: list[_Batch], show_progress: bool) -> Iterator[tuple[int,
             for at, index in enumerate(batch.indices):
                 yield index, rows[at * copies : (at + 1) * copies]
                 drawn.update()
+
+
+def _in_order(results: Iterator[tuple[int, list[GeneratedText]]]) -> Iterator[tuple[int, list[GeneratedText]]]:
+    """The same by rising index."""
+    waiting: dict[int, list[GeneratedText]] = {}
+    count = 0
+    for index, records in results:
+        waiting[index] = records
+        while count in waiting:
+            yield count, waiting.pop(count)
+            count += 1
 
 
 def _generated_text(batch: _Batch, output: GenerationOutput, row: int) -> GeneratedText:

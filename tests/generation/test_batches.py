@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minopt.generation.batches import MAX_BATCH_TOKENS, cut_batches
+from minopt.generation.batches import MAX_BATCH_TOKENS, POOLED_BATCHES, cut_batches
 
 LENGTHS = st.lists(st.integers(0, 60) | st.integers(0, 3 * MAX_BATCH_TOKENS), max_size=60)
 LIMIT = st.none() | st.integers(1, 12) | st.integers(1, 2 * MAX_BATCH_TOKENS)
@@ -61,6 +61,31 @@ def test_without_limits_a_batch_holds_so_many_tokens_and_beside_a_size_any_numbe
     assert list(map(len, cut_batches(lengths, batch_size=8))) == [8, 1]
     assert list(map(len, cut_batches([MAX_BATCH_TOKENS + 1, 1]))) == [1, 1]
     assert cut_batches([]) == []
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(lengths=LENGTHS, batch_size=LIMIT, max_batch_tokens=LIMIT)
+def test_batches_in_order_keep_the_limits_and_no_row_waits_for_one_far_behind(
+    lengths: list[int], batch_size: int | None, max_batch_tokens: int | None
+) -> None:
+    batches = cut_batches(lengths, batch_size, max_batch_tokens, in_order=True)
+    assert sorted(index for batch in batches for index in batch) == list(range(len(lengths)))
+    most = MAX_BATCH_TOKENS if batch_size is max_batch_tokens is None else max_batch_tokens
+    waiting: set[int] = set()
+    given_out = 0
+    for batch in batches:
+        assert batch_size is None or len(batch) <= batch_size
+        assert most is None or len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= most
+        waiting |= set(batch)
+        while given_out in waiting:
+            waiting.remove(given_out)
+            given_out += 1
+        assert batch_size is None or len(waiting) < POOLED_BATCHES * batch_size
+        assert most is None or sum(lengths[i] for i in waiting) < POOLED_BATCHES * most + max(lengths)
+
+
+def test_batches_in_order_of_one_row_each_come_in_order() -> None:
+    assert cut_batches([5, 9, 1, 9, 4], batch_size=1, in_order=True) == [[0], [1], [2], [3], [4]]
 
 
 @pytest.mark.parametrize("limits", [{"batch_size": 0}, {"batch_size": -3}, {"max_batch_tokens": 0}])

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import io
 import json
-import math
 import os
-import sys
-from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minopt import DEMO
 from minopt.cli.common import add_model_arguments, tell, true_or_false
+from minopt.cli.prompts import Work, is_piped, plan_work, read_standard_input, write_results
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -57,7 +53,7 @@ def add_generate(verbs: Any) -> None:
         description="Continues a text, written as it comes; or each prompt of a file, in batches.",
     )  # fmt: skip
     parser.set_defaults(run=_generate)
-    parser.add_argument("prompt", nargs="?", help='the text to continue, in quotes; "" starts from nothing')
+    parser.add_argument("prompt", nargs="?", help='the text to continue, in quotes; "" is nothing, - standard input')
     parser.add_argument("--echo", action="store_true", help="write the prompt first")
     add_model_arguments(parser)
     parser.add_argument("--tensor-parallel", type=int, metavar="N",
@@ -88,8 +84,15 @@ def add_generate(verbs: Any) -> None:
     groups["rules"].add_argument("--sequence-bias", type=_json, metavar="JSON",
                                  help="what is added to a sequence's last score: [[[5, 6], -2.5]]")  # fmt: skip
     files = parser.add_argument_group("many prompts")
-    files.add_argument("--input", metavar="FILE", help='a prompt a line, or, in a .jsonl, {"prompt": ...} a line')
-    files.add_argument("--output", metavar="FILE", help="JSON lines, each as soon as it is done (stdout)")
+    files.add_argument(
+        "--input",
+        metavar="FILE",
+        help='a prompt a line (-: of standard input), or, in a .jsonl, {"prompt": ...} a line',
+    )
+    files.add_argument("--output", metavar="FILE", help="JSON lines, in the order of the prompts (stdout)")
+    files.add_argument("--unordered", action="store_true",
+                       help="write each as soon as it is done, long prompts first: a little faster")  # fmt: skip
+    files.add_argument("--resume", action="store_true", help="go on with an output file that is not finished")
     files.add_argument("--force", action="store_true", help="replace the output file")
     files.add_argument("--batch-size", type=int, metavar="N", help="the most prompts that run together")
     files.add_argument("--max-batch-tokens", type=int, metavar="N",
@@ -128,13 +131,21 @@ def _optimize(text: str) -> bool | str:
 def _generate(args: argparse.Namespace) -> None:
     from minopt.generation.config import check_values, option_names
 
+    if args.prompt is None and args.input is None and is_piped():
+        tell("reading the prompt from standard input")
+        args.prompt = "-"
     if (args.prompt is None) == (args.input is None):
-        raise ValueError("prompt: expected one, or --input with a file of them.")
-    for name in ("output", "force", "batch_size", "max_batch_tokens", "output_logprobs", "top_logprobs"):
+        raise ValueError(
+            "prompt: expected one, or --input with a file of them. Either may be -, which is standard input."
+        )
+    for name in ("output", "unordered", "resume", "force", "batch_size", "max_batch_tokens", "output_logprobs",
+                 "top_logprobs"):  # fmt: skip
         if args.input is None and getattr(args, name):
             raise ValueError(f"--{name.replace('_', '-')} goes with --input: there is no place for it beside one text.")
     if args.input is not None and args.echo:
         raise ValueError("--echo: the output of --input has the prompts already. Leave it out.")
+    if args.resume and (args.force or args.output is None):
+        raise ValueError(f"--resume: goes with --output{' and without --force' if args.force else ''}.")
     given = {name: getattr(args, name, None) for name in option_names()}
     options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     check_values(options)  # complain before a model is loaded or fetched
@@ -144,15 +155,18 @@ def _generate(args: argparse.Namespace) -> None:
             f"torchrun --nproc-per-node {args.tensor_parallel} -m minopt generate ..."
         )
     is_first = os.environ.get("RANK", "0") == "0"
-    prompts = [] if args.input is None else _read_prompts(Path(args.input))
-    if args.output is not None and is_first:
-        _check_output(Path(args.output), Path(args.input), args.force)
+    work = Work()
+    if is_first:  # files may differ from machine to machine
+        if args.prompt == "-":
+            args.prompt = read_standard_input().removesuffix("\n")
+        if args.input is not None:
+            work = plan_work(args.input, args.output, args.force, args.resume, options.get("num_return_sequences"))
     if args.model is None and args.revision is not None:
         raise ValueError("--revision needs --model: the small demo model has no revisions.")
     if args.model is None and is_first:
         tell("no --model given, using the small demo model (see minopt generate --help)")
     if os.environ.get("WORLD_SIZE", "1") == "1":
-        _run(args, options, prompts)
+        _run(args, options, work)
         return
     from torch.distributed.device_mesh import init_device_mesh
 
@@ -162,17 +176,17 @@ def _generate(args: argparse.Namespace) -> None:
         if not world.is_first:
             stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
             args.output = None
-        prompts = world.gather(prompts)[0]  # files may differ from machine to machine
-        _run(args, options, prompts, init_device_mesh(world.device.type, (world.size,)))
+        args.prompt, work = world.gather((args.prompt, work))[0]
+        _run(args, options, work, init_device_mesh(world.device.type, (world.size,)))
 
 
-def _run(
-    args: argparse.Namespace, options: dict[str, Any], prompts: list[dict[str, Any]], mesh: DeviceMesh | None = None
-) -> None:
+def _run(args: argparse.Namespace, options: dict[str, Any], work: Work, mesh: DeviceMesh | None = None) -> None:
     """Loads the model, in each process its share of it, and generates."""
     from minopt.generation.config import with_defaults
     from minopt.language_model import load
 
+    if args.input is not None and not work.todo:
+        return
     lm = load(
         args.model or DEMO,
         device=args.device if mesh is None else None,
@@ -191,90 +205,23 @@ def _run(
     config = with_defaults(lm.generation_defaults, options)
     options["skip_special_tokens"] = args.skip_special_tokens is not False
     if args.input is not None:
+        work.check(config.num_return_sequences)
         limits = {"batch_size": args.batch_size, "max_batch_tokens": args.max_batch_tokens}
-        texts = [prompt["prompt"] for prompt in prompts]
-        results = lm.generate_each(texts, show_progress=True, **options, **limits)
-        _write_results(results, prompts, args.output)
-    elif config.num_beams == config.num_return_sequences == 1:
-        pieces = lm.stream(args.prompt, **options)
-        if args.echo:
-            print(args.prompt, end="", flush=True)
-        for piece in pieces:
+        texts = [work.prompts[index]["prompt"] for index in work.todo]
+        results = lm.generate_each(texts, in_order=not args.unordered, show_progress=True, **options, **limits)
+        write_results(results, work, args.output)
+        return
+    if args.echo and config.num_beams == config.num_return_sequences == 1:
+        print(args.prompt, end="", flush=True)
+    texts = []
+    if config.num_beams == config.num_return_sequences == 1:
+        for piece in lm.stream(args.prompt, **options):
             print(piece, end="", flush=True)
+            texts.append(piece)
         print()
     else:
-        found = lm.generate(args.prompt, echo=args.echo, **options)
-        print(*([found] if isinstance(found, str) else found), sep="\n---\n")
-
-
-# The keys of an output line, beside those of the prompt's own.
-_WRITTEN = {
-    "index", "sequence", "text", "stop_reason", "score", "token_ids", "logprobs", "top_logprobs", "drafted_tokens",
-    "accepted_tokens",
-}  # fmt: skip
-
-
-def _check_output(output: Path, source: Path, force: bool) -> None:
-    """Refuses what cannot or must not be written, before a model is loaded."""
-    if not output.parent.is_dir():
-        raise FileNotFoundError(f"{output}: there is no folder {output.parent}. Make it first.")
-    if output.is_dir():
-        raise IsADirectoryError(f"{output}: is a folder. Name a file in it.")
-    if output.exists() and output.samefile(source):
-        raise ValueError(f"{output}: is the --input too. Name another file.")
-    if output.exists() and not force:
-        raise FileExistsError(f"{output}: is there already. Name another file, or add --force.")
-
-
-def _read_prompts(path: Path) -> list[dict[str, Any]]:
-    """Objects with a prompt: a line each of a text, or those of a .jsonl with all that they hold."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: expected UTF-8, {error}. Convert the file.") from None
-    lines = text.removesuffix("\n").split("\n") if text else []
-    if path.suffix.lower() == ".json":
-        raise ValueError(f"{path}: expected lines of text, or a .jsonl with an object a line. Rename or convert it.")
-    if path.suffix.lower() not in (".jsonl", ".ndjson"):
-        return [{"prompt": line} for line in lines]
-    prompts = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}: line {number} is no JSON ({getattr(error, 'msg', error)}).") from None
-        if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
-            raise ValueError(f'{path}: line {number}: expected an object with a text "prompt", got {line[:80]!r}.')
-        if taken := sorted(_WRITTEN & record.keys()):
-            raise ValueError(
-                f"{path}: line {number}: the output writes {', '.join(taken)} itself. Rename what is there."
-            )
-        prompts.append(record)
-    return prompts
-
-
-def _write_results(results: Iterator[Any], prompts: Sequence[dict[str, Any]], output: str | None) -> None:
-    """A line of JSON for each continuation, written out when it is there; what has been written stays if it breaks."""
-    with contextlib.ExitStack() as stack:
-        if output is None and isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(encoding="utf-8")  # as JSON has to be, whatever the terminal's is
-        file: Any = None
-        for index, records in results:
-            if file is None:  # an old file is kept until there is something new
-                file = sys.stdout if output is None else stack.enter_context(open(output, "w", encoding="utf-8"))
-            for sequence, record in enumerate(records):
-                fields: dict[str, Any] = {"text": record.text, "stop_reason": record.stop_reason}
-                if record.score is not None:
-                    fields["score"] = record.score if math.isfinite(record.score) else None  # JSON has no infinity
-                if record.logprobs:
-                    fields |= {"token_ids": record.token_ids, "logprobs": record.logprobs}
-                if record.top_logprobs:
-                    fields |= {"token_ids": record.token_ids, "top_logprobs": record.top_logprobs}
-                if record.drafted_tokens is not None:
-                    fields |= {"drafted_tokens": record.drafted_tokens, "accepted_tokens": record.accepted_tokens}
-                line = {**prompts[index], "index": index, "sequence": sequence, **fields}
-                print(json.dumps(line, ensure_ascii=False), file=file, flush=True)
-        if file is None and output is not None:
-            Path(output).write_text("")  # of no prompts
+        found = lm.generate(args.prompt, **options)
+        texts = [found] if isinstance(found, str) else found
+        print(*((args.prompt if args.echo else "") + text for text in texts), sep="\n---\n")
+    if not any(texts) and os.environ.get("RANK", "0") == "0":
+        tell("the continuation is empty: the model ended it at once (--min-new-tokens 1 forbids that).")
