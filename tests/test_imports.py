@@ -22,7 +22,8 @@ FILES = {
 
 # A room imports from those before it. Rooms of one line do not import each other.
 ORDER = (
-    ("config", "errors", "memory", "progress"),
+    ("errors", "files", "memory", "progress"),
+    ("config",),
     ("cache", "distributed", "int8"),
     ("model",),
     ("tokenizer",),

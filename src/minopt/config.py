@@ -11,6 +11,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from minopt.files import what_it_is
+
 ACTIVATIONS = ("relu", "gelu")
 
 # The fields by which published sizes differ, but for the vocabulary, which fine-tunes resize.
@@ -206,11 +208,16 @@ def read_json(path: Path) -> dict[str, Any]:
         ValueError: if it holds anything else; the file is named.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:  # JSON and UTF-8 errors alike
-        raise ValueError(f"{path}: expected JSON, {error}. Fetch the file again.") from None
+        what = what_it_is(path)
+        raise ValueError(
+            f"{path}: expected JSON, {f'got {what}' if what else f'{error}. Fetch the file again.'}"
+        ) from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}. Fetch the file again.")
+    if isinstance(content.get("error"), str):
+        raise ValueError(f"{path}: a server's error, saved as the file: {content['error'][:200]!r}. Fetch it again.")
     return content
 
 

@@ -15,6 +15,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 from torch import Tensor
 
 from minopt.config import OPTConfig, read_json
+from minopt.files import what_it_is
 
 logger = logging.getLogger(__name__)
 
@@ -528,4 +529,7 @@ def _open(path: Path, read: Any) -> Any:
     try:
         return read(str(path))
     except Exception as error:  # the library raises bare Exception
-        raise ValueError(f"{path}: not a tokenizer file, {error}. Fetch the file again.") from None
+        what = what_it_is(path)
+        raise ValueError(
+            f"{path}: not a tokenizer file, {f'but {what}' if what else f'{error}. Fetch the file again.'}"
+        ) from None

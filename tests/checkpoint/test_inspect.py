@@ -326,7 +326,7 @@ DAMAGED: dict[str, tuple[str, Callable[[Path], object], str]] = {
     ),
     "bin": ("bin", corrupt("pytorch_model.bin"), "pytorch_model.bin: cut short"),
     "legacy bin": ("legacy bin", corrupt("pytorch_model.bin"), "pytorch_model.bin: cut short"),
-    "empty bin": ("bin", lambda f: (f / "pytorch_model.bin").write_bytes(b""), "pytorch_model.bin: cut short"),
+    "empty bin": ("bin", lambda f: (f / "pytorch_model.bin").write_bytes(b""), "got an empty file"),
     "singleton": ("singleton", corrupt("reshard.pt"), "reshard.pt: cut short"),
     "legacy singleton": ("singleton, legacy", corrupt("reshard.pt"), "reshard.pt: cut short"),
     "the first part": ("2 parts", corrupt("reshard-model_part-0.pt"), "reshard-model_part-0.pt: cut short"),
@@ -386,7 +386,7 @@ def test_what_is_no_checkpoint_raises(hf: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"nowhere: no such folder, and not the name of a model on the hub"):
         inspect_checkpoint(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match=r"empty: expected a model's folder .*found nothing"):
+    with pytest.raises(FileNotFoundError, match=r"empty: expected weights .*got nothing"):
         inspect_checkpoint(tmp_path / "empty")
     write_source("singleton", hf)
     write_metaseq(hf, reference(), stem="restored")

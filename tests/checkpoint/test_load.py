@@ -258,11 +258,11 @@ def drop(*names: str) -> Callable[[Path], None]:
 BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "empty folder": (
         lambda f: [p.unlink() for p in f.iterdir()],
-        r"model: expected a model's folder \(config\.json and weights\), found nothing",
+        r"model: expected weights \(model\.safetensors, .*\), got nothing",
     ),
     "no weights": (
         lambda f: (f / "model.safetensors").unlink(),
-        r"expected weights \(model\.safetensors, .*found config\.json, generation_config\.json\. Is this a model's",
+        r"expected weights \(model\.safetensors, .*got config\.json, generation_config\.json\. Is this a model's",
     ),
     "truncated safetensors": (
         lambda f: truncate(f / "model.safetensors"),
@@ -270,7 +270,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "safetensors of a few bytes": (
         lambda f: (f / "model.safetensors").write_bytes(b"abc"),
-        r"model\.safetensors: cut short or not safetensors",
+        r'model\.safetensors: expected safetensors, got a text that begins "abc"',
     ),
     "truncated bin": (
         lambda f: (as_pickle(f), truncate(f / "pytorch_model.bin")),
@@ -278,7 +278,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "empty bin": (
         lambda f: (as_pickle(f), (f / "pytorch_model.bin").write_bytes(b"")),
-        r"pytorch_model\.bin: cut short or not a checkpoint",
+        r"pytorch_model\.bin: expected a checkpoint, got an empty file",
     ),
     "bin of a list": (
         lambda f: ((f / "model.safetensors").unlink(), torch.save([1, 2], f / "pytorch_model.bin")),

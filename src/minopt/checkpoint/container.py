@@ -57,7 +57,8 @@ def _open_zip(file: Any) -> tuple[Any, dict[str, int]]:
         raise UnpickleError(f"damaged zip archive, {first_line(error)[:100]}") from None
     pickles = [name for name in records if name.endswith("/data.pkl")]
     if len(pickles) != 1:
-        raise UnpickleError(f"a zip archive with {len(pickles)} files data.pkl, a checkpoint has one")
+        names = f"{next(iter(records))[:40]!r} and other files" if not pickles else f"{len(pickles)} files data.pkl"
+        raise UnpickleError(f"a zip archive of {names}, a checkpoint has one data.pkl: if it is packed, unpack it")
     folder = pickles[0].removesuffix("data.pkl")
     if f"{folder}constants.pkl" in records:
         raise UnpickleError("a TorchScript program, not a state dict")
@@ -94,7 +95,7 @@ def _records(file: Any, entries: list[zipfile.ZipInfo]) -> dict[str, tuple[int, 
     for entry in entries:
         name = entry.filename
         if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
-            raise UnpickleError(f"{name[:40]!r} in it is compressed, torch stores plainly")
+            raise UnpickleError(f"{name[:40]!r} in it is compressed, torch stores plainly: unpack an archive")
         if entry.flag_bits & _ENCRYPTED or name in records:
             raise UnpickleError(f"{name[:40]!r} in it is encrypted or there twice")
         file.seek(entry.header_offset)

@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from minopt.checkpoint.errors import MissingFileError, first_line, some
-from minopt.checkpoint.source import LAYOUTS, METASEQ, PICKLES, SAFETENSORS
+from minopt.checkpoint.source import LAYOUTS, METASEQ, PICKLES, SAFETENSORS, check_link, no_weights, parts_of
+from minopt.checkpoint.strangers import unfinished_run
 
 if TYPE_CHECKING:
     from huggingface_hub.errors import HfHubHTTPError
 
 _TEXT_FILES = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json",
                "merges.txt", "added_tokens.json", "special_tokens_map.json", "gpt2-vocab.json", "gpt2-merges.txt",
-               "gpt2-unified.json"]  # fmt: skip
+               "gpt2-unified.json", "adapter_config.json"]  # fmt: skip
 
 # "owner/name", or the name alone of one of the hub's oldest models.
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
@@ -51,8 +52,9 @@ def find_model(
         raise ValueError(f"{path}: what lies on this machine has no revisions, got {revision!r}. Leave revision out.")
     if path.is_dir():
         return _model_folder(path)
-    if path.exists():
-        return path
+    check_link(path)
+    if path.exists() or parts_of(path) is not None:
+        return path.parent if (path.parent / "manifest.json").is_file() else path  # a program is opened by its folder
     if isinstance(name_or_path, Path) or not _HUB_NAME.fullmatch(name_or_path):
         raise FileNotFoundError(f"{name_or_path}: no such folder, and not the name of a model on the hub (owner/name).")
     if config_only:
@@ -70,11 +72,8 @@ def _model_folder(path: Path) -> Path:
     inner = [p for p in sorted(path.glob("[!.]*/")) if _is_model(p)]
     if len(inner) > 1:
         raise ValueError(f"{path}: holds {len(inner)} models ({some([p.name for p in inner])}). Name one of them.")
-    if not inner:
-        found = sorted(p.name for p in path.iterdir())
-        raise MissingFileError(
-            f"{path}: expected a model's folder (config.json and weights), found {some(found) or 'nothing'}."
-        )
+    if not inner or unfinished_run(path) is not None:
+        raise no_weights(path)
     return inner[0]
 
 
@@ -92,11 +91,7 @@ def _download(name: str, revision: str | None, local_files_only: bool) -> Path:
         folder = _snapshot(name, revision, local_files_only, [*_TEXT_FILES, *METASEQ, f"*/{METASEQ[0]}"])
     if _has_weights(folder) or list(folder.glob(METASEQ[0])) or list(folder.glob(f"*/{METASEQ[0]}")):
         return _model_folder(folder)
-    found = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
-    raise MissingFileError(
-        f"{name}: expected weights ({', '.join((*LAYOUTS, *METASEQ))}), got {some(found) or 'nothing'} from the hub. "
-        "Is it a model that transformers or metaseq opens?"
-    )
+    raise no_weights(folder, name)
 
 
 def _has_weights(folder: Path) -> bool:

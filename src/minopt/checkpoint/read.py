@@ -18,6 +18,7 @@ from minopt.checkpoint.container import open_container
 from minopt.checkpoint.errors import CheckpointError, first_line, some
 from minopt.checkpoint.names import is_decoders
 from minopt.checkpoint.unpickle import NOT_TEXT, Placeholder, StoredTensor, UnpickleError
+from minopt.files import what_it_is
 
 _NUMBERS_IN_CACHE = 2**20
 _PIECE_BYTES = 64_000_000
@@ -149,9 +150,7 @@ class SafetensorsFile(TensorFile):
                 header_bytes = int.from_bytes(file.read(8), "little")
                 header = json.loads(file.read(header_bytes))
         except (SafetensorError, OSError, ValueError) as error:
-            raise CheckpointError(
-                f"{path}: cut short or not safetensors ({first_line(error)}). Fetch the file again."
-            ) from None
+            raise _unreadable(path, "safetensors", error) from None
         self.shapes = {key: tuple(s.get_shape()) for key, s in slices.items()}
         self.dtypes = {key: _DTYPES.get(s.get_dtype()) for key, s in slices.items()}
         self._begin = {key: 8 + header_bytes + header[key]["data_offsets"][0] for key in self.shapes}
@@ -178,8 +177,10 @@ class TorchFile(TensorFile):
             content, self._begin = open_container(path)
             tensors = _state_dict(content, path)
             _check_overlaps(tensors)
-        except UnpickleError as error:
-            raise CheckpointError(f"{path}: cut short or not a checkpoint ({error}). Fetch the file again.") from None
+        except (FileNotFoundError, PermissionError):
+            raise
+        except (UnpickleError, OSError) as error:
+            raise _unreadable(path, "a checkpoint", error) from None
         self.content: dict[str, Any] = {}
         self.wrapped = isinstance(content, dict) and tensors is content.get("model")
         if self.wrapped:
@@ -223,6 +224,12 @@ class TorchFile(TensorFile):
                 raise CheckpointError(self._cut_short)
             span = torch.frombuffer(self._mapping, dtype=dtype, count=tensor.end - tensor.offset, offset=begin)
         return span.as_strided(tensor.shape, tensor.stride)
+
+
+def _unreadable(path: Path, wanted: str, error: Exception) -> CheckpointError:
+    if (what := what_it_is(path)) is not None:
+        return CheckpointError(f"{path}: expected {wanted}, got {what}")
+    return CheckpointError(f"{path}: cut short or not {wanted} ({first_line(error)}). Fetch the file again.")
 
 
 def _kind(value: object) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from minopt.checkpoint.names import HF_HEAD, described, from_hf, is_decoders, is
 from minopt.checkpoint.pieces import Slice, SourceTensor, same_numbers
 from minopt.checkpoint.quantized import check_quantization, with_scales
 from minopt.checkpoint.read import SafetensorsFile, TensorFile, TorchFile
+from minopt.checkpoint.strangers import stranger
 from minopt.config import OPTConfig, read_json
 from minopt.model import OPT
 
@@ -94,10 +96,16 @@ def find_files(path: Path) -> Found:
     Raises:
         MissingFileError: if there are none.
         AmbiguousPathError: if there are several checkpoints.
-        CheckpointError: if a file cannot be read, or an index or link leads out of the folder.
+        CheckpointError: if a file cannot be read, or an index names files out of the folder.
     """
     if path.is_dir():
         return _in_folder(path)
+    check_link(path)
+    if not path.exists() and (parts := parts_of(path)) is not None:
+        return _as_metaseq(parts)
+    if path.is_symlink() and not (path.parent / "config.json").exists():  # one file of a folder elsewhere
+        target = path.resolve()
+        path = target if (target.parent / "config.json").is_file() else path
     if not path.is_file():
         raise MissingFileError(f"{path}: expected a folder or a file of a checkpoint, got neither.")
     if path.name.endswith(".index.json"):
@@ -115,12 +123,14 @@ def find_files(path: Path) -> Found:
 
 
 def _in_folder(folder: Path) -> Found:
-    layout = next((name for name in LAYOUTS if (folder / name).is_file()), None)
+    layout = next((name for name in LAYOUTS if (folder / name).is_file() or (folder / name).is_symlink()), None)
     errors: list[CheckpointError] = []
     groups = group_files(_files(folder, "*.pt"))
     sets = [files for files in groups if _holds_decoder(files, errors)]
     found = [f"{layout}"] if layout else []
     found += sorted(next(iter(files.files.values())).name for files in sets)
+    if len(sets) > 1 and any(folder.glob("*zero_pp_rank_*_model_states.pt")):
+        raise no_weights(folder)
     if len(found) > 1:
         raise AmbiguousPathError(f"{folder}: holds {len(found)} checkpoints ({some(found)}). Name the file of one.")
     if layout is not None:
@@ -128,15 +138,30 @@ def _in_folder(folder: Path) -> Found:
     if sets:
         path = next(iter(sets[0].files.values()))
         return _as_metaseq(sets[0]) if _is_metaseq(TorchFile(path)) else _single(path)
+    for path in sorted(folder.glob("*")):
+        check_link(path) if not path.is_dir() else None
     if errors and len(groups) == 1:  # damaged: opening it says how
         return _as_metaseq(groups[0])
-    if errors:
+    if errors and stranger(folder) is None:
         raise errors[0]
+    raise no_weights(folder)
+
+
+def no_weights(folder: Path, name: str | None = None) -> MissingFileError:
+    """The error of a folder without weights, a model's of that name, which says what is there instead."""
+    expected = f"{name or folder}: expected weights ({', '.join((*LAYOUTS, *METASEQ))}),"
+    if (what := stranger(folder)) is not None:
+        return MissingFileError(f"{expected} got {what}")
     names = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
-    raise MissingFileError(
-        f"{folder}: expected weights ({', '.join((*LAYOUTS, *METASEQ))}), found {some(names) or 'nothing'}. "
-        "Is this a model's folder, and did its download finish?"
-    )
+    found = f"{some(names) or 'nothing'}{' from the hub' if name else ''}"
+    return MissingFileError(f"{expected} got {found}. Is this a model's folder, and did its download finish?")
+
+
+def parts_of(path: Path) -> FileSet | None:
+    """The parts or shards of a checkpoint that is called, as metaseq calls it, by a name that no file has."""
+    beside = [p for p in path.parent.glob("*") if p.suffix == path.suffix and p.is_file()]
+    sets = [files for files in group_files(beside) if files.stem in (path.stem, path.name)]
+    return sets[0] if path.suffix and len(sets) == 1 else None
 
 
 def weight_files(folder: Path) -> list[str]:
@@ -157,7 +182,6 @@ def _holds_decoder(files: FileSet, errors: list[CheckpointError]) -> bool:
     """Whether files that are called like a checkpoint are one; a training run has an optimizer.pt too."""
     path = next(iter(files.files.values()))
     try:
-        _check_link(path)
         file = TorchFile(path)
     except CheckpointError as error:
         errors.append(error)
@@ -178,8 +202,6 @@ def _is_metaseq(file: TorchFile) -> bool:
 
 
 def _as_metaseq(files: FileSet) -> Found:
-    for path in files.files.values():
-        _check_link(path)
     kind = "metaseq, one file" if len(files.files) == 1 else "metaseq, model parallel parts"
     if files.shards > 1:
         kind = "metaseq, FSDP shards"
@@ -188,20 +210,24 @@ def _as_metaseq(files: FileSet) -> Found:
 
 
 def _single(path: Path) -> Found:
-    _check_link(path)
+    check_link(path)
     kind = "Hugging Face, safetensors" if path.suffix == ".safetensors" else "Hugging Face, pickle"
     return Found(kind, path.parent, (path,))
 
 
 def _indexed(index: Path) -> Found:
+    check_link(index)
     names = _shard_names(index)
     for name in names:
         if Path(name).name != name or name in ("", ".", "..") or len(name.encode(errors="replace")) > 255:
             raise CheckpointError(f"{index}: shards must lie in the folder itself, got {some(names)}.")
-        _check_link(index.parent / name)
+        check_link(index.parent / name)
     kind = f"Hugging Face, {'safetensors' if 'safetensors' in index.name else 'pickle'} in {len(names)} shards"
-    missing = tuple(name for name in names if not (index.parent / name).is_file())
-    return Found(kind, index.parent, tuple(index.parent / name for name in names), missing=missing)
+    # Beside the index, or where that is a link alone, beside the file that it leads to.
+    folders = (index.parent, index.resolve().parent)
+    folder = next((f for f in folders if all((f / name).is_file() for name in names)), index.parent)
+    missing = tuple(name for name in names if not (folder / name).is_file())
+    return Found(kind, folder, tuple(folder / name for name in names), missing=missing)
 
 
 def _shard_names(index: Path) -> list[str]:
@@ -214,17 +240,15 @@ def _shard_names(index: Path) -> list[str]:
     return sorted({str(name) for name in weight_map.values()})
 
 
-def _check_link(path: Path) -> None:
-    """Refuses a link that leads out of its folder; in the hub's cache each file is one, to the ``blobs`` beside."""
-    if not path.is_symlink():
-        return
-    try:
-        target, folder = path.resolve(), path.parent.resolve()
-    except (OSError, RuntimeError):
-        raise CheckpointError(f"{path}: a link that leads to itself.") from None
-    blobs = next((p.parent / "blobs" for p in folder.parents if p.name == "snapshots"), None)
-    if not target.is_relative_to(folder) and (blobs is None or not target.is_relative_to(blobs)):
-        raise CheckpointError(f"{path}: a link that leads out of its folder, to {target}. Name the file it leads to.")
+def check_link(path: Path) -> None:
+    """Says of a link that leads to no file where it leads; whoever made a folder may link to whatever file they like.
+
+    Raises:
+        MissingFileError: if there is no file at its end.
+    """
+    if path.is_symlink() and not path.is_file():
+        why = "is there, but no file" if path.exists() else "is not there, or a link that leads back here"
+        raise MissingFileError(f"{path}: a link to {os.readlink(path)}, which {why}. Mend or remove the link.")
 
 
 def open_checkpoint(
@@ -244,6 +268,7 @@ def open_checkpoint(
     """
     override = resolve_config(model_config)
     found = find_files(path)
+    check_link(found.folder / "config.json")
     if found.metaseq is not None:
         path = found.folder / "config.json"
         beside = _read_config(path) if override is None and path.is_file() else None
@@ -281,6 +306,12 @@ def _open_hf(found: Found, override: OPTConfig | None, ignore: Sequence[str]) ->
     if wrong := [key for key, head in heads if head.dtype == torch.int8]:
         raise CheckpointError(f"{where}: {wrong[0]}: expected the token embeddings, to which OPT's head is tied, got "
                               "int8. Make the int8 weights anew, and ignore lm_head.")  # fmt: skip
+    if empty := [key for key, piece in named.values() if 0 in piece.shape]:
+        raise CheckpointError(
+            f"{where}: {len(empty)} of its tensors hold no numbers ({some(empty)}): saved in training under ZeRO-3, "
+            "which divides them among processes. Put them together first (python zero_to_fp32.py, which lies beside "
+            "DeepSpeed's checkpoints), or save with stage3_gather_16bit_weights_on_model_save."
+        )
     if "embed_tokens.weight" not in named and heads:
         named["embed_tokens.weight"] = heads.pop()  # tied, written once under the head's name
     tensors = {name: SourceTensor(name, p.shape, p.dtype, (p,)) for name, (_, p) in named.items()}
