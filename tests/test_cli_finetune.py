@@ -113,7 +113,8 @@ def test_the_recipe_runs_to_its_end_and_writes_what_it_measured(recipe: SimpleNa
 def test_the_recipe_says_each_thing_once(recipe: SimpleNamespace) -> None:
     lines = recipe.stderr.splitlines()
     for said in ("--fp16: float16 is slow on a CPU. --bf16 is", "--min-tgt-length 55: no completion of --dev-file",
-                 "12 examples, ", "4 examples a step: 2 processes x ", "step 1/6  loss ", "step 6/6  loss ",
+                 "--eval-steps: ignored, acts only with --evaluation-strategy steps.", "12 examples, ",
+                 "4 examples a step: 2 processes x ", "step 1/6  loss ", "step 6/6  loss ",
                  "evaluation after step 6: loss ", f"The model is in {recipe.out}"):  # fmt: skip
         assert sum(said in line for line in lines) == 1, said
     assert not any("--no-repeat-ngram-size" in line for line in lines)  # bans none of these answers
@@ -269,10 +270,11 @@ def test_do_eval_alone_evaluates_and_writes_no_run(data: Path, tmp_path: Path, c
 
 
 def error_of(status: int, capsys: Capture) -> str:
-    """The one line of what a user can mend."""
+    """The one line of what a user can mend, after warnings."""
     captured = capsys.readouterr()
     assert (status, captured.out) == (2, "")
-    (line,) = captured.err.splitlines()
+    *warnings, line = captured.err.splitlines()
+    assert all(warning.startswith("minopt: warning: ") for warning in warnings)
     assert line.startswith("minopt: error: ")
     return line.removeprefix("minopt: error: ")
 

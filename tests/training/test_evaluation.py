@@ -229,7 +229,6 @@ def test_asked_to_stop_between_batches_there_is_no_result() -> None:
         ({"no_repeat_ngram_size": 2}, "--no_repeat_ngram_size 2: 1 of 2 completions of --dev_file repeat an n-gram"),
         ({"min_tgt_length": 5}, ""),
         ({"no_repeat_ngram_size": 3}, ""),
-        ({"min_tgt_length": 6, "do_eval": False}, ""),  # nothing is generated
     ],
 )
 def test_settings_with_which_no_answer_can_be_right_are_warned_of(
@@ -238,8 +237,8 @@ def test_settings_with_which_no_answer_can_be_right_are_warned_of(
     data = [Example("ab", " aaa", ("aaa",), "x"), Example("ab", "aba", ("aba",), "y")]  # 5 and 4 tokens with an eos
     tokens = tokenise(data, tokenizer(), 32, 16, eos_token_id=EOS, around_answer=False)
     with caplog.at_level(logging.WARNING, "minopt"):
-        warn(settings(Path("unused"), **({"do_eval": True} | changes)), ALONE, tokens)
-        warn(settings(Path("unused"), **({"do_eval": True} | changes)), World(1, 2, ALONE.device), tokens)
+        warn(settings(Path("unused"), do_train=True, do_eval=True, **changes), ALONE, data, tokens)
+        warn(settings(Path("unused"), do_train=True, do_eval=True, **changes), World(1, 2, ALONE.device), data, tokens)
     messages = [record.getMessage() for record in caplog.records]
     assert len(messages) == bool(message)  # of the first process alone
     assert all(m.startswith(message) and m.endswith("Leave it out.") for m in messages)

@@ -116,8 +116,6 @@ def partners(name: str, value: Any) -> dict[str, Any]:
     """What a value needs beside it."""
     if name.endswith("_template") and value is not None:
         return {"prompt_template": "{context}", "completion_template": "{answer}"}
-    if name == "select_topk" and value is False:
-        return {"num_beams": 2}
     return {"tgt_length": 10**9} if name == "min_tgt_length" else {}
 
 
@@ -173,8 +171,6 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
      "--prompt_template and --completion_template: expected both or none. Give the other too."),
     ({"completion_template": ""},
      "--prompt_template and --completion_template: expected both or none. Give the other too."),
-    ({"select_topk": False},
-     "--select_topk false draws the tokens of beams, and --num_beams is 1. Set it to 2 or more."),
     ({"num_train_epochs": 0}, "--num_train_epochs: expected more than 0, got 0.0. Or give --max_steps."),
     ({"max_steps": 0},
      "--max_steps: expected -1 or at least 1, got 0. To evaluate alone, use --do_eval without --do_train."),
@@ -188,6 +184,48 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
 def test_values_that_contradict_each_other_are_refused(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         config_of(**values)
+
+
+# Settings that act only with others, and with which they do.
+IGNORED: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
+    ({"eval_steps": 4}, "--eval_steps: ignored, acts only with --evaluation_strategy steps",
+     {"evaluation_strategy": "steps"}),
+    ({"do_eval": True, "do_train": True, "length_penalty": 0.7}, "--length_penalty: ignored, acts only with "
+     "--num_beams of 2 or more", {"num_beams": 2}),
+    ({"do_eval": True, "do_train": True, "select_topk": False}, "--select_topk: ignored, acts only with "
+     "--num_beams of 2 or more", {"num_beams": 2}),
+    ({"num_beams": 2, "dev_file": "x.json", "max_eval_samples": 3}, "--dev_file, --max_eval_samples, --num_beams: "
+     "ignored, act only with --do_eval or --evaluation_strategy", {"evaluation_strategy": "epoch"}),
+    ({"lr_decay_ratio": 0.1, "lr_scheduler_type": "constant"}, "--lr_decay_ratio: ignored, acts only with a learning "
+     "rate that falls, and --lr_scheduler_type is constant", {"lr_scheduler_type": "cosine"}),
+    ({"num_train_epochs": 4, "max_steps": 6}, "--num_train_epochs: ignored, acts only without --max_steps",
+     {"max_steps": -1}),
+    ({"parallel": "fsdp"}, "--parallel: ignored, acts only in several processes (torchrun)", {"processes": 2}),
+    ({"do_eval": True, "min_tgt_length": 3, "eval_is_text": True, "do_train": True}, "--min_tgt_length: ignored, acts "
+     "only where answers are generated, and --dev_file is a text", {"eval_is_text": False}),
+    ({"do_eval": True, "learning_rate": 1e-3, "save_steps": 4}, "--output_dir, --learning_rate, --save_steps: ignored, "
+     "act only while training, and --do_eval alone trains nothing", {"do_train": True}),
+    ({"task": "squad-question", "prompt_template": "{context}", "completion_template": "{answer}"},
+     "--task: ignored, acts only without --prompt_template", {"task": "squad"}),
+    ({"train_file": "x.jsonl", "prompt_template": "{context}", "completion_template": "{answer}"},
+     "--prompt_template: ignored, acts only on SQuAD's files", {"train_file": "x.json"}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence", "needed"), IGNORED, ids=lambda v: next(iter(v)) if isinstance(v, dict) else ""
+)
+def test_what_is_ignored_is_said_unless_what_it_acts_with_is_there(
+    given: dict[str, Any], sentence: str, needed: dict[str, Any]
+) -> None:
+    def said(values: dict[str, Any]) -> list[str]:
+        values = {"processes": 1, "eval_is_text": False} | values
+        world = {name: values.pop(name) for name in ("processes", "eval_is_text")}
+        return config_of(**values).ignored(**world)
+
+    assert said(given) == [sentence]
+    assert said(given | needed) == []
+    assert config_of(seed=7, bf16=True).ignored(processes=1, eval_is_text=False) == []
 
 
 def test_epochs_may_be_0_where_steps_are_given() -> None:

@@ -78,7 +78,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     from minopt.training.data import read_data
     from minopt.training.prepare import template_of
 
-    config = TrainingConfig(output_dir=".", do_eval=True, task=args.task, device=args.device, **settings)
+    config = TrainingConfig(do_eval=True, task=args.task, device=args.device, **settings)
     template = template_of(config)
     if args.output is not None and not Path(args.output).parent.is_dir():
         raise FileNotFoundError(f"--output: there is no folder {Path(args.output).parent}. Make it first.")
@@ -106,7 +106,7 @@ def evaluate_examples(
     if not isinstance(data, str):
         data = data[: config.max_eval_samples]
     tokens = prepare(data, lm.model, lm.tokenizer, config, world, training=False)
-    warn(config, world, tokens)
+    warn(config, world, data, tokens)
     result = evaluate(lm.model, lm.tokenizer, data, tokens, config, world)
     assert result is not None
     if world.is_first:

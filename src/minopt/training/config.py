@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import Field, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from minopt.checkpoint.errors import some
 from minopt.config import is_int, is_number, read_json
 
 
@@ -122,7 +123,7 @@ class TrainingConfig:
 
     def _contradictions(self) -> list[str]:
         problems = []
-        if not self.output_dir:
+        if not self.output_dir and self.trains:
             problems.append("--output_dir: expected a folder for the run, got none. Name one")
         if self.fp16 and self.bf16:
             problems.append("--fp16 and --bf16: expected one of them, got both. Leave one out")
@@ -130,10 +131,6 @@ class TrainingConfig:
             problems.append(f"--min_tgt_length: {self.min_tgt_length} exceeds --tgt_length {self.tgt_length}. Lower it")
         if (self.prompt_template is None) != (self.completion_template is None):
             problems.append("--prompt_template and --completion_template: expected both or none. Give the other too")
-        if not self.select_topk and self.num_beams == 1:
-            problems.append("--select_topk false draws the tokens of beams, and --num_beams is 1. Set it to 2 or more")
-        if self.lr_decay_ratio and self.lr_scheduler_type == "constant":
-            problems.append("--lr_decay_ratio: a constant learning rate does not fall. Leave it out")
         if self.max_steps < 0 and not self.num_train_epochs > 0:
             problems.append("--num_train_epochs: expected more than 0, got 0.0. Or give --max_steps")
         if self.max_steps == 0:
@@ -151,6 +148,17 @@ class TrainingConfig:
     def evaluates(self) -> bool:
         """Whether there is anything to evaluate, at the end or on the way."""
         return self.do_eval or self.evaluation_strategy != "no"
+
+    def ignored(self, *, processes: int, eval_is_text: bool) -> list[str]:
+        """Settings that are set and have no effect, a sentence for each reason."""
+        asked = {f.name for f in fields(self) if getattr(self, f.name) != f.default}
+        found = [([name for name in names if name in asked], when)
+                 for names, acts, when in _ACTS_ONLY if not acts(self, processes, eval_is_text)]  # fmt: skip
+        return [
+            f"{some([f'--{name}' for name in names])}: ignored, {'acts' if len(names) == 1 else 'act'} only {when}"
+            for names, when in found
+            if names
+        ]
 
     @classmethod
     def from_file(cls, path: str | Path) -> dict[str, Any]:
@@ -181,6 +189,34 @@ class TrainingConfig:
         """All fields, a line each."""
         width = max(len(f.name) for f in fields(self))
         return "\n".join(f"{name:{width}}  {json.dumps(value)}" for name, value in self.to_dict().items())
+
+
+def _reads_squad(config: TrainingConfig) -> bool:
+    files = [config.train_file] * config.trains + [config.dev_file] * config.evaluates
+    return any(Path(file).suffix not in (".jsonl", ".ndjson", ".txt", ".raw") for file in files)
+
+
+# Settings that act only with others: which, when (of the settings, the number of processes, and whether what is
+# evaluated on is a text), and how that reads in a warning.
+_ACTS_ONLY: tuple[tuple[tuple[str, ...], Callable[[TrainingConfig, int, bool], bool], str], ...] = (
+    (("output_dir", "train_file", "batching", "num_train_epochs", "max_steps", "per_device_train_batch_size",
+      "gradient_accumulation_steps", "learning_rate", "lr_scheduler_type", "warmup_ratio", "lr_decay_ratio",
+      "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "label_smoothing", "dropout", "fp16",
+      "bf16", "recompute", "compile", "parallel", "evaluation_strategy", "logging_steps", "save_steps", "keep_last",
+      "resume"), lambda c, *_: c.trains, "while training, and --do_eval alone trains nothing"),
+    (("num_train_epochs",), lambda c, *_: c.max_steps < 0 or not c.trains, "without --max_steps"),
+    (("lr_decay_ratio",), lambda c, *_: c.lr_scheduler_type != "constant" or not c.trains,
+     "with a learning rate that falls, and --lr_scheduler_type is constant"),
+    (("parallel",), lambda c, processes, _: processes > 1 or not c.trains, "in several processes (torchrun)"),
+    (("eval_steps",), lambda c, *_: c.evaluation_strategy == "steps", "with --evaluation_strategy steps"),
+    (("dev_file", "max_eval_samples", "per_device_eval_batch_size", "num_beams", "min_tgt_length",
+      "no_repeat_ngram_size"), lambda c, *_: c.evaluates, "with --do_eval or --evaluation_strategy"),
+    (("num_beams", "min_tgt_length", "no_repeat_ngram_size"), lambda c, _, is_text: not (c.evaluates and is_text),
+     "where answers are generated, and --dev_file is a text"),
+    (("length_penalty", "select_topk"), lambda c, *_: c.num_beams > 1, "with --num_beams of 2 or more"),
+    (("task",), lambda c, *_: c.prompt_template is None, "without --prompt_template"),
+    (("prompt_template",), lambda c, *_: _reads_squad(c), "on SQuAD's files"),
+)  # fmt: skip
 
 
 def _problem(f: Field[Any], value: Any) -> str | None:

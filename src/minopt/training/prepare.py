@@ -87,10 +87,14 @@ def prepare(
     return tokens
 
 
-def warn(config: TrainingConfig, world: World, eval_tokens: Tokens | None) -> None:
-    """Says what is likely not meant, once."""
+def warn(
+    config: TrainingConfig, world: World, eval_data: Sequence[Example] | str | None, eval_tokens: Tokens | None
+) -> None:
+    """Says what is ignored, and what is likely not meant, once."""
     if not world.is_first:
         return
+    for sentence in config.ignored(processes=world.size, eval_is_text=isinstance(eval_data, str)):
+        logger.warning("%s.", sentence)
     if config.fp16 and world.device.type == "cpu":
         logger.warning("--fp16: float16 is slow on a CPU. --bf16 is several times faster, and scales no loss.")
     if eval_tokens is None or not config.evaluates:

@@ -122,6 +122,7 @@ def train(
         OSError: if the folder is in use, or cannot be written; and as ``load_model`` does.
         TrainingStopped: if SIGTERM or SIGINT has ended it.
     """
+    training = config.replace(do_train=True)  # whatever else it says, which is for the command line
     with processes(config.device) as world, contextlib.ExitStack() as stack:
         checkpoint = None
         if not isinstance(model, OPT):
@@ -136,7 +137,7 @@ def train(
         eval_tokens = None
         if eval_data is not None:
             eval_tokens = prepare(eval_data, model, tokenizer, config, world, training=False)
-        warn(config, world, eval_tokens)
+        warn(training, world, eval_data, eval_tokens)
         folder = Path(config.output_dir).expanduser()
         world.first(lambda: stack.enter_context(locked(folder)))
         run = _Run(model, tokenizer, tokens, eval_data, eval_tokens, config, world, folder)
