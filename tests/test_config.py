@@ -13,6 +13,8 @@ import pytest
 import transformers
 
 from minopt import OPT, OPTConfig
+from minopt.config import ACTIVATIONS
+from minopt.model import ACTIVATIONS as FUNCTIONS
 from tests.conftest import KINDS, SIZE
 
 OPT_SIZES = ("125m", "350m", "1.3b", "2.7b", "6.7b", "13b", "30b", "66b", "175b")
@@ -88,15 +90,15 @@ BROKEN_RULES: list[tuple[dict[str, Any], str]] = [
     ({"hidden_size": 100}, "hidden_size must be a multiple of num_attention_heads, got 100 and 12"),
     *(({name: 1}, f"{name} must be true or false, got 1") for name in FLAGS),
     *(
-        ({name: value}, f"{name} must be in [0, 1), got {value!r}")
+        ({name: value}, f"{name} must be in [0, 1], got {value!r}")
         for name in ("dropout", "attention_dropout", "layerdrop")
-        for value in (-0.1, 1, "0.1", None, math.nan)
+        for value in (-0.1, 1.1, "0.1", None, math.nan)
     ),
     *(
-        ({"init_std": value}, f"init_std must be positive, got {value!r}")
-        for value in (0, -0.02, None, math.nan, math.inf)
+        ({"init_std": value}, f"init_std must be 0 or more, got {value!r}")
+        for value in (-0.02, None, math.nan, math.inf)
     ),
-    ({"activation_function": "swish"}, "activation_function must be one of ['relu', 'gelu'], got 'swish'"),
+    ({"activation_function": "prelu"}, f"activation_function must be one of {list(ACTIVATIONS)}, got 'prelu'"),
     *(
         ({name: value}, f"{name} must be a row of the vocabulary (0 to 50271) or null, got {value!r}")
         for name in ("pad_token_id", "bos_token_id", "eos_token_id")
@@ -118,13 +120,13 @@ def test_each_broken_rule_is_named_with_its_values(values: dict[str, Any], messa
 
 
 def test_all_broken_rules_are_named_at_once() -> None:
-    wrong = {"vocab_size": 0, "hidden_size": 100, "dropout": 2, "init_std": -1, "activation_function": "swish"}
+    wrong = {"vocab_size": 0, "hidden_size": 100, "dropout": 2, "init_std": -1, "activation_function": "prelu"}
     with pytest.raises(ValueError, match=r"^OPTConfig: ") as error:
         OPTConfig(**wrong)
     assert str(error.value) == (
         "OPTConfig: vocab_size must be a positive integer, got 0; hidden_size must be a multiple of "
-        "num_attention_heads, got 100 and 12; dropout must be in [0, 1), got 2; init_std must be positive, got -1; "
-        "activation_function must be one of ['relu', 'gelu'], got 'swish'."
+        "num_attention_heads, got 100 and 12; dropout must be in [0, 1], got 2; init_std must be 0 or more, got -1; "
+        f"activation_function must be one of {list(ACTIVATIONS)}, got 'prelu'."
     )
 
 
@@ -191,7 +193,7 @@ def test_the_file_and_its_folder_are_both_read(tmp_path: Path) -> None:
         (b"\xff\xfe\x00", "expected JSON, "),
         ("[1, 2]", "expected a JSON object, got list"),
         (json.dumps({"model_type": "opt", "vocab_size": 0}), "vocab_size must be a positive integer, got 0"),
-        ('{"model_type": "opt", "init_std": NaN}', "init_std must be positive, got nan"),
+        ('{"model_type": "opt", "init_std": NaN}', "init_std must be 0 or more, got nan"),
     ],
 )
 def test_a_file_that_is_no_opt_configuration_is_named_in_one_line(
@@ -214,3 +216,32 @@ def test_a_configuration_equals_and_hashes_by_what_the_model_reads() -> None:
     assert again == config
     assert hash(again) == hash(config)
     assert again != OPTConfig.preset("opt-125m")
+
+
+def test_each_activation_has_its_function() -> None:
+    assert tuple(FUNCTIONS) == ACTIVATIONS
+
+
+@pytest.mark.parametrize("given", [-1, 50272, 10**6, [2, 50272], [50272], [], 2, None])
+@pytest.mark.parametrize("name", ["pad_token_id", "bos_token_id", "eos_token_id"])
+def test_a_token_id_beyond_the_table_is_left_out_of_a_file_and_said(
+    name: str, given: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    if isinstance(given, list) and name != "eos_token_id":
+        return
+    config = OPTConfig.from_dict({"model_type": "opt", name: given})
+    within = [i for i in (given if isinstance(given, list) else [given]) if i == 2]
+    expected = None if not within and given != [] else tuple(given and within) if isinstance(given, list) else given
+    assert getattr(config, name) == expected
+    said = given not in (2, None, [])
+    assert [f"{name}: {given} is no row of the token table (0 to 50271), so it is left out."] * said == caplog.messages
+
+
+def test_the_configuration_of_an_opt_within_a_larger_model() -> None:
+    """As BLIP-2's config.json has it."""
+    text = {"model_type": "opt", "hidden_size": 48, "ffn_dim": 64, "word_embed_proj_dim": 48}
+    whole = {"model_type": "blip-2", "vision_config": {"model_type": "blip_2_vision_model"}, "text_config": text}
+    assert OPTConfig.from_dict(whole) == OPTConfig.from_dict(text)
+    assert OPTConfig.from_dict({"architectures": ["OPTForCausalLM"]}) == OPTConfig()
+    with pytest.raises(ValueError, match="expected \"opt\", got 'blip-2'"):
+        OPTConfig.from_dict(whole | {"text_config": {"model_type": "t5"}})

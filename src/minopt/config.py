@@ -6,6 +6,7 @@ Imports no torch, so that a configuration can be read and planned with anywhere.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -13,7 +14,12 @@ from typing import Any
 
 from minopt.files import what_it_is
 
-ACTIVATIONS = ("relu", "gelu")
+logger = logging.getLogger(__name__)
+
+# Under transformers' names; model.py has the functions.
+ACTIVATIONS = ("relu", "gelu", "gelu_python", "gelu_new", "gelu_fast", "gelu_accurate", "gelu_pytorch_tanh",
+               "gelu_python_tanh", "quick_gelu", "silu", "swish", "relu2", "relu6", "leaky_relu", "hardswish", "mish",
+               "tanh", "sigmoid", "linear")  # fmt: skip
 
 # The fields by which published sizes differ, but for the vocabulary, which fine-tunes resize.
 _SHAPE = ("hidden_size", "num_hidden_layers", "num_attention_heads", "ffn_dim", "word_embed_proj_dim",
@@ -39,7 +45,7 @@ class OPTConfig:
         word_embed_proj_dim: width of the token table, E; ``None`` means ``hidden_size``. Where the two
             differ (350m), bias-free ``project_in`` and ``project_out`` lie between them.
         num_attention_heads: H.
-        activation_function: ``"relu"``, or ``"gelu"`` (Galactica; the exact, erf form).
+        activation_function: ``"relu"``, ``"gelu"`` (Galactica; the exact, erf form), or another of ``ACTIVATIONS``.
         dropout: probability on the outputs of attention and of the feed-forward, in training.
         attention_dropout: probability on the attention weights, in training.
         layerdrop: probability of skipping a layer, in training.
@@ -103,12 +109,12 @@ class OPTConfig:
             )
         problems += [f"{n} must be true or false, got {values[n]!r}" for n in flags if not isinstance(values[n], bool)]
         problems += [
-            f"{n} must be in [0, 1), got {values[n]!r}"
+            f"{n} must be in [0, 1], got {values[n]!r}"
             for n in ("dropout", "attention_dropout", "layerdrop")
-            if not is_number(values[n]) or not 0 <= values[n] < 1
+            if not is_number(values[n]) or not 0 <= values[n] <= 1
         ]
-        if not is_number(self.init_std) or self.init_std <= 0:
-            problems.append(f"init_std must be positive, got {self.init_std!r}")
+        if not is_number(self.init_std) or self.init_std < 0:
+            problems.append(f"init_std must be 0 or more, got {self.init_std!r}")
         if self.activation_function not in ACTIVATIONS:
             problems.append(f"activation_function must be one of {list(ACTIVATIONS)}, got {self.activation_function!r}")
         rows = self.vocab_size if "vocab_size" not in bad_sizes else float("inf")
@@ -167,13 +173,23 @@ class OPTConfig:
     def from_dict(cls, values: Mapping[str, Any]) -> OPTConfig:
         """Builds a configuration from the content of a config.json; keys it does not know go to ``extra``.
 
+        Of a larger model's (BLIP-2, say) it takes the OPT's part. A token id that is no row of the token table, such as
+        a pad of -1, means nothing: it becomes ``None``, with a warning.
+
         Raises:
             ValueError: if ``model_type`` is not ``"opt"``, or the values break a rule.
         """
         if values.get("model_type") != "opt":
-            raise ValueError(f'model_type: expected "opt", got {values.get("model_type")!r}.')
+            inner = [v for v in values.values() if isinstance(v, dict) and v.get("model_type") == "opt"]
+            if len(inner) == 1:
+                return cls.from_dict(inner[0])
+            if values.get("model_type") is not None or values.get("architectures") != ["OPTForCausalLM"]:
+                raise ValueError(f'model_type: expected "opt", got {values.get("model_type")!r}.')
         known = {f.name for f in fields(cls)} - {"extra"}
         taken = {k: v for k, v in values.items() if k in known}
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            if name in taken:
+                taken[name] = _within_table(name, taken[name], taken.get("vocab_size", cls.vocab_size))
         return cls(**taken, extra={k: v for k, v in values.items() if k not in known and k != "model_type"})
 
     def to_dict(self) -> dict[str, Any]:
@@ -229,6 +245,18 @@ def is_int(value: object) -> bool:
 def is_number(value: object) -> bool:
     """Whether a value is a finite number; True and False are none."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and -1e300 < value < 1e300
+
+
+def _within_table(name: str, ids: Any, rows: Any) -> Any:
+    """Token ids without those that are no row of the token table, which no text can hold."""
+    if not is_int(rows) or not (is_int(ids) or (isinstance(ids, list) and all(map(is_int, ids)))):
+        return ids  # to be refused
+    given = ids if isinstance(ids, list) else [ids]
+    kept = [i for i in given if 0 <= i < rows]
+    if kept == given:
+        return ids
+    logger.warning("%s: %s is no row of the token table (0 to %d), so it is left out.", name, ids, rows - 1)
+    return kept or None
 
 
 def _presets() -> dict[str, dict[str, Any]]:

@@ -9,6 +9,7 @@ parameter: the head is the token table, so that the two cannot come apart.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +22,32 @@ from minopt.config import OPTConfig
 # Rows 0 and 1 of the position table belong to no token: fairseq, where OPT was trained, counts positions
 # from padding_idx + 1 = 2 and gives padding row 1 (metaseq, utils.make_positions).
 POSITION_OFFSET = 2
+
+
+def _gelu_tanh(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
+def _quick_gelu(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(1.702 * x)
+
+
+def _squared_relu(x: Tensor) -> Tensor:
+    return F.relu(x).square()
+
+
+def _linear(x: Tensor) -> Tensor:
+    return x
+
+
+# Published models have the first two; the others are what transformers computes under these names.
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu, "gelu": F.gelu, "gelu_python": F.gelu,
+    **dict.fromkeys(("gelu_new", "gelu_fast", "gelu_accurate", "gelu_pytorch_tanh", "gelu_python_tanh"), _gelu_tanh),
+    "quick_gelu": _quick_gelu, "silu": F.silu, "swish": F.silu, "relu2": _squared_relu, "relu6": F.relu6,
+    "leaky_relu": F.leaky_relu, "hardswish": F.hardswish, "mish": F.mish, "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid, "linear": _linear,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -114,7 +141,7 @@ class DecoderLayer(nn.Module):
         super().__init__()
         self.norm_before = config.do_layer_norm_before
         self.dropout = config.dropout
-        self.activation = F.relu if config.activation_function == "relu" else F.gelu
+        self.activation = ACTIVATIONS[config.activation_function]
         C, affine = config.hidden_size, config.layer_norm_elementwise_affine
         self.self_attn = Attention(config, index, device, dtype)
         self.self_attn_layer_norm = nn.LayerNorm(C, elementwise_affine=affine, device=device, dtype=dtype)

@@ -132,6 +132,32 @@ def test_a_stored_head_must_agree_with_the_embeddings(write_checkpoint: Write) -
         load_model(folder, device="cpu")
 
 
+@pytest.mark.parametrize(("table", "head"), [
+    ([], [torch.float16]), ([], [torch.bfloat16]), ([torch.bfloat16], []), ([torch.float16], [torch.bfloat16]),
+    ([], [torch.float16, torch.bfloat16, torch.float32]), ([torch.bfloat16, torch.float32], [torch.float32]),
+])  # fmt: skip
+def test_a_head_that_differs_by_rounding_is_the_table(
+    table: list[torch.dtype], head: list[torch.dtype], write_checkpoint: Write, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whatever the two have been cast to; a difference that training makes is another matter, however small."""
+    folder, key = write_checkpoint(), "model.decoder.embed_tokens.weight"
+
+    def cast(tensor: torch.Tensor, dtypes: list[torch.dtype]) -> torch.Tensor:
+        for dtype in dtypes:
+            tensor = tensor.to(dtype)
+        return tensor
+
+    rewrite_safetensors(folder, lambda ts: ts | {key: cast(ts[key], table), "lm_head.weight": cast(ts[key], head)})
+    expected = load_file(folder / "model.safetensors")[key].float()
+    assert torch.equal(load_model(folder, device="cpu").embed_tokens.weight, expected)
+    assert "lm_head.weight differs from the token embeddings by rounding" in caplog.text
+    rewrite_safetensors(
+        folder, lambda ts: ts | {"lm_head.weight": ts["lm_head.weight"].float() + 1e-3 * torch.randn(ts[key].shape)}
+    )
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight differs from the token embeddings; OPT's head"):
+        load_model(folder, device="cpu")
+
+
 def test_a_table_stored_under_the_heads_name_alone_is_taken(write_checkpoint: Write) -> None:
     folder = write_checkpoint()
     expected = load_model(folder, device="cpu").embed_tokens.weight.clone()

@@ -20,6 +20,7 @@ from minopt.evaluation.perplexity import window_perplexity
 from minopt.export import Int8Linear
 from minopt.inference import fast, products
 from minopt.inference.fast import OUTLIERS_FROM, FastOPT
+from minopt.model import ACTIVATIONS
 from tests.conftest import build_ours, build_reference, lively, quantized_state
 
 PADDED = torch.tensor([[0, 0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1]])
@@ -59,6 +60,23 @@ def test_logits_are_those_of_transformers(kind: str, kernels: str, dtype: torch.
         expected = reference(ids, attention_mask=PADDED).logits[PADDED.bool()]
         assert difference(fast(ids, PADDED)[PADDED.bool()], expected) < tolerance
         assert difference(fast(ids), reference(ids).logits) < tolerance
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations_are_those_of_transformers(activation: str, kernels: str) -> None:
+    reference = build_reference("125m", activation_function=activation)
+    plain = build_ours(reference)
+    ids = ids_of(plain, 2, 7)
+    with torch.no_grad():
+        expected = reference(ids).logits
+        assert difference(plain(ids), expected) < 1e-6
+        assert difference(fast_of(plain)(ids), expected) < 1e-5
+        assert difference(fast_of(build_ours(reference).to(torch.bfloat16))(ids), expected) < 5e-2
+        state = quantized_state(plain)
+        assert difference(FastOPT(plain.config, state.items())(ids), expected) < 0.2
+        other = "tanh" if activation != "tanh" else "relu"
+        wrong = build_ours(build_reference("125m", activation_function=other))
+        assert difference(wrong(ids), expected) > 1e-3
 
 
 @pytest.mark.parametrize("part", ["self_attn.q_proj", "self_attn.v_proj", "self_attn.out_proj", "fc1", "fc2"])

@@ -18,6 +18,10 @@ from minopt.memory import empty
 # metaseq's scripts/reshard_mp.py: what its parts hold alike may differ by so much.
 _TOLERANCE = 1e-8
 
+# A cast to bfloat16 changes a number by at most 2^-8 of itself, one to float16 before that by 2^-11 more. What lies
+# below float16's smallest normal number is rounded to multiples of 2^-24.
+_ROUNDING = 2.0**-8 + 2.0**-11
+
 _CHUNK_NUMBERS = 4_000_000
 
 
@@ -236,8 +240,13 @@ class SourceTensor:
                 piece.read_into(out[low - start : high - start], low - begin)
 
 
-def same_numbers(one: Slice | SourceTensor, other: Slice, start: int = 0) -> bool:
-    """Whether ``other`` holds the numbers of ``one`` from number ``start`` on, up to 1e-8."""
+def same_numbers(one: Slice | SourceTensor, other: Slice, start: int = 0, *, rounded: bool = False) -> bool:
+    """Whether ``other`` holds the numbers of ``one`` from number ``start`` on, up to 1e-8.
+
+    Args:
+        rounded: or up to what casts between float32, float16 and bfloat16 do to a number.
+    """
+    tolerance = {"rtol": _ROUNDING, "atol": 2.0**-24} if rounded else {"rtol": 0.0, "atol": _TOLERANCE}
     numel = math.prod(other.shape)
     first = one.part(start, other.shape) if isinstance(one, Slice) else one.slices[0].part(start, other.shape)
     if first.place is not None and first.place == other.place:  # two names for one tensor
@@ -248,7 +257,7 @@ def same_numbers(one: Slice | SourceTensor, other: Slice, start: int = 0) -> boo
         other.read_into(b, begin)
         if a.dtype == b.dtype and torch.equal(a.view(torch.uint8), b.view(torch.uint8)):
             continue
-        if not torch.allclose(a.double(), b.double(), rtol=0, atol=_TOLERANCE, equal_nan=True):
+        if not torch.allclose(a.double(), b.double(), equal_nan=True, **tolerance):
             return False
     return True
 

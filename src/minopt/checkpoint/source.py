@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -21,6 +22,8 @@ from minopt.checkpoint.read import SafetensorsFile, TensorFile, TorchFile
 from minopt.checkpoint.strangers import stranger
 from minopt.config import OPTConfig, read_json
 from minopt.model import OPT
+
+logger = logging.getLogger(__name__)
 
 # Every name that weights have in a Hugging Face folder: what is downloaded, and what a save replaces.
 SAFETENSORS = ("model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors")
@@ -83,11 +86,16 @@ class Checkpoint:
             if not rows_fit or row + head.shape[0] > table.shape[0] or head.dtype is None:
                 raise CheckpointError(f"{self.found.folder}: the stored head has shape {list(head.shape)}, "
                                       f"the token embeddings {list(table.shape)}.")  # fmt: skip
-            if not same_numbers(table, head, row * table.shape[1]):
+            start = row * table.shape[1]
+            if same_numbers(table, head, start):
+                continue
+            if not same_numbers(table, head, start, rounded=True):
                 raise CheckpointError(
                     f"{self.found.folder}: {head.runs[0].key} differs from the token embeddings; OPT's head is tied to "
                     "them, and an untied one cannot be kept. Was the model trained with tie_word_embeddings false?"
                 )
+            logger.warning("%s: %s differs from the token embeddings by rounding, and is taken for the same.",
+                           self.found.folder, head.runs[0].key)  # fmt: skip
 
 
 def find_files(path: Path) -> Found:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from minopt import int8
 from minopt.memory import empty
+from minopt.model import ACTIVATIONS
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +26,7 @@ _VNNI = torch.cpu._is_vnni_supported()
 _LEVELS = 127 if _VNNI else 63
 _TINY, _HUGE = 1e-35, 1e35  # between them a scale and its reciprocal are normal numbers of float32, as kernels need it
 
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"none": lambda y: y, "relu": F.relu, "gelu": F.gelu}
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"none": lambda y: y, **ACTIVATIONS}
 
 
 class Product(Protocol):
@@ -57,12 +58,14 @@ class Packed:
 
     def __init__(self, weight: Tensor, bias: Tensor | None, activation: str = "none") -> None:
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
-        self.bias, self._activation = bias, activation
+        self.bias, self._after = bias, None if activation in ("none", "relu", "gelu") else _ACTIVATIONS[activation]
+        self._activation = "none" if self._after else activation
         self._algorithm = "none" if activation == "gelu" else ""  # of two, the exact one
         self._product = torch.ops.mkldnn._linear_pointwise.default
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self._product(x, self._weight, self.bias, self._activation, [], self._algorithm)
+        y = self._product(x, self._weight, self.bias, self._activation, [], self._algorithm)
+        return y if self._after is None else self._after(y)
 
     def weight(self) -> tuple[Tensor, Tensor | None]:
         return self._weight.to_dense(), None
@@ -199,7 +202,7 @@ def build_product(
     Args:
         weight: ``[O, I]``; int8 where there is a scale.
         bias: ``[O]``.
-        activation: ``"none"``, ``"relu"`` or ``"gelu"``.
+        activation: ``"none"``, or one of ``ACTIVATIONS``.
         scale: ``[O, 1]`` of an int8 weight.
         outliers: see ``Int8``.
     """
