@@ -11,35 +11,50 @@ from minopt.cli.common import MODEL, add_reading_arguments, size, tell
 
 def add_convert(verbs: Any) -> None:
     parser = verbs.add_parser(
-        "convert", help="write a checkpoint anew, as another kind",
-        description="Reads a checkpoint of any kind (Hugging Face or metaseq: one file, parts, shards) and writes a "
-        "Hugging Face folder, or metaseq's files.",
+        "convert", help="convert a checkpoint to another format",
+        description="Converts a checkpoint of any kind (Hugging Face or metaseq; one file, parts or shards) to a "
+        "Hugging Face folder or to metaseq's files.",
     )  # fmt: skip
     parser.set_defaults(run=_convert)
     parser.add_argument("source", help=MODEL)
-    parser.add_argument("destination", help="a folder, made if missing")
-    parser.add_argument("--format", choices=("hf", "metaseq"), default="hf", help="what to write (hf)")
-    parser.add_argument("--parts", type=int, default=1, metavar="N", help="metaseq's model parallel parts (1)")
-    parser.add_argument("--dtype", default="auto", help="float32, bfloat16 or float16 (auto: as stored)")
-    parser.add_argument("--quantize", choices=("int8",), help="round the layers' weights to 8 bits (--format hf)")
+    parser.add_argument("destination", help="the folder to write; it is created")
+    parser.add_argument(
+        "--format",
+        choices=("hf", "metaseq"),
+        default="hf",
+        help="hf: a Hugging Face folder; metaseq: reshard.pt or its parts (hf)",
+    )
+    parser.add_argument(
+        "--parts",
+        type=int,
+        default=1,
+        metavar="N",
+        help="with --format metaseq: the number of model parallel parts (1)",
+    )
+    parser.add_argument("--dtype", default="auto", help="float32, bfloat16, float16 or float64 (auto: as stored)")
+    parser.add_argument("--quantize", choices=("int8",), help="with --format hf: round the layers' weights to 8 bits")
     parser.add_argument("--max-shard-size", dest="max_shard_bytes", type=size, default="2GB", metavar="SIZE",
-                        help="the most that a safetensors file holds (2GB)")  # fmt: skip
+                        help="with --format hf: the largest file (2GB)")  # fmt: skip
     add_reading_arguments(parser)
-    parser.add_argument("--force", action="store_true", help="replace a model that is there")
+    parser.add_argument("--force", action="store_true", help="replace a model that is already in the destination")
 
 
 def add_inspect(verbs: Any) -> None:
     parser = verbs.add_parser(
-        "inspect", help="say what a checkpoint is",
-        description="Says what a checkpoint is and whether it is complete. Exits with 1 if it cannot be loaded, or "
-        "--check finds something.",
+        "inspect", help="show what a checkpoint is and whether it is complete",
+        description="Shows what a checkpoint is and whether it is complete. The exit code is 1 if it cannot be loaded, "
+        "or if --check finds something.",
     )  # fmt: skip
     parser.set_defaults(run=_inspect)
     parser.add_argument("model", help=MODEL)
-    parser.add_argument("--tensors", action="store_true", help="list the tensors")
-    parser.add_argument("--check", action="store_true", help="scan values: not finite, beyond 100, all zero")
-    parser.add_argument("--hash", action="store_true", help="digests that do not depend on how the file was saved")
-    parser.add_argument("--json", action="store_true", help="write JSON")
+    parser.add_argument("--tensors", action="store_true", help="list the tensors (--json always does)")
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="read all values: report those that are not finite or beyond 100, and tensors of zeros",
+    )
+    parser.add_argument("--hash", action="store_true", help="digests of the tensors, the same in every format")
+    parser.add_argument("--json", action="store_true", help="write the report as JSON")
     add_reading_arguments(parser, with_tokenizer=False)
 
 

@@ -35,12 +35,14 @@ def gigabytes(number: int) -> str:
 
 
 def add_reading_arguments(parser: argparse.ArgumentParser, with_tokenizer: bool = True) -> None:
-    parser.add_argument("--revision", help="branch, tag or commit on the hub")
-    parser.add_argument("--local-files-only", action="store_true", help="use the hub's cache, ask nobody")
+    parser.add_argument("--revision", help="branch, tag or commit of a model on the hub")
+    parser.add_argument(
+        "--local-files-only", action="store_true", help="use only files that are already on this machine: no network"
+    )
     parser.add_argument(
         "--model-config",
         metavar="NAME_OR_JSON",
-        help="a preset such as opt-1.3b, or a config.json, instead of what the checkpoint says",
+        help="the configuration instead of the checkpoint's own: a preset such as opt-1.3b, or a config.json",
     )
     parser.add_argument(
         "--ignore",
@@ -51,22 +53,27 @@ def add_reading_arguments(parser: argparse.ArgumentParser, with_tokenizer: bool 
     )
     if with_tokenizer:
         parser.add_argument(
-            "--tokenizer", metavar="FOLDER", help="of its files (default: beside the weights, or one up)"
+            "--tokenizer",
+            metavar="FOLDER",
+            help="folder of the tokenizer's files (default: that of the weights, or the one above it)",
         )
 
 
-def add_model_arguments(parser: argparse.ArgumentParser, with_dtype: bool = True) -> None:
+def add_model_arguments(
+    parser: argparse.ArgumentParser, default: str = "default: the small model in the package"
+) -> None:
     parser.add_argument(
         "--model",
         metavar="NAME_OR_PATH",
-        help=f"{MODEL} (default: the small model that minopt carries)",
+        help=f"{MODEL} ({default})",
     )
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: the GPU if there is one)")
-    if with_dtype:
-        parser.add_argument(
-            "--dtype",
-            default="auto",
-            help="auto, float32, bfloat16, float16 or float64 (auto: float32 on a CPU, elsewhere the file's own)",
-        )
-        parser.add_argument("--quantize", choices=("int8",), help="round weights to 8 bits: half as much to read")
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        help="auto, float32, bfloat16, float16 or float64 (auto: float32 on a CPU, elsewhere the file's own)",
+    )
+    parser.add_argument(
+        "--quantize", choices=("int8",), help="round the weights to 8 bits: a quarter of float32's bytes"
+    )
     add_reading_arguments(parser)

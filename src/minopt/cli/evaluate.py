@@ -27,21 +27,32 @@ def add_evaluate(verbs: Any) -> None:
     """Adds the command to a parser's."""
     parser = verbs.add_parser(
         "evaluate", help="measure a model: published numbers, perplexity, questions",
-        description="Measures a model. With --task reference it exits with 0 only if all published numbers hold.",
+        description="Measures a model. Under torchrun the processes share the examples or the text. With --task "
+        "reference the exit code is 0 if all published numbers hold, and 1 otherwise.",
     )  # fmt: skip
     parser.set_defaults(run=_evaluate)
     parser.add_argument("--task", choices=_TASKS, required=True,
-                        help="reference: the values in metaseq's and transformers' own tests of opt-125m and opt-350m; "
-                        "perplexity: of a text, as published for WikiText-2; squad: loss, exact match and F1 of "
-                        "answers; squad-question: loss and ROUGE-L of questions")  # fmt: skip
-    parser.add_argument("--json", action="store_true", help="write JSON")
-    add_model_arguments(parser, with_dtype=True)
+                        help="reference: compare opt-125m or opt-350m with the numbers in metaseq's and transformers' "
+                        "tests, in float32; perplexity: perplexity of the text --data; squad: loss, exact match and "
+                        "F1 of generated answers; squad-question: loss and ROUGE-L of generated questions")  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="write the results as JSON")
+    add_model_arguments(parser, default="required")
     text = parser.add_argument_group("--task perplexity")
-    text.add_argument("--data", metavar="FILE", help="a text; a .raw, such as wiki.test.raw, is joined as published")
-    text.add_argument("--window", type=int, metavar="N", help="tokens read at once (all of the model's positions)")
-    text.add_argument("--stride", type=int, metavar="N", help="tokens between windows; fewer overlap (the window)")
-    squad = parser.add_argument_group("--task squad, squad-question")
-    squad.add_argument("--output", metavar="FILE", help="write the predictions, in SQuAD's own format")
+    text.add_argument(
+        "--data",
+        metavar="FILE",
+        help="a text (.txt, .raw); the lines of a .raw, such as WikiText-2's wiki.test.raw, are joined as "
+        "for published figures",
+    )
+    text.add_argument("--window", type=int, metavar="N", help="tokens in a window (the model's positions)")
+    text.add_argument(
+        "--stride",
+        type=int,
+        metavar="N",
+        help="tokens from the start of one window to the next: below --window they overlap (--window)",
+    )
+    squad = parser.add_argument_group("--task squad, squad-question", "these, and the groups data and evaluation below")
+    squad.add_argument("--output", metavar="FILE", help="write the generated texts by their ids, in SQuAD's own format")
     add_settings(parser, _SETTINGS)
 
 

@@ -10,20 +10,20 @@ from minopt.cli.common import MODEL, add_reading_arguments, tell
 
 def add_export(verbs: Any) -> None:
     parser = verbs.add_parser(
-        "export", help="compile a model into a program that runs without it",
+        "export", help="compile a model into a program that runs without model code",
         description="Compiles a model with AOTInductor, checks that the program decodes as the model does, and writes "
-        "it with the tokenizer's files into a folder, which minopt generate --model opens. Takes about a minute and "
-        "needs a C++ compiler. The program runs with this version of torch, on processors like this one.",
+        "it with the tokenizer's files to a folder that minopt generate --model opens. This takes about a minute and "
+        "needs a C++ compiler. The program runs with this version of torch, on processors with the same instructions.",
     )  # fmt: skip
     parser.set_defaults(run=_export)
     parser.add_argument("model", help=MODEL)
-    parser.add_argument("destination", help="a folder that is not there yet")
+    parser.add_argument("destination", help="the folder to write; it must not exist")
     parser.add_argument("--dtype", default="auto", help="float32, bfloat16 or float16 (auto: float32 on a CPU)")
-    parser.add_argument("--quantize", choices=("int8",), help="weights and inputs of linear layers in 8 bits (none)")
+    parser.add_argument("--quantize", choices=("int8",), help="compute linear layers with weights and inputs of 8 bits")
     parser.add_argument("--max-length", type=int, metavar="N",
-                        help="the most tokens of a row, new ones included (the model's positions)")  # fmt: skip
-    parser.add_argument("--max-batch", type=int, metavar="N", help="the most rows that run together (any number)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where it is to run (cpu)")
+                        help="the most tokens of a text, prompt and new ones (the model's positions)")  # fmt: skip
+    parser.add_argument("--max-batch", type=int, metavar="N", help="the most texts that run together (any number)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where the program runs (cpu)")
     add_reading_arguments(parser)
 
 

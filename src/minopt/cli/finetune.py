@@ -18,13 +18,17 @@ from minopt.training.config import TrainingConfig
 def add_finetune(verbs: Any) -> None:
     """Adds the command to a parser's."""
     parser = verbs.add_parser(
-        "finetune", help="fine-tune a model, with torchrun in many processes",
+        "finetune", help="fine-tune a model, in one process or under torchrun",
         description="Fine-tunes a model on SQuAD, on pairs of prompt and completion, or on a text, and writes it to "
-        "--output_dir. Under torchrun it runs in as many processes as that starts. Started again with the same "
-        "settings, it goes on from its latest checkpoint.",
+        "--output-dir. Under torchrun it runs in all processes that torchrun starts. Started again with the same "
+        "settings, it continues from its latest checkpoint. Names of flags may be written with _ instead of -.",
     )  # fmt: skip
     parser.set_defaults(run=_finetune, when_out_of_memory="a smaller --per-device-train-batch-size, or --recompute")
-    parser.add_argument("--config", metavar="FILE", help="JSON of settings by their names; flags come before it")
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help="JSON file of settings, such as the run.json of a run; a flag replaces the file's value",
+    )
     add_settings(parser, [f.name for f in fields(TrainingConfig)])
 
 

@@ -19,86 +19,123 @@ if TYPE_CHECKING:
 _NUMBERS: dict[str, tuple[str, tuple[tuple[str, type, str], ...]]] = {
     "length": ("how long", (
         ("max-new-tokens", int, "the most tokens to add (30)"),
-        ("min-new-tokens", int, "do not end before that many (0)"),
-        ("max-time", float, "seconds after which no further token is begun, for each batch"),
+        ("min-new-tokens", int, "the fewest tokens to add (0)"),
+        ("max-time", float, "seconds after which a batch ends, with the tokens that it has"),
     )),
     "choice": ("how the next token is chosen", (
-        ("num-beams", int, "beam search with that many hypotheses (1: none)"),
-        ("num-return-sequences", int, "write that many continuations (1)"),
-        ("length-penalty", float, "beams: divide by tokens to the power of X; above 0 favours long texts (1.0)"),
-        ("temperature", float, "sampling: divide scores by it (1.0)"),
-        ("top-k", int, "sampling: from that many most probable tokens (50; 0: all)"),
-        ("top-p", float, "sampling: from the fewest tokens that together have probability X (1.0)"),
-        ("min-p", float, "sampling: from tokens at least X times as probable as the best"),
-        ("seed", int, "of the draws"),
+        ("num-beams", int, "beam search with N beams (1: no beam search)"),
+        ("num-return-sequences", int, "continuations of each prompt; above 1 with --do-sample or --num-beams (1)"),
+        ("length-penalty", float, "beams: divide scores by length to the power of X; above 0 favours long texts (1.0)"),
+        ("temperature", float, "sampling: scores are divided by X; below 1 favours probable tokens (1.0)"),
+        ("top-k", int, "sampling: draw from the N most probable tokens (50; 0: all)"),
+        ("top-p", float, "sampling: draw from the fewest tokens that together have probability X (1.0: all)"),
+        ("min-p", float, "sampling: draw from tokens at least X times as probable as the most probable one"),
+        ("seed", int, "sampling: the same seed draws the same text (a new one each time)"),
     )),
-    "lookup": ("reading ahead where a text repeats itself: the same tokens, sooner", (
-        ("prompt-lookup-num-tokens", int, "greedy: the most tokens to draft from the text before (off)"),
-        ("max-matching-ngram-size", int, "look for that many of the newest tokens, or fewer (2)"),
+    "lookup": ("prompt lookup: the same tokens in fewer steps where a text repeats itself", (
+        ("prompt-lookup-num-tokens", int, "greedy: the most tokens to copy from earlier text as a draft (off)"),
+        ("max-matching-ngram-size", int, "search the earlier text for the last N tokens, or fewer (2)"),
     )),
-    "rules": ("what is not repeated, preferred, or banned", (
-        ("no-repeat-ngram-size", int, "no N tokens in a row come twice"),
-        ("repetition-penalty", float, "scores of tokens seen are divided by it (1.0)"),
-        ("presence-penalty", float, "is subtracted once from tokens generated before (0)"),
-        ("frequency-penalty", float, "is subtracted each time from tokens generated before (0)"),
-        ("forced-bos-token-id", int, "the first new token, after a prompt of one token"),
-        ("pad-token-id", int, "what fills rows that have ended (the model's)"),
+    "rules": ("rules on tokens", (
+        ("no-repeat-ngram-size", int, "no N tokens in a row occur twice (0: no limit)"),
+        ("repetition-penalty", float, "above 1 lowers the scores of tokens that are in the text already (1.0)"),
+        ("presence-penalty", float, "X is subtracted once from the score of each token that was generated (0)"),
+        ("frequency-penalty", float, "X is subtracted from a token's score for each time it was generated (0)"),
+        ("forced-bos-token-id", int, "the first new token, where the prompt is a single token"),
+        ("pad-token-id", int, "the id that fills texts of a batch that have ended (the model's)"),
     )),
 }  # fmt: skip
 
 
 def add_generate(verbs: Any) -> None:
     parser = verbs.add_parser(
-        "generate", help="continue a text, or a file of them",
-        description="Continues a text, written as it comes; or each prompt of a file, in batches.",
+        "generate", help="continue a text, or each prompt of a file",
+        description="Continues a text and shows it token by token; or continues each prompt of a file, in batches.",
     )  # fmt: skip
     parser.set_defaults(run=_generate)
     parser.add_argument("prompt", nargs="?", help='the text to continue, in quotes; "" is nothing, - standard input')
     parser.add_argument("--echo", action="store_true", help="write the prompt first")
     add_model_arguments(parser)
-    parser.add_argument("--tensor-parallel", type=int, metavar="N",
-                        help="divide the model among the N processes of torchrun (all that there are)")  # fmt: skip
-    parser.add_argument("--offload", choices=("disk", "cpu"),
-                        help="where layers wait while others compute: for a model larger than the device")  # fmt: skip
-    parser.add_argument("--optimize", type=_optimize, default=True, metavar="true|false|compile",
-                        help="fast (true), plain (false), or faster after a minute (compile)")  # fmt: skip
+    parser.add_argument(
+        "--tensor-parallel",
+        type=int,
+        metavar="N",
+        help="refuse to run unless torchrun has started N processes; they always share the model",
+    )
+    parser.add_argument(
+        "--offload",
+        choices=("disk", "cpu"),
+        help="for a model larger than the device: where the layers wait that do not compute",
+    )
+    parser.add_argument(
+        "--optimize",
+        type=_optimize,
+        default=True,
+        metavar="true|false|compile",
+        help="true: packed weights; false: the plain model; compile: faster, after a minute (true)",
+    )
     groups = {}
     for key, (title, options) in _NUMBERS.items():
         groups[key] = parser.add_argument_group(title)
         for name, kind, text in options:
             groups[key].add_argument(f"--{name}", type=kind, metavar="N" if kind is int else "X", help=text)
     switch = argparse.BooleanOptionalAction
-    groups["length"].add_argument("--truncate-prompt", action=switch, help="keep the end of a prompt that is too long")
-    groups["length"].add_argument("--stop-strings", action="append", metavar="TEXT",
-                                  help="end before this text (a line end: $'\\n'); may be repeated")  # fmt: skip
+    groups["length"].add_argument(
+        "--truncate-prompt", action=switch, help="cut the beginning of a prompt that is too long (without: an error)"
+    )
+    groups["length"].add_argument(
+        "--stop-strings",
+        action="append",
+        metavar="TEXT",
+        help="end before this text (a line end: $'\\n'); repeat the flag for several",
+    )
     groups["length"].add_argument("--skip-special-tokens", action=switch,
-                                  help="leave special tokens such as </s> out of the text (the default)")  # fmt: skip
-    groups["length"].add_argument("--eos-token-id", type=_ids, metavar="IDS", help="what ends a text (the model's)")
-    groups["choice"].add_argument("--do-sample", action=switch, help="draw tokens instead of taking the most probable")
-    groups["choice"].add_argument("--early-stopping", type=_early_stopping, metavar="true|false|never",
-                                  help="beams: end with enough finished ones (false)")  # fmt: skip
+                                  help="leave special tokens such as </s> out of the text (yes)")  # fmt: skip
+    groups["length"].add_argument(
+        "--eos-token-id", type=_ids, metavar="IDS", help="ids that end a text, such as 2,50118 (the model's)"
+    )
+    groups["choice"].add_argument(
+        "--do-sample", action=switch, help="draw tokens instead of taking the most probable one (no)"
+    )
+    groups["choice"].add_argument(
+        "--early-stopping",
+        type=_early_stopping,
+        metavar="true|false|never",
+        help="beams: end once enough are finished: true at once, false when no running beam is better, "
+        "never when none can become better (false)",
+    )
     groups["rules"].add_argument("--no-repeat-ngram-include-prompt", type=true_or_false, metavar="true|false",
-                                 help="whether the prompt's tokens count as well (true)")  # fmt: skip
-    groups["rules"].add_argument("--suppress-tokens", type=_ids, metavar="IDS", help="tokens that never come")
-    groups["rules"].add_argument("--bad-words-ids", type=_json, metavar="JSON", help="sequences of ids: [[5, 6], [7]]")
+                                 help="with --no-repeat-ngram-size: the prompt counts as well (true)")  # fmt: skip
+    groups["rules"].add_argument(
+        "--suppress-tokens", type=_ids, metavar="IDS", help="ids that are never generated, such as 5,6"
+    )
+    groups["rules"].add_argument(
+        "--bad-words-ids", type=_json, metavar="JSON", help="sequences of ids that are never generated: [[5, 6], [7]]"
+    )
     groups["rules"].add_argument("--sequence-bias", type=_json, metavar="JSON",
-                                 help="what is added to a sequence's last score: [[[5, 6], -2.5]]")  # fmt: skip
+                                 help="added to the score of a sequence's last id: [[[5, 6], -2.5]]")  # fmt: skip
     files = parser.add_argument_group("many prompts")
     files.add_argument(
         "--input",
         metavar="FILE",
         help='a prompt a line (-: of standard input), or, in a .jsonl, {"prompt": ...} a line',
     )
-    files.add_argument("--output", metavar="FILE", help="JSON lines, in the order of the prompts (stdout)")
+    files.add_argument("--output", metavar="FILE", help="write JSON lines, in the order of the prompts (stdout)")
     files.add_argument("--unordered", action="store_true",
-                       help="write each as soon as it is done, long prompts first: a little faster")  # fmt: skip
-    files.add_argument("--resume", action="store_true", help="go on with an output file that is not finished")
-    files.add_argument("--force", action="store_true", help="replace the output file")
-    files.add_argument("--batch-size", type=int, metavar="N", help="the most prompts that run together")
+                       help="write each result as soon as it is done, long prompts first")  # fmt: skip
+    files.add_argument("--resume", action="store_true", help="continue an output file that is not finished")
+    files.add_argument("--force", action="store_true", help="replace an output file that exists")
+    files.add_argument(
+        "--batch-size", type=int, metavar="N", help="the most prompts that run together (as --max-batch-tokens allows)"
+    )
     files.add_argument("--max-batch-tokens", type=int, metavar="N",
                        help="the most tokens that run together, new ones and padding included (8192)")  # fmt: skip
-    files.add_argument("--output-logprobs", action="store_true", help="write each token and its log-probability")
-    files.add_argument("--top-logprobs", type=int, metavar="N", help="and the N most probable in its place")
+    files.add_argument(
+        "--output-logprobs", action="store_true", help="write the new tokens' ids and log-probabilities too"
+    )
+    files.add_argument(
+        "--top-logprobs", type=int, metavar="N", help="write the N most probable ids for each new token too"
+    )
 
 
 def _ids(text: str) -> tuple[int, ...]:

@@ -17,20 +17,28 @@ if TYPE_CHECKING:
 
 def add_plan(verbs: Any) -> None:
     parser = verbs.add_parser(
-        "plan", help="say what a model takes of a device's memory",
-        description="Says what a device would hold while a model generates: whole, divided among several, or with its "
-        "layers offloaded; what of it fits, and by which flags. No weights are needed. Exits with 1 if nothing fits.",
+        "plan", help="show how much memory a model needs",
+        description="Shows how much memory a model needs to generate: whole, divided among devices, or with its layers "
+        "offloaded; which of these fit, and the command. No weights are needed. The exit code is 1 if nothing fits.",
     )  # fmt: skip
     parser.set_defaults(run=_plan)
     parser.add_argument("model", help=f"{MODEL}, or a size such as opt-175b")
-    parser.add_argument("--devices", type=int, default=1, metavar="N", help="how many there are (1)")
-    parser.add_argument("--memory", type=size, metavar="SIZE", help="of each, such as 16GB (what is free here)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="what they are (a GPU if there is one)")
-    parser.add_argument("--batch", type=int, default=1, metavar="N", help="rows that run together, or beams (1)")
-    parser.add_argument("--length", type=int, metavar="N", help="tokens of each, with the new ones (the model's most)")
-    parser.add_argument("--dtype", default="auto", help="float32, bfloat16 or float16 (auto: as minopt generate)")
-    parser.add_argument("--quantize", choices=("int8",), help="weights of 8 bits")
-    parser.add_argument("--json", action="store_true", help="write JSON")
+    parser.add_argument("--devices", type=int, default=1, metavar="N", help="how many devices there are (1)")
+    parser.add_argument(
+        "--memory", type=size, metavar="SIZE", help="memory of each device, such as 16GB (what is free on this machine)"
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="kind of the devices (cuda if there is a GPU)")
+    parser.add_argument("--batch", type=int, default=1, metavar="N", help="texts that run together, or beams (1)")
+    parser.add_argument(
+        "--length", type=int, metavar="N", help="tokens of each text, prompt and new ones (the model's positions)"
+    )
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        help="float32, bfloat16, float16 or float64 (auto: float32 on a CPU, else the checkpoint's own)",
+    )
+    parser.add_argument("--quantize", choices=("int8",), help="plan for weights of 8 bits")
+    parser.add_argument("--json", action="store_true", help="write the plan as JSON")
 
 
 def _plan(args: argparse.Namespace) -> int:

@@ -42,73 +42,124 @@ class TrainingConfig:
 
     # What
     output_dir: str = _option("", "folder of the run: its checkpoints, metrics and model", changes_run=False)
-    model_name_or_path: str | None = _option(None, "what to begin from: a folder, a file of a checkpoint, or a name "
-                                             "such as facebook/opt-125m")  # fmt: skip
-    do_train: bool = _option(False, "train (so it does if neither this nor --do_eval is given)", changes_run=False)
-    do_eval: bool = _option(False, "evaluate at the end", changes_run=False)
+    model_name_or_path: str | None = _option(None, "the model to start from: a folder, any one file of a checkpoint, "
+                                             "or a name such as facebook/opt-125m")  # fmt: skip
+    do_train: bool = _option(False, "train; this is the default if --do_eval is not given", changes_run=False)
+    do_eval: bool = _option(
+        False, "evaluate after the training; without --do_train, evaluate the model as it is", changes_run=False
+    )
 
     # Data
-    train_file: str = _option("squad", "SQuAD JSON, JSON lines of prompt and completion, or a text; squad and "
-                              "squad-v2 fetch the official files")  # fmt: skip
-    dev_file: str = _option("squad", "the same, to evaluate on", changes_run=False)
-    task: str = _option("squad", "squad: context and question to answer; squad-question: answer and context to "
-                        "question", choices=("squad", "squad-question"))  # fmt: skip
-    prompt_template: str | None = _option(None, "instead of a task: text with {context}, {question} or {answer}")
-    completion_template: str | None = _option(None, "what is to follow it, such as ' {answer}'")
-    src_length: int = _option(608, "the most tokens of a prompt", least=1)
-    tgt_length: int = _option(160, "the most tokens of a completion, trained on or generated", least=1)
-    batching: str = _option("packed", "packed: the examples of a batch in one row, no padding; grouped: padded, with "
-                            "others of like length; padded: padded to the longest",
-                            choices=("packed", "grouped", "padded"))  # fmt: skip
+    train_file: str = _option("squad", "data to train on: SQuAD (.json), prompts and completions (.jsonl), or a text "
+                              "(.txt, .raw); squad and squad-v2 download the official files")  # fmt: skip
+    dev_file: str = _option(
+        "squad",
+        "data to evaluate on: SQuAD (.json), prompts and completions (.jsonl), or a text (.txt, "
+        ".raw); squad and squad-v2 download the official files",
+        changes_run=False,
+    )
+    task: str = _option(
+        "squad",
+        "what the model writes for SQuAD data. squad: the answer, from context and "
+        "question; squad-question: the question, from answer and context",
+        choices=("squad", "squad-question"),
+    )
+    prompt_template: str | None = _option(
+        None, "the prompt instead of that of --task, with the fields {context}, {question} and {answer}"
+    )
+    completion_template: str | None = _option(
+        None, "the completion that belongs to --prompt_template, such as ' {answer}'"
+    )
+    src_length: int = _option(608, "the most tokens of a prompt; longer contexts are cut", least=1)
+    tgt_length: int = _option(160, "the most tokens of a completion, in the loss and when generated", least=1)
+    batching: str = _option(
+        "packed",
+        "packed: the examples of a batch in one row without padding; grouped: examples of "
+        "similar length, padded; padded: padded to the longest",
+        choices=("packed", "grouped", "padded"),
+    )
 
     # Optimisation
     num_train_epochs: float = _option(3.0, "passes over the data", least=0)
-    max_steps: int = _option(-1, "steps, instead of epochs (-1: epochs)", least=-1)
-    per_device_train_batch_size: int = _option(8, "examples of a process in a microbatch", least=1, changes_run=False)
-    gradient_accumulation_steps: int = _option(1, "microbatches of a process in a step", least=1, changes_run=False)
-    learning_rate: float = _option(5e-5, "the highest", least=0)
-    lr_scheduler_type: str = _option("linear", "how it falls", choices=("linear", "cosine", "constant"))
-    warmup_ratio: float = _option(0.0, "the part of all steps in which it rises from 0", least=0, below=1)
-    lr_decay_ratio: float = _option(0.0, "the part of it that it falls to", least=0, below=1)
-    weight_decay: float = _option(0.0, "AdamW's, on matrices", least=0)
-    adam_beta1: float = _option(0.9, "AdamW's", least=0, below=1)
-    adam_beta2: float = _option(0.999, "AdamW's", least=0, below=1)
-    adam_epsilon: float = _option(1e-8, "AdamW's", least=0)
-    max_grad_norm: float = _option(1.0, "gradients are scaled down to this global norm (0: never)", least=0)
-    label_smoothing: float = _option(0.0, "probability spread over all tokens", least=0, below=1)
-    dropout: float | None = _option(None, "instead of the model's own (but attention_dropout)", least=0,
-                                    below=1)  # fmt: skip
-    seed: int = _option(42, "of the order of examples and of dropout", least=0)
+    max_steps: int = _option(
+        -1, "train this many steps; --num_train_epochs is ignored then (-1: train by epochs)", least=-1
+    )
+    per_device_train_batch_size: int = _option(8, "examples in a microbatch of one process", least=1, changes_run=False)
+    gradient_accumulation_steps: int = _option(1, "microbatches of one process in a step", least=1, changes_run=False)
+    learning_rate: float = _option(5e-5, "the highest learning rate", least=0)
+    lr_scheduler_type: str = _option(
+        "linear", "how the learning rate falls after the warm-up", choices=("linear", "cosine", "constant")
+    )
+    warmup_ratio: float = _option(
+        0.0, "the learning rate rises from 0 in this part of all steps (0: at once)", least=0, below=1
+    )
+    lr_decay_ratio: float = _option(
+        0.0, "the learning rate falls to this part of the highest (0: to zero)", least=0, below=1
+    )
+    weight_decay: float = _option(0.0, "weight decay of AdamW, on matrices only (0: none)", least=0)
+    adam_beta1: float = _option(0.9, "beta 1 of AdamW", least=0, below=1)
+    adam_beta2: float = _option(0.999, "beta 2 of AdamW", least=0, below=1)
+    adam_epsilon: float = _option(1e-8, "epsilon of AdamW", least=0)
+    max_grad_norm: float = _option(1.0, "scale gradients down to this global norm (1.0; 0: never)", least=0)
+    label_smoothing: float = _option(
+        0.0, "probability that the target gives to all tokens alike (0: none)", least=0, below=1
+    )
+    dropout: float | None = _option(
+        None, "dropout instead of the model's own; attention_dropout stays (the model's)", least=0, below=1
+    )
+    seed: int = _option(42, "seed of the order of examples, of dropout, and of drawn answers", least=0)
 
     # How it runs
-    fp16: bool = _option(False, "products in float16 with a scaled loss; weights stay float32")
-    bf16: bool = _option(False, "products in bfloat16; weights stay float32")
-    recompute: bool = _option(False, "compute layers again in the backward pass: less memory, a third more time",
-                              changes_run=False)  # fmt: skip
-    compile: bool = _option(False, "compile the layers", changes_run=False)
-    parallel: str = _option("ddp", "ddp: a whole model in each process; fsdp: a share", choices=("ddp", "fsdp"),
-                            changes_run=False)  # fmt: skip
+    fp16: bool = _option(False, "compute products in float16 with a scaled loss; weights stay float32")
+    bf16: bool = _option(False, "compute products in bfloat16; weights stay float32")
+    recompute: bool = _option(
+        False, "compute the layers again in the backward pass: less memory, about a third more time", changes_run=False
+    )
+    compile: bool = _option(False, "compile the layers with torch.compile", changes_run=False)
+    parallel: str = _option(
+        "ddp",
+        "ddp: each process holds the whole model; fsdp: each holds a share of it",
+        choices=("ddp", "fsdp"),
+        changes_run=False,
+    )
     device: str | None = _option(None, "cpu or cuda (the GPU if there is one)", changes_run=False)
 
     # Evaluation
-    evaluation_strategy: str = _option("no", "when to evaluate in between", choices=("no", "steps", "epoch"),
-                                       changes_run=False)  # fmt: skip
-    eval_steps: int = _option(500, "every so many steps, with --evaluation_strategy steps", least=1, changes_run=False)
-    max_eval_samples: int | None = _option(None, "the first so many examples only", least=1, changes_run=False)
-    per_device_eval_batch_size: int = _option(8, "examples of a process at once", least=1, changes_run=False)
-    num_beams: int = _option(1, "beams of generated answers (1: greedy)", least=1, changes_run=False)
-    min_tgt_length: int = _option(0, "the fewest tokens of a generated answer", least=0, changes_run=False)
-    length_penalty: float = _option(1.0, "beams: above 0 favours long answers", changes_run=False)
-    no_repeat_ngram_size: int = _option(0, "no N tokens of an answer come twice in it (0: no limit)", least=0,
-                                        changes_run=False)  # fmt: skip
-    select_topk: bool = _option(True, "false draws the beams' tokens", changes_run=False)
+    evaluation_strategy: str = _option(
+        "no",
+        "evaluate while training: every --eval_steps steps, after each epoch, or not",
+        choices=("no", "steps", "epoch"),
+        changes_run=False,
+    )
+    eval_steps: int = _option(
+        500, "steps between evaluations, with --evaluation_strategy steps", least=1, changes_run=False
+    )
+    max_eval_samples: int | None = _option(
+        None, "evaluate on the first N examples only (all)", least=1, changes_run=False
+    )
+    per_device_eval_batch_size: int = _option(
+        8, "examples that one process evaluates at once", least=1, changes_run=False
+    )
+    num_beams: int = _option(1, "beams for generated texts (1: greedy)", least=1, changes_run=False)
+    min_tgt_length: int = _option(0, "the fewest tokens of a generated text (0)", least=0, changes_run=False)
+    length_penalty: float = _option(1.0, "with beams: above 0 favours long texts", changes_run=False)
+    no_repeat_ngram_size: int = _option(
+        0, "no N tokens in a row occur twice in a generated text (0: no limit)", least=0, changes_run=False
+    )
+    select_topk: bool = _option(
+        True, "with beams: true keeps the most probable tokens, false draws them", changes_run=False
+    )
 
     # What is written
-    logging_steps: int = _option(10, "write metrics every so many steps", least=1, changes_run=False)
-    save_steps: int = _option(500, "write a checkpoint every so many steps", least=1, changes_run=False)
-    keep_last: int = _option(2, "checkpoints to keep, beside the best", least=1, changes_run=False)
-    resume: str = _option("auto", "auto: go on from this run's latest checkpoint; never: begin anew; or the path of a "
-                          "checkpoint", changes_run=False)  # fmt: skip
+    logging_steps: int = _option(10, "steps between lines of metrics.jsonl", least=1, changes_run=False)
+    save_steps: int = _option(500, "steps between checkpoints", least=1, changes_run=False)
+    keep_last: int = _option(2, "how many checkpoints to keep, beside the best one", least=1, changes_run=False)
+    resume: str = _option(
+        "auto",
+        "auto: continue from the latest checkpoint of this run; never: start again; or the path "
+        "of a checkpoint to continue from",
+        changes_run=False,
+    )
 
     def __post_init__(self) -> None:
         for f in fields(self):
