@@ -20,7 +20,8 @@ from minopt.checkpoint.load import read_weights
 from minopt.checkpoint.pieces import SourceTensor, main_dtype
 from minopt.checkpoint.source import Checkpoint
 from minopt.config import OPTConfig
-from minopt.inference.fast import InferenceOPT
+from minopt.inference.frozen import Frozen, InferenceOPT, refuse
+from minopt.inference.products import Plain
 from minopt.model import DecoderLayer, Packed
 
 
@@ -42,29 +43,29 @@ class StreamedOPT(InferenceOPT):
     ) -> None:
         if dtype is None:
             dtype = torch.float32 if device.type == "cpu" else main_dtype(checkpoint.tensors.values())
-        super().__init__(checkpoint.config, device="meta", dtype=dtype)
+        super().__init__(checkpoint.config, dtype, device)
         kept = {name: t for name, t in checkpoint.tensors.items() if not name.startswith("layers.")}
         weights = dict(read_weights(replace(checkpoint, tensors=kept), device, dtype))
         stream = _Stream(checkpoint, device, dtype, in_memory)
         self.layers = nn.ModuleList(_StreamedLayer(stream, index) for index in range(len(self.layers)))
-        self._pass = Lock()
-        self.load_state_dict(weights, assign=True)
-        self.freeze()
+        self._pass, self._sources = Lock(), checkpoint.tensors
+        self._head = Plain(weights["embed_tokens.weight"], None)
+        self.finish(weights)
 
     def hidden_states(self, *args: Any, **options: Any) -> Tensor:
         """As of any model; passes of several threads come one after the other."""
         with self._pass:
             return super().hidden_states(*args, **options)
 
-    def state_dict(self, **options: Any) -> dict[str, Any]:  # type: ignore[override]
-        """Refuses: the layers are in their files."""
-        raise ValueError(
-            "model: the weights of its layers are in their files and not here. Load it without offload; to write them "
-            "as another kind of checkpoint, use minopt convert."
-        )
+    def read(self, name: str) -> Tensor:
+        """See ``InferenceOPT.read``; out of the checkpoint's files."""
+        return self._sources[name].read(self.dtype)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        refuse("its layers are in their files, it cannot be copied or pickled")
 
 
-class _StreamedLayer(nn.Module):
+class _StreamedLayer(Frozen):
     """``DecoderLayer``, wherever it is just now."""
 
     def __init__(self, stream: _Stream, index: int) -> None:

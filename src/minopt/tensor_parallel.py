@@ -9,7 +9,7 @@ Shapes: V vocabulary, N processes, W = V / N rounded up.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -26,7 +26,6 @@ from minopt.checkpoint.source import Checkpoint
 from minopt.config import OPTConfig
 from minopt.inference.fast import FastLayer, FastOPT
 from minopt.inference.products import Product, packs
-from minopt.model import Embedding
 from minopt.plan import shortage
 
 # Biases of the layers of which each process has some inputs, so that their outputs are sums over all processes.
@@ -55,8 +54,9 @@ class ParallelOPT(FastOPT):
         for layer in self.layers:
             assert isinstance(layer, FastLayer)
             layer._out, layer._fc2 = (_Summed(product, self.group) for product in (layer._out, layer._fc2))
-        table = self.embed_tokens.weight
-        self.embed_tokens = _SharedEmbedding(table, self.share.of(config.vocab_size)[0], self.group)
+
+    def _lookup(self, table: Tensor) -> Callable[[Tensor], Tensor]:
+        return _SharedLookup(table, self.share.of(self.config.vocab_size)[0], self.group)
 
     def head(self, h: Tensor) -> Tensor:
         """Logits ``[..., V]`` of hidden states ``[..., E]``."""
@@ -72,12 +72,15 @@ class ParallelOPT(FastOPT):
         heads = self.config.num_attention_heads // self.share.count
         return KVCache(self.config, batch_size, capacity, dtype=self.dtype, device=self.device, heads=heads)
 
-    def state_dict(self, **options: Any) -> dict[str, Any]:  # type: ignore[override]
+    def read(self, name: str) -> Tensor:
         """Refuses: no process has all weights."""
         raise ValueError(
             f"model: is divided among {self.share.count} processes, none of which has all weights. Load it in one to "
             "save or change it."
         )
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        self.read("")
 
     def agreed(self, decision: Tensor) -> Tensor:
         """The first process' decision, in all of them."""
@@ -140,17 +143,15 @@ class _Summed:
         return self._product.weight()
 
 
-class _SharedEmbedding(Embedding):
-    """A table of which each process has the rows from ``first`` on."""
+class _SharedLookup:
+    """Rows of a table of which each process has those from ``first`` on."""
 
-    def __init__(self, weight: Tensor, first: int, group: dist.ProcessGroup) -> None:
-        super().__init__(weight.shape[0], weight.shape[1], device="meta")
-        self.weight = torch.nn.Parameter(weight, requires_grad=False)
-        self._first, self._group = first, group
+    def __init__(self, table: Tensor, first: int, group: dist.ProcessGroup) -> None:
+        self._table, self._first, self._group = table, first, group
 
-    def forward(self, ids: Tensor) -> Tensor:
+    def __call__(self, ids: Tensor) -> Tensor:
         own = ids - self._first
-        is_here = (own >= 0) & (own < len(self.weight))
-        found = F.embedding(own.where(is_here, 0), self.weight) * is_here[..., None]
+        is_here = (own >= 0) & (own < len(self._table))
+        found = F.embedding(own.where(is_here, 0), self._table) * is_here[..., None]
         dist.all_reduce(found, group=self._group)
         return found

@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from safetensors import SafetensorError
 
 from minopt import OPT, OPTConfig, load_model, save_model
 from minopt.checkpoint import save
@@ -237,10 +236,10 @@ def test_a_mount_point_and_a_full_disk_are_told(tmp_path: Path, monkeypatch: pyt
         save_model(small_model(), tmp_path / "volume")
 
     def full(*args: object, **options: object) -> None:
-        raise SafetensorError("I/O error: No space left on device (os error 28)")
+        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(save, "save_file", full)
-    with pytest.raises(OSError, match=r"saved: cannot be written \(I/O error.*Is the disk full"):
+    monkeypatch.setattr(save, "_write_file", full)
+    with pytest.raises(OSError, match=r"saved: cannot be written \(\[Errno 28\] No space.*Is the disk full"):
         save_model(small_model(), tmp_path / "saved")
 
 

@@ -186,22 +186,6 @@ def test_saving_writes_the_plain_weights(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda model: model.train(), "cannot be trained. Load it with optimize=False."),
-        (lambda model: model.half(), "cannot be moved or cast. Say device and dtype when loading, or"),
-        (
-            lambda model: model.to("meta"),
-            "cannot be moved or cast. Say device and dtype when loading, or",
-        ),
-    ],
-)
-def test_it_refuses_to_be_trained_moved_or_cast(change: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        change(minopt.load(minopt.DEMO, device="cpu").model)
-
-
-@pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"quantize": "int4"}, "quantize: expected None or \"int8\", got 'int4'."),

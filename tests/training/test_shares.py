@@ -18,7 +18,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import transformers
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -156,13 +155,14 @@ def full_disk(folder: Path, world: World) -> None:
     """In the first process, at the second of several files."""
     written: list[Path] = []
 
-    def broken(tensors: dict[str, Tensor], path: Path, **options: Any) -> None:
+    def broken(path: Path, *args: Any) -> None:
         written.append(path)
         if len(written) == 2:
-            raise SafetensorError("I/O error: No space left on device (os error 28)")
-        save_file(tensors, path, **options)
+            raise OSError(28, "No space left on device")
+        write_file(path, *args)
 
-    with mock.patch.object(save, "save_file", broken):
+    write_file = save._write_file
+    with mock.patch.object(save, "_write_file", broken):
         train(folder / "125m", examples(4), short(folder))
 
 
@@ -173,7 +173,7 @@ REFUSED: dict[Callable[[Path, World], None], str] = {
     without_tokenizer: "--model_name_or_path: expected a model with a tokenizer, {folder}/no tokenizer has none. Add "
     "its files.",
     cut_short: "a file: ends in the middle of its tensors. Fetch the file again.",
-    full_disk: "{folder}/refused/.model.saving: cannot be written (I/O error: No space left on device (os error 28)). "
+    full_disk: "{folder}/refused/.model.saving: cannot be written ([Errno 28] No space left on device). "
     "Is the disk full?",
 }
 
@@ -319,9 +319,9 @@ def test_what_goes_wrong_in_one_process_is_one_line_in_all(
 
 def fill_the_disk() -> None:
     def broken(*args: Any, **options: Any) -> None:
-        raise SafetensorError("I/O error: No space left on device (os error 28)")
+        raise OSError(28, "No space left on device")
 
-    save.save_file = broken
+    save._write_file = broken
 
 
 def test_a_disk_that_is_full_at_the_end_ends_the_command_with_one_line(tmp_path: Path) -> None:
@@ -329,8 +329,8 @@ def test_a_disk_that_is_full_at_the_end_ends_the_command_with_one_line(tmp_path:
     ended = runs("full", fill_the_disk, size=2, parallel="fsdp", max_steps=2)
     assert ended.codes == [2, 2]
     assert ended.last_line == (
-        f"minopt: error: {tmp_path}/full/.model.saving: cannot be written (I/O error: No space left on device (os "
-        "error 28)). Is the disk full?"
+        f"minopt: error: {tmp_path}/full/.model.saving: cannot be written ([Errno 28] No space left on device). "
+        "Is the disk full?"
     )
     assert "Traceback" not in "".join(ended.said)
     assert runs("full", size=2, parallel="fsdp", max_steps=2).codes == [0, 0]  # goes on from the last checkpoint

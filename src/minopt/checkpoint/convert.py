@@ -114,15 +114,15 @@ def convert(
     generation_file = checkpoint.found.folder / "generation_config.json"
     generation = read_json(generation_file) if generation_file.is_file() else {
         "_from_model_config": True, **generation_config(checkpoint.config)}  # fmt: skip
-    sizes = _sizes(checkpoint, number_type, bool(quantize))
-    _check_space(destination, sum(sizes.values()))
+    shown = _shown(checkpoint, number_type, bool(quantize))
+    _check_space(destination, sum(tensor.nbytes for tensor in shown.values()))
     # A bar of bytes would be finer, but a tensor is what is read and written as one.
     with (
-        bar(len(sizes) * (parts if format == "metaseq" else 1), " tensors", shown=show_progress) as drawn,
+        bar(len(shown) * (parts if format == "metaseq" else 1), " tensors", shown=show_progress) as drawn,
         replacing(destination, (*TOKENIZER_FILES, "generation_config.json")) as new,
     ):
         if format == "hf":
-            _write_hf(new, checkpoint, number_type, sizes, max_shard_bytes, drawn.update)
+            _write_hf(new, checkpoint, number_type, shown, max_shard_bytes, drawn.update)
             write_json(new / "generation_config.json", generation)
         else:
             _write_parts(new, checkpoint, number_type, parts, drawn.update)
@@ -161,20 +161,26 @@ def _check_space(destination: Path, total_bytes: int) -> None:
                       "Make room, or name a folder on another disk.")  # fmt: skip
 
 
-def _sizes(checkpoint: Checkpoint, dtype: torch.dtype | None, quantize: bool) -> dict[str, int]:
-    """Bytes of each tensor to write, by its Hugging Face key; an int8 weight is followed by its scale."""
-    sizes: dict[str, int] = {}
+def _shown(checkpoint: Checkpoint, dtype: torch.dtype | None, quantize: bool) -> dict[str, Tensor]:
+    """What is to be written, by its Hugging Face key, on the meta device; an int8 weight is followed by its scale."""
+    shown: dict[str, Tensor] = {}
     for name, tensor in checkpoint.tensors.items():
         key = to_hf(name)
-        if quantize and int8.is_quantized(name):
-            sizes[key], sizes[key + int8.SCALE] = tensor.numel, 4 * tensor.shape[0]
+        in_int8 = quantize and int8.is_quantized(name)
+        kind = torch.int8 if in_int8 else dtype or tensor.dtype
+        shown[key] = like = torch.empty(tensor.shape, dtype=kind, device="meta")
+        if in_int8:
+            shown[key], shown[key + int8.SCALE] = (
+                like.to(torch.int8),
+                torch.empty_like(like[:, :1], dtype=torch.float32),
+            )
         else:
-            sizes[key] = tensor.numel * (dtype or tensor.dtype or torch.float32).itemsize
-    return sizes
+            shown[key] = like
+    return shown
 
 
 def _write_hf(
-    new: Path, checkpoint: Checkpoint, dtype: torch.dtype | None, sizes: Mapping[str, int], max_bytes: int,
+    new: Path, checkpoint: Checkpoint, dtype: torch.dtype | None, shown: Mapping[str, Tensor], max_bytes: int,
     update: Callable[[], object],
 ) -> None:  # fmt: skip
     sources = {to_hf(name): tensor for name, tensor in checkpoint.tensors.items()}
@@ -184,12 +190,12 @@ def _write_hf(
         update()
         if key in scales:
             return scales.pop(key)
-        if key + int8.SCALE not in sizes:
+        if key + int8.SCALE not in shown:
             return sources[key].read(dtype)
         weight, scales[key + int8.SCALE] = read_int8(sources[key])
         return weight
 
-    write_safetensors(new, sizes, read, max_bytes)
+    write_safetensors(new, shown, read, max_bytes)
 
 
 def _write_parts(

@@ -23,7 +23,7 @@ from minopt.files import what_it_is
 _NUMBERS_IN_CACHE = 2**20
 _PIECE_BYTES = 64_000_000
 
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I8": torch.int8}
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I8": torch.int8}
 
 
 class TensorFile:
@@ -152,7 +152,7 @@ class SafetensorsFile(TensorFile):
         except (SafetensorError, OSError, ValueError) as error:
             raise _unreadable(path, "safetensors", error) from None
         self.shapes = {key: tuple(s.get_shape()) for key, s in slices.items()}
-        self.dtypes = {key: _DTYPES.get(s.get_dtype()) for key, s in slices.items()}
+        self.dtypes = {key: DTYPES.get(s.get_dtype()) for key, s in slices.items()}
         self._begin = {key: 8 + header_bytes + header[key]["data_offsets"][0] for key in self.shapes}
 
     def begins_at(self, key: str) -> int | None:
@@ -197,7 +197,7 @@ class TorchFile(TensorFile):
         self._mapping: mmap.mmap | None = None
         self.shapes = {key: tensor.shape for key, tensor in tensors.items()}
         self.dtypes = {
-            key: t.storage.dtype if t.storage.dtype in _DTYPES.values() else None for key, t in tensors.items()
+            key: t.storage.dtype if t.storage.dtype in DTYPES.values() else None for key, t in tensors.items()
         }
 
     def begins_at(self, key: str) -> int | None:

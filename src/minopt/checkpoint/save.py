@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from minopt import int8
 from minopt.checkpoint.errors import first_line, some
 from minopt.checkpoint.names import to_hf
+from minopt.checkpoint.read import DTYPES
 from minopt.checkpoint.source import weight_files
 from minopt.config import OPTConfig
 from minopt.model import OPT
@@ -63,9 +62,8 @@ def save_model(
     folder = Path(folder)
     tensors = _tensors(model)
     with replacing(folder, TOKENIZER_FILES if tokenizer else ()) as new:
-        sizes = {key: tensor.nbytes for key, tensor in tensors.items()}
         read = tensors.__getitem__ if numbers is None else lambda _: next(numbers)
-        write_safetensors(new, sizes, read, max_shard_bytes)
+        write_safetensors(new, tensors, read, max_shard_bytes)
         if tokenizer is not None:
             tokenizer.save(new)
         if generation_defaults:
@@ -95,32 +93,44 @@ def write_config(folder: Path, config: OPTConfig, dtype: torch.dtype, *, is_int8
 
 
 def write_safetensors(
-    folder: Path, sizes: Mapping[str, int], read: Callable[[str], Tensor], max_shard_bytes: int
+    folder: Path, shown: Mapping[str, Tensor], read: Callable[[str], Tensor], max_shard_bytes: int
 ) -> None:
-    """Writes tensors to one file, or to several with an index; at most one file's are in memory.
+    """Writes tensors to one file, or to several with an index; one tensor at a time is in memory.
 
     Args:
         folder: that is filled.
-        sizes: bytes of each tensor, by its key in the files, in their order.
+        shown: of each tensor's shape and dtype, by its key in the files, in their order.
         read: gives the tensor of a key; called once for each, in order.
         max_shard_bytes: the most that one file holds, unless a single tensor is larger.
     """
-    shards = _split(sizes, max_shard_bytes)
+    shards = _split({key: tensor.nbytes for key, tensor in shown.items()}, max_shard_bytes)
     weight_map: dict[str, str] = {}
     for number, keys in enumerate(shards, start=1):
         name = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
-        save_file({key: read(key).contiguous() for key in keys}, folder / name, metadata={"format": "pt"})
-        (folder / name).chmod(0o666 & ~_umask())  # the library writes them for their owner alone
+        _write_file(folder / name, {key: shown[key] for key in keys}, read)
         weight_map |= dict.fromkeys(keys, name)
     if len(shards) > 1:
-        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+        index = {"metadata": {"total_size": sum(tensor.nbytes for tensor in shown.values())}, "weight_map": weight_map}
         write_json(folder / "model.safetensors.index.json", index)
 
 
-def _umask() -> int:
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask
+def _write_file(path: Path, shown: Mapping[str, Tensor], read: Callable[[str], Tensor]) -> None:
+    """One file (https://huggingface.co/docs/safetensors), which the library itself writes of whole models alone."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    begin = 0
+    for key, tensor in sorted(shown.items(), key=lambda item: -item[1].dtype.itemsize):  # so that all are aligned
+        dtype = next(name for name, dtype in DTYPES.items() if dtype == tensor.dtype)
+        offsets = [begin, begin := begin + tensor.nbytes]
+        header[key] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": offsets}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        data = file.tell()
+        for key in shown:
+            numbers = read(key).contiguous().cpu()
+            file.seek(data + header[key]["data_offsets"][0])
+            file.write(numbers.view(-1).view(torch.uint8).numpy().data)
 
 
 def _tensors(model: OPT) -> dict[str, Tensor]:
@@ -182,8 +192,9 @@ def replacing(folder: Path, replaced: tuple[str, ...]) -> Iterator[Path]:
         new.mkdir()
         try:
             yield new
-        except (SafetensorError, RuntimeError) as error:  # what the libraries' writers raise
-            if isinstance(error, RuntimeError) and "inline_container" not in str(error):
+        except (OSError, RuntimeError) as error:  # in a file that is open, or what torch's writer raises
+            of_system = isinstance(error, OSError) and error.errno is not None and error.filename is None
+            if not of_system and "inline_container" not in str(error):
                 raise
             raise OSError(f"{folder}: cannot be written ({first_line(error)[:200]}). Is the disk full?") from None
         if folder.is_dir():

@@ -5,7 +5,7 @@ Shapes: B batch, T tokens this call, S cached + T, H heads, D head_dim, C hidden
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -14,44 +14,16 @@ from torch import Tensor, nn
 from minopt import int8
 from minopt.cache import KVCache
 from minopt.config import OPTConfig
+from minopt.inference.frozen import Frozen, InferenceOPT, Lookup, Norm
 from minopt.inference.products import Product, build_product
 from minopt.memory import empty
-from minopt.model import OPT, Embedding, Packed, attend
+from minopt.model import Packed, attend
 
 # From this width on (6.7B), OPT's activations have outlier channels that int8 cannot hold: arXiv 2208.07339, table 4.
 OUTLIERS_FROM = 4096
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 _NORMS = ("self_attn_layer_norm", "final_layer_norm")
-
-
-class InferenceOPT(OPT):
-    """An OPT that cannot be trained, moved or cast; its ``state_dict`` says what its weights are."""
-
-    def freeze(self) -> None:
-        """Ends building: no weight gets gradients, and the mode is that of evaluation."""
-        for _, parameter in nn.Module.named_parameters(self):
-            parameter.requires_grad = False
-        self.eval()
-
-    def named_parameters(
-        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
-    ) -> Iterator[tuple[str, nn.Parameter]]:
-        """The weights of an ``OPT``: copies, where this model has them in another layout."""
-        for name, tensor in self.state_dict().items():
-            yield f"{prefix}.{name}" if prefix else name, nn.Parameter(tensor, requires_grad=False)
-
-    def _apply(self, *args: Any, **options: Any) -> Any:
-        raise ValueError(
-            "model: made for inference, it cannot be moved or cast. Say device and dtype when loading, or "
-            "optimize=False."
-        )
-
-    def train(self, mode: bool = True) -> InferenceOPT:
-        """Refuses to be trained."""
-        if mode:
-            raise ValueError("model: made for inference, it cannot be trained. Load it with optimize=False.")
-        return super().train(False)
 
 
 class FastOPT(InferenceOPT):
@@ -70,29 +42,30 @@ class FastOPT(InferenceOPT):
     def __init__(self, config: OPTConfig, weights: Iterable[tuple[str, Tensor]]) -> None:
         build = _Builder(weights, config)
         table = build.take("embed_tokens.weight")
-        super().__init__(config, device="meta", dtype=table.dtype)
-        self._order = {name: number for number, name in enumerate(super().state_dict())}
-        self.embed_tokens = Embedding(table.shape[0], table.shape[1], device="meta")  # all of it, or a share
+        super().__init__(config, table.dtype, table.device)
         self.layers = nn.ModuleList(FastLayer(config, index, build) for index in range(config.num_hidden_layers))
-        self.load_state_dict({"embed_tokens.weight": table} | build.rest(), assign=True)
-        self.freeze()
-        table = self.embed_tokens.weight
-        weight, scale = int8.quantize(table) if build.in_int8 else (table, None)
+        self.in_int8 = build.in_int8
+        weight, scale = int8.quantize(table) if build.in_int8 else (table.detach(), None)
         self._head = build_product(weight, None, scale=scale, outliers=build.outliers)
+        self.finish({"embed_tokens.weight": table} | build.rest(), self._lookup(table.detach()))
 
-    def head(self, h: Tensor) -> Tensor:
-        """Logits ``[..., V]`` of hidden states ``[..., E]``."""
-        return self._head(h)
+    def forward(self, *args: Any, **options: Any) -> Tensor:
+        """See ``OPT.forward``."""
+        if torch.compiler.is_compiling() and self.device.type == "cpu":  # compilers know nothing of packed weights
+            return torch._dynamo.disable(super().forward)(*args, **options)  # type: ignore[no-untyped-call]
+        return super().forward(*args, **options)
 
-    def state_dict(self, **options: Any) -> dict[str, Any]:  # type: ignore[override]
-        """The weights of an ``OPT``, int8 ones with their scales; options are those of ``nn.Module.state_dict``."""
-        state, prefix = super().state_dict(**options), options.get("prefix", "")
-        for layer in self.layers:
-            assert isinstance(layer, FastLayer)
-            state.update((prefix + name, tensor) for name, tensor in layer.tensors().items())
-        for name in sorted(state, key=lambda n: self._order.get(n.removeprefix(prefix).removesuffix(int8.SCALE), -1)):
-            state[name] = state.pop(name)  # in an OPT's order
-        return state
+    def _lookup(self, table: Tensor) -> Callable[[Tensor], Tensor]:
+        return Lookup(table)
+
+    def read(self, name: str) -> Tensor:
+        """See ``InferenceOPT.read``."""
+        if not name.startswith("layers."):
+            return super().read(name)
+        _, index, rest = name.split(".", 2)
+        layer = self.layers[int(index)]
+        assert isinstance(layer, FastLayer)
+        return layer.read(rest)
 
 
 class _Builder:
@@ -125,10 +98,10 @@ class _Builder:
             bias = self._joined(f"{prefix}{name}.bias" for name in names)
         return build_product(weight, bias, activation, scale=scale, outliers=self.outliers)
 
-    def norm(self, name: str) -> _Norm:
+    def norm(self, name: str) -> Norm:
         affine = self._config.layer_norm_elementwise_affine
         weight, bias = (self.take(f"{name}.{part}") if affine else None for part in ("weight", "bias"))
-        return _Norm(self._config.hidden_size, weight, bias)
+        return Norm(self._config.hidden_size, weight, bias)
 
     def _joined(self, names: Iterable[str]) -> Tensor:
         tensors = [self.take(name) for name in names]
@@ -138,17 +111,7 @@ class _Builder:
         return torch.cat(tensors, out=empty((rows, *first.shape[1:]), first.dtype, first.device))
 
 
-class _Norm:
-    """``nn.LayerNorm`` of fixed weights as one call."""
-
-    def __init__(self, size: int, weight: Tensor | None, bias: Tensor | None) -> None:
-        self._shape, self.weight, self.bias = [size], weight, bias
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return torch.layer_norm(x, self._shape, self.weight, self.bias)
-
-
-class FastLayer(nn.Module):
+class FastLayer(Frozen):
     """``DecoderLayer`` with four products: query, key and value are one.
 
     Between two products everything is in cold caches, for the weights have gone through them: a lookup or a call that
@@ -157,13 +120,14 @@ class FastLayer(nn.Module):
 
     def __init__(self, config: OPTConfig, index: int, build: _Builder) -> None:
         super().__init__()
-        self.index, self.prefix, self.norm_before = index, f"layers.{index}.", config.do_layer_norm_before
+        prefix = f"layers.{index}."
+        self.index, self.norm_before = index, config.do_layer_norm_before
         self.head_dim, self._scale = config.head_dim, config.head_dim**-0.5
-        self._qkv = build(f"{self.prefix}self_attn.", _PROJECTIONS)
-        self._out = build(f"{self.prefix}self_attn.", ("out_proj",))
-        self._fc1 = build(self.prefix, ("fc1",), config.activation_function)
-        self._fc2 = build(self.prefix, ("fc2",))
-        self._norms = {name: build.norm(self.prefix + name) for name in _NORMS}
+        self._qkv = build(f"{prefix}self_attn.", _PROJECTIONS)
+        self._out = build(f"{prefix}self_attn.", ("out_proj",))
+        self._fc1 = build(prefix, ("fc1",), config.activation_function)
+        self._fc2 = build(prefix, ("fc2",))
+        self._norms = {name: build.norm(prefix + name) for name in _NORMS}
         self._attn_norm, self._final_norm = self._norms.values()
 
     def forward(self, x: Tensor, mask: Tensor | Packed | None = None, cache: KVCache | None = None) -> Tensor:
@@ -179,23 +143,16 @@ class FastLayer(nn.Module):
         x = x + self._fc2(self._fc1(self._final_norm(x) if self.norm_before else x))
         return x if self.norm_before else self._final_norm(x)
 
-    def tensors(self) -> dict[str, Tensor]:
-        """The weights of a ``DecoderLayer`` by their names in an OPT."""
-        found = {
-            f"{self.prefix}{name}.{part}": tensor
-            for name, norm in self._norms.items()
-            for part, tensor in (("weight", norm.weight), ("bias", norm.bias))
-            if tensor is not None
-        }
-        for prefix, names, product in (
-            ("self_attn.", _PROJECTIONS, self._qkv),
-            ("self_attn.", ("out_proj",), self._out),
-            ("", ("fc1",), self._fc1),
-            ("", ("fc2",), self._fc2),
-        ):
-            weight, scale = product.weight()
-            for part, tensor in (("weight", weight), ("weight" + int8.SCALE, scale), ("bias", product.bias)):
-                if tensor is not None:
-                    pieces = tensor.chunk(len(names))
-                    found |= {f"{self.prefix}{prefix}{n}.{part}": t for n, t in zip(names, pieces, strict=True)}
-        return found
+    def read(self, name: str) -> Tensor:
+        """A weight by its name in a ``DecoderLayer``, or the scale of one."""
+        module, _, part = name.rpartition(".")
+        if module in self._norms:
+            tensor = getattr(self._norms[module], part)
+        else:
+            of_three = module.removeprefix("self_attn.")
+            product = {"self_attn.out_proj": self._out, "fc1": self._fc1, "fc2": self._fc2}.get(module, self._qkv)
+            tensor = product.bias if part == "bias" else product.weight()[part != "weight"]
+            if tensor is not None and of_three in _PROJECTIONS:
+                tensor = tensor.chunk(3)[_PROJECTIONS.index(of_three)]
+        assert isinstance(tensor, Tensor)
+        return tensor

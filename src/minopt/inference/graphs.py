@@ -32,6 +32,9 @@ class GraphedOPT(FastOPT):
     compile_step = False
     _last: tuple[weakref.ref[GraphCache], list[Tensor], list[Tensor], dict[int, Graph]] | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_last": None}  # graphs belong to this process and this model
+
     @torch.inference_mode(False)  # what was made in this mode could not be written to outside of it
     def new_cache(self, batch_size: int, capacity: int) -> GraphCache:
         """An empty cache of at least that capacity; the last one's memory and graphs, if it is free and fits."""

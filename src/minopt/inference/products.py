@@ -40,11 +40,25 @@ class Product(Protocol):
         """The weight ``[O, I]`` as it was given, to the bit, and its scale if it is int8."""
 
 
-class Plain:
+class _Pickled:
+    """Pickled and copied as what it was made of, and built anew: kernels' layouts differ from machine to machine."""
+
+    bias: Tensor | None
+    _made_for: tuple[str, bool]  # activation, outliers
+
+    def weight(self) -> tuple[Tensor, Tensor | None]:
+        raise NotImplementedError
+
+    def __reduce__(self) -> Any:
+        return _rebuild, (*self.weight(), self.bias, *self._made_for)
+
+
+class Plain(_Pickled):
     """``F.linear``."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, activation: str = "none") -> None:
         self._weight, self.bias, self._activation = weight, bias, _ACTIVATIONS[activation]
+        self._made_for = activation, False
 
     def __call__(self, x: Tensor) -> Tensor:
         return self._activation(F.linear(x, self._weight, self.bias))
@@ -53,13 +67,14 @@ class Plain:
         return self._weight, None
 
 
-class Packed:
+class Packed(_Pickled):
     """oneDNN's product with a weight in its blocked layout."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, activation: str = "none") -> None:
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
         self.bias, self._after = bias, None if activation in ("none", "relu", "gelu") else _ACTIVATIONS[activation]
         self._activation = "none" if self._after else activation
+        self._made_for = activation, False
         self._algorithm = "none" if activation == "gelu" else ""  # of two, the exact one
         self._product = torch.ops.mkldnn._linear_pointwise.default
 
@@ -71,7 +86,7 @@ class Packed:
         return self._weight.to_dense(), None
 
 
-class Blocked:
+class Blocked(_Pickled):
     """MKL's product with a weight in blocks of outputs, each of which holds a row of outputs for each input.
 
     In float32 on Intel's processors it takes a single row as fast as ``F.linear``, a sixth faster than oneDNN does, and
@@ -91,6 +106,7 @@ class Blocked:
             block[:, len(rows) :] = 0
         self.bias, self._activation, self._whole = bias, _ACTIVATIONS[activation], rest == 0
         self._bias = weight.new_zeros(()) if bias is None else F.pad(bias, (0, rest)).view(-1, 1, self.width)
+        self._made_for = activation, False
 
     def __call__(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1]).expand(len(self._blocks), -1, -1)
@@ -102,7 +118,7 @@ class Blocked:
         return self._blocks.transpose(1, 2).flatten(0, 1)[: self._outputs], None
 
 
-class Int8:
+class Int8(_Pickled):
     """A product of int8 weights and activations that are rounded to int8, with a scale for each row, as they come.
 
     Each row's largest value becomes 127 (arXiv 2206.01861, token-wise), so that the rows of a batch do not depend on
@@ -122,7 +138,7 @@ class Int8:
         self, weight: Tensor, scale: Tensor, bias: Tensor | None, activation: str = "none", *, outliers: bool = False
     ) -> None:
         self.bias, self._activation, self._outliers = bias, _ACTIVATIONS[activation], outliers
-        self._bias = None if bias is None else bias.float()
+        self._bias, self._made_for = None if bias is None else bias.float(), (activation, outliers)
         # Not linear_dynamic, which finds a row's scale by itself: it takes none below 6.1e-5, however small the row is.
         kernel, self._after = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32, self._activation
         if activation == "relu":
@@ -172,12 +188,12 @@ class Int8:
         return tensor.int_repr(), tensor.q_per_channel_scales().float()[:, None]
 
 
-class WeightOnlyInt8:
+class WeightOnlyInt8(_Pickled):
     """A product of int8 weights and activations as they are, of plain operators: right everywhere, fast if compiled."""
 
     def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None, activation: str = "none") -> None:
         self._weight, self._scale, self.bias = weight, scale, bias
-        self._activation = _ACTIVATIONS[activation]
+        self._activation, self._made_for = _ACTIVATIONS[activation], (activation, False)
 
     def __call__(self, x: Tensor) -> Tensor:
         # Scaled before the product, or float16 overflows: its sums are a hundred times the results. By out= a GPU
@@ -212,6 +228,10 @@ def build_product(
             return Int8(weight, scale, bias, activation, outliers=outliers)
         return WeightOnlyInt8(weight, scale, bias, activation)
     return (kind_on_cpu(weight.dtype) if on_cpu else Plain)(weight, bias, activation)
+
+
+def _rebuild(weight: Tensor, scale: Tensor | None, bias: Tensor | None, activation: str, outliers: bool) -> Product:
+    return build_product(weight, bias, activation, scale=scale, outliers=outliers)
 
 
 def kind_on_cpu(dtype: torch.dtype) -> type[Blocked | Packed | Plain]:

@@ -1,0 +1,250 @@
+"""What people do with a module, done to a model for inference: it works, or one line says why not."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save as to_safetensors
+from torch import Tensor, nn
+from torch.nn.utils import prune
+
+import minopt
+from minopt import OPT, LanguageModel, int8
+from minopt.inference.fast import FastOPT
+from minopt.inference.graphs import GraphedOPT
+
+IDS = torch.tensor([[2, 5, 600, 7]])
+FORMS: dict[str, dict[str, Any]] = {
+    "fast": {}, "float16": {"dtype": "float16"}, "bfloat16": {"dtype": "bfloat16"}, "int8": {"quantize": "int8"},
+    "offloaded": {"offload": "disk"},
+}  # fmt: skip
+
+
+@pytest.fixture(params=list(FORMS), scope="module")
+def lm(request: pytest.FixtureRequest) -> LanguageModel:
+    return minopt.load(minopt.DEMO, device="cpu", **FORMS[request.param])
+
+
+@pytest.fixture
+def model(lm: LanguageModel) -> OPT:
+    return lm.model
+
+
+def other(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype == torch.float16 else torch.float16
+
+
+def each(change: Callable[[Tensor], Any]) -> Callable[[nn.Module], Any]:
+    return lambda model: [change(parameter) for parameter in model.parameters()]
+
+
+REFUSED: dict[str, Callable[[Any], Any]] = {
+    "to another dtype": lambda m: m.to(other(m.dtype)),
+    "to meta": lambda m: m.to("meta"),
+    "double": lambda m: m.double(),
+    "type": lambda m: m.type(torch.float64),
+    "cuda": lambda m: m.cuda(7),
+    "to_empty": lambda m: m.to_empty(device="cpu"),
+    "share_memory": lambda m: m.share_memory(),
+    "a layer's double": lambda m: m.layers[0].double(),
+    "a wrapper's double": lambda m: nn.Sequential(m).double(),
+    "train": lambda m: m.train(),
+    "a layer's train": lambda m: m.layers[0].train(),
+    "requires_grad_": lambda m: m.requires_grad_(),
+    "an optimizer": lambda m: torch.optim.AdamW(m.parameters()),
+    "gradients of parameters": each(lambda p: p.requires_grad_()),
+    "requires_grad": each(lambda p: setattr(p, "requires_grad", True)),
+    "load_state_dict": lambda m: m.load_state_dict(m.state_dict()),
+    "a wrapper's load_state_dict": lambda m: nn.Sequential(m).load_state_dict(nn.Sequential(m).state_dict()),
+    "reset_parameters": lambda m: m.reset_parameters(),
+    "apply": lambda m: m.apply(lambda part: nn.init.normal_(part.weight) if hasattr(part, "weight") else None),
+    "data.mul_": each(lambda p: p.data.mul_(0.5)),
+    "copy_": each(lambda p: p.copy_(torch.zeros_like(p))),
+    "data =": each(lambda p: setattr(p, "data", torch.zeros(3))),
+    "a row": each(lambda p: p.__setitem__(0, 0)),
+    "a view": each(lambda p: p.T.flatten()[3:].zero_() if p.ndim == 1 else p.T[0, 1:].zero_()),
+    "out=": each(lambda p: torch.zeros(p.shape, dtype=p.dtype, out=p)),
+    "foreach": lambda m: torch._foreach_mul_(list(m.parameters()), 0.5),
+    "a part's weight": lambda m: m.embed_tokens.weight.data.zero_(),
+    "pruning of a part": lambda m: prune.l1_unstructured(m.final_layer_norm, "weight", 0.5),
+    "another module": lambda m: setattr(m, "embed_tokens", nn.Embedding(9, 9)),
+    "add_module": lambda m: m.add_module("embed_tokens", nn.Embedding(9, 9)),
+    "another layer": lambda m: setattr(m.layers[0], "fc1", nn.Linear(9, 9)),
+    "copies on GPUs": lambda m: m._replicate_for_data_parallel(),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_would_change_it_is_refused_in_one_line(what: str, model: OPT) -> None:
+    before, logits = model.state_dict(), model(IDS)
+    with pytest.raises(ValueError, match=r"^model: made for inference, .*minopt\.load\(\.\.\., optimize=False\)\.$"):
+        REFUSED[what](model)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert torch.equal(model(IDS), logits)
+    assert not model.training
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda m: m.layers[0].fc1,
+        lambda m: m.layers[0].self_attn.q_proj,
+        lambda m: m.get_submodule("layers.0.fc1"),
+        lambda m: prune.l1_unstructured(m.layers[0].fc1, "weight", 0.5),
+    ],
+)
+def test_a_module_that_it_has_not_is_named(ask: Callable[[Any], Any], model: OPT) -> None:
+    message = r"^\w+: made for inference, has no '(fc1|self_attn)'\. The plain model .*optimize=False\)\.$"
+    with pytest.raises(AttributeError, match=message):
+        ask(model)
+
+
+HARMLESS: dict[str, Callable[[Any], Any]] = {
+    "to its device": lambda m: m.to("cpu"),
+    "to its dtype": lambda m: m.to(m.dtype),
+    "to both": lambda m: m.to(device="cpu", dtype=m.dtype),
+    "cpu": lambda m: m.cpu(),
+    "a layer to its device": lambda m: m.layers[0].to("cpu"),
+    "memory format": lambda m: m.to(memory_format=torch.channels_last),
+    "eval": lambda m: m.eval().train(False),
+    "no gradients": lambda m: m.requires_grad_(False),
+    "no gradients of parameters": each(lambda p: p.requires_grad_(False)),
+    "zero_grad": lambda m: m.zero_grad(),
+    "apply": lambda m: m.apply(lambda part: None),
+    "a hook": lambda m: m.layers[1].register_forward_hook(lambda *_: None).remove(),
+    "children": lambda m: list(m.children()),
+    "a parameter": lambda m: m.get_parameter("layers.0.fc1.weight") @ torch.ones(256, dtype=torch.float32).to(
+        m.get_parameter("layers.0.fc1.weight").dtype),
+    "numpy": lambda m: [p.detach().float().cpu().numpy() for p in m.parameters()],
+    "one vector": lambda m: nn.utils.parameters_to_vector(p.float() for p in m.parameters()),
+    "torch.save of weights": lambda m: torch.save(m.state_dict(), io.BytesIO()),
+    "safetensors": lambda m: to_safetensors({name: p.contiguous() for name, p in m.named_parameters()}),
+    "DataParallel": lambda m: nn.DataParallel(m)(IDS),
+    "repr": repr,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", HARMLESS)
+def test_what_changes_nothing_works(what: str, model: OPT) -> None:
+    logits = model(IDS)
+    HARMLESS[what](model)
+    assert torch.equal(model(IDS), logits)
+
+
+def test_torch_compile_takes_it_as_it_is() -> None:
+    model = minopt.load(minopt.DEMO, device="cpu").model
+    assert torch.equal(torch.compile(model)(IDS), model(IDS))
+
+
+def pickled(thing: Any) -> Any:
+    return pickle.loads(pickle.dumps(thing))
+
+
+def saved(thing: Any) -> Any:
+    file = io.BytesIO()
+    torch.save(thing, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, pickled, saved])
+def test_copies_say_the_same(again: Callable[[Any], Any], lm: LanguageModel) -> None:
+    if isinstance(lm.model, FastOPT):
+        fresh = again(lm)
+        assert torch.equal(fresh.model(IDS), lm.model(IDS))
+        assert fresh.generate("The ship", max_new_tokens=4) == lm.generate("The ship", max_new_tokens=4)
+        assert all(torch.equal(p, dict(lm.model.named_parameters())[n]) for n, p in fresh.model.named_parameters())
+        with pytest.raises(ValueError, match="cannot be trained"):
+            fresh.model.train()
+    else:
+        with pytest.raises(ValueError, match=r"^model: made for inference, its layers are in their files"):
+            again(lm)
+
+
+def test_a_copy_of_a_model_with_graphs_leaves_them_behind() -> None:
+    plain = minopt.load_model(minopt.DEMO, device="cpu")
+    graphed = GraphedOPT(plain.config, plain.state_dict().items())
+    cache, graphed.compile_step = graphed.new_cache(1, 9), True
+    again = copy.deepcopy(graphed)
+    assert graphed._last is not None
+    assert again._last is None
+    assert again.compile_step
+    assert torch.equal(again(IDS), graphed(IDS))
+    del cache
+
+
+def test_weights_are_those_of_the_plain_model(lm: LanguageModel) -> None:
+    model, plain = lm.model, minopt.load_model(minopt.DEMO, device="cpu", dtype=lm.model.dtype)
+    expected = dict(plain.named_parameters())
+    found = dict(model.named_parameters())
+    assert [name for name in found if not name.endswith(int8.SCALE)] == list(expected)
+    for name, parameter in expected.items():
+        assert isinstance(found[name], nn.Parameter)
+        weight = found[name].clone()
+        if name + int8.SCALE in found:
+            assert torch.equal(weight, int8.quantize(parameter)[0])
+        else:
+            assert torch.equal(weight, parameter)
+    if len(found) == len(expected):
+        again = OPT(model.config, dtype=model.dtype)
+        again.load_state_dict(model.state_dict())
+        assert all(torch.equal(p, expected[name]) for name, p in again.named_parameters())
+
+
+def test_counting_and_looking_reads_no_weight(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(self: Any, name: str) -> Any:
+        raise AssertionError(name)
+
+    monkeypatch.setattr(type(lm.model), "read", read)
+    model = lm.model
+    scales = sum(p.shape[0] for name, p in model.named_parameters() if name.endswith(int8.SCALE))
+    plain = OPT(model.config, device="meta")
+    assert sum(p.numel() for p in model.parameters()) - scales == sum(p.numel() for p in plain.parameters())
+    assert next(model.parameters()).dtype == model.dtype
+    assert {p.device for p in model.parameters()} == {torch.device("cpu")}
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 0
+    assert len(repr(model)) < 2000
+    model.eval().to("cpu").zero_grad()
+
+
+MEASURE = """
+import sys
+from pathlib import Path
+import torch, minopt
+from minopt import OPT, OPTConfig
+from minopt.inference.fast import FastOPT
+
+def kilobytes(field):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(field + ":")).split()[1])
+
+config = OPTConfig(vocab_size=4000, hidden_size=768, num_hidden_layers=8, num_attention_heads=12, ffn_dim=3072)
+torch.manual_seed(0)
+model = FastOPT(config, OPT(config).state_dict().items())
+minopt.save_model(minopt.load_model(minopt.DEMO, device="cpu"), Path(sys.argv[1]) / "warm")
+Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew: man 5 proc
+before = kilobytes("VmRSS")
+for name, parameter in model.named_parameters():
+    parameter.sum()
+minopt.save_model(model, Path(sys.argv[1]) / "saved")
+print(1024 * (kilobytes("VmHWM") - before), sum(p.nbytes for p in model.parameters()))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
+def test_reading_all_parameters_and_saving_take_the_memory_of_a_tensor_or_two(tmp_path: Path) -> None:
+    result = subprocess.run([sys.executable, "-c", MEASURE, str(tmp_path)], capture_output=True, text=True, check=True)
+    more, total = map(int, result.stdout.split())
+    assert total > 200_000_000
+    assert more < 60_000_000  # the largest tensor has 12 MB, three joined 7 MB
+    with_plain = minopt.load_model(tmp_path / "saved", device="cpu")
+    assert with_plain.config.num_hidden_layers == 8
