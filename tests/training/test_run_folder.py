@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import time
@@ -138,7 +139,7 @@ def test_another_runs_checkpoint_is_gone_on_from_until_there_is_an_own_one(runs:
     ended = runs("mine", partial(signal_at, 9, signal.SIGTERM), resume=other, **SETTINGS)
     assert ended.code == 143, ended.said
     assert f"going on from {runs.folder / 'stopped' / 'checkpoints' / 'step-00000005'}, " in ended.said[0]
-    assert f"--resume {other}" in ended.last_line
+    assert f"--resume {shlex.quote(str(other))}" in ended.last_line
     ended = runs("mine", resume=other, **SETTINGS)
     assert ended.code == 0, ended.said
     assert f"going on from {runs.folder / 'mine' / 'checkpoints' / 'step-00000010'}, " in ended.said[0]

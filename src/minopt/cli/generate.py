@@ -53,7 +53,9 @@ def add_generate(verbs: Any) -> None:
         description="Continues a text and shows it token by token; or continues each prompt of a file, in batches.",
     )  # fmt: skip
     parser.set_defaults(run=_generate)
-    parser.add_argument("prompt", nargs="?", help='the text to continue, in quotes; "" is nothing, - standard input')
+    parser.add_argument(
+        "prompt", nargs="?", type=_text, help='the text to continue, in quotes; "" is nothing, - standard input'
+    )
     parser.add_argument("--echo", action="store_true", help="write the prompt first")
     add_model_arguments(parser)
     parser.add_argument(
@@ -86,6 +88,7 @@ def add_generate(verbs: Any) -> None:
     groups["length"].add_argument(
         "--stop-strings",
         action="append",
+        type=_text,
         metavar="TEXT",
         help="end before this text (a line end: $'\\n'); repeat the flag for several",
     )
@@ -136,6 +139,14 @@ def add_generate(verbs: Any) -> None:
     files.add_argument(
         "--top-logprobs", type=int, metavar="N", help="write the N most probable ids for each new token too"
     )
+
+
+def _text(word: str) -> str:
+    """A word of the command as UTF-8, also where the locale says that it is something less."""
+    try:
+        return os.fsencode(word).decode()
+    except UnicodeError:
+        return word
 
 
 def _ids(text: str) -> tuple[int, ...]:
