@@ -108,9 +108,12 @@ for name, options in ways.items():
     "## Beams\n"
     "\n"
     "Eight hypotheses are kept at each step, and the best eight come back, best first. All of a step's beams share "
-    "their past in the cache: the prompt is stored once, whatever their number.",
+    "their past in the cache: the prompt is stored once, whatever their number. Beams that survive differ at the end "
+    "only: on the left, the best one begins with less probable tokens than greedy decoding and wins later; on the "
+    "right, what the eight end with.",
     """
 import itertools
+import os
 
 import matplotlib.pyplot as plt
 
@@ -118,19 +121,27 @@ options = {"max_new_tokens": 24, "no_repeat_ngram_size": 3, "return_details": Tr
 records = lm.generate(prompt, num_beams=8, num_return_sequences=8, **options)
 greedy = lm.generate(prompt, **options)
 
-figure, axes = plt.subplots(figsize=(7, 3.8), layout="constrained")
-for rank, record in enumerate(records):
+shared = len(os.path.commonprefix([record.token_ids for record in records]))
+figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+for name, record, color in (("best beam", records[0], "#3b6ea5"), ("greedy", greedy, "#c4622d")):
     sums = list(itertools.accumulate(record.logprobs))
-    axes.plot(range(1, len(sums) + 1), sums, color="#3b6ea5", alpha=1 - rank / 10, lw=2.2 if rank == 0 else 1)
-sums = list(itertools.accumulate(greedy.logprobs))
-axes.plot(range(1, len(sums) + 1), sums, color="#c4622d", lw=1.8, ls="--")
-axes.annotate("best beam", (24, sum(records[0].logprobs)), xytext=(5, 2), textcoords="offset points", color="#3b6ea5")
-axes.annotate("greedy", (24, sums[-1]), xytext=(5, -8), textcoords="offset points", color="#c4622d")
-axes.set_xlabel("new tokens")
-axes.set_ylabel("log-probability so far")
-axes.set_title("eight beams and the greedy text", fontsize=10, loc="left")
-axes.margins(x=0.12)
-axes.spines[["top", "right"]].set_visible(False)
+    left.plot(range(1, len(sums) + 1), sums, color=color, label=name)
+left.axvspan(0.5, shared + 0.5, color="#3b6ea5", alpha=0.08, label=f"all beams alike ({shared} tokens)")
+left.set_xlabel("new tokens")
+left.set_ylabel("log-probability so far")
+left.set_title("the best beam and the greedy text", fontsize=10, loc="left")
+left.legend(frameon=False, fontsize=9)
+
+endings = [f"… {lm.tokenizer.decode(list(record.token_ids[shared:]))}" for record in records]
+right.plot([sum(record.logprobs) for record in records], range(len(records)), "o", color="#3b6ea5")
+right.set_yticks(range(len(records)), endings)
+right.invert_yaxis()
+right.set_xlabel("log-probability of the text")
+right.set_ylabel(f"its end, behind the {shared} shared tokens")
+right.set_title("where the eight beams part", fontsize=10, loc="left")
+right.grid(axis="y", alpha=0.3)
+for axes in (left, right):
+    axes.spines[["top", "right"]].set_visible(False)
 plt.show()
 
 for record in records[:3]:

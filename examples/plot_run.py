@@ -17,14 +17,14 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-# What metrics.jsonl calls it, and its title here. What no run has gets no axes.
+# What metrics.jsonl calls it, its title here, and what its axis counts. What no run has gets no axes.
 PANELS = {
-    "loss": "training loss (nats per token)",
-    "learning_rate": "learning rate",
-    "eval_loss": "dev loss (nats per token)",
-    "eval_exact_match": "dev exact match (%)",
-    "eval_f1": "dev F1 (%)",
-    "eval_rouge_l": "dev ROUGE-L (0 to 1)",
+    "loss": ("training loss", "nats per token"),
+    "learning_rate": ("learning rate", "per step"),
+    "eval_loss": ("dev loss", "nats per token"),
+    "eval_exact_match": ("dev exact match", "% of examples"),
+    "eval_f1": ("dev F1", "%"),
+    "eval_rouge_l": ("dev ROUGE-L", "0 to 1"),
 }
 MARKED = 60  # the most points that are drawn as such; a single one would be no line
 
@@ -62,7 +62,11 @@ def draw(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
     figure = Figure(figsize=(8, 1 + 1.9 * len(panels)), layout="constrained")
     column = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
     for key, axes in zip(panels, column, strict=True):
-        axes.set_title(PANELS[key], loc="left", fontsize="medium")
+        title, unit = PANELS[key]
+        counts = {r["eval_examples"] for records in runs.values() for r in records if key in r and "eval_examples" in r}
+        of = f", {' or '.join(f'{count:,.0f}' for count in sorted(counts))} examples" if counts else ""
+        axes.set_title(f"{title}{of}", loc="left", fontsize="medium")
+        axes.set_ylabel(unit)
         axes.yaxis.set_major_formatter("{x:.4g}")
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.3)
@@ -70,9 +74,11 @@ def draw(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
             # A step that was evaluated again after a resumption counts once; null is a gap in the curve.
             points = {r["step"]: math.nan if r[key] is None else r[key] for r in records if key in r}
             marker = "o" if len(points) <= MARKED else ""
-            axes.plot(list(points), list(points.values()), f"C{number}", marker=marker, markersize=3, linewidth=1.3)
+            axes.plot(list(points), list(points.values()), f"C{number}", marker=marker, markersize=3, linewidth=1.3,
+                      clip_on=False, zorder=3)  # fmt: skip
         if not key.endswith("loss"):
-            axes.set_ylim(bottom=0)
+            zeros = all(not r[key] for records in runs.values() for r in records if key in r)
+            axes.set_ylim(0, 1 if zeros else None)
     column[-1].set_xlabel("step")
     column[-1].set_xlim(left=0)
     column[-1].xaxis.set_major_locator(MaxNLocator(integer=True))

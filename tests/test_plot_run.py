@@ -49,22 +49,34 @@ def curves(figure: Any) -> dict[str, list[list[tuple[int, float]]]]:
 def test_each_metric_that_any_run_has_is_drawn_for_each_that_has_it() -> None:
     figure = plot_run.draw({"answers": LOSSES + ANSWERS, "questions": LOSSES[:1] + QUESTIONS})
     drawn = curves(figure)
-    assert list(drawn) == ["training loss (nats per token)", "learning rate", "dev loss (nats per token)",
-                           "dev exact match (%)", "dev F1 (%)", "dev ROUGE-L (0 to 1)"]  # fmt: skip
-    (first, gap, last), other = drawn["training loss (nats per token)"]
+    assert list(drawn) == ["training loss", "learning rate", "dev loss, 2 examples",
+                           "dev exact match", "dev F1", "dev ROUGE-L, 2 examples"]  # fmt: skip
+    (first, gap, last), other = drawn["training loss"]
     assert (first, last, other) == ((10, 5.5), (30, 4.5), [(10, 5.5)])
     assert math.isnan(gap[1])
     assert drawn["learning rate"][0] == [(10, 3e-5), (20, 2e-5), (30, 1e-5)]
-    assert drawn["dev loss (nats per token)"] == [[(20, 5.0)], [(30, 4.0)]]  # the later of two evaluations of a step
-    assert drawn["dev exact match (%)"] == [[(20, 30.0)], []]
-    assert drawn["dev F1 (%)"] == [[(20, 40.0)], []]
-    assert drawn["dev ROUGE-L (0 to 1)"] == [[], [(30, 0.25)]]
+    assert drawn["dev loss, 2 examples"] == [[(20, 5.0)], [(30, 4.0)]]  # the later of two evaluations of a step
+    assert drawn["dev exact match"] == [[(20, 30.0)], []]
+    assert drawn["dev F1"] == [[(20, 40.0)], []]
+    assert drawn["dev ROUGE-L, 2 examples"] == [[], [(30, 0.25)]]
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["answers", "questions"]
     first_color, other_color = (line.get_color() for line in figure.axes[0].get_lines())
     assert first_color != other_color
     for axes in figure.axes:
         assert [line.get_color() for line in axes.get_lines()] == [first_color, other_color]
     assert {axes.get_xlim() for axes in figure.axes} == {figure.axes[0].get_xlim()}
+
+
+def test_axes_have_labels_and_metrics_of_zeros_are_seen_on_a_scale_of_their_own() -> None:
+    zeros = [{"step": step, "eval_loss": 9.0, "eval_f1": 0.0, "eval_rouge_l": 0.0, "eval_examples": 200.0}
+             for step in (10, 20)]  # fmt: skip
+    figure = plot_run.draw({"zeros": [*LOSSES, *zeros], "one step": [{"step": 1, "learning_rate": 0.0, "loss": 1.0}]})
+    assert all(axes.get_ylabel() for axes in figure.axes)
+    assert figure.axes[-1].get_xlabel() == "step"
+    assert [axes.get_title(loc="left") for axes in figure.axes][2:] == [
+        "dev loss, 200 examples", "dev F1, 200 examples", "dev ROUGE-L, 200 examples"]  # fmt: skip
+    assert [axes.get_ylim() for axes in figure.axes[3:]] == [(0, 1), (0, 1)]
+    assert not any(line.get_clip_on() for axes in figure.axes for line in axes.get_lines())  # 0 lies on the edge
 
 
 def test_a_single_point_is_seen_and_many_are_a_line() -> None:
