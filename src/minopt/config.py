@@ -189,7 +189,7 @@ class OPTConfig:
         taken = {k: v for k, v in values.items() if k in known}
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
             if name in taken:
-                taken[name] = _within_table(name, taken[name], taken.get("vocab_size", cls.vocab_size))
+                taken[name] = within_table(name, taken[name], taken.get("vocab_size", cls.vocab_size))
         return cls(**taken, extra={k: v for k, v in values.items() if k not in known and k != "model_type"})
 
     def to_dict(self) -> dict[str, Any]:
@@ -247,7 +247,7 @@ def is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and -1e300 < value < 1e300
 
 
-def _within_table(name: str, ids: Any, rows: Any) -> Any:
+def within_table(name: str, ids: Any, rows: Any) -> Any:
     """Token ids without those that are no row of the token table, which no text can hold."""
     if not is_int(rows) or not (is_int(ids) or (isinstance(ids, list) and all(map(is_int, ids)))):
         return ids  # to be refused

@@ -586,7 +586,8 @@ def load(
             raise ValueError(f"{name}: {path} is a program, compiled with its own. Leave it out.")
     place = path if checkpoint is None else checkpoint.found.folder
     reader = Tokenizer.beside(place, tokenizer)
-    defaults = read_defaults(place / "generation_config.json")
+    rows = {} if checkpoint is None else {"rows": checkpoint.config.vocab_size}
+    defaults = read_defaults(place / "generation_config.json", **rows)
     model: OPT | ExportedModel
     if checkpoint is None:
         model = load_exported(path, device=device, dtype=number_type or "auto")

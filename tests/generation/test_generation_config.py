@@ -550,3 +550,13 @@ def test_a_files_number_of_continuations_gives_way_to_greedy_decoding() -> None:
     file = {"num_beams": 4, "num_return_sequences": 3}
     assert with_defaults(file, {}).num_return_sequences == 3
     assert with_defaults(file, {"num_beams": 1}) == GenerationConfig()
+
+
+def test_ids_beyond_the_token_table_are_left_out_of_a_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "generation_config.json"
+    path.write_text(json.dumps({"pad_token_id": -1, "eos_token_id": [2, 99], "max_new_tokens": 3}))
+    assert read_defaults(path, 96) == {"eos_token_id": [2], "max_new_tokens": 3}
+    assert len(caplog.messages) == 2
+    path.write_text(json.dumps({"eos_token_id": 99}))
+    assert read_defaults(path, 96) == {}
+    assert read_defaults(path) == {"eos_token_id": 99}

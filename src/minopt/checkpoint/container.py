@@ -28,6 +28,39 @@ _LOCAL_HEADER = b"PK\x03\x04"
 _ENCRYPTED = 0x1
 
 
+class _Window(io.RawIOBase):
+    """Some bytes of a file, as a file."""
+
+    def __init__(self, file: Any, start: int, length: int) -> None:
+        self._file, self._start, self._length, self._position = file, start, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._position = max(0, offset + (0, self._position, self._length)[whence])
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        self._file.seek(self._start + self._position)
+        count = self._file.readinto(memoryview(buffer)[: max(0, self._length - self._position)])
+        self._position += count
+        return count
+
+
+def open_piece(path: Path, start: int, length: int) -> tuple[Any, dict[str, int]]:
+    """``open_container`` of what ``torch.save`` wrote into the middle of a file; the storages' bytes are the file's."""
+    with path.open("rb") as file:
+        content, begin = _open_zip(_Window(file, start, length))
+    return content, {key: start + position for key, position in begin.items()}
+
+
 def open_container(path: Path) -> tuple[Any, dict[str, int]]:
     """Reads what a file of ``torch.save`` describes, without its numbers.
 

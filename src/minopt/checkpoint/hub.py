@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from minopt.checkpoint.divided import METADATA
 from minopt.checkpoint.errors import MissingFileError, first_line, some
 from minopt.checkpoint.source import LAYOUTS, METASEQ, PICKLES, SAFETENSORS, check_link, no_weights, parts_of
 from minopt.checkpoint.strangers import unfinished_run
@@ -78,7 +79,11 @@ def _model_folder(path: Path) -> Path:
 
 
 def _is_model(folder: Path) -> bool:
-    return (folder / "config.json").is_file() or _has_weights(folder) or any(folder.glob(METASEQ[0]))
+    return (
+        any((folder / name).is_file() for name in ("config.json", METADATA))
+        or _has_weights(folder)
+        or any(folder.glob(METASEQ[0]))
+    )
 
 
 def _download(name: str, revision: str | None, local_files_only: bool) -> Path:

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from minopt import int8
+from minopt.checkpoint.divided import METADATA, open_divided
 from minopt.checkpoint.errors import AmbiguousPathError, CheckpointError, MissingFileError, some
 from minopt.checkpoint.metaseq import FileSet, group_files, open_metaseq
 from minopt.checkpoint.metaseq_config import facts_of, infer_config
@@ -33,6 +34,8 @@ METASEQ = ("*.pt",)
 # In the order of preference where a folder holds several.
 LAYOUTS = (*SAFETENSORS[:2], *PICKLES[:2])
 
+
+_DIVIDED = "torch.distributed.checkpoint"
 
 _MOST_LAYERS = 1000  # the largest OPT has 96
 
@@ -118,7 +121,7 @@ def find_files(path: Path) -> Found:
         raise MissingFileError(f"{path}: expected a folder or a file of a checkpoint, got neither.")
     if path.name.endswith(".index.json"):
         return _indexed(path)
-    if path.suffix in (".json", ".txt"):
+    if path.suffix in (".json", ".txt", ".distcp") or path.name == METADATA:
         return _in_folder(path.parent)
     for index in (path.parent / layout for layout in LAYOUTS):
         if index.name.endswith(".index.json") and index.is_file() and path.name in _shard_names(index):
@@ -141,6 +144,9 @@ def _in_folder(folder: Path) -> Found:
         raise no_weights(folder)
     if len(found) > 1:
         raise AmbiguousPathError(f"{folder}: holds {len(found)} checkpoints ({some(found)}). Name the file of one.")
+    if not found and (folder / METADATA).is_file():
+        files = tuple(sorted(folder.glob("*.distcp")))
+        return Found(f"{_DIVIDED}, {len(files)} files", folder, files)
     if layout is not None:
         return _indexed(folder / layout) if layout.endswith(".index.json") else _single(folder / layout)
     if sets:
@@ -293,15 +299,11 @@ def _open_hf(found: Found, override: OPTConfig | None, ignore: Sequence[str]) ->
                                f"missing: {some(found.missing)}. Fetch them again.")  # fmt: skip
     quantization = _quantization_of(found.folder, override)
     check_quantization(quantization, found.folder / "config.json")
-    files = [_open(path) for path in found.files]
-    counts = Counter(key for file in files for key in file.shapes)
-    if twice := sorted(key for key, count in counts.items() if count > 1):
-        raise CheckpointError(f"{found.folder}: stored in several of its files: {some(twice)}. Fetch the files again.")
-    where = found.files[0] if len(files) == 1 else found.folder
-    pieces = {key: Slice.whole(file, key) for file in files for key in file.shapes}
+    where = found.files[0] if len(found.files) == 1 else found.folder
+    pieces = open_divided(found.folder) if found.kind.startswith(_DIVIDED) else _pieces(found)
     named: dict[str, tuple[str, Slice]] = {}
     twice, heads = [], []
-    for key, short in own_keys(pieces, ignore, where).items():
+    for key, short in own_keys(pieces, ignore, where, say=not found.kind.startswith(_DIVIDED)).items():
         name, piece = from_hf(short), pieces[key]
         if short == HF_HEAD:
             heads.append((key, piece))
@@ -328,6 +330,15 @@ def _open_hf(found: Found, override: OPTConfig | None, ignore: Sequence[str]) ->
     return Checkpoint(found, config, source, tensors, tuple((head, 0) for _, head in heads))
 
 
+def _pieces(found: Found) -> dict[str, Slice]:
+    """The tensors of all files, by their keys."""
+    files = [_open(path) for path in found.files]
+    counts = Counter(key for file in files for key in file.shapes)
+    if twice := sorted(key for key, count in counts.items() if count > 1):
+        raise CheckpointError(f"{found.folder}: stored in several of its files: {some(twice)}. Fetch the files again.")
+    return {key: Slice.whole(file, key) for file in files for key in file.shapes}
+
+
 def _quantization_of(folder: Path, override: OPTConfig | None) -> object:
     """The ``quantization_config`` of a folder, or of the configuration that takes its place; ``None`` without one."""
     given, path = None if override is None else override.extra.get(int8.CONFIG_KEY), folder / "config.json"
@@ -352,13 +363,19 @@ def _hf_config(
         return override, "as given"
     if (folder / "config.json").is_file():
         return _read_config(folder / "config.json"), "config.json"
+    if (folder / METADATA).is_file() and (folder / "state.json").is_file():
+        return _read_config(folder / "state.json", "config"), "state.json"
     return infer_config(facts_of(shapes, where), where), "its tensors"
 
 
-def _read_config(path: Path) -> OPTConfig:
+def _read_config(path: Path, key: str | None = None) -> OPTConfig:
+    """A configuration in a JSON file: all that it holds, or what is under a key."""
     try:
-        return OPTConfig.load(path)
+        values = read_json(path) if key is None else read_json(path).get(key)
+        return OPTConfig.from_dict(values if isinstance(values, dict) else {})
     except ValueError as error:
+        if not str(error).startswith(str(path)):
+            raise CheckpointError(f"{path}: {error}") from None
         raise CheckpointError(str(error)) from None
 
 

@@ -94,12 +94,15 @@ class Placeholder:
     items: dict[Any, Any] = field(default_factory=dict)
 
 
-def read_pickle(file: BinaryIO, storages: list[Storage] | None = None) -> Any:
+def read_pickle(
+    file: BinaryIO, storages: list[Storage] | None = None, pairs: list[tuple[Placeholder, Any]] | None = None
+) -> Any:
     """Reads one pickle from where the file stands, and leaves it behind the pickle's last byte.
 
     Args:
         file: open for reading bytes.
         storages: gets each storage that the pickle names, each once.
+        pairs: gets the items of dicts whose keys are placeholders.
 
     Returns:
         None, booleans, numbers, strings, bytes, tuples, lists, sets (as lists), dicts, and ``StoredTensor``,
@@ -115,6 +118,8 @@ def read_pickle(file: BinaryIO, storages: list[Storage] | None = None) -> Any:
             machine.run(file)
         if storages is not None:
             storages += machine.storages.values()
+        if pairs is not None:
+            pairs += machine.pairs
         return machine.stack.pop()
     except UnpickleError:
         raise
@@ -134,6 +139,7 @@ class _Machine:
         self.marks: list[int] = []
         self.memo: dict[int, Any] = {}
         self.storages: dict[str, Storage] = {}
+        self.pairs: list[tuple[Placeholder, Any]] = []
 
     def run(self, file: BinaryIO) -> None:
         for count, (opcode, argument, _) in enumerate(pickletools.genops(file)):
@@ -190,6 +196,8 @@ class _Machine:
             raise UnpickleError(f"damaged pickle, items set on a {type(target).__name__}")
         for key, value in zip(pairs[::2], pairs[1::2], strict=True):
             # Only text: numbers can be chosen so that they collide in a dict, which then takes quadratic time.
+            if isinstance(key, Placeholder):
+                self.pairs.append((key, value))
             entries[key if isinstance(key, str) else f"({type(key).__name__}{NOT_TEXT}"] = value
 
     def extend(self, values: list[Any]) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from minopt.config import is_int, is_number, read_json
+from minopt.config import is_int, is_number, read_json, within_table
 
 logger = logging.getLogger(__name__)
 
@@ -214,10 +214,14 @@ def with_defaults(defaults: Mapping[str, Any], options: Mapping[str, Any]) -> Ge
     return GenerationConfig().replace(**{**kept, **options})
 
 
-def read_defaults(path: Path) -> dict[str, Any]:
+def read_defaults(path: Path, rows: int = 2**31) -> dict[str, Any]:
     """The options in a ``generation_config.json`` as transformers writes it; ``{}`` if there is no such file.
 
     What it holds beside, and would change tokens, is named in one warning.
+
+    Args:
+        path: of the file.
+        rows: of the model's token table, beyond which an id means nothing.
 
     Raises:
         ValueError: if the file is no JSON object, or an option in it that has an effect makes no sense.
@@ -225,11 +229,14 @@ def read_defaults(path: Path) -> dict[str, Any]:
     content = read_json(path) if path.is_file() else {}
     given = {name: value for name, value in content.items() if value is not None and name not in _IRRELEVANT}
     options = {name: value for name, value in given.items() if name in _DEFAULTS}
+    for name in ("pad_token_id", "eos_token_id"):
+        if name in options and (kept := within_table(name, options.pop(name), rows)) is not None:
+            options[name] = kept
     try:
         check_values({name: value for name, value in options.items() if name not in _idle(options)})
     except ValueError as error:
         raise ValueError(f"{path}: {error} Mend the file, or remove it.") from None
-    if foreign := [name for name in given if name not in options and given[name] not in (False, _OFF.get(name))]:
+    if foreign := [name for name in given if name not in _DEFAULTS and given[name] not in (False, _OFF.get(name))]:
         logger.warning("%s: ignored, for minopt does not have it: %s.", path, ", ".join(foreign))
     return options
 

@@ -304,6 +304,8 @@ class _Run:
     def _write_beginning(self) -> None:
         text = json.dumps({**self.record, "minopt": __version__, "torch": torch.__version__}, indent=1)
         write_durably(self.folder / SETTINGS, text + "\n")
+        self.checkpoints.folder.mkdir(exist_ok=True)
+        self.tokenizer.save(self.checkpoints.folder)  # a checkpoint opens as a model
         begin_metrics(self.folder, self.step, self.evaluated_step)
 
     def _settle_buckets(self) -> None:
@@ -429,6 +431,7 @@ class _Run:
         result = self.evaluated
         return {
             **self.record,
+            "config": self.model.config.to_dict(),
             "step": self.step,
             "skipped": [self.skipped, self.skipped_in_a_row],
             "best": self.best,
