@@ -70,7 +70,7 @@ def test_pieces_of_any_number_of_processes_are_put_together(front: str, processe
         model = load_model(path, device="cpu")
         for name, parameter in model.named_parameters():
             assert torch.equal(parameter, state()[f"model.decoder.{name}"]), name
-    assert inspect_checkpoint(folder).kind == f"torch.distributed.checkpoint, {processes} files"
+    assert inspect_checkpoint(folder).kind == f"torch.distributed.checkpoint, {processes} file{'s' * (processes > 1)}"
     convert(folder, tmp_path / "new")
     again = load_model(tmp_path / "new", device="cpu", dtype="bfloat16")
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.bfloat16().parameters(), strict=True))

@@ -131,11 +131,16 @@ def own_keys(keys: Iterable[str], ignore: Sequence[str], where: object, *, say: 
         inside = _without_common(name, root)
         if name.startswith(root) or inside.split(".")[0] in _HEADS:
             own[key] = inside
-    if say and (wrapped := next((key for key, name in own.items() if key != name and is_decoders(key)), None)):
-        logger.warning("%s: names are those of a wrapped model: %s is read as %s.", where, wrapped, own[wrapped])
-    if say and (beside := Counter(name.partition(".")[0] for key, name in plain.items() if key not in own)):
-        parts = [f"{name} ({count} tensors)" for name, count in beside.items()]
-        logger.warning("%s: an OPT within a larger model, whose other parts are left out: %s.", where, some(parts, 8))
+    wrapped = next((key for key, name in own.items() if key != name and is_decoders(key)), None)
+    if say and wrapped is not None:
+        beside = Counter(name.partition(".")[0] for key, name in plain.items() if key not in own)
+        rest = ""
+        if beside:
+            parts = some([f"{name} ({count})" for name, count in beside.items()], 8)
+            rest = f" Tensors of other parts of a larger model are left out: {parts}."
+        logger.warning(
+            "%s: names are those of a wrapped model: %s is read as %s.%s", where, wrapped, own[wrapped], rest
+        )
     return own
 
 
@@ -160,6 +165,8 @@ def _root(names: list[str], where: object) -> str:
             f"{where}: expected one OPT, got {len(whole)} decoders, whose names begin with {some(sorted(whole))}. "
             f'Leave out all but one: ignore=["{max(whole, key=len)}*"] (--ignore "{max(whole, key=len)}*").'
         )
+    if any(map(_ADAPTER.search, names)) and not found:
+        raise CheckpointError(f"{where}: expected a model's tensors, got {some(names)}. {left_out(names)}")
     if not found:
         raise CheckpointError(
             f"{where}: none of its tensors is called as an OPT's: expected {to_hf('embed_tokens.weight')}, "

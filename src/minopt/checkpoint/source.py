@@ -146,7 +146,7 @@ def _in_folder(folder: Path) -> Found:
         raise AmbiguousPathError(f"{folder}: holds {len(found)} checkpoints ({some(found)}). Name the file of one.")
     if not found and (folder / METADATA).is_file():
         files = tuple(sorted(folder.glob("*.distcp")))
-        return Found(f"{_DIVIDED}, {len(files)} files", folder, files)
+        return Found(f"{_DIVIDED}, {len(files)} file{'s' * (len(files) > 1)}", folder, files)
     if layout is not None:
         return _indexed(folder / layout) if layout.endswith(".index.json") else _single(folder / layout)
     if sets:
