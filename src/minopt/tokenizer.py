@@ -120,6 +120,9 @@ class Tokenizer:
     def find(folder: Path) -> Path | None:
         """The folder of the tokenizer of weights in ``folder``: that one, or the one above; ``None`` without files."""
         for place in (folder, folder.resolve().parent):
+            for path in (place / name for form in _FORMS for name in form):
+                if path.is_symlink() and not path.exists():
+                    raise FileNotFoundError(f"{path}: a link to a file that is not there. Mend or remove the link.")
             if any(all((place / name).is_file() for name in form) for form in _FORMS):
                 return place
         return None

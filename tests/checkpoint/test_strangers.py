@@ -224,6 +224,13 @@ def test_a_link_that_leads_nowhere_is_named(target: str, file: str, tmp_path: Pa
         load_model(str(tmp_path / "link"))
 
 
+def test_a_tokenizer_whose_link_leads_nowhere_is_named(tmp_path: Path) -> None:
+    reference().save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "tokenizer.json").symlink_to("../gone")
+    with pytest.raises(FileNotFoundError, match=r"tokenizer\.json: a link to a file that is not there"):
+        load(tmp_path / "model", device="cpu")
+
+
 def test_a_shard_whose_link_leads_nowhere_is_named(tmp_path: Path) -> None:
     folder = tmp_path / "model"
     folder.mkdir()

@@ -55,7 +55,8 @@ def find_model(
         return _model_folder(path)
     check_link(path)
     if path.exists() or parts_of(path) is not None:
-        return path.parent if (path.parent / "manifest.json").is_file() else path  # a program is opened by its folder
+        is_program = path.name in ("program.pt2", "manifest.json")
+        return path.parent if is_program and (path.parent / "manifest.json").is_file() else path
     if isinstance(name_or_path, Path) or not _HUB_NAME.fullmatch(name_or_path):
         raise FileNotFoundError(f"{name_or_path}: no such folder, and not the name of a model on the hub (owner/name).")
     if config_only:

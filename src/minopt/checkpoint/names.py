@@ -120,7 +120,7 @@ def own_keys(keys: Iterable[str], ignore: Sequence[str], where: object, *, say: 
         CheckpointError: if they are of several decoders, or of none.
     """
     plain = {key: _unwrapped(key) for key in keys}
-    for pattern in ignore:
+    for pattern in [ignore] if isinstance(ignore, str) else ignore:
         ignored = [key for key, name in plain.items() if fnmatchcase(key, pattern) or fnmatchcase(name, pattern)]
         if not ignored:
             logger.warning("%s: ignore: no tensor is called %s.", where, pattern)

@@ -12,7 +12,7 @@ _DEEPSPEED = ("the shards that DeepSpeed divides weights and optimizer into. Put
               "zero_to_fp32.py, which lies beside them.")  # fmt: skip
 
 _KNOWN = (
-    (("program.pt2", "manifest.json"), f"a program of minopt export, which has no weights. {_SOURCE}"),
+    (("program.pt2",), f"a program of minopt export, which has no weights. {_SOURCE}"),
     (("zero_to_fp32.py", "global_step*", "*zero_pp_rank_*"), _DEEPSPEED),
     (("*.incomplete", "*.part", "*.crdownload", "*.aria2"), "a download that did not finish. Start it again."),
     (("*.gguf", "ggml-*.bin"), f"a model for llama.cpp. {_SOURCE}"),
