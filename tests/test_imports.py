@@ -26,7 +26,7 @@ ORDER = (
     ("config",),
     ("cache", "distributed", "int8"),
     ("model",),
-    ("tokenizer",),
+    ("tokenizer", "wrapped"),
     ("generation",),
     ("checkpoint", "inference", "parallel"),
     ("evaluation", "plan", "streamed"),

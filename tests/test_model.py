@@ -720,3 +720,17 @@ def test_one_token_in_bfloat16_compiles_exports_and_runs_under_autocast() -> Non
         expected = model(ids)
         model.compile(backend="eager", fullgraph=True)
         assert torch.allclose(model(ids), expected, atol=1e-2)
+
+
+def test_gradients_where_a_text_holds_the_pad_id_are_those_of_transformers(kind: str) -> None:
+    """Looking its row up gives that row none; the head does."""
+    reference = build_reference(kind, dtype=torch.float64)
+    ours = build_ours(reference)
+    ids = torch.tensor([[2, 1, 9, 1, 40], [1, 7, 7, 1, 3]])
+    assert reference.config.pad_token_id == 1
+    for logits in (reference(ids).logits, ours(ids)):
+        logits.square().mean().backward()
+    expected = reference.model.decoder.embed_tokens.weight.grad
+    assert ours.embed_tokens.weight.grad is not None
+    assert torch.allclose(ours.embed_tokens.weight.grad, expected, rtol=1e-9, atol=1e-12)
+    assert expected[1].abs().max() > 0

@@ -34,6 +34,7 @@ from minopt.plan import shortage
 from minopt.progress import bar
 from minopt.streamed import StreamedOPT
 from minopt.tokenizer import StopStrings, Tokenizer, pad_left
+from minopt.wrapped import decoder_of
 
 if TYPE_CHECKING:  # it takes a quarter of a second to import
     from torch.distributed.device_mesh import DeviceMesh
@@ -112,7 +113,7 @@ class LanguageModel:
         tokenizer: Tokenizer | None,
         generation_defaults: Mapping[str, Any] | None = None,
     ) -> None:
-        self.decoder = model
+        self.decoder: OPT | ExportedModel = decoder_of(model)
         self.tokenizer = tokenizer
         self.generation_defaults = dict(generation_defaults or {})
 

@@ -61,18 +61,33 @@ class Packed:
     lengths: tuple[int, ...]
 
 
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    if weight.is_meta and not x.is_meta:  # torch would give whatever the memory holds
+        raise ValueError(
+            f"model: expected weights with numbers, got one on the meta device under activations on {x.device}. Load "
+            "the model with minopt.load, whose option offload keeps weights elsewhere."
+        )
+    return F.linear(x, weight, bias)
+
+
 class Linear(nn.Linear):
     """``nn.Linear`` left unfilled: OPT draws all weights itself, and loading replaces them anyway."""
 
     def reset_parameters(self) -> None:
         pass
 
+    def forward(self, x: Tensor) -> Tensor:
+        return _product(x, self.weight, self.bias)
+
 
 class Embedding(nn.Embedding):
-    """``nn.Embedding`` left unfilled, as ``Linear`` is."""
+    """``nn.Embedding`` left unfilled, as ``Linear`` is; of floats it gives the product with its table, for the head."""
 
     def reset_parameters(self) -> None:
         pass
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _product(x, self.weight) if x.is_floating_point() else super().forward(x)
 
 
 class Attention(nn.Module):
@@ -183,7 +198,8 @@ class OPT(nn.Module):
         super().__init__()
         self.config = config
         C, E = config.hidden_size, config.embed_dim
-        self.embed_tokens = Embedding(config.vocab_size, E, device=device, dtype=dtype)
+        # A padding_idx as in fairseq and transformers: looking its row up gives it no gradient, the head does.
+        self.embed_tokens = Embedding(config.vocab_size, E, config.pad_token_id, device=device, dtype=dtype)
         self.embed_positions = Embedding(
             config.max_position_embeddings + POSITION_OFFSET, C, device=device, dtype=dtype
         )
@@ -304,8 +320,15 @@ class OPT(nn.Module):
         return x if self.project_out is None else self.project_out(x)
 
     def head(self, h: Tensor) -> Tensor:
-        """Logits ``[..., V]`` of hidden states ``[..., E]``: the product with the token table."""
-        return F.linear(h, self.embed_tokens.weight)
+        """Logits ``[..., V]`` of hidden states ``[..., E]``: the product with the token table.
+
+        Raises:
+            ValueError: if the table is on the meta device and the hidden states are not.
+        """
+        if isinstance(self.embed_tokens, Embedding):
+            # Its forward is what programs replace that keep weights elsewhere (accelerate); its hooks want embeddings.
+            return self.embed_tokens.forward(h)
+        return _product(h, self.embed_tokens.weight)  # of an adapter in its place, which acts on embeddings alone
 
     def new_cache(self, batch_size: int, capacity: int) -> KVCache:
         """An empty cache for ``batch_size`` rows of up to ``capacity`` tokens, in the model's dtype and place."""

@@ -43,6 +43,11 @@ def find_model(
         PermissionError: if the hub wants another login.
         ConnectionError: if the hub cannot be reached and the cache has no copy, or a download breaks off.
     """
+    if not isinstance(name_or_path, (str, Path)):
+        raise ValueError(
+            f"model: expected a folder or a name on the hub, got {type(name_or_path).__name__}. Save a model first: "
+            "minopt.save_model(model, folder)."
+        )
     if name_or_path == "":
         raise FileNotFoundError("model: no such folder: expected a folder or a name on the hub, got an empty text.")
     try:

@@ -22,6 +22,7 @@ from minopt.checkpoint.source import weight_files
 from minopt.config import OPTConfig
 from minopt.model import OPT
 from minopt.tokenizer import Tokenizer
+from minopt.wrapped import decoder_of
 
 MAX_SHARD_BYTES = 5_000_000_000  # what transformers 4 splits at
 
@@ -59,7 +60,7 @@ def save_model(
         ValueError: if the model was changed: wrapped, parametrised, layers shared.
         OSError: if it cannot be written; the old folder is as it was.
     """
-    folder = Path(folder)
+    folder, model = Path(folder), decoder_of(model)
     tensors = _tensors(model)
     with replacing(folder, TOKENIZER_FILES if tokenizer else ()) as new:
         read = tensors.__getitem__ if numbers is None else lambda _: next(numbers)
@@ -139,7 +140,6 @@ def _tensors(model: OPT) -> dict[str, Tensor]:
     Raises:
         ValueError: if they are not just those of an OPT of its configuration.
     """
-    model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
     parameters = dict(model.named_parameters())
     expected = set(OPT(model.config, device="meta").state_dict())
     if any(name.endswith(int8.SCALE) for name in parameters):

@@ -17,6 +17,7 @@ from torch import Tensor
 from minopt.config import OPTConfig
 from minopt.generation.config import GenerationConfig
 from minopt.generation.logits import Rule, build_rules
+from minopt.wrapped import decoder_of
 
 Criterion = Callable[[Tensor, Any], Tensor]
 
@@ -219,6 +220,7 @@ def prepare(
     Raises:
         ValueError: as ``generate`` says.
     """
+    decoder = decoder_of(decoder)
     if generator is not None and config.seed is not None:
         raise ValueError("generation: give a seed or a generator, not both.")
     if generator is not None and not config.do_sample:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from minopt.generation.request import Decoder
 from minopt.model import OPT
+from minopt.wrapped import decoder_of
 
 # Positions whose logits are in memory at once: 51 MB of OPT's vocabulary in float32.
 CHUNK = 256
@@ -40,6 +41,7 @@ def token_logprobs(model: Decoder, rows: Sequence[Sequence[int]], starts: Sequen
     """
     if not rows:
         return []
+    model = decoder_of(model)
     _check(model, rows, starts)
     if not isinstance(model, OPT):
         return _in_chunks(model, rows, starts)

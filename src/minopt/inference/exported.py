@@ -10,6 +10,7 @@ import json
 import platform
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -132,6 +133,12 @@ class ExportedModel:
         except RuntimeError as error:
             reason = (str(error).splitlines() or ["RuntimeError"])[0]
             raise ValueError(f"{self._path}: cannot be loaded ({reason}). {_AGAIN}") from None
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"{type(self).__name__}: has no {name!r}. {NO_WEIGHTS}")
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise ValueError(f"{type(self).__name__}: cannot be copied or pickled. Load it again, from its folder.")
 
     def new_cache(self, batch_size: int, capacity: int) -> KVCache:
         """An empty cache for ``batch_size`` rows of up to ``capacity`` tokens, in the program's dtype and place."""
