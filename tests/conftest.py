@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -35,6 +36,14 @@ def shared_data() -> Path:
     if not SHARED_DATA.is_dir():
         pytest.skip("needs ../shared/data beside the project (real OPT tokenizer files, SQuAD, books)")
     return SHARED_DATA
+
+
+def copy_of(folder: str | Path, target: Path) -> Path:
+    """A copy of a folder's files that can be written to, wherever they come from."""
+    target.mkdir(parents=True)
+    for path in Path(folder).iterdir():
+        shutil.copyfile(path, target / path.name)
+    return target
 
 
 def build_reference(kind: str, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import shutil
 import signal
 import struct
 import subprocess
@@ -35,6 +34,7 @@ from tests.checkpoint.sources import (
     write_source,
 )
 from tests.checkpoint.test_hub import environment
+from tests.conftest import copy_of
 from tests.hub_server import Hub
 
 DEMO = Path(minopt.DEMO)
@@ -165,7 +165,7 @@ def test_there_and_back_by_the_command_line(parts: Path, tmp_path: Path) -> None
 def test_what_a_user_can_mend_is_one_line(
     arguments: list[str], message: str, parts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    shutil.copytree(DEMO, tmp_path / "old")
+    copy_of(DEMO, tmp_path / "old")
     for name in ("old/notes.txt", "thesis/chapter-1.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("mine")

@@ -22,7 +22,7 @@ import minopt
 from minopt import OPT, LanguageModel, TrainingConfig, export, export_model, inspect_checkpoint
 from minopt.cli import main
 from minopt.inference.exported import ExportedModel, load_exported
-from tests.conftest import build_ours, build_reference, quantized_state
+from tests.conftest import build_ours, build_reference, copy_of, quantized_state
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "infer_exported.py"
 LENGTH, ROWS = 64, 4
@@ -502,7 +502,7 @@ def test_what_is_there_is_never_replaced(kind: str, tmp_path: Path, capsys: pyte
     elif kind == "folder":
         path.mkdir()
     else:
-        shutil.copytree(minopt.DEMO, path)
+        copy_of(minopt.DEMO, path)
     before = sorted(tmp_path.rglob("*"))
     assert main(["export", minopt.DEMO, str(path)]) == 2
     assert capsys.readouterr().err == f"minopt: error: {path}: is there already. Name another folder.\n"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -22,7 +21,7 @@ from minopt import streamed as streamed_module
 from minopt.cli import main
 from minopt.streamed import StreamedOPT
 from tests.checkpoint.sources import KINDS_AND_SOURCES, write_source
-from tests.conftest import build_ours, build_reference
+from tests.conftest import build_ours, build_reference, copy_of
 from tests.test_tensor_parallel import IDS, MASK, results
 
 
@@ -221,7 +220,7 @@ def test_options_that_do_not_fit(options: dict[str, Any], expected: str) -> None
 @pytest.mark.parametrize("place", ["new", "its own folder"])
 def test_a_streamed_model_is_saved_out_of_its_files(place: str, tmp_path: Path) -> None:
     source = tmp_path / "its own folder"
-    shutil.copytree(minopt.DEMO, source)
+    copy_of(minopt.DEMO, source)
     lm = minopt.load(source, device="cpu", offload="disk")
     logits = lm.model(IDS)
     lm.save(tmp_path / place)

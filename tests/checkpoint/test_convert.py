@@ -41,7 +41,7 @@ from tests.checkpoint.sources import (
     write_source,
 )
 from tests.checkpoint.test_load import change_config
-from tests.conftest import SHARED_DATA, SIZE, build_reference
+from tests.conftest import SHARED_DATA, SIZE, build_reference, copy_of
 from tests.texts import EMOJI
 
 IDS = torch.randint(3, 96, (2, 9), generator=torch.Generator().manual_seed(1))
@@ -896,8 +896,8 @@ def test_a_disk_that_fills_up_in_the_middle_is_one_line_and_leaves_all_as_it_was
     flags: list[str], tmp_path: Path
 ) -> None:
     source, fresh, old = (tmp_path / name for name in ("source", "fresh", "old"))
-    shutil.copytree(minopt.DEMO, source)
-    shutil.copytree(minopt.DEMO, old)
+    copy_of(minopt.DEMO, source)
+    copy_of(minopt.DEMO, old)
     (old / "notes.txt").write_text("keep me")
     before = content(tmp_path)
     command = [sys.executable, "-B", "-c", FULL, "convert", str(source)]
