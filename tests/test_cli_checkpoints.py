@@ -309,7 +309,7 @@ def test_what_cannot_be_loaded_is_described_with_exit_code_1(
 def test_what_is_no_checkpoint_is_one_line(parts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "/nowhere: no such folder" in error_of(["inspect", str(tmp_path / "nowhere")], capsys)
     (tmp_path / "empty").mkdir()
-    assert "expected a model's folder" in error_of(["inspect", str(tmp_path / "empty"), "--json"], capsys)
+    assert "empty: expected weights (" in error_of(["inspect", str(tmp_path / "empty"), "--json"], capsys)
     write_source("singleton", parts)
     line = error_of(["inspect", str(parts)], capsys)
     assert "holds 2 checkpoints (reshard-model_part-0.pt, reshard.pt). Name the file of one." in line

@@ -143,7 +143,7 @@ def test_an_int8_folder_is_known_for_one(
         ("opt-125m --memory 0", "--memory: expected a size above 0, such as 16GB, got 0."),
         ("./no/opt-125m --memory 1GB", "./no/opt-125m: no such folder, and not the name of a model on the hub "
                                             "(owner/name)."),
-        ("opt-125m --dtype int4", "dtype: expected auto, float32, bfloat16, float16, float64 or the torch.dtype, got "
+        ("opt-125m --dtype int4", "--dtype: expected auto, float32, bfloat16, float16, float64 or the torch.dtype, got "
                                   "'int4'."),
     ],
 )  # fmt: skip

@@ -392,8 +392,10 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
      (Path("squad-v2"), "dev", "dev-v2.0.json")],
 )  # fmt: skip
 def test_a_published_file_is_downloaded_once_and_then_read_without_asking(
-    server: Server, tmp_path: Path, capfd: pytest.CaptureFixture[str], source: str | Path, split: Any, name: str
-) -> None:
+    server: Server, tmp_path: Path, capfd: pytest.CaptureFixture[str], source: str | Path, split: Any, name: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("minopt.training.data.on_terminal", lambda: True)
     Path(source).mkdir()  # a folder of that name is none of its business
     (example,) = read_data(source, split=split)
     assert (server.asked, example.completion) == ([f"/dataset/{name}"], " Bob")

@@ -165,9 +165,9 @@ def test_settings_that_make_another_run_are_listed_and_the_run_is_left_as_it_is(
     ended = runs("mine", **(SETTINGS | {"learning_rate": 1e-5, "lr_scheduler_type": "cosine", "label_smoothing": 0.1}))
     assert ended.code == 2
     assert ended.last_line == (
-        f"minopt: error: --output_dir: {runs.folder / 'mine'} holds a run with other settings: "
-        "learning_rate is 0.003 there and 1e-05 here; "
-        'lr_scheduler_type is "linear" there and "cosine" here; label_smoothing is 0.0 there and 0.1 here. '
+        f"minopt: error: --output-dir: {runs.folder / 'mine'} holds a run with other settings: "
+        "--learning-rate is 0.003 there and 1e-05 here; "
+        '--lr-scheduler-type is "linear" there and "cosine" here; --label-smoothing is 0.0 there and 0.1 here. '
         "Name another folder, or use --resume never to put that run aside."
     )
     ended = runs("elsewhere", resume=runs.folder / "mine", **(SETTINGS | {"seed": 7}))
@@ -211,7 +211,7 @@ def test_a_folder_in_use_is_refused_and_the_run_in_it_is_not_disturbed(runs: Run
         ended = runs("mine", resume=resume, **SETTINGS)
         assert ended.code == 2
         assert ended.last_line == (
-            f"minopt: error: --output_dir: {runs.folder / 'mine'} is in use by a run that is alive (process "
+            f"minopt: error: --output-dir: {runs.folder / 'mine'} is in use by a run that is alive (process "
             f"{first.pid}). Wait for it, or name another folder."
         )
     assert first.is_alive(), said
@@ -239,7 +239,7 @@ def test_a_folder_of_other_files_is_refused_and_untouched(runs: Runs, found: str
     before = content(mine)
     ended = runs("mine", resume=resume, **SETTINGS)
     assert ended.code == 2, ended.said
-    assert ended.last_line.startswith(f"minopt: error: --output_dir: {mine} holds files that are no run's: ")
+    assert ended.last_line.startswith(f"minopt: error: --output-dir: {mine} holds files that are no run's: ")
     assert ended.last_line.endswith(". Name another folder.")
     assert content(mine) == before
 
