@@ -212,6 +212,10 @@ TWO = {
         lambda t: {"base_model.model.model.decoder.layers.0.fc1.lora_A.weight": torch.ones(2, 2)},
         "They are an adapter's: merge it into the model first",
     ),
+    "layers of another name": (
+        lambda t: {key.replace("layers.", "blocks."): v for key, v in t.items()},
+        "the tensors are of 0 layers, beside them model.decoder.blocks.0.self_attn.k_proj.weight, model.dec",
+    ),
     "other names": (
         lambda t: {"foo.bar": torch.ones(2)},
         "expected model.decoder.embed_tokens.weight, model.decoder.layers.0.fc1.weight and so on, whatever stands in "

@@ -20,7 +20,9 @@ def facts_of(shapes: Mapping[str, tuple[int, ...]], where: object) -> dict[str, 
     )
     if any(len(shapes.get(name, ())) != 2 for name in needed):
         absent = [name for name in needed if len(shapes.get(name, ())) != 2]
-        raise CheckpointError(f"{where}: not an OPT's checkpoint, without matrices {some(absent)}.")
+        raise CheckpointError(
+            f"{where}: not an OPT's checkpoint, without matrices {some(absent)}: got {some(list(shapes))}."
+        )
     (vocab, embed), (positions, hidden) = shapes[needed[0]], shapes[needed[1]]
     affine = "layers.0.self_attn_layer_norm.weight" in shapes
     return {

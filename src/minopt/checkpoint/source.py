@@ -16,7 +16,7 @@ from minopt.checkpoint.divided import METADATA, open_divided
 from minopt.checkpoint.errors import AmbiguousPathError, CheckpointError, MissingFileError, some
 from minopt.checkpoint.metaseq import FileSet, group_files, open_metaseq
 from minopt.checkpoint.metaseq_config import facts_of, infer_config
-from minopt.checkpoint.names import HF_HEAD, described, from_hf, is_decoders, is_metaseq, left_out, own_keys
+from minopt.checkpoint.names import HF_HEAD, described, from_hf, is_decoders, is_metaseq, left_out, own_keys, to_hf
 from minopt.checkpoint.pieces import Slice, SourceTensor, same_numbers
 from minopt.checkpoint.quantized import check_quantization, with_scales
 from minopt.checkpoint.read import SafetensorsFile, TensorFile, TorchFile
@@ -163,9 +163,9 @@ def _in_folder(folder: Path) -> Found:
 
 def no_weights(folder: Path, name: str | None = None) -> MissingFileError:
     """The error of a folder without weights, a model's of that name, which says what is there instead."""
-    expected = f"{name or folder}: expected weights ({', '.join((*LAYOUTS, *METASEQ))}),"
     if (what := stranger(folder)) is not None:
-        return MissingFileError(f"{expected} got {what}")
+        return MissingFileError(f"{name or folder}: expected weights, got {what}")
+    expected = f"{name or folder}: expected weights ({', '.join((*LAYOUTS, *METASEQ))}),"
     names = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
     found = f"{some(names) or 'nothing'}{' from the hub' if name else ''}"
     return MissingFileError(f"{expected} got {found}. Is this a model's folder, and did its download finish?")
@@ -406,9 +406,11 @@ def _matched(checkpoint: Checkpoint) -> Checkpoint:
     where = found.folder if len(found.files) > 1 or found.metaseq is None else found.files[0]
     layers = {name.split(".")[1] for name in tensors if name.startswith("layers.")}
     if config.num_hidden_layers > len(layers):  # before so many are built
+        keys = [key for key in map(_key, tensors.values()) if not is_decoders(key)]
+        others = f", beside them {some(keys)}, where an OPT has {to_hf('layers.0.fc1.weight')}" if keys else ""
         raise CheckpointError(
             f"{where}: num_hidden_layers is {config.num_hidden_layers} in {_of(checkpoint)}, the tensors are of "
-            f"{len(layers)} layers. Do config and weights belong together?"
+            f"{len(layers)} layers{others}. Do config and weights belong together?"
         )
     if config.num_hidden_layers > _MOST_LAYERS:
         raise CheckpointError(f"{where}: {config.num_hidden_layers} layers, expected at most {_MOST_LAYERS}.")
