@@ -199,7 +199,10 @@ def test_perplexity_is_that_of_the_library(name: str, lm: LanguageModel, tmp_pat
         ("--task squad --dev-file {dev} --tgt-length 0", "--tgt-length: expected an integer of at least 1, got 0"),
         ("--task squad --dev-file {dev} --prompt-template x --completion-template ' {{answer}}'", "--prompt-templat"),
         ("--task perplexity", "--data: expected a text file, such as WikiText-2's wiki.test.raw, got none. Name one."),
-        ("--task perplexity --data nope.txt", "data: expected a file"),
+        ("--task perplexity --data nope.txt", "--data: expected a file, got nothing of that name (nope.txt)."),
+        ("--task perplexity --data {tmp}", "--data: expected a file, got a folder ("),
+        ("--task perplexity --data {tmp}/empty.txt", "--data: expected data, got an empty file"),
+        ("--task perplexity --data {tmp}/latin.txt", "--data: expected UTF-8, got "),
         ("--task perplexity --data {dev}", "--data: expected a text (.txt, .raw), got "),
         ("--task perplexity --data {tmp}/short.txt --window 2 --stride 3", "stride: expected 1 to the window's 2 "),
         ("--task reference --stride 5", "--stride: goes with --task perplexity, got --task reference. Leave it out."),
@@ -210,6 +213,8 @@ def test_what_a_user_can_mend_is_one_line_and_exit_code_2(
     arguments: str, message: str, dev_file: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     (tmp_path / "short.txt").write_text("Yes.")
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "latin.txt").write_bytes(b"\xe9t\xe9")
     words = [word.format(dev=dev_file, tmp=tmp_path) for word in shlex.split(arguments)]
     status = evaluate(*words)
     captured = capsys.readouterr()

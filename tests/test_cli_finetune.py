@@ -297,7 +297,7 @@ def error_of(status: int, capsys: Capture) -> str:
         ({}, "--prompt-template '{context}'", "--prompt-template and --completion-template: expected both or none."),
         ({}, "--prompt-template '{text}' --completion-template ' {answer}'", "{question}, {answer}, got {text} (in"),
         ({"model_name_or_path": "/nowhere"}, "", "/nowhere: no such folder"),
-        ({}, "--config nope.json", "--config: expected a JSON file, got nope.json, which there is not. Name another."),
+        ({}, "--config nope.json", "--config: expected a JSON file, got nothing of that name (nope.json)."),
         ({}, "--resume nowhere", "--resume: expected auto, never or the folder of a checkpoint, got nowhere."),
         ({}, "--learning-rate -1", "--learning-rate: expected a number of at least 0, got -1.0"),
     ],
@@ -414,6 +414,6 @@ def test_a_batch_that_does_not_fit_the_run_is_refused_with_what_would(recipe: Si
     *_, line = capsys.readouterr().err.splitlines()
     assert status == 2
     assert line == (
-        "minopt: error: --per-device-train-batch-size: 3 in each of 1 processes do not divide the 4 examples of a step "
+        "minopt: error: --per-device-train-batch-size: 3 times 1 process does not divide the 4 examples of a step "
         "that the run was begun with. Their product must be one of 1, 2, 4."
     )

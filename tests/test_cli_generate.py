@@ -230,6 +230,7 @@ def test_a_file_of_prompts_that_is_none_names_the_line(
         (["x", "--unordered"], "--unordered goes with --input"),
         (["x", "--output", "o.jsonl"], "--output goes with --input"),
         (["x", "--batch-size", "2"], "--batch-size goes with --input"),
+        (["x", "--batch-size", "0"], "--batch-size goes with --input"),
         (["x", "--top-logprobs", "2"], "--top-logprobs goes with --input"),
         (["x", "--output-logprobs"], "--output-logprobs goes with --input"),
         (["--input", "p.txt", "--echo"], "--echo: the output of --input has the prompts already"),

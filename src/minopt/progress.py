@@ -34,6 +34,11 @@ def bar(total: float, unit: str, *, shown: bool = True, **options: Any) -> tqdm[
     return tqdm(total=total, unit=unit, mininterval=0.1, disable=disable, **options)
 
 
+def counted(number: int, noun: str, several: str | None = None) -> str:
+    """``1 step``, ``2 steps``."""
+    return f"{number:,} {noun if number == 1 else several or noun + 's'}"
+
+
 def say(text: str) -> None:
     """A line on stderr beside any bar, if somebody reads it: a run does not end with its reader."""
     from tqdm import tqdm

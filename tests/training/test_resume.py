@@ -494,7 +494,7 @@ def test_a_number_of_processes_that_does_not_fit_is_refused_with_what_would(runs
     ended = runs("fits", size=3)
     assert ended.codes == [2, 2, 2]
     assert ended.last_line == (
-        "minopt: error: --per_device_train_batch_size: 2 in each of 3 processes do not divide the 8 examples of a step "
+        "minopt: error: --per-device-train-batch-size: 2 times 3 processes does not divide the 8 examples of a step "
         "that the run was begun with. Their product must be one of 1, 2, 4, 8."
     )
     assert sorted((runs.folder / "fits").rglob("*")) == before

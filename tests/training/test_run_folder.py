@@ -182,7 +182,7 @@ def test_settings_that_change_nothing_of_the_weights_may_change(runs: Runs) -> N
              "max_eval_samples": 2, "batching": "packed"}  # fmt: skip
     ended = runs("mine", **(SETTINGS | other))
     assert ended.code == 0, ended.said
-    assert "4 examples a step: 1 processes x 1 microbatches x 4" in ended.said[0]
+    assert "4 examples a step: 1 process x 1 microbatch x 4" in ended.said[0]
     assert runs.losses("mine") == pytest.approx(runs.losses("whole"), rel=1e-5)
     assert json.loads((runs.folder / "mine" / "run.json").read_text())["settings"]["keep_last"] == 1
 

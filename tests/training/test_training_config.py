@@ -280,9 +280,9 @@ def test_a_file_of_something_else_is_refused(tmp_path: Path, content: str, messa
         TrainingConfig.from_file(path)
 
 
-@pytest.mark.parametrize("name", ["none.json", "."])
-def test_a_file_that_is_not_there_is_named(tmp_path: Path, name: str) -> None:
-    message = f"--config: expected a JSON file, got {tmp_path / name}, which there is not. Name another."
+@pytest.mark.parametrize(("name", "what"), [("none.json", "nothing of that name"), (".", "a folder")])
+def test_a_file_that_is_not_there_is_named(tmp_path: Path, name: str, what: str) -> None:
+    message = f"--config: expected a JSON file, got {what} ({tmp_path / name}). Check the path."
     with pytest.raises(FileNotFoundError, match=f"^{re.escape(message)}$"):
         TrainingConfig.from_file(tmp_path / name)
 

@@ -18,6 +18,7 @@ from minopt.checkpoint.quantized import read_int8
 from minopt.checkpoint.source import Checkpoint, open_checkpoint
 from minopt.config import OPTConfig
 from minopt.model import OPT
+from minopt.progress import bar
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +109,8 @@ def read_weights(
     else:
         in_int8 = _int8_names(checkpoint) if keep_int8 else set()
     taken: set[int] = set()
-    for name, source in checkpoint.tensors.items():
+    tensors = checkpoint.tensors.items()
+    for name, source in bar(len(tensors), "tensor", iterable=tensors, desc="loading", delay=1, leave=False):
         dim = None if share is None else shard_dim(name)
         if share is not None and dim == 0:
             source = source.rows(*share.of(source.shape[0]))

@@ -140,16 +140,17 @@ def _perplexity(args: argparse.Namespace, options: dict[str, Any]) -> int:
     from minopt.distributed import processes
     from minopt.evaluation.perplexity import perplexity_of, wikitext_text, window_losses
     from minopt.language_model import load
-    from minopt.training.data import read_data
+    from minopt.training.data import read_text
 
     if args.data is None:
         raise ValueError("--data: expected a text file, such as WikiText-2's wiki.test.raw, got none. Name one.")
     path = Path(args.data)
     if not path.is_file():
-        raise FileNotFoundError(f"--data: expected a file, got {path}, which there is not. Check the path.")
-    text = read_data(path, split="dev")
-    if not isinstance(text, str):
+        what = "a folder" if path.is_dir() else "nothing of that name"
+        raise FileNotFoundError(f"--data: expected a file, got {what} ({path}). Check the path.")
+    if path.suffix.lower() not in (".txt", ".raw"):
         raise ValueError(f"--data: expected a text (.txt, .raw), got {path}. Name another.")
+    text = read_text(path, "data")
     if path.suffix == ".raw":
         text = wikitext_text(io.StringIO(text))
     with processes(args.device) as world:

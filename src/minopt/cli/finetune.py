@@ -12,6 +12,7 @@ from typing import Any
 from minopt.cli.common import MODEL, tell
 from minopt.cli.evaluate import evaluate_examples
 from minopt.cli.settings import add_settings, settings_of
+from minopt.progress import counted
 from minopt.training.config import TrainingConfig
 
 
@@ -66,7 +67,7 @@ def _finetune(args: argparse.Namespace) -> int:
                 tell(f"{stopped} To go on:\n{_this_command(config.resume)}")
             return 128 + stopped.signal
         if world.is_first:
-            tell(f"{result.steps} steps, loss {result.loss:.4f}. The model is in {result.output_dir}")
+            tell(f"{counted(result.steps, 'step')}, loss {result.loss:.4f}. The model is in {result.output_dir}")
     return 0
 
 

@@ -188,7 +188,7 @@ def _generate(args: argparse.Namespace) -> None:
         )
     for name in ("output", "unordered", "resume", "force", "batch_size", "max_batch_tokens", "output_logprobs",
                  "top_logprobs"):  # fmt: skip
-        if args.input is None and getattr(args, name):
+        if args.input is None and getattr(args, name) is not None and getattr(args, name) is not False:
             raise ValueError(f"--{name.replace('_', '-')} goes with --input: there is no place for it beside one text.")
     if args.input is not None and args.echo:
         raise ValueError("--echo: the output of --input has the prompts already. Leave it out.")

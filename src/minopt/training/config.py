@@ -220,8 +220,11 @@ class TrainingConfig:
             ValueError: if it is no such JSON, or has keys that are no fields.
         """
         if not Path(path).is_file():
-            raise FileNotFoundError(f"--config: expected a JSON file, got {path}, which there is not. Name another.")
+            what = "a folder" if Path(path).is_dir() else "nothing of that name"
+            raise FileNotFoundError(f"--config: expected a JSON file, got {what} ({path}). Check the path.")
         values = {key.replace("-", "_"): value for key, value in read_json(Path(path)).items()}
+        if "model" in values:  # as the flag is called
+            values.setdefault("model_name_or_path", values.pop("model"))
         if isinstance(values.get("settings"), dict):  # a run.json
             values = values["settings"]
         if unknown := sorted(values.keys() - {f.name for f in fields(cls)}):

@@ -177,7 +177,7 @@ def read_data(
     path = Path(source)
     if str(source) in _SQUAD_VERSIONS and not path.is_file():
         path = _download(f"{split}-{_SQUAD_VERSIONS[str(source)]}.json", split, show_progress)
-    text = _read_text(path, split)
+    text = read_text(path, f"{split}_file")
     ending = path.suffix.lower()
     if ending in _TEXTS:
         return text
@@ -213,21 +213,21 @@ def _download(name: str, split: str, show_progress: bool) -> Path:
     return path
 
 
-def _read_text(path: Path, split: str) -> str:
-    """What a file holds, line ends as they are, but for a byte order mark."""
+def read_text(path: Path, option: str) -> str:
+    """What a file holds, line ends as they are, but for a byte order mark; errors name the option."""
     if not path.is_file():
         raise FileNotFoundError(
-            f"{split}_file: expected {', '.join(_SQUAD_VERSIONS)} or a file ({', '.join(_ENDINGS)}), got "
+            f"{option}: expected {', '.join(_SQUAD_VERSIONS)} or a file ({', '.join(_ENDINGS)}), got "
             f"{'a folder' if path.is_dir() else 'nothing of that name'} ({path}). Check the path."
         )
     if path.suffix.lower() not in _ENDINGS:
-        raise ValueError(f"{split}_file: expected a name that ends in {', '.join(_ENDINGS)}, got {path}. {_FORMATS}")
+        raise ValueError(f"{option}: expected a name that ends in {', '.join(_ENDINGS)}, got {path}. {_FORMATS}")
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{split}_file: expected UTF-8, got {error} ({path}). Convert it to UTF-8.") from None
+        raise ValueError(f"{option}: expected UTF-8, got {error} ({path}). Convert it to UTF-8.") from None
     if not text.strip():
-        raise ValueError(f"{split}_file: expected data, got an empty file ({path}). {_FORMATS}")
+        raise ValueError(f"{option}: expected data, got an empty file ({path}). {_FORMATS}")
     return text
 
 

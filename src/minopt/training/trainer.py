@@ -23,7 +23,7 @@ from minopt.config import read_json
 from minopt.distributed import World, processes
 from minopt.model import OPT
 from minopt.parallel import apply_fsdp, gathered, wrapped_layers
-from minopt.progress import say
+from minopt.progress import counted, say
 from minopt.tokenizer import Tokenizer
 from minopt.training.batches import Order, collate, seed_of
 from minopt.training.checkpoint import Checkpoints, read_state, write_durably
@@ -286,8 +286,9 @@ class _Run:
             return found
         fits = [n for n in range(1, self.batch_size + 1) if self.batch_size % n == 0]
         raise ValueError(
-            f"--per_device_train_batch_size: {config.per_device_train_batch_size} in each of {size} processes do not "
-            f"divide the {self.batch_size} examples of a step that the run was begun with. Their product must be one "
+            f"--per_device_train_batch_size: {config.per_device_train_batch_size} times "
+            f"{counted(size, 'process', 'processes')} does not divide the "
+            f"{self.batch_size} examples of a step that the run was begun with. Their product must be one "
             f"of {', '.join(map(str, fits))}."
         )
 
@@ -296,9 +297,11 @@ class _Run:
             return
         say(self.config.to_text())
         say(
-            f"{len(self.tokens):,} examples, {int(self.tokens.lengths().sum()):,} tokens, "
-            f"{self.tokens.learned():,} of them learned; {self.batch_size} examples a step: {self.world.size} "
-            f"processes x {self.accumulation} microbatches x {self.batch_size // self.world.size // self.accumulation}",
+            f"{counted(len(self.tokens), 'example')}, {counted(int(self.tokens.lengths().sum()), 'token')}, "
+            f"{self.tokens.learned():,} of them learned; {counted(self.batch_size, 'example')} a step: "
+            f"{counted(self.world.size, 'process', 'processes')} x "
+            f"{counted(self.accumulation, 'microbatch', 'microbatches')} x "
+            f"{self.batch_size // self.world.size // self.accumulation}",
         )
 
     def _write_beginning(self) -> None:
