@@ -311,7 +311,8 @@ def test_a_single_row_is_as_exact_as_one_of_a_batch_whatever_its_size(size: floa
     together = product(rows).double()
     bound = max((together - exact).norm().item(), 1e-6 * exact.norm().item())
     assert (alone - exact).norm() <= 1.02 * bound
-    if size == 0 or size >= 1e-36:
+    # Without VNNI oneDNN's sums of two products in int8 saturate, in a program also those of a batch.
+    if (size == 0 or size >= 1e-36) and (products._VNNI or form != "program"):
         assert (alone - exact).norm() <= 0.01 * exact.norm()
 
 
