@@ -22,6 +22,7 @@ from torch import Tensor
 
 import minopt
 from minopt import GenerationConfig, Tokenizer
+from minopt.checkpoint.source import open_checkpoint
 from minopt.cli import main
 from minopt.language_model import SCORES_IN_TOKENS
 from minopt.tokenizer import TokenBytes
@@ -990,3 +991,15 @@ def test_a_config_goes_before_the_files_defaults_and_after_single_options(lm: mi
     config = minopt.GenerationConfig(max_new_tokens=7)
     assert own.generate("The sea", config=config) == lm.generate("The sea", max_new_tokens=7)
     assert own.generate("The sea", config=config, max_new_tokens=3) == lm.generate("The sea", max_new_tokens=3)
+
+
+def test_what_an_object_is_is_said_in_a_line_or_a_few() -> None:
+    lm = minopt.load(minopt.DEMO, device="cpu")
+    assert repr(lm) == (
+        "LanguageModel(FastOPT of 4 layers, hidden size 256, vocabulary of 2048, on cpu; tokenizer: "
+        "Tokenizer(2048 tokens, bos_token_id=2, eos_token_id=2, pad_token_id=1))"
+    )
+    assert repr(lm.model.new_cache(2, 9)) == "KVCache(2 rows, 0 of 9 tokens, torch.float32, cpu)"
+    assert repr(open_checkpoint(Path(minopt.DEMO))) == f"Checkpoint({minopt.DEMO!r}, 68 tensors)"
+    for thing in (lm.model, minopt.load_model(minopt.DEMO, device="cpu"), minopt.GenerationConfig()):
+        assert len(repr(thing)) < 2500

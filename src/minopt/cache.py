@@ -52,6 +52,10 @@ class KVCache:
         self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
         self.length: int | Tensor = 0
 
+    def __repr__(self) -> str:
+        kind = f"{self.keys[0].dtype}, {self.keys[0].device}"
+        return f"{type(self).__name__}({self.batch_size} rows, {int(self.length)} of {self.capacity} tokens, {kind})"
+
     @property
     def batch_size(self) -> int:
         return self.keys[0].shape[0]

@@ -117,6 +117,11 @@ class LanguageModel:
         self.tokenizer = tokenizer
         self.generation_defaults = dict(generation_defaults or {})
 
+    def __repr__(self) -> str:
+        kind, config = type(self.decoder).__name__, self.decoder.config
+        size = f"{config.num_hidden_layers} layers, hidden size {config.hidden_size}, vocabulary of {config.vocab_size}"
+        return f"LanguageModel({kind} of {size}, on {self.decoder.device}; tokenizer: {self.tokenizer!r})"
+
     @property
     def model(self) -> OPT:
         """The model itself.

@@ -57,6 +57,10 @@ class Tokenizer:
         self.eos_token_id = self._id("eos_token")
         self.pad_token_id = self._id("pad_token")
 
+    def __repr__(self) -> str:
+        ids = ", ".join(f"{name}={getattr(self, name)}" for name in ("bos_token_id", "eos_token_id", "pad_token_id"))
+        return f"Tokenizer({len(self)} tokens, {ids})"
+
     def _id(self, name: str) -> int | None:
         token = _content(self.settings.get(name))
         return None if token is None else self.backend.token_to_id(token)

@@ -77,6 +77,9 @@ class Checkpoint:
     tensors: dict[str, SourceTensor]
     heads: tuple[tuple[Slice, int], ...]
 
+    def __repr__(self) -> str:
+        return f"Checkpoint({str(self.found.folder)!r}, {len(self.tensors)} tensors)"
+
     def check_head(self) -> None:
         """Compares a stored head with the token table, to which OPT's is tied.
 

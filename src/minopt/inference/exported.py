@@ -134,6 +134,9 @@ class ExportedModel:
             reason = (str(error).splitlines() or ["RuntimeError"])[0]
             raise ValueError(f"{self._path}: cannot be loaded ({reason}). {_AGAIN}") from None
 
+    def __repr__(self) -> str:
+        return f"ExportedModel({self._path.parent.name}, {self.dtype}, {self.device})"
+
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(f"{type(self).__name__}: has no {name!r}. {NO_WEIGHTS}")
 
