@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import re
@@ -573,8 +574,26 @@ def test_where_inductor_has_no_product_of_its_own_torchs_is_taken(monkeypatch: p
     assert tried[2:] == [None]
 
 
-def test_a_model_that_is_compiled_while_loading_says_what_it_says_without(source: Path) -> None:
+def test_a_model_that_is_compiled_while_loading_says_what_it_says_without(
+    source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[Path] = []
+
+    def load(self: ExportedModel, folder: Path, *args: Any) -> None:
+        loaded.append(folder)
+        build(self, folder, *args)
+
+    build = ExportedModel.__init__
+    monkeypatch.setattr(ExportedModel, "__init__", load)
+    for name in ("sha256", "digest_of"):
+        monkeypatch.setattr(export, name, None)  # a program that is used once has no need of them
     compiled = minopt.load(source, device="cpu", optimize="compile")
+    assert len(loaded) == 1
+    assert repr(compiled.decoder) == "ExportedModel(program, torch.float32, cpu)"
+    with pytest.raises(AttributeError, match=r"^ExportedModel: has no 'half'\. model: this is an exported program"):
+        _ = compiled.decoder.half
+    with pytest.raises(ValueError, match=r"^ExportedModel: cannot be copied or pickled\."):
+        copy.deepcopy(compiled)
     assert isinstance(compiled.decoder, ExportedModel)
     prompts = ["The ship", "It was a dark and stormy night when"]
     assert compiled.generate(prompts, max_new_tokens=12) == minopt.load(source).generate(prompts, max_new_tokens=12)

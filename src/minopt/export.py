@@ -204,19 +204,48 @@ def export_model(
     if max_length is not None and max_length > limit:
         raise ValueError(f"max_length: expected at most the model's {limit} positions, got {max_length}.")
     reader = Tokenizer.beside(checkpoint.found.folder, tokenizer)
-    model = _load(checkpoint, target, number_type, quantize)
     with replacing(destination, ()) as new:
-        _compile(model, new / PROGRAM)
-        manifest = _describe(checkpoint, model, new / PROGRAM, max_length or limit, max_batch)
-        manifest.write(new)
-        config = replace(model.config, max_position_embeddings=manifest.max_length)
-        check_tokens(model, ExportedModel(new, manifest, config))
-        write_config(new, config, model.dtype)
+        program = compile_program(checkpoint, new, target, number_type, quantize, max_length or limit, max_batch)
+        write_config(new, program.config, program.dtype)
         generation_file = checkpoint.found.folder / "generation_config.json"
         found = generation_file.is_file()
-        write_json(new / "generation_config.json", read_json(generation_file) if found else generation_config(config))
+        write_json(
+            new / "generation_config.json", read_json(generation_file) if found else generation_config(program.config)
+        )
         if reader is not None:
             reader.save(new)
+
+
+def compile_program(
+    checkpoint: Checkpoint,
+    folder: Path,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    quantize: str | None,
+    max_length: int,
+    max_batch: int | None = None,
+    *,
+    is_kept: bool = True,
+) -> ExportedModel:
+    """Compiles a model into a folder, loads its program, and checks it against the model.
+
+    Args:
+        checkpoint, device, dtype, quantize, max_length, max_batch: see ``export_model``.
+        folder: is filled; another is beside it meanwhile.
+        is_kept: write a manifest, with digests of the program and of all weights; a program used once needs none.
+
+    Raises:
+        ValueError, OSError: as ``export_model`` does.
+    """
+    _check_compiler()
+    model = _load(checkpoint, device, dtype, quantize)
+    _compile(model, folder / PROGRAM)
+    manifest = _describe(checkpoint, model, folder / PROGRAM if is_kept else None, max_length, max_batch)
+    if is_kept:
+        manifest.write(folder)
+    program = ExportedModel(folder, manifest, replace(model.config, max_position_embeddings=max_length))
+    check_tokens(model, program)
+    return program
 
 
 def _load(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype | None, quantize: str | None) -> OPT:
@@ -254,7 +283,9 @@ def _check_compiler() -> None:
         ) from None
 
 
-def _describe(checkpoint: Checkpoint, model: OPT, program: Path, max_length: int, max_batch: int | None) -> Manifest:
+def _describe(
+    checkpoint: Checkpoint, model: OPT, program: Path | None, max_length: int, max_batch: int | None
+) -> Manifest:
     platform, instructions = machine(model.device.type)
     return Manifest(
         format=FORMAT,
@@ -266,8 +297,10 @@ def _describe(checkpoint: Checkpoint, model: OPT, program: Path, max_length: int
         quantize="int8" if isinstance(model, Int8OPT) else None,
         max_length=max_length,
         max_batch=max_batch,
-        program_sha256=sha256(program),
-        weights_sha256=digest_of_all({name: digest_of(tensor) for name, tensor in checkpoint.tensors.items()}),
+        program_sha256="" if program is None else sha256(program),
+        weights_sha256=""
+        if program is None
+        else digest_of_all({name: digest_of(tensor) for name, tensor in checkpoint.tensors.items()}),
     )
 
 

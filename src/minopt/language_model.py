@@ -17,7 +17,7 @@ import torch
 from minopt.checkpoint.hub import find_model
 from minopt.checkpoint.load import load_checkpoint, read_weights, resolve_device, resolve_dtype
 from minopt.checkpoint.save import save_model
-from minopt.checkpoint.source import open_checkpoint
+from minopt.checkpoint.source import Checkpoint, open_checkpoint
 from minopt.config import OPTConfig
 from minopt.evaluation.perplexity import window_perplexity
 from minopt.generation.batches import cut_batches
@@ -606,7 +606,7 @@ def load(
     elif offload is not None:
         model = StreamedOPT(checkpoint, target, number_type, in_memory=offload == "cpu")
     elif optimize == "compile" and target.type == "cpu":
-        model = _compiled(path, dtype, quantize, model_config, ignore)
+        model = _compiled(checkpoint, target, number_type, quantize)
     elif optimize:
         weights = read_weights(
             checkpoint, target, number_type, apart=packs(number_type), keep_int8=True, quantize=quantize == "int8"
@@ -644,18 +644,13 @@ def _check_offload(
 
 
 def _compiled(
-    path: Path,
-    dtype: torch.dtype | str,
-    quantize: str | None,
-    model_config: OPTConfig | str | Path | None,
-    ignore: Sequence[str],
+    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype | None, quantize: str | None
 ) -> ExportedModel:
     """A model as its program, which needs no file once it is loaded."""
-    from minopt.export import export_model  # it brings the compiler
+    from minopt.export import compile_program  # it brings the compiler
 
-    with tempfile.TemporaryDirectory(prefix="minopt-") as folder:
-        program = Path(folder) / "program"
-        export_model(
-            path, program, dtype=dtype, quantize=quantize, device="cpu", model_config=model_config, ignore=ignore
-        )
-        return load_exported(program)
+    with tempfile.TemporaryDirectory(prefix="minopt-") as place:
+        folder = Path(place) / "program"
+        folder.mkdir()
+        limit = checkpoint.config.max_position_embeddings
+        return compile_program(checkpoint, folder, device, dtype, quantize, limit, is_kept=False)
