@@ -24,6 +24,8 @@ PANELS = {
     "eval_loss": ("dev loss", "nats per token"),
     "eval_exact_match": ("dev exact match", "% of examples"),
     "eval_f1": ("dev F1", "%"),
+    "eval_rouge_1": ("dev ROUGE-1", "0 to 1"),
+    "eval_rouge_2": ("dev ROUGE-2", "0 to 1"),
     "eval_rouge_l": ("dev ROUGE-L", "0 to 1"),
 }
 MARKED = 60  # the most points that are drawn as such; a single one would be no line

@@ -132,7 +132,7 @@ def test_questions_to_answers_are_scored_by_rouge(
     prompts = {key: f"answer: {answer} context: {CONTEXT} question:" for key, (_, answer) in asked.items()}
     predictions = {key: lm.generate(prompt, max_new_tokens=14).strip() for key, prompt in prompts.items()}
     assert json.loads(output.read_text(encoding="utf-8")) == predictions
-    assert values.keys() == {"loss", "perplexity", "examples", "rouge_l"}
+    assert values.keys() == {"loss", "perplexity", "examples", "rouge_1", "rouge_2", "rouge_l"}
     expected = sum(rouge_l(predictions[key], [question]) for key, (question, _) in asked.items()) / 4
     assert values["rouge_l"] == pytest.approx(expected)
     loss = mean_loss(lm, [(prompts[key], f" {question}") for key, (question, _) in asked.items()])

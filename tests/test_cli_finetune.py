@@ -150,6 +150,57 @@ def test_the_model_is_one_to_generate_with_and_transformers_opens_it(recipe: Sim
     assert not torch.equal(lm.model.embed_tokens.weight, before.embed_tokens.weight)
 
 
+def squad_v2(questions: int) -> dict[str, Any]:
+    """SQuAD v2.0: beside each question of ``squad`` one that has no answer."""
+    content = squad(questions)
+    for paragraph in content["data"][0]["paragraphs"]:
+        (question,) = paragraph["qas"]
+        question["is_impossible"] = False
+        paragraph["qas"].append({"id": f"no {question['id']}", "question": "Who built it?", "answers": [],
+                                 "is_impossible": True, "plausible_answers": question["answers"]})  # fmt: skip
+    return content | {"version": "v2.0"}
+
+
+def test_the_recipes_name_is_the_recipe_in_one_process_and_in_two(tmp_path: Path, capsys: Capture) -> None:
+    for name, questions in (("train", 12), ("dev", 3)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(squad_v2(questions)))
+    given = {"recipe": "paddlenlp", "model": DEMO, "train_file": tmp_path / "train.json", "dropout": 0,
+             "dev_file": tmp_path / "dev.json", "max_steps": 4, "max_eval_samples": 2, "min_tgt_length": 5,
+             "tgt_length": 40, "logging_steps": 1, "device": "cpu"}  # fmt: skip
+    words = [str(word) for name, value in given.items() for word in (f"--{name}", value)] + ["--do_train", "--do_eval"]
+    out = [tmp_path / "one", tmp_path / "two"]
+    assert main(["finetune", *words, "--output_dir", str(out[0]), "--gradient_accumulation_steps", "2"]) == 0
+    said = capsys.readouterr().err
+    result = launch("finetune", *words, "--output_dir", out[1], processes=2)
+    assert result.returncode == 0, result.stderr
+    for text in (said, result.stderr):
+        assert "12 examples, " in text  # those that have an answer
+        assert shown_settings(text).items() >= {"recipe": "paddlenlp", "lr_decay_ratio": 0.1, "num_beams": 5,
+                                                "label_smoothing": 0.1, "task": "squad-question"}.items()  # fmt: skip
+        assert "ignored" not in text
+    one, two = ([json.loads(line) for line in (o / "metrics.jsonl").read_text().splitlines()] for o in out)
+    assert [record["loss"] for record in one[:4]] == pytest.approx([record["loss"] for record in two[:4]], rel=1e-4)
+    assert [record["learning_rate"] for record in two[:4]] == pytest.approx([0, 3e-5, 2.1e-5, 1.2e-5])
+    assert one[4].keys() >= {"eval_rouge_1", "eval_rouge_2", "eval_rouge_l"}
+    predictions = [json.loads((o / "predictions.json").read_text()) for o in out]
+    assert predictions[0] == predictions[1]
+    assert predictions[0].keys() == {"q0", "q1"}
+    # On resumption a setting of the recipe that is another is noticed.
+    assert main(["finetune", *words, "--output_dir", str(out[0]), "--label_smoothing", "0"]) == 2
+    assert "--label-smoothing is 0.1 there and 0.0 here" in capsys.readouterr().err
+
+
+def test_a_recipe_comes_before_a_file_and_after_flags(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "c.json").write_text('{"label_smoothing": 0.3, "weight_decay": 0.2, "seed": 7}')
+    flags = f"--config {shlex.quote(str(tmp_path / 'c.json'))} --recipe paddlenlp --weight-decay 0 --min-tgt-length 4"
+    assert finetune(data, tmp_path / "run", flags) == 0
+    wanted = {"label_smoothing": 0.1, "weight_decay": 0.0, "seed": 7, "num_beams": 5}
+    assert settings_in(tmp_path / "run").items() >= wanted.items()
+    (tmp_path / "c.json").write_text('{"recipe": "paddlenlp", "num_beams": 1, "min_tgt_length": 4, "seed": 7}')
+    assert finetune(data, tmp_path / "other", f"--config {shlex.quote(str(tmp_path / 'c.json'))} --seed 3") == 0
+    assert settings_in(tmp_path / "other").items() >= {"label_smoothing": 0.1, "num_beams": 1, "seed": 3}.items()
+
+
 # --- flags ---
 
 
@@ -249,7 +300,7 @@ def test_each_kind_of_data_is_trained_and_evaluated_on(
     last = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
     metrics = {"eval_loss", "eval_perplexity", "eval_examples"}
     if "question" in flags and "template" not in flags:
-        metrics |= {"eval_rouge_l"}
+        metrics |= {"eval_rouge_1", "eval_rouge_2", "eval_rouge_l"}
     elif file != "book.txt":
         metrics |= {"eval_exact_match", "eval_f1"}
     assert last.keys() - {"step", "time"} == metrics

@@ -8,13 +8,14 @@ import re
 import string
 from collections.abc import Callable, Sequence
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minopt.evaluation.squad import exact_match, f1, normalize_answer, rouge_l, score
+from minopt.evaluation.squad import exact_match, f1, normalize_answer, rouge_l, rouge_n, score
 from tests.test_imports import loaded_by
 
 # Short texts of what normalisation treats apart, so that words recur.
@@ -172,7 +173,7 @@ def test_no_questions_are_refused() -> None:
         score({"q0": "cat"}, {})
 
 
-@pytest.mark.parametrize("metric", [exact_match, f1, rouge_l])
+@pytest.mark.parametrize("metric", [exact_match, f1, rouge_l, partial(rouge_n, n=2)])
 @pytest.mark.parametrize(("references", "got"), [([], "none"), ((), "none"), ("cat", "a bare text"), ("", "none")])
 def test_what_is_not_a_list_of_texts_is_refused(
     metric: Callable[[str, Sequence[str]], float], references: Sequence[str], got: str
@@ -218,6 +219,43 @@ def test_any_text_has_the_rouge_l_of_all_its_subsequences(prediction: list[str],
 
     expected = max(map(f_measure, references))
     assert rouge_l(" ".join(prediction), [" ".join(r) for r in references]) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "references", "n", "expected"),
+    [
+        ("police kill the gunman", ["police killed the gunman"], 1, 3 / 4),
+        ("police kill the gunman", ["police killed the gunman"], 2, 1 / 3),
+        ("the the the", ["The cat, the dog"], 1, 2 * 2 / 7),  # the third one is not in the reference
+        ("a b a b", ["a b"], 2, 2 / 4),
+        ("a b", ["b a", "c a b"], 2, 2 / 3),
+        ("cat", ["cat"], 2, 0),  # too short to hold any
+        ("", [""], 1, 0),
+        ("caf\u00e9 noir", ["caf noir"], 2, 1),
+    ],
+)
+def test_known_texts_have_a_known_rouge_n(prediction: str, references: list[str], n: int, expected: float) -> None:
+    assert rouge_n(prediction, references, n) == pytest.approx(expected, abs=1e-12)
+
+
+@given(words, st.lists(words, min_size=1, max_size=2), st.integers(1, 3))
+def test_any_text_has_the_rouge_n_of_its_ngrams_crossed_out_one_by_one(
+    prediction: list[str], references: list[list[str]], n: int
+) -> None:
+    def f_measure(reference: list[str]) -> float:
+        mine, left = ([t[i : i + n] for i in range(len(t)) if len(t[i : i + n]) == n] for t in (prediction, reference))
+        count, common = len(left), 0
+        for ngram in mine:
+            if ngram in left:
+                left.remove(ngram)
+                common += 1
+        if common == 0:
+            return 0.0
+        precision, recall = common / len(mine), common / count
+        return 2 * precision * recall / (precision + recall)
+
+    found = rouge_n(" ".join(prediction), [" ".join(r) for r in references], n)
+    assert found == pytest.approx(max(map(f_measure, references)), abs=1e-12)
 
 
 def test_long_texts_have_a_rouge_l_too() -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, NoRepeatNGramLogitsProcessor
 
 from minopt.distributed import World
-from minopt.evaluation.squad import exact_match, f1, rouge_l
+from minopt.evaluation.squad import exact_match, f1, rouge_l, rouge_n
 from minopt.training import evaluation
 from minopt.training.config import TrainingConfig
 from minopt.training.data import Example
@@ -168,16 +168,43 @@ def test_unanswerable_is_no_answer_however_it_is_written(monkeypatch: pytest.Mon
     assert result.metrics["f1"] == 75
 
 
-def test_questions_are_scored_by_rouge_l(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_questions_are_scored_by_rouge(monkeypatch: pytest.MonkeyPatch) -> None:
     answers = ["what is it?", "who came"]
     data = made_of(answers, [("What is this?",), ("who came home",)])
     monkeypatch.setattr(evaluation, "generate", says(answers))
     config = settings(Path("unused"), task="squad-question", per_device_eval_batch_size=1)
     result = result_of(reference_of("125m"), data, config)
     expected = sum(rouge_l(a, e.references) for a, e in zip(answers, data, strict=True)) / 2
-    assert set(result.metrics) == {"loss", "perplexity", "examples", "rouge_l"}
+    assert set(result.metrics) == {"loss", "perplexity", "examples", "rouge_1", "rouge_2", "rouge_l"}
+    for n in (1, 2):
+        mean = sum(rouge_n(a, e.references, n) for a, e in zip(answers, data, strict=True)) / 2
+        assert result.metrics[f"rouge_{n}"] == pytest.approx(mean)
+    assert result.metrics["rouge_1"] != result.metrics["rouge_2"]
     assert result.metrics["rouge_l"] == result.score == pytest.approx(expected)
     assert expected == pytest.approx((2 / 3 + 0.8) / 2)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_drawn_answers_follow_from_the_seed_and_are_of_the_tokens_that_are_allowed(beams: int) -> None:
+    reference, data = reference_of("125m"), examples(8)
+
+    def answers(**changes: Any) -> Any:
+        config = settings(Path("unused"), per_device_eval_batch_size=3, num_beams=beams, **changes)
+        return result_of(reference, data, config).predictions
+
+    drawn = answers(select_topk=False)
+    assert drawn == answers(select_topk=False) == answers(select_topk=False, top_p=1.0)
+    others = [answers(), answers(select_topk=False, seed=7), answers(select_topk=False, top_k=2),
+              answers(select_topk=False, top_p=0.3)]  # fmt: skip
+    assert all(other != drawn for other in others)
+    if beams == 1:
+        assert answers(select_topk=False, top_k=1) == answers(select_topk=False, top_p=1e-9) == answers()
+
+
+def test_batches_do_not_repeat_each_others_draws() -> None:
+    data = [Example("a b c", " d", ("d",), f"q{i}") for i in range(4)]
+    config = settings(Path("unused"), per_device_eval_batch_size=1, select_topk=False)
+    assert len(set(result_of(reference_of("125m"), data, config).predictions.values())) > 1
 
 
 @torch.no_grad()

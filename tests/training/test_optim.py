@@ -127,6 +127,20 @@ def test_a_floor_lifts_what_falls_and_not_what_rises(name: str, ratio: float, fl
     assert learning_rate(total, total, end) == pytest.approx(0.1 * floor)
 
 
+@pytest.mark.parametrize("warmup", [0, 1, 7, 50, 60])
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_warm_up_in_steps_is_that_of_transformers_and_comes_before_a_ratio(name: str, warmup: int) -> None:
+    found = rates(50, lr_scheduler_type=name, warmup_steps=warmup, warmup_ratio=0.3 if warmup else 0.0)
+    assert found == pytest.approx(theirs(name, 50, warmup))
+
+
+def test_paddlenlps_rate_rises_over_the_first_6_percent_and_falls_to_a_tenth() -> None:
+    config = TrainingConfig(output_dir="x", recipe="paddlenlp")
+    lr, total = 3e-5, 100
+    expected = [lr * (step / 6 if step < 6 else 1 - 0.9 * (step - 6) / 94) for step in range(total + 1)]
+    assert [learning_rate(step, total, config) for step in range(total + 1)] == pytest.approx(expected)
+
+
 def test_the_shape_of_a_schedule_is_as_drawn() -> None:
     linear = rates(10, lr_scheduler_type="linear", warmup_ratio=0.2)
     assert linear == pytest.approx([0, 0.05, 0.1, 0.0875, 0.075, 0.0625, 0.05, 0.0375, 0.025, 0.0125])

@@ -244,6 +244,47 @@ def test_a_folder_of_other_files_is_refused_and_untouched(runs: Runs, found: str
     assert content(mine) == before
 
 
+@pytest.mark.parametrize("found", ["run", "other run", "model", "notes"])
+def test_overwriting_begins_anew_and_keeps_what_is_no_runs(runs: Runs, found: str) -> None:
+    mine = runs.folder / "mine"
+    if found in ("model", "notes"):
+        shutil.rmtree(mine)
+        mine.mkdir()
+    if found == "model":
+        shutil.copytree(runs.model, mine, dirs_exist_ok=True)
+    (mine / "model-00001-of-00002.safetensors").write_text("of another model")
+    (mine / "notes.txt").write_text("precious")
+    changes = {"seed": 1} if found == "other run" else {}
+    ended = runs("mine", overwrite_output_dir="true", **(SETTINGS | changes))
+    assert ended.code == 0, ended.said
+    assert "going on" not in ended.said[0]
+    assert (mine / "notes.txt").read_text() == "precious"
+    assert not [*mine.glob("before-*"), *mine.glob("model-*")]
+    (mine / "notes.txt").unlink()
+    if found == "other run":
+        assert runs.weights("mine") != runs.weights("whole")
+    else:
+        assert_ended_like_the_whole_run(runs)
+
+
+def test_an_overwriting_run_that_is_stopped_goes_on_by_the_command_that_it_says(runs: Runs) -> None:
+    ended = runs("mine", partial(signal_at, 7, signal.SIGTERM), overwrite_output_dir="true", **SETTINGS)
+    assert ended.code == 143, ended.said
+    assert ended.last_line.endswith(" --overwrite-output-dir false")
+    assert runs("mine", overwrite_output_dir="false", **SETTINGS).code == 0
+    assert_ended_like_the_whole_run(runs)
+
+
+def test_a_restart_by_torchrun_does_not_overwrite_what_its_run_has_done(runs: Runs) -> None:
+    overwriting = SETTINGS | {"overwrite_output_dir": "true"}
+    assert runs("mine", partial(signal_at, 7, signal.SIGKILL), **overwriting).code == -9
+    process = runs.start("mine", environment={"TORCHELASTIC_RESTART_COUNT": "1"}, **overwriting)
+    process.join(60)
+    assert process.exitcode == 0, process.said
+    assert "after step 6\n" in runs.log("mine").read_text()
+    assert_ended_like_the_whole_run(runs)
+
+
 def test_a_file_where_the_folder_should_be_is_named(runs: Runs) -> None:
     shutil.rmtree(runs.folder / "mine")
     (runs.folder / "file").write_text("precious")

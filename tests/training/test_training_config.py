@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
+import pickle
 import re
 from dataclasses import FrozenInstanceError, fields
 from pathlib import Path
@@ -11,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from minopt.training.config import TrainingConfig, differences
+from minopt.training.config import TrainingConfig, differences, with_recipe
 
 # For each field: what a message expects, values that are none, and values that are, each unlike the default.
 TEXT = ("a text", [None, 3, True, ["x"]], ["other"])
@@ -32,6 +34,7 @@ def number(bounds: str, bad: list[Any], good: list[Any]) -> tuple[str, list[Any]
     return f"a number {bounds}".strip(), [*bad, "2", True, math.nan, math.inf, -math.inf, [0.5]], good
 
 
+SHARE = number("of at least 0 and at most 1", [None, -1e-9, 1.1], [0, 0.0, 0.5, 1, 1.0])
 FROM_0 = number("of at least 0", [None, -1e-9, -1.0], [0, 0.0, 3, 1e-3, 7.5])
 PART = number("of at least 0 and below 1", [None, -1e-9, 1.0, 2.0], [0, 0.0, 0.5, 0.999])
 
@@ -40,6 +43,7 @@ FIELDS: dict[str, tuple[str, list[Any], list[Any]]] = {
     "model_name_or_path": TEXT_OR_NONE,
     "do_train": BOOL,
     "do_eval": BOOL,
+    "recipe": ("paddlenlp", ["PaddleNLP", "", 1], ["paddlenlp"]),
     "train_file": TEXT_OR_NONE,
     "dev_file": TEXT_OR_NONE,
     "task": choice("squad", "squad-question"),
@@ -54,14 +58,15 @@ FIELDS: dict[str, tuple[str, list[Any], list[Any]]] = {
     "gradient_accumulation_steps": integer(1, 3),
     "learning_rate": FROM_0,
     "lr_scheduler_type": choice("linear", "cosine", "constant"),
-    "warmup_ratio": PART,
-    "lr_decay_ratio": PART,
+    "warmup_ratio": SHARE,
+    "warmup_steps": integer(0, 7),
+    "lr_decay_ratio": SHARE,
     "weight_decay": FROM_0,
     "adam_beta1": PART,
     "adam_beta2": PART,
     "adam_epsilon": FROM_0,
     "max_grad_norm": FROM_0,
-    "label_smoothing": PART,
+    "label_smoothing": SHARE,
     "dropout": number("of at least 0 and below 1", [-0.1, 1.0, 1.5], [0, 0.0, 0.5]),
     "seed": integer(0, 7, 2**70),
     "fp16": BOOL,
@@ -79,9 +84,12 @@ FIELDS: dict[str, tuple[str, list[Any], list[Any]]] = {
     "length_penalty": number("", [None], [-1.5, 0, 0.7]),
     "no_repeat_ngram_size": integer(0, 3),
     "select_topk": BOOL,
+    "top_k": integer(0, 50),
+    "top_p": SHARE,
     "logging_steps": integer(1, 3),
     "save_steps": integer(1, 3),
     "keep_last": integer(1, 3),
+    "overwrite_output_dir": BOOL,
     "resume": TEXT,
 }
 
@@ -89,22 +97,25 @@ FIELDS: dict[str, tuple[str, list[Any], list[Any]]] = {
 CHANGES_RUN = {
     "model_name_or_path", "train_file", "task", "prompt_template", "completion_template", "src_length", "tgt_length",
     "batching", "num_train_epochs", "max_steps", "learning_rate", "lr_scheduler_type", "warmup_ratio",
-    "lr_decay_ratio", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "label_smoothing",
-    "dropout", "seed", "fp16", "bf16",
+    "warmup_steps", "lr_decay_ratio", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm",
+    "label_smoothing", "dropout", "seed", "fp16", "bf16",
 }  # fmt: skip
 
 # No setting has its default.
 OTHER: dict[str, Any] = {
-    "output_dir": "out", "model_name_or_path": "m", "do_train": True, "do_eval": True, "train_file": "t.json",
+    "output_dir": "out", "model_name_or_path": "m", "do_train": True, "do_eval": True, "recipe": "paddlenlp",
+    "train_file": "t.json",
     "dev_file": "d.json", "task": "squad-question", "prompt_template": "{context}", "completion_template": "{answer}",
     "src_length": 9, "tgt_length": 8, "batching": "padded", "num_train_epochs": 1.5, "max_steps": 4,
     "per_device_train_batch_size": 2, "gradient_accumulation_steps": 3, "learning_rate": 1e-7,
-    "lr_scheduler_type": "cosine", "warmup_ratio": 0.1, "lr_decay_ratio": 0.2, "weight_decay": 0.3, "adam_beta1": 0.4,
+    "lr_scheduler_type": "cosine", "warmup_ratio": 0.1, "warmup_steps": 3, "lr_decay_ratio": 0.2,
+    "weight_decay": 0.3, "adam_beta1": 0.4,
     "adam_beta2": 0.5, "adam_epsilon": 0.6, "max_grad_norm": 0.7, "label_smoothing": 0.8, "dropout": 0.9, "seed": 0,
     "fp16": True, "bf16": False, "recompute": True, "compile": True, "parallel": "fsdp", "device": "cpu",
     "evaluation_strategy": "epoch", "eval_steps": 1, "max_eval_samples": 2, "per_device_eval_batch_size": 3,
     "num_beams": 4, "min_tgt_length": 5, "length_penalty": 6.0, "no_repeat_ngram_size": 7, "select_topk": False,
-    "logging_steps": 8, "save_steps": 9, "keep_last": 10, "resume": "never",
+    "top_k": 11, "top_p": 0.12, "logging_steps": 8, "save_steps": 9, "keep_last": 10, "overwrite_output_dir": True,
+    "resume": "never",
 }  # fmt: skip
 
 
@@ -174,6 +185,8 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
     ({"num_train_epochs": 0}, "--num_train_epochs: expected more than 0, got 0.0. Or give --max_steps."),
     ({"max_steps": 0},
      "--max_steps: expected -1 or at least 1, got 0. To evaluate alone, use --do_eval without --do_train."),
+    ({"overwrite_output_dir": True, "resume": "r/step-1"},
+     "--overwrite_output_dir and --resume r/step-1: expected one, got both. Leave one out."),
     ({"max_steps": 0, "output_dir": ""},
      "--output_dir: expected a folder for the run, got none. Name one; --max_steps: expected -1 or at least 1, got 0. "
      "To evaluate alone, use --do_eval without --do_train."),
@@ -192,8 +205,10 @@ IGNORED: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
      {"evaluation_strategy": "steps"}),
     ({"do_eval": True, "do_train": True, "length_penalty": 0.7}, "--length_penalty: ignored, acts only with "
      "--num_beams of 2 or more", {"num_beams": 2}),
-    ({"do_eval": True, "do_train": True, "select_topk": False}, "--select_topk: ignored, acts only with "
-     "--num_beams of 2 or more", {"num_beams": 2}),
+    ({"do_eval": True, "do_train": True, "top_k": 3, "top_p": 0.5}, "--top_k, --top_p: ignored, act only where "
+     "tokens are drawn, with --select_topk false", {"select_topk": False}),
+    ({"warmup_steps": 3, "warmup_ratio": 0.1}, "--warmup_ratio: ignored, acts only without --warmup_steps",
+     {"warmup_steps": 0}),
     ({"num_beams": 2, "dev_file": "x.json", "max_eval_samples": 3}, "--dev_file, --max_eval_samples, --num_beams: "
      "ignored, act only with --do_eval or --evaluation_strategy", {"evaluation_strategy": "epoch"}),
     ({"lr_decay_ratio": 0.1, "lr_scheduler_type": "constant"}, "--lr_decay_ratio: ignored, acts only with a learning "
@@ -226,6 +241,57 @@ def test_what_is_ignored_is_said_unless_what_it_acts_with_is_there(
     assert said(given) == [sentence]
     assert said(given | needed) == []
     assert config_of(seed=7, bf16=True).ignored(processes=1, eval_is_text=False) == []
+
+
+PADDLENLP = {
+    "train_file": "squad-v2", "dev_file": "squad-v2", "task": "squad-question", "lr_decay_ratio": 0.1,
+    "label_smoothing": 0.1, "min_tgt_length": 55, "num_beams": 5, "length_penalty": 0.7, "no_repeat_ngram_size": 3,
+    "select_topk": True, "top_k": 0, "top_p": 0.0, "src_length": 608, "tgt_length": 160, "num_train_epochs": 4,
+    "learning_rate": 3e-5, "warmup_ratio": 0.06, "warmup_steps": 0, "weight_decay": 0.1, "max_grad_norm": 1.0,
+    "lr_scheduler_type": "linear", "adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8, "seed": 42,
+    "per_device_train_batch_size": 2, "per_device_eval_batch_size": 2,
+}  # fmt: skip
+
+
+def test_a_recipe_gives_what_is_not_named_however_a_config_is_made() -> None:
+    made = [
+        config_of(recipe="paddlenlp"),
+        config_of().replace(recipe="paddlenlp"),
+        TrainingConfig(**with_recipe({"recipe": "paddlenlp", "output_dir": "x"})),
+        pickle.loads(pickle.dumps(config_of(recipe="paddlenlp"))),
+        copy.deepcopy(config_of(recipe="paddlenlp")),
+        TrainingConfig(**config_of(recipe="paddlenlp").to_dict()),
+    ]
+    assert {name: getattr(made[0], name) for name in PADDLENLP} == PADDLENLP
+    assert all(config == made[0] for config in made)
+    assert {name for name in PADDLENLP if getattr(config_of(), name) != PADDLENLP[name]} >= set(PADDLENLP) - {
+        "select_topk", "top_k", "top_p", "src_length", "tgt_length", "warmup_steps", "max_grad_norm",
+        "lr_scheduler_type", "adam_beta1", "adam_beta2", "adam_epsilon", "seed",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PADDLENLP)
+def test_what_is_named_beside_a_recipe_replaces_its_value_even_by_a_default(name: str) -> None:
+    default = getattr(config_of(), name)
+    for config in (
+        config_of(recipe="paddlenlp", **{name: default}),
+        config_of().replace(recipe="paddlenlp", **{name: default}),
+    ):
+        assert getattr(config, name) == default
+        assert {n: getattr(config, n) for n in PADDLENLP if n != name} == {
+            n: value for n, value in PADDLENLP.items() if n != name
+        }
+    assert getattr(config_of(recipe="paddlenlp", **{name: default}).replace(save_steps=9), name) == default
+
+
+def test_a_recipe_is_not_said_to_be_ignored_and_is_no_other_run() -> None:
+    config = config_of(recipe="paddlenlp", num_beams=1, max_steps=4, do_train=True, do_eval=True, warmup_steps=2)
+    assert config.ignored(processes=1, eval_is_text=False) == []
+    assert config.replace(task="squad", length_penalty=2).ignored(processes=1, eval_is_text=False) == [
+        "--length_penalty: ignored, acts only with --num_beams of 2 or more"
+    ]
+    by_hand = config_of(**PADDLENLP).to_dict()
+    assert differences(config_of(recipe="paddlenlp").to_dict(), by_hand) == []
 
 
 def test_epochs_may_be_0_where_steps_are_given() -> None:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 _SETTINGS = ("dev_file", "prompt_template", "completion_template", "src_length", "tgt_length", "max_eval_samples",
              "per_device_eval_batch_size", "num_beams", "min_tgt_length", "length_penalty", "no_repeat_ngram_size",
-             "select_topk")  # fmt: skip
+             "select_topk", "top_k", "top_p")  # fmt: skip
 _NO_TOKENIZER = "--model: expected one with a tokenizer, got one without. Name its folder with --tokenizer."
 _TASKS = ("reference", "perplexity", "squad", "squad-question")
 
@@ -34,7 +34,7 @@ def add_evaluate(verbs: Any) -> None:
     parser.add_argument("--task", choices=_TASKS, required=True,
                         help="reference: compare opt-125m or opt-350m with the numbers in metaseq's and transformers' "
                         "tests, in float32; perplexity: perplexity of the text --data; squad: loss, exact match and "
-                        "F1 of generated answers; squad-question: loss and ROUGE-L of generated questions")  # fmt: skip
+                        "F1 of generated answers; squad-question: loss and ROUGE of generated questions")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="write the results as JSON")
     add_model_arguments(parser, default="required")
     text = parser.add_argument_group("--task perplexity")

@@ -13,7 +13,7 @@ from minopt.cli.common import MODEL, tell
 from minopt.cli.evaluate import evaluate_examples
 from minopt.cli.settings import add_settings, settings_of
 from minopt.progress import counted
-from minopt.training.config import TrainingConfig
+from minopt.training.config import TrainingConfig, with_recipe
 
 
 def add_finetune(verbs: Any) -> None:
@@ -35,7 +35,7 @@ def add_finetune(verbs: Any) -> None:
 
 def _finetune(args: argparse.Namespace) -> int:
     settings = TrainingConfig.from_file(args.config) if args.config is not None else {}
-    config = TrainingConfig(**(settings | settings_of(args)))
+    config = TrainingConfig(**(settings | with_recipe(settings_of(args))))
     if config.model_name_or_path is None:
         raise ValueError(f"--model_name_or_path: expected {MODEL}, got none. Name one.")
 
@@ -64,16 +64,17 @@ def _finetune(args: argparse.Namespace) -> int:
             result = train(name, train_data, config, eval_data=eval_data)
         except TrainingStopped as stopped:
             if world.is_first:
-                tell(f"{stopped} To go on:\n{_this_command(config.resume)}")
+                tell(f"{stopped} To go on:\n{_this_command(config)}")
             return 128 + stopped.signal
         if world.is_first:
             tell(f"{counted(result.steps, 'step')}, loss {result.loss:.4f}. The model is in {result.output_dir}")
     return 0
 
 
-def _this_command(resume: str) -> str:
-    """What was typed, as far as environment variables tell it of torchrun; with ``never``, not to begin anew."""
-    command = ["minopt", *sys.argv[1:], *(["--resume", "auto"] if resume == "never" else [])]
+def _this_command(config: TrainingConfig) -> str:
+    """What was typed, as far as environment variables tell it of torchrun, and what keeps it from beginning anew."""
+    command = ["minopt", *sys.argv[1:], *(["--resume", "auto"] if config.resume == "never" else [])]
+    command += ["--overwrite-output-dir", "false"] if config.overwrite_output_dir else []
     if "LOCAL_WORLD_SIZE" in os.environ:
         nodes = int(os.environ.get("GROUP_WORLD_SIZE", "1"))
         several = ["--nnodes", str(nodes)] if nodes > 1 else []

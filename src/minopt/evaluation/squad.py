@@ -1,4 +1,4 @@
-"""SQuAD's official metrics, exact match and F1, and ROUGE-L for answers of several sentences. No torch."""
+"""SQuAD's official metrics, exact match and F1, and ROUGE for answers of several sentences. No torch."""
 
 from __future__ import annotations
 
@@ -116,6 +116,20 @@ def rouge_l(prediction: str, references: Sequence[str]) -> float:
     return max(found)
 
 
+def rouge_n(prediction: str, references: Sequence[str], n: int) -> float:
+    """ROUGE-N F-measure of the best reference: of the sequences of ``n`` tokens that both have (Lin 2004).
+
+    A sequence counts as often as both sides have it. Tokens, arguments, result and errors are those of ``rouge_l``.
+    """
+    own, *others = (_ngrams(text, n) for text in (prediction, *_checked(references)))
+    return max(_f_measure((Counter(own) & Counter(other)).total(), own, other) for other in others)
+
+
+def _ngrams(text: str, n: int) -> list[tuple[str, ...]]:
+    tokens = _ROUGE_TOKEN.findall(text.lower())
+    return [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
+
+
 def _checked(references: Sequence[str]) -> Sequence[str]:
     if isinstance(references, str) or not references:
         raise ValueError(
@@ -135,7 +149,7 @@ def _word_f1(words: Sequence[str], others: Sequence[str]) -> float:
     return _f_measure((Counter(words) & Counter(others)).total(), words, others)
 
 
-def _f_measure(common: int, a: Sequence[str], b: Sequence[str]) -> float:
+def _f_measure(common: int, a: Sequence[object], b: Sequence[object]) -> float:
     """``2PR / (P + R)`` for ``P = common / len(a)`` and ``R = common / len(b)``."""
     return 2 * common / (len(a) + len(b)) if common else 0.0
 

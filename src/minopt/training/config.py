@@ -17,7 +17,7 @@ from minopt.config import is_int, is_number, read_json
 
 
 def _option(default: Any, help: str, *, choices: tuple[str, ...] = (), least: float | None = None,
-            below: float | None = None, changes_run: bool = True) -> Any:  # fmt: skip
+            below: float | None = None, most: float | None = None, changes_run: bool = True) -> Any:  # fmt: skip
     """A field of ``TrainingConfig``.
 
     Args:
@@ -26,15 +26,37 @@ def _option(default: Any, help: str, *, choices: tuple[str, ...] = (), least: fl
         choices: the values allowed.
         least: the least value allowed.
         below: what the value must stay below.
+        most: the largest value allowed.
         changes_run: whether another value makes another run of it, which cannot go on from the first one's checkpoint.
     """
-    metadata = {"help": help, "choices": choices, "least": least, "below": below, "changes_run": changes_run}
+    metadata = {"help": help, "choices": choices, "least": least, "below": below, "most": most,
+                "changes_run": changes_run}  # fmt: skip
     return field(default=default, metadata=metadata)
+
+
+# PaddleNLP's OPT example: the command in its README, and what its script takes where the command says nothing.
+RECIPES: Mapping[str, Mapping[str, Any]] = {
+    "paddlenlp": {
+        "train_file": "squad-v2", "dev_file": "squad-v2", "task": "squad-question", "src_length": 608,
+        "tgt_length": 160, "num_train_epochs": 4.0, "per_device_train_batch_size": 2, "learning_rate": 3e-5,
+        "lr_scheduler_type": "linear", "warmup_ratio": 0.06, "lr_decay_ratio": 0.1, "weight_decay": 0.1,
+        "max_grad_norm": 1.0, "label_smoothing": 0.1, "per_device_eval_batch_size": 2, "num_beams": 5,
+        "min_tgt_length": 55, "length_penalty": 0.7, "no_repeat_ngram_size": 3,
+    },
+}  # fmt: skip
+
+
+def with_recipe(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings, and those of the recipe among them that are not given beside it."""
+    recipe = settings.get("recipe")
+    return {**(RECIPES.get(recipe, {}) if isinstance(recipe, str) else {}), **settings}
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
     """Settings of a fine-tuning run. ``minopt finetune --help`` describes each field; so does its ``metadata``.
+
+    A recipe gives the values of fields that the call does not name.
 
     Raises:
         ValueError: naming each field whose value makes no sense.
@@ -48,6 +70,9 @@ class TrainingConfig:
     do_eval: bool = _option(
         False, "evaluate after the training; without --do_train, evaluate the model as it is", changes_run=False
     )
+
+    recipe: str | None = _option(None, "settings of a published example, which other flags replace", choices=(
+                                 *RECIPES,), changes_run=False)  # fmt: skip
 
     # Data
     train_file: str = _option("squad", "data to train on: SQuAD (.json), prompts and completions (.jsonl), or a text "
@@ -91,10 +116,11 @@ class TrainingConfig:
         "linear", "how the learning rate falls after the warm-up", choices=("linear", "cosine", "constant")
     )
     warmup_ratio: float = _option(
-        0.0, "the learning rate rises from 0 in this part of all steps (0: at once)", least=0, below=1
+        0.0, "the learning rate rises from 0 in this part of all steps (0: at once)", least=0, most=1
     )
+    warmup_steps: int = _option(0, "the learning rate rises from 0 in this many steps (0: --warmup_ratio)", least=0)
     lr_decay_ratio: float = _option(
-        0.0, "the learning rate falls to this part of the highest (0: to zero)", least=0, below=1
+        0.0, "the learning rate falls to this part of the highest (0: to zero)", least=0, most=1
     )
     weight_decay: float = _option(0.0, "weight decay of AdamW, on matrices only (0: none)", least=0)
     adam_beta1: float = _option(0.9, "beta 1 of AdamW", least=0, below=1)
@@ -102,7 +128,7 @@ class TrainingConfig:
     adam_epsilon: float = _option(1e-8, "epsilon of AdamW", least=0)
     max_grad_norm: float = _option(1.0, "scale gradients down to this global norm (1.0; 0: never)", least=0)
     label_smoothing: float = _option(
-        0.0, "probability that the target gives to all tokens alike (0: none)", least=0, below=1
+        0.0, "probability that the target gives to all tokens alike (0: none)", least=0, most=1
     )
     dropout: float | None = _option(
         None, "dropout instead of the model's own; attention_dropout stays (the model's)", least=0, below=1
@@ -147,13 +173,21 @@ class TrainingConfig:
         0, "no N tokens in a row occur twice in a generated text (0: no limit)", least=0, changes_run=False
     )
     select_topk: bool = _option(
-        True, "with beams: true keeps the most probable tokens, false draws them", changes_run=False
+        True, "true: generated texts have the most probable tokens; false: tokens are drawn", changes_run=False
     )
+    top_k: int = _option(0, "draw from the N most probable tokens (0: from all)", least=0, changes_run=False)
+    top_p: float = _option(
+        0.0, "draw from the fewest tokens that together have this probability (0: from all)", least=0, most=1,
+        changes_run=False,
+    )  # fmt: skip
 
     # What is written
     logging_steps: int = _option(10, "steps between lines of metrics.jsonl", least=1, changes_run=False)
     save_steps: int = _option(500, "steps between checkpoints", least=1, changes_run=False)
     keep_last: int = _option(2, "how many checkpoints to keep, beside the best one", least=1, changes_run=False)
+    overwrite_output_dir: bool = _option(
+        False, "start again, and remove the run or the model that is in --output_dir", changes_run=False
+    )
     resume: str = _option(
         "auto",
         "auto: continue from the latest checkpoint of this run; never: start again; or the path "
@@ -161,9 +195,19 @@ class TrainingConfig:
         changes_run=False,
     )
 
+    def __new__(cls, *args: Any, **settings: Any) -> TrainingConfig:
+        """Notes which fields a call names: a recipe gives the others."""
+        self = super().__new__(cls)
+        self.__dict__["_named"] = {f.name for f in fields(cls)[: len(args)]} | settings.keys()
+        return self
+
     def __post_init__(self) -> None:
+        named = self.__dict__.pop("_named")
         for f in fields(self):
             value = getattr(self, f.name)
+            if f.name not in named:
+                value = self._default(f)
+                object.__setattr__(self, f.name, value)
             if isinstance(value, Path):
                 object.__setattr__(self, f.name, str(value))
             elif "float" in f.type and is_int(value) and is_number(value):
@@ -172,12 +216,18 @@ class TrainingConfig:
         if problems := problems or self._contradictions():
             raise ValueError("; ".join(problems) + ".")
 
+    def _default(self, f: Field[Any]) -> Any:
+        """The value of a field that is not named."""
+        return (RECIPES.get(self.recipe, {}) if isinstance(self.recipe, str) else {}).get(f.name, f.default)
+
     def _contradictions(self) -> list[str]:
         problems = []
         if not self.output_dir and self.trains:
             problems.append("--output_dir: expected a folder for the run, got none. Name one")
         if self.fp16 and self.bf16:
             problems.append("--fp16 and --bf16: expected one of them, got both. Leave one out")
+        if self.overwrite_output_dir and self.resume not in ("auto", "never"):
+            problems.append(f"--overwrite_output_dir and --resume {self.resume}: expected one, got both. Leave one out")
         if self.min_tgt_length > self.tgt_length:
             problems.append(f"--min_tgt_length: {self.min_tgt_length} exceeds --tgt_length {self.tgt_length}. Lower it")
         if (self.prompt_template is None) != (self.completion_template is None):
@@ -202,7 +252,7 @@ class TrainingConfig:
 
     def ignored(self, *, processes: int, eval_is_text: bool) -> list[str]:
         """Settings that are set and have no effect, a sentence for each reason."""
-        asked = {f.name for f in fields(self) if getattr(self, f.name) != f.default}
+        asked = {f.name for f in fields(self) if getattr(self, f.name) != self._default(f)}
         found = [([name for name in names if name in asked], when)
                  for names, acts, when in _ACTS_ONLY if not acts(self, processes, eval_is_text)]  # fmt: skip
         return [
@@ -233,7 +283,7 @@ class TrainingConfig:
 
     def replace(self, **changes: Any) -> TrainingConfig:
         """A copy with some values changed, checked again."""
-        return replace(self, **changes)
+        return replace(self, **with_recipe(changes))
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, as JSON takes them."""
@@ -254,20 +304,24 @@ def _reads_squad(config: TrainingConfig) -> bool:
 # evaluated on is a text), and how that reads in a warning.
 _ACTS_ONLY: tuple[tuple[tuple[str, ...], Callable[[TrainingConfig, int, bool], bool], str], ...] = (
     (("output_dir", "train_file", "batching", "num_train_epochs", "max_steps", "per_device_train_batch_size",
-      "gradient_accumulation_steps", "learning_rate", "lr_scheduler_type", "warmup_ratio", "lr_decay_ratio",
-      "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "label_smoothing", "dropout", "fp16",
-      "bf16", "recompute", "compile", "parallel", "evaluation_strategy", "logging_steps", "save_steps", "keep_last",
-      "resume"), lambda c, *_: c.trains, "while training, and --do_eval alone trains nothing"),
+      "gradient_accumulation_steps", "learning_rate", "lr_scheduler_type", "warmup_ratio", "warmup_steps",
+      "lr_decay_ratio", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "label_smoothing",
+      "dropout", "fp16", "bf16", "recompute", "compile", "parallel", "evaluation_strategy", "logging_steps",
+      "save_steps", "keep_last", "overwrite_output_dir", "resume"), lambda c, *_: c.trains,
+     "while training, and --do_eval alone trains nothing"),
     (("num_train_epochs",), lambda c, *_: c.max_steps < 0 or not c.trains, "without --max_steps"),
+    (("warmup_ratio",), lambda c, *_: not c.warmup_steps or not c.trains, "without --warmup_steps"),
     (("lr_decay_ratio",), lambda c, *_: c.lr_scheduler_type != "constant" or not c.trains,
      "with a learning rate that falls, and --lr_scheduler_type is constant"),
     (("parallel",), lambda c, processes, _: processes > 1 or not c.trains, "in several processes (torchrun)"),
     (("eval_steps",), lambda c, *_: c.evaluation_strategy == "steps", "with --evaluation_strategy steps"),
     (("dev_file", "max_eval_samples", "per_device_eval_batch_size", "num_beams", "min_tgt_length",
-      "no_repeat_ngram_size"), lambda c, *_: c.evaluates, "with --do_eval or --evaluation_strategy"),
-    (("num_beams", "min_tgt_length", "no_repeat_ngram_size"), lambda c, _, is_text: not (c.evaluates and is_text),
-     "where answers are generated, and --dev_file is a text"),
-    (("length_penalty", "select_topk"), lambda c, *_: c.num_beams > 1, "with --num_beams of 2 or more"),
+      "no_repeat_ngram_size", "select_topk", "top_k", "top_p"), lambda c, *_: c.evaluates,
+     "with --do_eval or --evaluation_strategy"),
+    (("num_beams", "min_tgt_length", "no_repeat_ngram_size", "select_topk", "top_k", "top_p"),
+     lambda c, _, is_text: not (c.evaluates and is_text), "where answers are generated, and --dev_file is a text"),
+    (("length_penalty",), lambda c, *_: c.num_beams > 1, "with --num_beams of 2 or more"),
+    (("top_k", "top_p"), lambda c, *_: not c.select_topk, "where tokens are drawn, with --select_topk false"),
     (("task",), lambda c, *_: c.prompt_template is None, "without --prompt_template"),
     (("prompt_template",), lambda c, *_: _reads_squad(c), "on SQuAD's files"),
 )  # fmt: skip
@@ -290,11 +344,13 @@ def _expected(f: Field[Any], value: Any) -> str | None:
         choices = f.metadata["choices"]
         return None if isinstance(value, str) and (not choices or value in choices) else (
             " or ".join(choices) or "a text")  # fmt: skip
-    least, below = f.metadata["least"], f.metadata["below"]
+    least, below, most = (f.metadata[name] for name in ("least", "below", "most"))
     fits = is_int(value) if kind == "int" else is_number(value) and math.isfinite(value)
-    if fits and (least is None or value >= least) and (below is None or value < below):
+    inside = fits and (least is None or value >= least) and (below is None or value < below)
+    if inside and (most is None or value <= most):
         return None
     bounds = [f"of at least {least}"] * (least is not None) + [f"below {below}"] * (below is not None)
+    bounds += [f"at most {most}"] * (most is not None)
     return " ".join(["an integer" if kind == "int" else "a number", " and ".join(bounds)]).strip()
 
 

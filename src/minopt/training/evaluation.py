@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from minopt.distributed import World
-from minopt.evaluation.squad import normalize_answer, rouge_l
+from minopt.evaluation.squad import normalize_answer, rouge_l, rouge_n
 from minopt.evaluation.squad import score as squad_score
 from minopt.generation.batches import cut_batches
 from minopt.generation.config import GenerationConfig
@@ -17,6 +17,7 @@ from minopt.generation.scoring import token_logprobs
 from minopt.model import OPT
 from minopt.progress import bar
 from minopt.tokenizer import Tokenizer, pad_left
+from minopt.training.batches import seed_of
 from minopt.training.config import TrainingConfig
 from minopt.training.data import UNANSWERABLE, Example
 from minopt.training.tokens import Tokens
@@ -29,7 +30,7 @@ class EvaluationResult:
     Attributes:
         metrics: ``loss``, the mean over all learned tokens in nats, and ``perplexity``, its exponential; of generated
             answers ``exact_match`` and ``f1`` in percent as SQuAD's script gives them, of generated questions
-            ``rouge_l`` from 0 to 1; ``examples``, how many.
+            ``rouge_1``, ``rouge_2`` and ``rouge_l`` from 0 to 1; ``examples``, how many.
         score: the one of them by which checkpoints are compared, higher is better.
         predictions: generated texts by the examples' ids, empty for plain text.
     """
@@ -39,16 +40,17 @@ class EvaluationResult:
     predictions: Mapping[str, str] = field(repr=False)
 
 
-def generation_options(config: TrainingConfig) -> GenerationConfig:
-    """How answers are generated: greedily, unless the settings say otherwise."""
-    beams: dict[str, Any] = {}
+def generation_options(config: TrainingConfig, first: int = 0) -> GenerationConfig:
+    """How answers are generated: greedily, unless the settings say otherwise; ``first``, of a batch, changes draws."""
+    options: dict[str, Any] = {}
     if config.num_beams > 1:
-        beams = {"num_beams": config.num_beams, "length_penalty": config.length_penalty}
-        if not config.select_topk:
-            beams |= {"do_sample": True, "seed": config.seed}
+        options = {"num_beams": config.num_beams, "length_penalty": config.length_penalty}
+    if not config.select_topk:
+        options |= {"do_sample": True, "seed": seed_of(config.seed, first), "top_k": config.top_k,
+                    "top_p": config.top_p or 1.0}  # fmt: skip
     if config.no_repeat_ngram_size:
-        beams |= {"no_repeat_ngram_size": config.no_repeat_ngram_size, "no_repeat_ngram_include_prompt": False}
-    return GenerationConfig(max_new_tokens=config.tgt_length, min_new_tokens=config.min_tgt_length, **beams)
+        options |= {"no_repeat_ngram_size": config.no_repeat_ngram_size, "no_repeat_ngram_include_prompt": False}
+    return GenerationConfig(max_new_tokens=config.tgt_length, min_new_tokens=config.min_tgt_length, **options)
 
 
 def evaluate(
@@ -92,7 +94,8 @@ def evaluate(
                 nll -= logprobs.double().sum().item()
                 learned += len(logprobs)
             if generates:
-                texts = _continue(model, tokenizer, [tokens.prompt(i) for i in batch], config)
+                options = generation_options(config, batch[0])
+                texts = _continue(model, tokenizer, [tokens.prompt(i) for i in batch], options)
                 predictions |= {data[i].id: text for i, text in zip(batch, texts, strict=True)}  # type: ignore[union-attr]
             drawn.update(len(batch))
     model.train(was_training)
@@ -107,17 +110,19 @@ def evaluate(
     predictions = {example.id: everyone[example.id] for example in data}
     references = {example.id: example.references or (example.completion.strip(),) for example in data}
     if config.task == "squad-question" and config.prompt_template is None:
-        values = [rouge_l(predictions[id], right) for id, right in references.items()]
-        metrics["rouge_l"] = sum(values) / len(values)
+        pairs = [(predictions[id], right) for id, right in references.items()]
+        for n in (1, 2):
+            metrics[f"rouge_{n}"] = sum(rouge_n(*pair, n) for pair in pairs) / len(pairs)
+        metrics["rouge_l"] = sum(rouge_l(*pair) for pair in pairs) / len(pairs)
         return EvaluationResult(metrics, metrics["rouge_l"], predictions)
     metrics |= squad_score(predictions, references)
     return EvaluationResult(metrics, metrics["f1"], predictions)
 
 
-def _continue(model: OPT, tokenizer: Tokenizer, prompts: list[list[int]], config: TrainingConfig) -> list[str]:
+def _continue(model: OPT, tokenizer: Tokenizer, prompts: list[list[int]], options: GenerationConfig) -> list[str]:
     """The texts that a model adds to prompts; none where it says that there is no answer."""
     input_ids, mask = pad_left(prompts, model.config.pad_token_id)
-    options = generation_options(config).replace(suppress_tokens=tokenizer.ids_without_token(model.config.vocab_size))
+    options = options.replace(suppress_tokens=tokenizer.ids_without_token(model.config.vocab_size))
     output = generate(model, input_ids, mask, config=options)
     new = output.sequences[:, input_ids.shape[1] :].tolist()
     texts = [tokenizer.decode(ids[:n]).strip() for ids, n in zip(new, output.lengths, strict=True)]

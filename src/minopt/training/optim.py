@@ -39,7 +39,7 @@ def learning_rate(step: int, total_steps: int, config: TrainingConfig) -> float:
         total_steps: of the whole run.
         config: names the schedule.
     """
-    warmup = math.ceil(config.warmup_ratio * total_steps)
+    warmup = config.warmup_steps or math.ceil(config.warmup_ratio * total_steps)
     if step < warmup:
         return config.learning_rate * step / warmup
     done = (step - warmup) / max(1, total_steps - warmup)

@@ -111,6 +111,16 @@ def set_aside(folder: Path) -> Path | None:
     return aside
 
 
+def overwrite(folder: Path) -> None:
+    """Removes what a run, or a model, has left in a folder, and nothing else."""
+    for name in (CHECKPOINTS, BEST, "config.json", "model*.safetensors*", PREDICTIONS, METRICS, SETTINGS):
+        for path in folder.glob(name):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+
+
 def remove_leftovers(folder: Path) -> None:
     """Removes what a process that was killed while writing has left."""
     for name in (SETTINGS, METRICS, PREDICTIONS):

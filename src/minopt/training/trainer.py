@@ -45,6 +45,7 @@ from minopt.training.run_folder import (
     check_same,
     check_settings,
     locked,
+    overwrite,
     remove_leftovers,
     set_aside,
 )
@@ -250,11 +251,15 @@ class _Run:
     def _claim(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         remove_leftovers(self.folder)
-        if self.config.resume == "never" and not self.restarted:
+        if self.config.overwrite_output_dir:
+            if not self.restarted:
+                overwrite(self.folder)
+        elif self.config.resume == "never" and not self.restarted:
             aside = set_aside(self.folder)
             if aside is not None:
                 logger.warning("--resume never: the run that was in %s is now in %s.", self.folder, aside)
-        check_settings(self.folder, self.record)
+        if not self.config.overwrite_output_dir or (self.folder / SETTINGS).is_file():
+            check_settings(self.folder, self.record)
         self.checkpoints.remove_unfinished()
 
     def _checkpoint(self) -> Path | None:
