@@ -53,13 +53,13 @@ def main() -> None:
     torch.manual_seed(0)
     model = OPT(config, device=args.device)
     if not resumed:
-        save_model(model, args.out, tokenizer)
+        save_model(model, args.out, tokenizer, force=True)
     train(model, Paragraphs(training_files, tokenizer), args)
 
     bits = {path.name: round(bits_per_byte(model, tokenizer, path), 4) for path in validation_files}
     print("bits per byte:", bits)
     (args.out / "validation.json").write_text(json.dumps(bits, indent=2) + "\n")
-    save_model(model.half(), args.out, tokenizer)
+    save_model(model.half(), args.out, tokenizer, force=True)
 
 
 def train_tokenizer(files: list[Path], vocab_size: int) -> Tokenizer:

@@ -128,7 +128,7 @@ def test_a_model_of_another_tokenizer_is_one_line_too(
         ("generate x --top_p", "--top-p: expected a value, got none. See"),
         ("generate x --top-p much", "--top-p: expected a number, got 'much'. See"),
         ("generate x --echo=5", "--echo: expected no value, got '5'. See"),
-        ("plan opt-125m --memory lots", "--memory: expected a size such as"),
+        ("plan opt-125m --memory 16", "--memory: expected a size above 0 with its unit, such as"),
     ],
 )  # fmt: skip
 def test_a_wrong_word_is_named_in_one_line_with_the_nearest_right_one(

@@ -85,6 +85,30 @@ def error_of(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     return line
 
 
+# --- torchrun ---
+
+
+def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "minopt"]
+    return subprocess.run([*command, *arguments], capture_output=True, text=True, check=False, timeout=100)
+
+
+def test_under_torchrun_the_first_process_works_alone(tmp_path: Path) -> None:
+    result = torchrun("convert", str(DEMO), str(tmp_path / "new"))
+    assert (result.returncode, result.stdout) == (0, "")
+    assert result.stderr.count("minopt: wrote") == 1
+    assert inspect_checkpoint(tmp_path / "new").is_sound
+
+
+@pytest.mark.parametrize("arguments", [["inspect", "/no/such/folder"], ["inspekt", "x"]], ids=["folder", "command"])
+def test_under_torchrun_the_error_is_the_last_line_that_one_reads(arguments: list[str]) -> None:
+    result = torchrun(*arguments)
+    assert (result.returncode, result.stdout) == (1, "")  # torchrun's own
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("minopt: error: ")]
+    last = result.stderr.rstrip("=\n").splitlines()[-1]
+    assert line.removeprefix("minopt: error: ") in last
+
+
 # --- convert ---
 
 
@@ -117,21 +141,33 @@ def test_each_option_reaches_the_library(tmp_path: Path, monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize(
     ("text", "count"),
-    [("1000", 1000), ("7B", 7), ("20KB", 20_000), ("20 kb", 20_000), ("2mb", 2_000_000), ("0.5GB", 500_000_000)],
+    [
+        ("7B", 7),
+        ("20KB", 20_000),
+        ("20 kb", 20_000),
+        ("2mb", 2_000_000),
+        ("0.5GB", 500_000_000),
+        ("16g", 16 * 10**9),
+        ("2GiB", 2**31),
+        ("1.5 TB", 15 * 10**11),
+        ("10 bytes", 10),
+    ],
 )
-def test_sizes_are_decimal(text: str, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sizes_are_in_decimal_or_binary_units(text: str, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
     monkeypatch.setattr(converting, "convert", lambda *args, **options: asked.append(options["max_shard_bytes"]))
     assert main(["convert", "a", "b", "--max-shard-size", text]) == 0
     assert asked == [count]
 
 
-@pytest.mark.parametrize("text", ["", "GB", "2GiB", "2TB", "1.5.5MB", "-1MB", "1e9", "two", "2 M B"])
+@pytest.mark.parametrize(
+    "text", ["", "GB", "16", "0", "0GB", "1.5.5MB", "-1MB", "1e9", "inf", "two", "2 M B", "²GB", "9" * 400 + "GB"]
+)
 def test_sizes_that_are_none_are_wrong_usage(text: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(["convert", "a", "b", f"--max-shard-size={text}"])
     assert caught.value.code == 2
-    assert f"expected a size such as 2GB or 500MB, got {text!r}" in capsys.readouterr().err
+    assert f"expected a size above 0 with its unit, such as 16GB or 500MB, got {text!r}" in capsys.readouterr().err
 
 
 def test_there_and_back_by_the_command_line(parts: Path, tmp_path: Path) -> None:
@@ -152,11 +188,10 @@ def test_there_and_back_by_the_command_line(parts: Path, tmp_path: Path) -> None
         (["{parts}", "{tmp}/new", "--dtype", "int8"], "dtype: expected auto, float32, "),
         (["{parts}", "{tmp}/new", "--parts", "2"], "metaseq's format has them, got 2 with hf. Add --format metaseq."),
         (["{parts}", "{tmp}/new", "--parts", "3", "--format", "metaseq"], "1, 2, 4 would do."),
-        (["{parts}", "{tmp}/new", "--max-shard-size", "0"], "--max-shard-size: expected a positive number, got 0."),
         (["{parts}", "{tmp}/new", "--model-config", "opt-9b"], "--model-config: opt-9b: no such file, and "),
         (["{parts}", "{tmp}/new", "--tokenizer", "{tmp}"], "expected tokenizer.json, or vocab.json and merges.txt"),
         (["{parts}", "{parts}", "--force"], "is, or holds, the source"),
-        (["{parts}", "{tmp}/old"], "is there already. Name another folder, or replace it with --force."),
+        (["{parts}", "{tmp}/old"], "is there already. Name another folder, or replace it with --force (force=True)."),
         (["{parts}", "{tmp}/old/notes.txt"], "expected a folder to write to, got a file. Name another."),
         (["{parts}", "{tmp}/thesis", "--force"], "holds files that are not a model's (no config.json)."),
         (["{parts}", "{tmp}/old/notes.txt/new"], "{tmp}/old/notes.txt"),

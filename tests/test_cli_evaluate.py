@@ -93,6 +93,10 @@ def test_answers_are_scored_as_squad_does(dev_file: Path, lm: LanguageModel, tmp
     loss = mean_loss(lm, completions)
     assert (values["loss"], values["examples"]) == (pytest.approx(loss, rel=1e-4), 5)
     assert captured.err == ""
+    before = output.read_bytes()
+    assert evaluate("--task", "squad", "--dev-file", dev_file, "--output", output) == 2
+    assert "is there already. Name another file, or replace it with --force." in capsys.readouterr().err
+    assert output.read_bytes() == before
 
 
 def test_the_table_says_what_the_json_says(dev_file: Path, capsys: Capture) -> None:

@@ -178,7 +178,10 @@ def test_an_existing_output_is_kept_unless_forced(tmp_path: Path, capsys: pytest
     file.write_text("The sea")
     out.write_text("mine")
     arguments = ["--input", str(file), "--output", str(out), "--max-new-tokens", "1"]
-    assert refused(capsys, *arguments) == f"{out}: is there already. Name another file, or add --force or --resume."
+    assert refused(capsys, *arguments) == (
+        f"--output: {out} is there already. Name another file, or replace it with --force, or continue it with "
+        "--resume."
+    )
     assert out.read_text() == "mine"
     assert refused(capsys, *arguments, "--force", "--max-new-tokens", "2000").startswith("prompt: ")
     assert out.read_text() == "mine"  # nothing is opened before all prompts are known to fit
@@ -373,7 +376,7 @@ def test_the_prompts_are_never_the_output(tmp_path: Path, capsys: pytest.Capture
     link.hardlink_to(file)
     for output in (file, link):
         message = refused(capsys, "--input", str(file), "--output", str(output), "--force")
-        assert message == f"{output}: is the --input too. Name another file."
+        assert message == f"--output: {output} is the --input too. Name another file."
     assert file.read_text() == "The sea"
 
 
@@ -384,7 +387,7 @@ def test_an_output_that_cannot_be_is_refused_before_a_model_is_loaded(
     arguments = ["generate", "--model", "/nowhere", "--input", str(tmp_path / "prompts.txt"), "--output"]
     for output, message in (
         (tmp_path / "no" / "o", "there is no folder"),
-        (tmp_path, "is a folder. Name a file in it."),
+        (tmp_path, "--output: expected a file, got a folder"),
     ):
         assert main([*arguments, str(output)]) == 2
         assert message in capsys.readouterr().err

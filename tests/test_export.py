@@ -495,18 +495,27 @@ def test_options_that_make_no_sense_are_refused(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_program_does_not_take_the_place_of_its_own_source(tmp_path: Path) -> None:
+    copy_of(minopt.DEMO, tmp_path / "model")
+    with pytest.raises(ValueError, match="model: is, or holds, the source"):
+        minopt.export_model(tmp_path / "model", tmp_path / "model", force=True)
+    assert minopt.load(tmp_path / "model", device="cpu").generate("The sea", max_new_tokens=1)
+
+
 @pytest.mark.parametrize("kind", ["file", "folder", "model"])
-def test_what_is_there_is_never_replaced(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_there_is_not_replaced_unasked(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "program"
     if kind == "file":
         path.write_text("mine")
     elif kind == "folder":
         path.mkdir()
+        (path / "notes.txt").write_text("mine")
     else:
         copy_of(minopt.DEMO, path)
     before = sorted(tmp_path.rglob("*"))
     assert main(["export", minopt.DEMO, str(path)]) == 2
-    assert capsys.readouterr().err == f"minopt: error: {path}: is there already. Name another folder.\n"
+    (line,) = capsys.readouterr().err.splitlines()
+    assert ("expected a folder to write to, got a file" if kind == "file" else "replace it with --force") in line
     assert sorted(tmp_path.rglob("*")) == before
 
 

@@ -937,7 +937,7 @@ def test_a_folder_without_options_gives_none_and_saving_without_any_keeps_what_i
 ) -> None:
     assert minopt.load(folder, device="cpu").generation_defaults == {}
     (folder / "generation_config.json").write_text('{"max_new_tokens": 3}')
-    lm.save(folder)
+    lm.save(folder, force=True)
     assert json.loads((folder / "generation_config.json").read_text()) == {"max_new_tokens": 3}
 
 

@@ -21,6 +21,7 @@ from minopt.config import PRESETS
 from minopt.inference.exported import MANIFEST
 from minopt.inference.products import Plain, kind_on_cpu
 from minopt.plan import find_config, plan_generation, rows_that_fit
+from minopt.progress import size_of
 from tests.conftest import build_ours, build_reference
 
 FLOAT16_GPU: dict[str, Any] = {"dtype": torch.float16, "device": "cuda"}
@@ -107,12 +108,40 @@ def test_the_table_of_the_docs() -> None:
         ("opt-13b --memory 24GB --device cuda --quantize int8", 0, "Use: minopt generate --model facebook/opt-13b "
          "--dtype float16 --quantize int8"),
         ("opt-13b --memory 2GB --device cpu", 1, "Nothing fits: the least is 8.2 GB (--offload disk). Try a smaller "
-         "--length, or --dtype bfloat16, or more --devices."),
+         "--length, or --dtype bfloat16, or --devices 40."),
     ],
 )  # fmt: skip
 def test_what_to_use(arguments: str, code: int, expected: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", *arguments.split()]) == code
     assert capsys.readouterr().out.splitlines()[-1] == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ("opt-175b --devices 8 --memory 80GB", ["6 of the 8 devices are enough for 1 x 2,048 tokens."]),
+        ("opt-125m --devices 8 --memory 16GB", [
+            "The 12 heads of the model can be divided among 1, 2, 3, 4, 6 or 12 devices, not among 8.",
+            "1 of the 8 devices is enough for 1 x 2,048 tokens."]),
+        ("opt-66b --devices 5 --memory 24GB", [
+            "The 72 heads of the model can be divided among 1, 2, 3, 4, 6, 8, 9, 12, 18, 24, 36 or 72 devices, "
+            "not among 5."]),
+        ("opt-6.7b --devices 2 --memory 10GB", []),
+    ],
+)  # fmt: skip
+def test_why_fewer_devices_than_there_are(
+    arguments: str, expected: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", *arguments.split(), "--device", "cuda"]) == 0
+    *said, use = capsys.readouterr().out.rpartition("\n\n")[2].splitlines()
+    assert [line for line in said if not line.startswith("Beside it")] == expected
+    assert use.startswith("Use: ")
+
+
+def test_sizes_have_the_unit_that_fits_them() -> None:
+    for count, text in {0: "0 bytes", 999: "999 bytes", 1000: "1.0 kB", 20_300_000: "20.3 MB", 999_949_999: "999.9 MB",
+                        999_960_000: "1.0 GB", 16 * 10**9: "16.0 GB", 7 * 10**11: "700.0 GB"}.items():  # fmt: skip
+        assert size_of(count) == text
 
 
 def test_as_json_and_of_a_folder(write_checkpoint: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
@@ -140,7 +169,6 @@ def test_an_int8_folder_is_known_for_one(
         ("opt-125m --devices 0", "--devices: expected 1 or more, got 0."),
         ("opt-125m --batch -1", "--batch: expected 1 or more, got -1."),
         ("opt-125m --length 4096", "--length: expected at most 2048 tokens, the model's positions, got 4096."),
-        ("opt-125m --memory 0", "--memory: expected a size above 0, such as 16GB, got 0."),
         ("./no/opt-125m --memory 1GB", "./no/opt-125m: no such folder, and not the name of a model on the hub "
                                             "(owner/name)."),
         ("opt-125m --dtype int4", "--dtype: expected auto, float32, bfloat16, float16, float64 or the torch.dtype, got "
@@ -198,7 +226,7 @@ def test_too_little_memory_is_said_before_anything_is_read(
         monkeypatch.setattr(plan, "available_memory", lambda _, free=free: free)
         if free > 1000 and options:
             continue
-        said = rf"^memory: {folder} takes 0\.0 GB as [a-z0-9]+, and 0\.0 GB are free on this machine\. "
+        said = rf"^memory: {folder} takes [0-9.]+ kB as [a-z0-9]+, and [0-9.]+ kB are free on this machine\. "
         with pytest.raises(ValueError, match=said) as error:
             minopt.load(folder, device="cpu", **options)
         assert fits in str(error.value)
@@ -215,7 +243,7 @@ def test_what_waits_for_a_gpu_has_to_have_room(
     assert plan.shortage(checkpoint, gpu, torch.float32, offload="disk") is None
     found = plan.shortage(checkpoint, gpu, torch.float32, offload="cpu") or ""
     assert re.fullmatch(
-        r"memory: the layers of .+ take 0\.0 GB .*, and 0\.0 GB are free\. What fits: offload disk\.", found
+        r"memory: the layers of .+ take [0-9.]+ kB .*, and [0-9.]+ kB are free\. What fits: offload disk\.", found
     )
     free["cpu"] = 4 * layers
     assert plan.shortage(checkpoint, gpu, torch.float32, offload="cpu") is None

@@ -29,7 +29,15 @@ from minopt.checkpoint.errors import first_line
 from minopt.checkpoint.hub import find_model
 from minopt.checkpoint.inspect import digest_of, digest_of_all
 from minopt.checkpoint.load import read_weights, resolve_device, resolve_dtype
-from minopt.checkpoint.save import generation_config, replacing, write_config, write_json
+from minopt.checkpoint.save import (
+    TOKENIZER_FILES,
+    check_apart,
+    check_destination,
+    generation_config,
+    replacing,
+    write_config,
+    write_json,
+)
 from minopt.checkpoint.source import Checkpoint, open_checkpoint
 from minopt.config import OPTConfig, is_int, read_json
 from minopt.generation.decode import generate
@@ -169,6 +177,7 @@ def export_model(
     model_config: OPTConfig | str | Path | None = None,
     ignore: Sequence[str] = (),
     tokenizer: str | Path | None = None,
+    force: bool = False,
 ) -> None:
     """Compiles a model into a folder that ``minopt.load`` opens, and that runs without minopt too (docs/export.md).
 
@@ -177,7 +186,7 @@ def export_model(
 
     Args:
         source: as ``name_or_path`` of ``minopt.load_model``.
-        destination: a folder that is not there yet.
+        destination: a folder, made if missing.
         dtype: see ``minopt.load_model``.
         quantize: ``"int8"``: weights of linear layers and of the head, and their inputs, in 8 bits; on a CPU. ``None``
             leaves them as the checkpoint has them.
@@ -186,25 +195,28 @@ def export_model(
         device: ``"cpu"`` or ``"cuda"``.
         revision, local_files_only, model_config, ignore: see ``minopt.load_model``.
         tokenizer: the folder of its files; ``None`` looks beside the weights, then one folder up.
+        force: replace a program or model that is there.
 
     Raises:
         FileNotFoundError: if there is no such folder, repository or file.
-        FileExistsError: if the destination is there.
+        FileExistsError: as ``minopt.convert`` says.
         ValueError: (``CheckpointError`` where it is the files) if source or options do not fit, or the program decodes
             other tokens than the model.
         OSError: if there is no C++ compiler or it fails, the folder cannot be written, or the hub cannot be reached.
     """
     destination = Path(destination).expanduser()
     target, number_type = resolve_device(device), resolve_dtype(dtype)
-    _check_options(destination, quantize, target, max_length, max_batch)
+    check_destination(destination, force)
+    _check_options(quantize, target, max_length, max_batch)
     _check_compiler()
     path = find_model(source, revision=revision, local_files_only=local_files_only)
     checkpoint = open_checkpoint(path, model_config, ignore)
+    check_apart(checkpoint, destination)
     limit = checkpoint.config.max_position_embeddings
     if max_length is not None and max_length > limit:
         raise ValueError(f"max_length: expected at most the model's {limit} positions, got {max_length}.")
     reader = Tokenizer.beside(checkpoint.found.folder, tokenizer)
-    with replacing(destination, ()) as new:
+    with replacing(destination, (*TOKENIZER_FILES, "generation_config.json")) as new:
         program = compile_program(checkpoint, new, target, number_type, quantize, max_length or limit, max_batch)
         write_config(new, program.config, program.dtype)
         generation_file = checkpoint.found.folder / "generation_config.json"
@@ -257,11 +269,7 @@ def _load(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype | Non
     return model.eval()
 
 
-def _check_options(
-    destination: Path, quantize: str | None, device: torch.device, max_length: int | None, max_batch: int | None
-) -> None:
-    if destination.exists():
-        raise FileExistsError(f"{destination}: is there already. Name another folder.")
+def _check_options(quantize: str | None, device: torch.device, max_length: int | None, max_batch: int | None) -> None:
     if quantize not in (None, "int8"):
         raise ValueError(f"quantize: expected int8 or none, got {quantize!r}.")
     if quantize is not None and device.type != "cpu":

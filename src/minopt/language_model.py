@@ -328,9 +328,9 @@ class LanguageModel:
             raise ValueError(f"perplexity: expected a text of at least two tokens, got {text!r}.")
         return window_perplexity(self.decoder, ids, window, stride).perplexity
 
-    def save(self, folder: str | Path) -> None:
+    def save(self, folder: str | Path, *, force: bool = False) -> None:
         """Writes a folder that transformers opens too; see ``minopt.save_model``, also for what it raises."""
-        save_model(self.model, folder, self.tokenizer, self.generation_defaults)
+        save_model(self.model, folder, self.tokenizer, self.generation_defaults, force=force)
 
     @cached_property
     def _rows_without_token(self) -> tuple[int, ...]:

@@ -25,6 +25,7 @@ from minopt.inference.exported import is_exported
 from minopt.inference.products import Blocked, Packed, Plain, kind_on_cpu
 from minopt.memory import available_memory
 from minopt.model import OPT
+from minopt.progress import size_of
 
 # Python, torch and its libraries; on a GPU what CUDA and its libraries take of it (not measured).
 RUNTIME_BYTES = {"cpu": 370_000_000, "cuda": 700_000_000}
@@ -91,11 +92,11 @@ def plan_generation(
     Raises:
         ValueError: if the heads cannot be divided so.
     """
-    heads, size = config.num_attention_heads, dtype.itemsize
-    if heads % devices:
-        fitting = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
+    size, counts = dtype.itemsize, device_counts(config)
+    if devices not in counts:
         raise ValueError(
-            f"devices: the model's {heads} heads cannot be divided among {devices}. Take one of {fitting}."
+            f"devices: the model's {config.num_attention_heads} heads cannot be divided among {devices}. "
+            f"Take one of {', '.join(map(str, counts))}."
         )
     if offload is not None:
         quantize = None  # such weights are read as what they stand for
@@ -119,6 +120,12 @@ def plan_generation(
     if batch > 1:  # the mask of a padded batch, as booleans and as the numbers that kernels add
         activations += batch * length * length * (1 + size)
     return Plan(devices, offload, quantize, weights, loading, cache, activations, RUNTIME_BYTES[device], host)
+
+
+def device_counts(config: OPTConfig) -> list[int]:
+    """Among how many devices a model can be divided."""
+    heads = config.num_attention_heads
+    return [n for n in range(1, heads + 1) if heads % n == 0]
 
 
 def rows_that_fit(config: OPTConfig, memory: int, **options: Any) -> int:
@@ -164,8 +171,8 @@ def shortage(
         waiting = plan_generation(checkpoint.config, device=device.type, length=1, **options).host
         if waiting > host:
             return (
-                f"memory: the layers of {where} take {waiting / 1e9:.1f} GB of the machine's memory, and "
-                f"{host / 1e9:.1f} GB are free. What fits: offload disk."
+                f"memory: the layers of {where} take {size_of(waiting)} of the machine's memory, and "
+                f"{size_of(host)} are free. What fits: offload disk."
             )
     if needed() <= free:
         return None
@@ -186,8 +193,8 @@ def shortage(
     name = str(dtype).removeprefix("torch.") if quantize is None else "int8"
     among = f", divided among {devices}" if devices > 1 else ""
     return (
-        f"memory: {where} takes {needed() / 1e9:.1f} GB as {name}{among}, and "
-        f"{free / 1e9:.1f} GB are free on this {'GPU' if device.type == 'cuda' else 'machine'}. "
+        f"memory: {where} takes {size_of(needed())} as {name}{among}, and "
+        f"{size_of(free)} are free on this {'GPU' if device.type == 'cuda' else 'machine'}. "
         + (f"What fits: {'; '.join(fitting)}." if fitting else "See minopt plan.")
     )
 

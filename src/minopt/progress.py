@@ -39,6 +39,15 @@ def counted(number: int, noun: str, several: str | None = None) -> str:
     return f"{number:,} {noun if number == 1 else several or noun + 's'}"
 
 
+def size_of(count: float) -> str:
+    """Bytes in words: ``20.3 MB``."""
+    units = iter(("kB", "MB", "GB", "TB"))
+    unit = ""
+    while abs(count) >= (999.95 if unit else 1000) and unit != "TB":
+        count, unit = count / 1000, next(units)
+    return f"{count:.1f} {unit}" if unit else f"{count:.0f} bytes"
+
+
 def say(text: str) -> None:
     """A line on stderr beside any bar, if somebody reads it: a run does not end with its reader."""
     from tqdm import tqdm

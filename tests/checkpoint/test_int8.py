@@ -340,7 +340,7 @@ def test_plain_weights_are_saved_as_such(folder: Path, tmp_path: Path) -> None:
     expected = dequantized(stored(folder))
     minopt.load(folder, device="cpu", optimize=False).save(tmp_path / "plain")
     save_model(load_model(folder, device="cpu"), tmp_path / "trained")
-    save_model(load_model(folder, device="cpu"), folder)  # over the int8 one
+    save_model(load_model(folder, device="cpu"), folder, force=True)  # over the int8 one
     minopt.load(tmp_path / "plain", device="cpu").save(tmp_path / "fast")
     for place in (tmp_path / "plain", tmp_path / "trained", folder, tmp_path / "fast"):
         assert_identical({str(from_hf(key)): t for key, t in stored(place).items()}, expected)

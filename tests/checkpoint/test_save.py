@@ -77,7 +77,7 @@ def test_saving_over_a_model_leaves_nothing_of_the_old_weights(tmp_path: Path) -
     (folder / "logs").mkdir()
     (folder / "logs" / "a.txt").write_text("me too")
     save_model(small_model(2), folder / "checkpoint-1")
-    save_model(small_model(1), folder)
+    save_model(small_model(1), folder, force=True)
     inner = ["checkpoint-1/config.json", "checkpoint-1/model.safetensors", "logs/a.txt"]
     assert sorted(content(folder)) == sorted(
         [*inner, "config.json", "model.safetensors", "model_old.safetensors", "notes.txt"]
@@ -91,7 +91,7 @@ def test_a_loaded_model_can_be_saved_over_its_own_folder(write_checkpoint: Write
     folder = write_checkpoint()
     model = load_model(folder, device="cpu")
     expected = model.layers[0].fc1.weight.clone()
-    save_model(model, folder)
+    save_model(model, folder, force=True)
     assert torch.equal(model.layers[0].fc1.weight, expected)
     assert torch.equal(load_model(folder, device="cpu").layers[0].fc1.weight, expected)
 
@@ -113,7 +113,7 @@ def test_an_error_while_saving_leaves_the_old_folder_as_it_was(
     else:
         monkeypatch.setattr(save, fails_at, fail)
     with pytest.raises(OSError, match="disk full"):
-        save_model(small_model(1), folder)
+        save_model(small_model(1), folder, force=True)
     assert content(folder) == before
     assert [p.name for p in tmp_path.iterdir()] == ["saved"]
 
@@ -124,7 +124,7 @@ from minopt import OPT, OPTConfig, save_model
 from minopt.checkpoint import save
 save._flush_to_disk = lambda path: os.kill(os.getpid(), signal.SIGKILL)
 config = OPTConfig(num_hidden_layers=1, hidden_size=16, num_attention_heads=2, ffn_dim=16, vocab_size=96)
-save_model(OPT(config), sys.argv[1])
+save_model(OPT(config), sys.argv[1], force=True)
 """
 
 
@@ -135,7 +135,7 @@ def test_a_process_killed_while_saving_leaves_the_old_folder_as_it_was(tmp_path:
     killed = subprocess.run([sys.executable, "-c", KILLED, str(folder)], check=False)
     assert killed.returncode == -signal.SIGKILL
     assert content(folder) == before
-    save_model(small_model(1), folder)  # what the killed one left beside does not matter
+    save_model(small_model(1), folder, force=True)  # what the killed one left beside does not matter
     assert torch.equal(load_model(folder, device="cpu").embed_tokens.weight, small_model(1).embed_tokens.weight)
 
 
@@ -143,10 +143,20 @@ def test_a_folder_that_is_no_model_is_not_replaced(tmp_path: Path) -> None:
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter-1.txt").write_text("years of work")
     with pytest.raises(FileExistsError, match=r"thesis: holds files that are not a model's \(no config\.json\)"):
-        save_model(small_model(), tmp_path / "thesis")
+        save_model(small_model(), tmp_path / "thesis", force=True)
     assert sorted(content(tmp_path)) == ["thesis/chapter-1.txt"]
-    with pytest.raises(FileExistsError, match=r"chapter-1\.txt: expected a folder to save to, got a file"):
+    with pytest.raises(FileExistsError, match=r"chapter-1\.txt: expected a folder to write to, got a file"):
         save_model(small_model(), tmp_path / "thesis" / "chapter-1.txt")
+
+
+def test_a_model_that_is_there_is_replaced_on_request_only(tmp_path: Path) -> None:
+    save_model(small_model(), tmp_path / "saved")
+    before = content(tmp_path)
+    with pytest.raises(
+        FileExistsError, match=r"saved: is there already\. Name another folder, or replace it with --force"
+    ):
+        save_model(small_model(1), tmp_path / "saved")
+    assert content(tmp_path) == before
 
 
 def test_an_empty_folder_missing_parents_and_a_link_are_fine(tmp_path: Path) -> None:
@@ -154,7 +164,7 @@ def test_an_empty_folder_missing_parents_and_a_link_are_fine(tmp_path: Path) -> 
     save_model(small_model(), tmp_path / "empty")
     save_model(small_model(), tmp_path / "a" / "b" / "c")
     (tmp_path / "link").symlink_to(tmp_path / "empty")
-    save_model(small_model(1), tmp_path / "link")
+    save_model(small_model(1), tmp_path / "link", force=True)
     assert (tmp_path / "link").is_symlink()
     assert torch.equal(
         load_model(tmp_path / "empty", device="cpu").embed_tokens.weight, small_model(1).embed_tokens.weight
@@ -174,7 +184,7 @@ def test_the_current_folder_is_not_pulled_away(tmp_path: Path, monkeypatch: pyte
     monkeypatch.chdir(tmp_path / "saved" / "inner")
     for name in ("..", "."):
         with pytest.raises(FileExistsError, match="is, or holds, the current folder"):
-            save_model(small_model(), name)
+            save_model(small_model(), name, force=True)
 
 
 @pytest.mark.parametrize("after", ["old", "saved"])
@@ -193,7 +203,7 @@ def test_an_interrupt_between_the_renames_keeps_a_model(
 
     monkeypatch.setattr(os, "rename", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        save_model(small_model(1), folder)
+        save_model(small_model(1), folder, force=True)
     monkeypatch.undo()
     assert (folder / "notes.txt").read_text() == "precious"
     expected = small_model(0 if after == "old" else 1)
@@ -226,7 +236,7 @@ def test_a_model_that_was_changed_is_not_written_as_an_opt(tmp_path: Path) -> No
     shared.layers[1].fc1 = shared.layers[0].fc1
     for model, name in ((normed, "layers.0.fc1.parametrizations"), (shared, "layers.1.fc1.bias")):
         with pytest.raises(ValueError, match=f"expected an OPT's own parameters, these differ: {name}"):
-            save_model(model, tmp_path / "saved")
+            save_model(model, tmp_path / "saved", force=True)
     assert content(tmp_path / "saved") == before
 
 
@@ -247,13 +257,13 @@ def test_generation_defaults_go_into_a_file_of_their_own_and_without_any_it_is_k
     folder = tmp_path / "saved"
     save_model(small_model(), folder)
     assert not (folder / "generation_config.json").exists()
-    save_model(small_model(), folder, generation_defaults={"top_p": 0.5, "eos_token_id": (2, 7)})
+    save_model(small_model(), folder, force=True, generation_defaults={"top_p": 0.5, "eos_token_id": (2, 7)})
     written = json.loads((folder / "generation_config.json").read_text())
     assert written == {"bos_token_id": 2, "eos_token_id": [2, 7], "pad_token_id": 1, "top_p": 0.5}
     for nothing in (None, {}):
-        save_model(small_model(1), folder, generation_defaults=nothing)
+        save_model(small_model(1), folder, force=True, generation_defaults=nothing)
         assert json.loads((folder / "generation_config.json").read_text()) == written
-    save_model(small_model(), folder, generation_defaults={"num_beams": 4})
+    save_model(small_model(), folder, force=True, generation_defaults={"num_beams": 4})
     assert json.loads((folder / "generation_config.json").read_text()) == {
         "bos_token_id": 2, "eos_token_id": 2, "pad_token_id": 1, "num_beams": 4,
     }  # fmt: skip

@@ -22,6 +22,8 @@ from minopt.checkpoint.pieces import SourceTensor, main_dtype
 from minopt.checkpoint.quantized import read_int8
 from minopt.checkpoint.save import (
     TOKENIZER_FILES,
+    check_apart,
+    check_destination,
     generation_config,
     replacing,
     write_config,
@@ -30,7 +32,7 @@ from minopt.checkpoint.save import (
 )
 from minopt.checkpoint.source import Checkpoint, open_checkpoint
 from minopt.config import OPTConfig, read_json
-from minopt.progress import bar
+from minopt.progress import bar, size_of
 from minopt.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -100,11 +102,10 @@ def convert(
         raise ValueError("max_shard_bytes: metaseq's files are its parts. Leave it out, or name more parts.")
     if max_shard_bytes < 1:
         raise ValueError(f"max_shard_bytes: expected a positive number, got {max_shard_bytes}.")
-    _check_destination(destination, force)  # before anything is downloaded
+    check_destination(destination, force)  # before anything is downloaded
     path = find_model(source, revision=revision, local_files_only=local_files_only)
     checkpoint = open_checkpoint(path, model_config, ignore)
-    if checkpoint.found.folder.resolve().is_relative_to(destination.resolve()):
-        raise ValueError(f"{destination}: is, or holds, the source {path}. Name another destination.")
+    check_apart(checkpoint, destination)
     if format == "metaseq":
         _check_parts(checkpoint.config, parts)
     checkpoint.check_head()
@@ -132,15 +133,6 @@ def convert(
             reader.save(new) if format == "hf" else _write_vocabulary(new, reader)
 
 
-def _check_destination(destination: Path, force: bool) -> None:
-    file = next((p for p in (destination, *destination.parents) if p.exists() and not p.is_dir()), None)
-    if file is not None:
-        above = "" if file == destination else f" above it, {file}"
-        raise FileExistsError(f"{destination}: expected a folder to write to, got a file{above}. Name another.")
-    if not force and destination.is_dir() and any(destination.iterdir()):
-        raise FileExistsError(f"{destination}: is there already. Name another folder, or replace it with --force.")
-
-
 def _check_parts(config: OPTConfig, parts: int) -> None:
     if parts > 1 and config.embed_dim != config.hidden_size:
         raise ValueError(f"parts: a model with projections (word_embed_proj_dim {config.embed_dim}, hidden_size "
@@ -157,7 +149,7 @@ def _check_space(destination: Path, total_bytes: int) -> None:
     place = next(p for p in (destination.absolute(), *destination.absolute().parents) if p.exists())
     free = shutil.disk_usage(place).free
     if free < total_bytes:
-        raise OSError(f"{destination}: {total_bytes / 1e9:.1f} GB are to be written, and {free / 1e9:.1f} GB are free. "
+        raise OSError(f"{destination}: {size_of(total_bytes)} are to be written, and {size_of(free)} are free. "
                       "Make room, or name a folder on another disk.")  # fmt: skip
 
 

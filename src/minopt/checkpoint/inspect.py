@@ -16,7 +16,7 @@ from minopt.checkpoint.hub import find_model
 from minopt.checkpoint.pieces import Run, SourceTensor
 from minopt.checkpoint.source import Checkpoint, find_files, open_checkpoint, weight_files
 from minopt.config import OPTConfig
-from minopt.progress import bar
+from minopt.progress import bar, size_of
 from minopt.tokenizer import Tokenizer
 
 # A shard of 175B that was damaged at its source held weights up to 5e4 (metaseq issue 122); sound ones stay far below.
@@ -286,7 +286,7 @@ def _render(report: Report, tensors: bool) -> str:
         rows.append(("parts x shards", f"{report.parts} x {report.shards}"))
     names = list(report.files)
     listed = ", ".join(names) if count <= 4 else f"{names[0]} ... {names[-1]}"
-    rows.append(("files", f"{count}, {_bytes(size)} ({listed})" if names else "none that can be read"))
+    rows.append(("files", f"{count}, {size_of(size)} ({listed})" if names else "none that can be read"))
     if report.missing:
         shown = ", ".join(report.missing[:8])
         more = f" and {len(report.missing) - 8} more" if len(report.missing) > 8 else ""
@@ -318,11 +318,3 @@ def _render(report: Report, tensors: bool) -> str:
 def _line(tensor: TensorReport, width: int) -> str:
     shape = " x ".join(map(str, tensor.shape))
     return f"{tensor.name:<{width}}  {tensor.dtype:<9} {shape:<16}  {tensor.digest or ''}".rstrip()
-
-
-def _bytes(count: int) -> str:
-    size, units = float(count), iter(("bytes", "kB", "MB", "GB"))
-    unit = next(units)
-    while size >= 1000 and unit != "GB":
-        size, unit = size / 1000, next(units)
-    return f"{size:.1f} {unit}" if unit != "bytes" else f"{count} bytes"

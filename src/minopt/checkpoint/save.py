@@ -18,7 +18,7 @@ from minopt import int8
 from minopt.checkpoint.errors import first_line, some
 from minopt.checkpoint.names import to_hf
 from minopt.checkpoint.read import DTYPES
-from minopt.checkpoint.source import weight_files
+from minopt.checkpoint.source import Checkpoint, weight_files
 from minopt.config import OPTConfig
 from minopt.model import OPT
 from minopt.tokenizer import Tokenizer
@@ -37,6 +37,8 @@ def save_model(
     generation_defaults: Mapping[str, Any] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     numbers: Iterator[Tensor] | None = None,
+    *,
+    force: bool = False,
 ) -> None:
     """Writes config.json, safetensors (several with an index, if large) and the tokenizer's files.
 
@@ -46,21 +48,23 @@ def save_model(
 
     Args:
         model: saved in its own dtype; one of int8 weights as ``minopt.convert(..., quantize="int8")`` writes it.
-        folder: made if missing. An existing folder must be a model's (hold a config.json) or be empty.
+        folder: made if missing. One that is not empty is replaced with ``force`` only, and if it is a model's.
         tokenizer: ``None`` writes none, and keeps the one that is there.
         generation_defaults: options of ``GenerationConfig`` for a generation_config.json; without any, the one that is
             there is kept.
         max_shard_bytes: the most that one file holds, unless a single tensor is larger.
         numbers: the model's parameters in their order, each asked for when its turn to be written comes, for a model
             that does not have them whole; ``None`` are its own.
+        force: replace a model that is there.
 
     Raises:
-        FileExistsError: if ``folder`` is a file, a mount point or the current folder, or holds something other than
-            a model.
+        FileExistsError: if ``folder`` holds something and ``force`` is not given; if it is a file, a mount point or the
+            current folder, or holds something other than a model.
         ValueError: if the model was changed: wrapped, parametrised, layers shared.
         OSError: if it cannot be written; the old folder is as it was.
     """
-    folder, model = Path(folder), decoder_of(model)
+    folder, model = Path(folder).expanduser(), decoder_of(model)
+    check_destination(folder, force)
     tensors = _tensors(model)
     with replacing(folder, TOKENIZER_FILES if tokenizer else ()) as new:
         read = tensors.__getitem__ if numbers is None else lambda _: next(numbers)
@@ -161,6 +165,33 @@ def _split(sizes: Mapping[str, int], max_bytes: int) -> list[list[str]]:
     return shards
 
 
+def check_destination(folder: Path, force: bool) -> None:
+    """Refuses a folder that cannot be written to, or holds something that ``force`` does not allow to replace.
+
+    Raises:
+        FileExistsError: saying which.
+    """
+    file = next((p for p in (folder, *folder.parents) if p.exists() and not p.is_dir()), None)
+    if file is not None:
+        above = "" if file == folder else f" above it, {file}"
+        raise FileExistsError(f"{folder}: expected a folder to write to, got a file{above}. Name another.")
+    if not force and folder.is_dir() and any(folder.iterdir()):
+        raise FileExistsError(
+            f"{folder}: is there already. Name another folder, or replace it with --force (force=True)."
+        )
+
+
+def check_apart(checkpoint: Checkpoint, destination: Path) -> None:
+    """Refuses a destination whose replacement would take away the files that are read.
+
+    Raises:
+        ValueError: saying so.
+    """
+    source = checkpoint.found.folder
+    if source.resolve().is_relative_to(destination.resolve()):
+        raise ValueError(f"{destination}: is, or holds, the source {source}. Name another destination.")
+
+
 @contextmanager
 def replacing(folder: Path, replaced: tuple[str, ...]) -> Iterator[Path]:
     """Gives an empty folder to fill, which takes the place of ``folder`` if the block ends well.
@@ -178,13 +209,13 @@ def replacing(folder: Path, replaced: tuple[str, ...]) -> Iterator[Path]:
         raise FileExistsError(f"{folder}: is a mount point, which cannot be replaced. Name a folder in it.")
     if Path.cwd().is_relative_to(folder):
         raise FileExistsError(f"{folder}: is, or holds, the current folder, which cannot be replaced. Name another.")
-    if folder.exists():
-        if not folder.is_dir():
-            raise FileExistsError(f"{folder}: expected a folder to save to, got a file. Name another.")
-        if any(folder.iterdir()) and not (folder / "config.json").is_file() and not weight_files(folder):
-            raise FileExistsError(
-                f"{folder}: holds files that are not a model's (no config.json). Name another folder."
-            )
+    if (
+        folder.is_dir()
+        and any(folder.iterdir())
+        and not (folder / "config.json").is_file()
+        and not weight_files(folder)
+    ):
+        raise FileExistsError(f"{folder}: holds files that are not a model's (no config.json). Name another folder.")
     folder.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".saving", dir=folder.parent))
     new, old = beside / "new", beside / "old"

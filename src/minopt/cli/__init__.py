@@ -14,7 +14,7 @@ from contextlib import contextmanager
 
 from minopt import __version__
 from minopt.cli.checkpoints import add_convert, add_inspect
-from minopt.cli.common import tell
+from minopt.cli.common import tell, tell_error
 from minopt.cli.errors import explained
 from minopt.cli.evaluate import add_evaluate
 from minopt.cli.export import add_export
@@ -44,6 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = argparse.Namespace()
     try:
         args = _parse(list(sys.argv[1:] if argv is None else argv))
+        if "alone" in args and os.environ.get("RANK", "0") != "0":
+            return 0
         with _warnings_told(args.parser):
             code = args.run(args) or 0
         if sys.stdout is not None:
@@ -105,10 +107,9 @@ def _told(error: Exception, args: argparse.Namespace) -> int:
     if "debug" in args or os.environ.get("MINOPT_DEBUG", "0") not in ("", "0"):
         traceback.print_exc()
     lost, first = is_connection_lost(error), str(getattr(error, "process", 0))
-    if lost or os.environ.get("RANK", "0") != first:
-        time.sleep(5)  # for torchrun, which ends the others with the first that ends: that one has to say why
-    if lost or os.environ.get("RANK", "0") == first:
-        tell(f"error: {args.parser.in_flags(line)}")
+    if lost:
+        time.sleep(5)  # for torchrun, which says who has died and ends the others; unless it is gone itself
+    tell_error(args.parser.in_flags(line), says=lost or os.environ.get("RANK", "0") == first)
     return 2
 
 

@@ -6,7 +6,7 @@ import argparse
 import json
 from typing import Any
 
-from minopt.cli.common import MODEL, add_reading_arguments, size, tell
+from minopt.cli.common import MODEL, add_force, add_reading_arguments, size, tell
 
 
 def add_convert(verbs: Any) -> None:
@@ -15,7 +15,7 @@ def add_convert(verbs: Any) -> None:
         description="Converts a checkpoint of any kind (Hugging Face or metaseq; one file, parts or shards) to a "
         "Hugging Face folder or to metaseq's files.",
     )  # fmt: skip
-    parser.set_defaults(run=_convert)
+    parser.set_defaults(run=_convert, alone=True)
     parser.add_argument("source", help=MODEL)
     parser.add_argument("destination", help="the folder to write; it is created")
     parser.add_argument(
@@ -36,7 +36,7 @@ def add_convert(verbs: Any) -> None:
     parser.add_argument("--max-shard-size", dest="max_shard_bytes", type=size, default="2GB", metavar="SIZE",
                         help="with --format hf: the largest file (2GB)")  # fmt: skip
     add_reading_arguments(parser)
-    parser.add_argument("--force", action="store_true", help="replace a model that is already in the destination")
+    add_force(parser, "a model that is already in the destination")
 
 
 def add_inspect(verbs: Any) -> None:
@@ -45,7 +45,7 @@ def add_inspect(verbs: Any) -> None:
         description="Shows what a checkpoint is and whether it is complete. The exit code is 1 if it cannot be loaded, "
         "or if --check finds something.",
     )  # fmt: skip
-    parser.set_defaults(run=_inspect)
+    parser.set_defaults(run=_inspect, alone=True)
     parser.add_argument("model", help=MODEL)
     parser.add_argument("--tensors", action="store_true", help="list the tensors (--json always does)")
     parser.add_argument(

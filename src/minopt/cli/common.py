@@ -3,6 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import json
+import os
+import re
+import time
+from pathlib import Path
+from typing import Any
 
 from minopt.progress import say
 
@@ -14,6 +21,18 @@ def tell(text: str) -> None:
     say(f"minopt: {text}")
 
 
+def tell_error(text: str, *, says: bool) -> None:
+    """One line on stderr of why a command ends, from the one process that ``says`` it."""
+    if not says:
+        time.sleep(5)  # for torchrun, which ends the others with the first that ends: that one has to say why
+        return
+    tell(f"error: {text}")
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # of which torchrun makes the end of its own report
+        message = {"message": text, "extraInfo": {"timestamp": str(int(time.time()))}}
+        with contextlib.suppress(OSError):
+            Path(path).write_text(json.dumps({"message": message}), encoding="utf-8")
+
+
 def true_or_false(text: str) -> bool:
     if text.lower() not in ("true", "false"):
         raise argparse.ArgumentTypeError(f"expected true or false, got {text!r}")
@@ -21,17 +40,29 @@ def true_or_false(text: str) -> bool:
 
 
 def size(text: str) -> int:
-    """Bytes of "2GB", "500MB" or "1000"."""
-    units = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
-    number = text.rstrip("KMGBkmgb ")
-    unit = text[len(number) :].strip().upper()
-    if not number.replace(".", "", 1).isdecimal() or unit not in units:
-        raise argparse.ArgumentTypeError(f"expected a size such as 2GB or 500MB, got {text!r}")
-    return int(float(number) * units[unit])
+    """Bytes of "2GB", "1.5 GiB" or "500m". A number alone is refused: it may be meant as bytes or as gigabytes."""
+    match = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,15})?) ?(?:([kmgt])(i?)b?|b|bytes)", text.strip().lower())
+    if match is None or not float(match[1]):
+        raise argparse.ArgumentTypeError(f"expected a size above 0 with its unit, such as 16GB or 500MB, got {text!r}")
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** (" kmgt".index(match[2] or " ")))
 
 
-def gigabytes(number: int) -> str:
-    return f"{number / 1e9:.1f} GB"
+def add_force(parser: Any, what: str) -> None:
+    parser.add_argument("--force", action="store_true", help=f"replace {what}")
+
+
+def check_output(output: Path, force: bool, remedy: str = "replace it with --force") -> None:
+    """Refuses an ``--output`` that cannot or must not be written, before a model is loaded.
+
+    Raises:
+        OSError: saying which.
+    """
+    if not output.parent.is_dir():
+        raise FileNotFoundError(f"--output: there is no folder {output.parent}. Make it first.")
+    if output.is_dir():
+        raise IsADirectoryError(f"--output: expected a file, got a folder ({output}). Name a file in it.")
+    if output.is_file() and not force:  # /dev/null may be written
+        raise FileExistsError(f"--output: {output} is there already. Name another file, or {remedy}.")
 
 
 def add_reading_arguments(parser: argparse.ArgumentParser, with_tokenizer: bool = True) -> None:

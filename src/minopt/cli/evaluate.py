@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minopt.cli.common import add_model_arguments
+from minopt.cli.common import add_force, add_model_arguments, check_output
 from minopt.cli.settings import add_settings, settings_of
 from minopt.training.config import TrainingConfig
 
@@ -53,6 +53,7 @@ def add_evaluate(verbs: Any) -> None:
     )
     squad = parser.add_argument_group("--task squad, squad-question", "these, and the groups data and evaluation below")
     squad.add_argument("--output", metavar="FILE", help="write the generated texts by their ids, in SQuAD's own format")
+    add_force(squad, "an --output file that already exists")
     add_settings(parser, _SETTINGS)
 
 
@@ -70,6 +71,8 @@ def _evaluate(args: argparse.Namespace) -> int:
         name for name in ("data", "window", "stride") if args.task != "perplexity" and getattr(args, name) is not None
     ]:
         raise ValueError(f"--{given[0]}: goes with --task perplexity, got --task {args.task}. Leave it out.")
+    if args.force and args.output is None:
+        raise ValueError("--force: goes with --output, got none. Leave it out.")
     if args.task == "reference" and resolve_dtype(args.dtype) not in (None, DTYPES["float32"]):
         raise ValueError(f"--dtype: published numbers are float32's, got {args.dtype}. Leave it out.")
     if args.task == "reference" and args.quantize is not None:
@@ -91,10 +94,8 @@ def _evaluate(args: argparse.Namespace) -> int:
 
     config = TrainingConfig(do_eval=True, task=args.task, device=args.device, **settings)
     template = template_of(config)
-    if args.output is not None and not Path(args.output).parent.is_dir():
-        raise FileNotFoundError(f"--output: there is no folder {Path(args.output).parent}. Make it first.")
-    if args.output is not None and Path(args.output).is_dir():
-        raise IsADirectoryError(f"--output: expected a file, got a folder ({args.output}). Name a file in it.")
+    if args.output is not None:
+        check_output(Path(args.output), args.force)
     with processes(args.device) as world:
         data = world.first_then_all(lambda: read_data(config.dev_file, template, split="dev"))
         if args.output is not None and isinstance(data, str):
@@ -108,6 +109,7 @@ def evaluate_examples(
     output: str | None = None,
 ) -> int:  # fmt: skip
     """Evaluates on examples in all processes, and writes the result in the first."""
+    from minopt.training.checkpoint import write_durably
     from minopt.training.evaluation import evaluate
     from minopt.training.prepare import check, prepare, warn
 
@@ -123,7 +125,7 @@ def evaluate_examples(
     if world.is_first:
         if output is not None:
             text = json.dumps(dict(result.predictions), ensure_ascii=False)
-            Path(output).write_text(text + "\n", encoding="utf-8")
+            write_durably(Path(output), text + "\n")
         _print(dict(result.metrics), as_json)
     return 0
 

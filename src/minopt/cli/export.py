@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from minopt.cli.common import MODEL, add_reading_arguments, tell
+from minopt.cli.common import MODEL, add_force, add_reading_arguments, tell
 
 
 def add_export(verbs: Any) -> None:
@@ -15,9 +15,9 @@ def add_export(verbs: Any) -> None:
         "it with the tokenizer's files to a folder that minopt generate --model opens. This takes about a minute and "
         "needs a C++ compiler. The program runs with this version of torch, on processors with the same instructions.",
     )  # fmt: skip
-    parser.set_defaults(run=_export)
+    parser.set_defaults(run=_export, alone=True)
     parser.add_argument("model", help=MODEL)
-    parser.add_argument("destination", help="the folder to write; it must not exist")
+    parser.add_argument("destination", help="the folder to write; it is created")
     parser.add_argument("--dtype", default="auto", help="float32, bfloat16 or float16 (auto: float32 on a CPU)")
     parser.add_argument("--quantize", choices=("int8",), help="compute linear layers with weights and inputs of 8 bits")
     parser.add_argument("--max-length", type=int, metavar="N",
@@ -25,6 +25,7 @@ def add_export(verbs: Any) -> None:
     parser.add_argument("--max-batch", type=int, metavar="N", help="the most texts that run together (any number)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where the program runs (cpu)")
     add_reading_arguments(parser)
+    add_force(parser, "a program or model that is already in the destination")
 
 
 def _export(args: argparse.Namespace) -> None:
@@ -43,5 +44,6 @@ def _export(args: argparse.Namespace) -> None:
         model_config=args.model_config,
         ignore=args.ignore,
         tokenizer=args.tokenizer,
+        force=args.force,
     )
     tell(f"wrote {args.destination}")

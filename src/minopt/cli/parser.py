@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
+
+from minopt.cli.common import tell_error
 
 # Flags of other programs that mean the same. A verb that has a flag of that name itself keeps it.
 ALIASES = {"--model-name-or-path": "--model"}
@@ -43,7 +46,8 @@ class Parser(argparse.ArgumentParser):
         for theirs, ours in _WORDS:
             message = re.sub(rf"\b{theirs}$", ours, message)
         end = "" if message.endswith("?") else "."
-        self.exit(2, f"minopt: error: {message}{end} See {self.prog} --help.\n")
+        tell_error(f"{message}{end} See {self.prog} --help.", says=os.environ.get("RANK", "0") == "0")
+        self.exit(2)
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:

@@ -9,7 +9,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minopt.cli.common import MODEL, gigabytes, size
+from minopt.cli.common import MODEL, size
+from minopt.progress import size_of
 
 if TYPE_CHECKING:
     from minopt.plan import Plan
@@ -21,7 +22,7 @@ def add_plan(verbs: Any) -> None:
         description="Shows how much memory a model needs to generate: whole, divided among devices, or with its layers "
         "offloaded; which of these fit, and the command. No weights are needed. The exit code is 1 if nothing fits.",
     )  # fmt: skip
-    parser.set_defaults(run=_plan)
+    parser.set_defaults(run=_plan, alone=True)
     parser.add_argument("model", help=f"{MODEL}, or a size such as opt-175b")
     parser.add_argument("--devices", type=int, default=1, metavar="N", help="how many devices there are (1)")
     parser.add_argument(
@@ -47,7 +48,7 @@ def _plan(args: argparse.Namespace) -> int:
     from minopt import int8
     from minopt.checkpoint.load import resolve_dtype
     from minopt.memory import available_memory
-    from minopt.plan import find_config, plan_generation, rows_that_fit
+    from minopt.plan import device_counts, find_config, plan_generation, rows_that_fit
 
     for name in ("devices", "batch", "length"):
         if (given := getattr(args, name)) is not None and given < 1:
@@ -59,8 +60,6 @@ def _plan(args: argparse.Namespace) -> int:
     if length > longest:
         raise ValueError(f"--length: expected at most {longest} tokens, the model's positions, got {length}.")
     dtype = resolve_dtype(args.dtype) or (torch.float32 if device == "cpu" else stored)
-    if args.memory == 0:
-        raise ValueError("--memory: expected a size above 0, such as 16GB, got 0.")
     memory = args.memory
     if memory is None and (device == "cpu" or torch.cuda.is_available()):
         memory = available_memory(torch.device(device))
@@ -68,9 +67,8 @@ def _plan(args: argparse.Namespace) -> int:
         raise ValueError("--memory: what is free cannot be read on this machine. Say how much there is.")
     shared = args.memory is None and device == "cpu"  # by all processes on it
     options: dict[str, Any] = {"dtype": dtype, "device": device, "length": length}
-    counts = [
-        n for n in range(1, min(args.devices, config.num_attention_heads) + 1) if config.num_attention_heads % n == 0
-    ]
+    possible = device_counts(config)
+    counts = [n for n in possible if n <= args.devices]
     quantize = args.quantize or ("int8" if int8.CONFIG_KEY in config.extra else None)
     ways: list[dict[str, Any]] = [{"devices": n, "quantize": quantize} for n in counts]
     if args.quantize is None:
@@ -88,18 +86,36 @@ def _plan(args: argparse.Namespace) -> int:
         return 0 if fitting else 1
     kind = "a GPU" if device == "cuda" else "a CPU"
     print(f"{args.model} as {name}, {args.batch} x {length:,} tokens (prompt and new ones), on {kind} with "
-          f"{gigabytes(memory)}\n")  # fmt: skip
+          f"{size_of(memory)}\n")  # fmt: skip
     print(f"{'':28}{'weights':>11}{'cache':>11}{'activations':>13}{'runtime':>10}{'together':>12}{'rows that fit':>15}")
     for plan, most in zip(plans, rows, strict=True):
         parts = (plan.weights, plan.cache, plan.activations, plan.runtime, plan.total)
         widths = (11, 11, 13, 10, 12)
-        print(f"{_label(plan):28}" + "".join(f"{gigabytes(n):>{w}}" for n, w in zip(parts, widths, strict=True))
+        print(f"{_label(plan):28}" + "".join(f"{size_of(n):>{w}}" for n, w in zip(parts, widths, strict=True))
               + f"{most:>15,}")  # fmt: skip
     print()
     if best is not None and best.host:
-        print(f"Beside it, {gigabytes(best.host)} of the machine's own memory.")
-    print(f"Use: {command}" if command else _advice(args, plans, dtype.itemsize))
-    return 0 if best is not None else 1
+        print(f"Beside it, {size_of(best.host)} of the machine's own memory.")
+    if args.devices not in possible:
+        print(f"The {config.num_attention_heads} heads of the model can be divided among {_listed(possible)} devices, "
+              f"not among {args.devices}.")  # fmt: skip
+    if best is not None and best.offload is None and best.devices < args.devices:
+        print(f"{best.devices} of the {args.devices} devices {'are' if best.devices > 1 else 'is'} enough for "
+              f"{args.batch} x {length:,} tokens.")  # fmt: skip
+    if command is not None:
+        print(f"Use: {command}")
+        return 0
+    more = None
+    if not shared:
+        totals = ((n, plan_generation(config, batch=args.batch, devices=n, quantize=quantize, **options).total)
+                  for n in possible if n > args.devices)  # fmt: skip
+        more = next((n for n, total in totals if total <= memory), None)
+    print(_advice(args, plans, dtype.itemsize, more))
+    return 1
+
+
+def _listed(counts: list[int]) -> str:
+    return ", ".join(map(str, counts[:-1])) + f" or {counts[-1]}" if len(counts) > 1 else str(counts[0])
 
 
 def _label(plan: Plan) -> str:
@@ -126,13 +142,13 @@ def _command(args: argparse.Namespace, plan: Plan, dtype: str, most_tokens: int)
     return shlex.join(command)
 
 
-def _advice(args: argparse.Namespace, plans: list[Plan], itemsize: int) -> str:
+def _advice(args: argparse.Namespace, plans: list[Plan], itemsize: int, more: int | None) -> str:
     least = min(plans, key=lambda plan: plan.total)
     changes = [
         "--batch 1" if args.batch > 1 else "",
-        "a smaller --length",
+        "a smaller --length" if args.length != 1 else "",
         "--dtype bfloat16" if itemsize > 2 else "",
-        "more --devices",
+        f"--devices {more}" if more is not None else "",
     ]
     advice = ", or ".join(filter(None, changes))
-    return f"Nothing fits: the least is {gigabytes(least.total)} ({_label(least)}). Try {advice}."
+    return f"Nothing fits: the least is {size_of(least.total)} ({_label(least)}). Try {advice or 'a smaller model'}."

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from minopt.cli.common import tell
+from minopt.cli.common import check_output, tell
 
 # The keys of an output line, beside those of the prompt's own.
 _WRITTEN = {
@@ -80,7 +80,9 @@ def plan_work(source: str, output: str | None, force: bool, resume: bool, sequen
     prompts = _prompts(read_standard_input() if source == "-" else _decoded(path.read_bytes(), path), path)
     work = Work(prompts, list(range(len(prompts))))
     if output is not None:
-        _check_output(Path(output), path, force or resume)
+        if path.is_file() and Path(output).exists() and path.samefile(output):
+            raise ValueError(f"--output: {output} is the --input too. Name another file.")
+        check_output(Path(output), force or resume, "replace it with --force, or continue it with --resume")
         if resume and Path(output).is_file():
             _find_results(work, Path(output), sequences)
     if not prompts:
@@ -90,18 +92,6 @@ def plan_work(source: str, output: str | None, force: bool, resume: bool, sequen
     if not prompts and output is not None:
         Path(output).write_text("")
     return work
-
-
-def _check_output(output: Path, source: Path, may_exist: bool) -> None:
-    """Refuses what cannot or must not be written."""
-    if not output.parent.is_dir():
-        raise FileNotFoundError(f"{output}: there is no folder {output.parent}. Make it first.")
-    if output.is_dir():
-        raise IsADirectoryError(f"{output}: is a folder. Name a file in it.")
-    if output.exists() and source.exists() and output.samefile(source):
-        raise ValueError(f"{output}: is the --input too. Name another file.")
-    if output.is_file() and not may_exist:  # unlike a pipe or /dev/null
-        raise FileExistsError(f"{output}: is there already. Name another file, or add --force or --resume.")
 
 
 def _prompts(text: str, path: Path) -> list[dict[str, Any]]:

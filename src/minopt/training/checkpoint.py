@@ -189,6 +189,10 @@ def write_durably(path: Path, text: str) -> None:
 
 
 def _replace_text(path: Path, text: str) -> None:
+    if path.exists() and not path.is_file():  # /dev/stdout is no file to be replaced
+        path.write_text(text, encoding="utf-8")
+        return
+    path = path.resolve()  # a link stays one
     new = path.with_name(f".{path.name}.new")
     with new.open("w", encoding="utf-8") as file:
         file.write(text)

@@ -113,7 +113,7 @@ def save(model: OPT, folder: Path, tokenizer: Tokenizer, world: World) -> None:
     def write() -> None:
         try:
             if world.is_first:
-                save_model(model, folder, tokenizer, max_shard_bytes=FILE_BYTES, numbers=numbers)
+                save_model(model, folder, tokenizer, max_shard_bytes=FILE_BYTES, numbers=numbers, force=True)
         finally:
             if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
                 deque(numbers, maxlen=0)  # what the others have to send, even where the first cannot go on
