@@ -180,7 +180,7 @@ def test_files_that_are_replaced_are_not_mixed_and_the_place_may_change(
     streamed = minopt.load(folder.name, device="cpu", offload="disk").model
     monkeypatch.chdir(tmp_path.parent)
     assert torch.equal(logits_of(streamed), expected)
-    minopt.save_model(build_ours(build_reference("125m", seed=1, num_hidden_layers=5)), folder)
+    minopt.save_model(build_ours(build_reference("125m", seed=1, num_hidden_layers=5)), folder, force=True)
     with pytest.raises(minopt.CheckpointError, match=r"^\S+: was replaced since it was opened\. Load"):
         logits_of(streamed)
     (folder / "model.safetensors").unlink()
@@ -223,7 +223,7 @@ def test_a_streamed_model_is_saved_out_of_its_files(place: str, tmp_path: Path) 
     copy_of(minopt.DEMO, source)
     lm = minopt.load(source, device="cpu", offload="disk")
     logits = lm.model(IDS)
-    lm.save(tmp_path / place)
+    lm.save(tmp_path / place, force=True)
     saved, expected = (minopt.load_model(folder, device="cpu") for folder in (tmp_path / place, minopt.DEMO))
     assert all(torch.equal(p, dict(expected.named_parameters())[name]) for name, p in saved.named_parameters())
     if place == "new":
