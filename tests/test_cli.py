@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import minopt
-from minopt.cli import main
+from minopt.cli import _parse, main
 
 Write = Callable[..., Path]
 
@@ -112,6 +112,7 @@ def test_a_model_of_another_tokenizer_is_one_line_too(
         ("--model x generate", "--model: expected a command before its flags: generate, convert, export, inspect, pl"),
         ("generate x --max_tokns 3", "--max-tokns: no such flag. Did you mean --max-new-tokens? See minopt generate "),
         ("generate x --max-length 3", "--max-length: no such flag. Did you mean --max-new-tokens?"),
+        ("generate x --src_length 9", "--src-length: no such flag. Did you mean --truncate-prompt?"),
         ("generate x --temp=3", "--temp: no such flag. Did you mean --temperature?"),
         ("generate --promt x", "--promt: no such flag. Did you mean --prompt?"),
         ("generate x --no-do-sampl", "--no-do-sampl: no such flag. Did you mean --no-do-sample?"),
@@ -162,6 +163,9 @@ def test_help_of_a_command_is_asked_for_in_either_order(words: list[str], capsys
     "command",
     ["generate x --model /nowhere", "generate x --model_name_or_path=/nowhere", "generate --prompt x --model /nowhere",
      "inspect --model /nowhere", "plan --model_name_or_path /nowhere", "export /nowhere /new",
+     "export --model_name_or_path /nowhere --output_path /new",
+     "export --output_path=/new --model_name_or_path=/nowhere",
+     "export --output_path /new /nowhere", "export /new --model /nowhere", "generate x --model_dir /nowhere",
      "evaluate --task reference --model-name-or-path /nowhere",
      "finetune --model /nowhere --output_dir {tmp}/run --train_file {tmp}/text.txt",
      "finetune --model-name-or-path /nowhere --output-dir {tmp}/run --train-file {tmp}/text.txt"],
@@ -170,6 +174,29 @@ def test_a_model_is_named_alike_everywhere(command: str, tmp_path: Path, capsys:
     (tmp_path / "text.txt").write_text("The old house.\n" * 50)
     assert main([word.format(tmp=tmp_path) for word in command.split()]) in (1, 2)
     assert "/nowhere: no such folder" in "".join(capsys.readouterr())
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ("generate x --tgt_length 3 --model_dir m", "generate x --max-new-tokens 3 --model m"),
+        ("finetune --tgt_length 3 --save_total_limit 1 --resume_from_checkpoint r --eval_strategy epoch",
+         "finetune --tgt-length 3 --keep-last 1 --resume r --evaluation-strategy epoch"),
+        ("finetune --label_smoothing_factor 0.1", "finetune --label-smoothing 0.1"),
+        ("export --output_path=o --model_dir m --dtype fp32", "export m o --dtype fp32"),
+        ("generate --prompt= --seed 1", "generate  --seed 1"),
+    ],
+)  # fmt: skip
+def test_flags_of_other_programs_that_mean_the_same_are_taken(theirs: str, ours: str) -> None:
+    first, second = (vars(_parse(command.split(" "))) for command in (theirs, ours))
+    assert first.keys() == second.keys()
+    assert all(first[name] == second[name] for name in first.keys() - {"parser", "run"})
+
+
+def test_a_flag_that_means_nothing_to_a_verb_is_called_what_was_typed(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["generate", "x", "--save_total_limit", "1"])
+    assert "minopt: error: --save-total-limit: no such flag" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -7,15 +7,21 @@ import difflib
 import os
 import re
 from collections.abc import Iterable, Sequence
+from itertools import islice
 from typing import Any, NoReturn
 
 from minopt.cli.common import tell_error
 
 # Flags of other programs that mean the same. A verb that has a flag of that name itself keeps it.
-ALIASES = {"--model-name-or-path": "--model"}
+ALIASES = {
+    "--model-name-or-path": "--model", "--model-dir": "--model", "--output-path": "--destination",
+    "--tgt-length": "--max-new-tokens", "--resume-from-checkpoint": "--resume", "--save-total-limit": "--keep-last",
+    "--label-smoothing-factor": "--label-smoothing", "--eval-strategy": "--evaluation-strategy",
+}  # fmt: skip
 
 # Flags of other programs whose nearest one has another name.
-_NEARER = {"--max-length": "--max-new-tokens", "--min-length": "--min-new-tokens"}
+_NEARER = {"--max-length": "--max-new-tokens", "--min-length": "--min-new-tokens",
+           "--src-length": "--truncate-prompt"}  # fmt: skip
 
 # What argparse says, and what it says here.
 _WORDS = (
@@ -68,7 +74,11 @@ class Parser(argparse.ArgumentParser):
         """
         end = words.index("--") if "--" in words else len(words)
         found: list[str] = []
-        for word in words[:end]:
+        named: dict[str, str] = {}
+        unflagged = self._unflagged()
+        known = [*self._option_string_actions, *(f"--{name}" for name in unflagged)]
+        rest = iter(words[:end])
+        for word in rest:
             if not re.match(r"--?[A-Za-z]\S*$", word) and not re.match(r"--?[A-Za-z][\w-]*=", word):
                 if word.startswith("-") and len(word) > 1 and found and self._takes_value(found[-1]):
                     found[-1] += f"={word}"
@@ -77,16 +87,17 @@ class Parser(argparse.ArgumentParser):
                 continue
             flag, equals, value = word.partition("=")
             flag = flag.replace("_", "-") if flag.startswith("--") else flag
-            if flag not in self._option_string_actions:
-                flag = ALIASES.get(flag, flag)
-            if flag not in self._option_string_actions and [flag[2:]] == self._unflagged():
-                found += [value] if equals else []  # `minopt inspect --model X`: the one thing that it takes
-                continue
-            if flag not in self._option_string_actions:
-                near = [*self._option_string_actions, *(f"--{name}" for name in self._unflagged()[:1])]
-                self.error(f"{flag}: no such flag{_meant(_NEARER.get(flag, flag), near)}")
-            found.append(flag + equals + value)
-        return found + list(words[end:])
+            if flag not in known and ALIASES.get(flag) in known:
+                flag = ALIASES[flag]
+            if flag not in known:
+                self.error(f"{flag}: no such flag{_meant(_NEARER.get(flag, flag), known)}")
+            if flag in self._option_string_actions:
+                found.append(flag + equals + value)
+            else:  # `minopt inspect --model X`
+                named.update((flag[2:], given) for given in ([value] if equals else islice(rest, 1)))
+        values = [named[name] for name in unflagged if name in named]
+        in_front = bool(named) and unflagged[0] in named  # `export --destination X MODEL` names the second alone
+        return [*(values if in_front else []), *found, *([] if in_front else values), *words[end:]]
 
     def refuse_command(self, word: str, commands: Iterable[str]) -> NoReturn:
         """Ends with an error for a first word that is none of the commands."""
