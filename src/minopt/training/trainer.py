@@ -225,6 +225,7 @@ class _Run:
     def _begin(self) -> None:
         """Takes the folder: finds the checkpoint to go on from, and reads it."""
         world, config = self.world, self.config
+        world.sum(0.0)  # all have read their model: it may lie in the folder, and be overwritten
         world.first(self._claim)
         path = world.gather(world.first(self._checkpoint))[0]
         state: dict[str, Any] = {}
