@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 from typing import Any
 from urllib.parse import unquote
 
@@ -56,6 +56,8 @@ class Hub:
         self.repositories: dict[str, _Repository] = {}
         self._cuts: dict[tuple[str, str], list[bool]] = {}
         self._statuses: dict[str, int] = {}
+        self._faults: dict[str, tuple[str, str]] = {}
+        self._stopped = Event()
         self._server = _Server(("127.0.0.1", 0), _Handler)
         self._server.hub = self
         self.url = f"http://127.0.0.1:{self._server.server_port}"
@@ -69,6 +71,7 @@ class Hub:
 
     def stop(self) -> None:
         """Refuses connections from now on."""
+        self._stopped.set()
         self._server.shutdown()
         self._server.server_close()
 
@@ -103,6 +106,25 @@ class Hub:
     def answer_only(self, name: str, status: int) -> None:
         """Answers all that concerns a repository with a status, or hangs up without a word if it is 0."""
         self._statuses[name] = status
+
+    def misbehave(self, name: str, where: str, how: str) -> None:
+        """Answers badly when a repository's "info", "tree" or "HEAD" or "GET" of a file is asked for.
+
+        Args:
+            name: of the repository.
+            where: what is answered badly.
+            how: "hang" says nothing, "stall" stops in mid body, "drip" sends a byte now and then, "endless" a list
+                without end, "page" a web page, "busy" asks to come again in an hour.
+        """
+        self._faults[name] = (where, how)
+
+    def fault_at(self, name: str, where: str) -> str | None:
+        """What ``misbehave`` has set."""
+        return self._faults[name][1] if self._faults.get(name, ("",))[0] == where else None
+
+    def wait(self, seconds: float) -> bool:
+        """Whether the hub was stopped meanwhile."""
+        return self._stopped.wait(seconds)
 
     def fetched(self, name: str) -> list[str]:
         """The files of a repository that were asked for by GET, in alphabetical order, each as often as it was."""
@@ -159,6 +181,9 @@ class _Handler(BaseHTTPRequestHandler):
         status = self.server.hub.status_of(parts["name"])
         if status is not None:
             return self._refuse(status, None, "Out of order") if status else None
+        where = self.command if "file" in parts else "tree" if parts.get("what") == "tree" else "info"
+        if fault := self.server.hub.fault_at(parts["name"], where):
+            return self._misbehave(fault)
         repository = self.server.hub.repositories.get(parts["name"])
         if repository is None:
             return self._refuse(404, "RepoNotFound", "Repository not found")
@@ -178,6 +203,25 @@ class _Handler(BaseHTTPRequestHandler):
         if parts["file"] not in files:
             return self._refuse(404, "EntryNotFound", "Entry not found")
         self._send_file(parts["name"], parts["file"], commit, files[parts["file"]])
+
+    def _misbehave(self, fault: str) -> None:
+        if fault == "page":
+            return self._send(200, b"<html>Please log in.</html>", {"Content-Type": "text/html"})
+        if fault == "busy":
+            return self._send(429, b"", {"Retry-After": "3600"})
+        if fault == "hang":
+            self.server.hub.wait(_IDLE_SECONDS)
+        elif fault == "stall":
+            headers = {"ETag": '"0"', "X-Repo-Commit": "0" * 40}
+            self._send(200, bytes(10**6), headers, sent=10)
+            self.server.hub.wait(_IDLE_SECONDS)
+        elif fault == "drip":
+            while not self.server.hub.wait(0.2):
+                self.wfile.write(b"H")
+        elif fault == "endless":
+            self.wfile.write(b"HTTP/1.0 200 OK\r\nContent-Type: application/json\r\n\r\n[")
+            while not self.server.hub.wait(0):
+                self.wfile.write(b"1," * 50_000)
 
     def _refuse(self, status: int, code: str | None, message: str) -> None:
         headers = {"X-Error-Message": message.splitlines()[0]} | ({"X-Error-Code": code} if code else {})

@@ -41,6 +41,7 @@ RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
 # What a function may import: heavy or optional things, and in the command line the library itself.
 LAZY = {
     "minopt.checkpoint.hub": {"huggingface_hub"},
+    "minopt.checkpoint.hub_watch": {"huggingface_hub"},
     "minopt.language_model": {"minopt"},  # export, which brings the compiler, and tensor_parallel, torch.distributed
     "minopt.checkpoint.save": {"safetensors"},
     "minopt.progress": {"tqdm"},

@@ -19,6 +19,12 @@ def on_terminal() -> bool:
         return False
 
 
+def say_on_terminal(text: str) -> None:
+    """A line of the first process that only somebody who waits wants to read."""
+    if os.environ.get("RANK", "0") == "0" and sys.stderr is not None and sys.stderr.isatty():
+        say(text)
+
+
 def bar(total: float, unit: str, *, shown: bool = True, **options: Any) -> tqdm[Any]:
     """A bar of at most ten frames a second, on a terminal only.
 

@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from minopt.checkpoint.hub import find_model
 from tests.checkpoint.metaseq_files import write_metaseq
 from tests.conftest import build_reference
 from tests.hub_server import Hub
@@ -279,7 +281,7 @@ def test_the_revision_asked_for_is_loaded(published: Published, label: str) -> N
         ("no-weights", "FileNotFoundError", ["expected weights (model.safetensors,", "got config.json from"]),
         ("forbidden", "PermissionError", ["another login", "403", "hf auth login"]),
         ("out-of-order", "ConnectionError", ["the hub refused", "500", "Try again"]),
-        ("silent", "ConnectionError", ["the connection to the hub failed", "Try again"]),
+        ("silent", "ConnectionError", ["the hub cannot be reached", "disconnected", "Check the connection"]),
     ],
     ids=list(REFUSED),
 )
@@ -345,6 +347,81 @@ def test_without_a_connection_the_cache_is_used(published: Published) -> None:
     safetensors.assert_logits_of(published.references["all-formats"])
     pickle.assert_logits_of(published.references["pickle"])
     cold.assert_error("ConnectionError", "tester/private", "cannot be reached", "no copy", "Check the connection")
+
+
+BAD = {
+    "hang": ("info", "hang", "timed out"),
+    "drip": ("info", "drip", "almost nothing has come for 3 seconds"),
+    "endless": ("info", "endless", "its list of files has no end"),
+    "page": ("info", "page", "its answer is not a hub's"),
+    "busy": ("tree", "busy", "status 429, it asks to wait 3600 seconds"),
+    "head": ("HEAD", "hang", "almost nothing has come for 3 seconds"),
+    "body": ("GET", "stall", "almost nothing has come for 3 seconds"),
+}
+SHORT = {"HF_HUB_ETAG_TIMEOUT": "1", "HF_HUB_DOWNLOAD_TIMEOUT": "1"}
+
+
+def test_a_hub_that_is_slow_or_sends_without_end_is_one_line_in_seconds(tmp_path: Path) -> None:
+    """Within huggingface_hub's own time limits, not after its retries; and a copy in the cache is used."""
+    model = build_reference("125m", seed=1)
+    files = files_of(model, tmp_path / "files")
+    with Hub() as hub:
+        calls = []
+        for label, (where, how, _) in BAD.items():
+            hub.add(f"tester/{label}", files)
+            hub.misbehave(f"tester/{label}", where, how)
+            calls.append({"name_or_path": f"tester/{label}"})
+        hub.add("tester/cached", files)
+        cached = {"name_or_path": "tester/cached"}
+        (first,) = call_load_model(hub.url, tmp_path / "home", cached)
+        hub.misbehave("tester/cached", "info", "hang")
+        begun = time.monotonic()
+        *outcomes, again = call_load_model(hub.url, tmp_path / "home", *calls, cached, **SHORT)
+        seconds = time.monotonic() - begun
+    for label, outcome in zip(BAD, outcomes, strict=True):
+        outcome.assert_error("ConnectionError", f"tester/{label}", "hub", BAD[label][2])
+    first.assert_logits_of(model)
+    again.assert_logits_of(model)
+    assert seconds < 90  # with huggingface_hub's own limits, the first alone would not end
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("x.pt", "no such file. Check the path."),
+        ("out/model.safetensors", "no such file. Check the path."),
+        ("C:\\models\\opt", "no such folder, and not the name"),
+        ("models/opt/125m", "no such folder, and not the name"),
+        ("./opt-125m", "no such folder, and not the name"),
+        ("opt-125m", "no such folder, and a name on the hub has an owner. Did you mean facebook/opt-125m?"),
+        ("Galactica-125m", "no such folder, and a name on the hub has an owner. Did you mean facebook/galactica-125m?"),
+    ],
+)  # fmt: skip
+def test_a_name_that_is_a_path_or_lacks_its_owner_is_said_so_and_nobody_is_asked(
+    name: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("asked the hub"))
+    with pytest.raises(FileNotFoundError) as error:
+        find_model(name)
+    assert str(error.value).startswith(f"{name}: {said}")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudoterminal")
+def test_a_terminal_shows_that_the_hub_is_contacted_and_a_misspelt_name_is_mended(tmp_path: Path) -> None:
+    """Into a file nothing is written but the error."""
+    import pty
+
+    with Hub() as hub:
+        command = [sys.executable, "-m", "minopt", "generate", "abc", "--model", "facebok/opt-125M"]
+        terminal, stderr = pty.openpty()
+        subprocess.run(command, env=environment(hub.url, tmp_path), stderr=stderr, check=False)
+        os.close(stderr)
+        shown = os.read(terminal, 10_000).decode().splitlines()
+        os.close(terminal)
+        piped = run_generate(hub.url, tmp_path, "--model", "facebok/opt-125M").stderr.splitlines()
+    assert shown[0] == f"minopt: facebok/opt-125M: contacting the hub ({hub.url})"
+    assert shown[1:] == piped
+    assert piped[0].endswith("Did you mean facebook/opt-125m?")
 
 
 def test_what_is_cached_is_not_fetched_again(published: Published) -> None:
