@@ -7,6 +7,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,8 +15,11 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from minopt import OPT, CheckpointError, OPTConfig, load, load_model
+from minopt.checkpoint.load import read_weights
+from minopt.checkpoint.source import open_checkpoint
 from tests.conftest import KINDS, build_reference
 
 Write = Callable[..., Path]
@@ -543,3 +547,20 @@ def test_the_kinds_are_those_of_the_reference() -> None:
     assert "project_in.weight" in names["350m"]
     assert "final_layer_norm.weight" not in names["350m"]
     assert "layers.0.fc1.bias" not in names["galactica"]
+
+
+@pytest.mark.parametrize("quantize", [False, True], ids=["mapped", "int8"])
+def test_weights_that_are_let_go_are_gone_and_none_is_copied_for_them(
+    write_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, quantize: bool
+) -> None:
+    """While one is packed, nothing else holds it; and the pages of one that is gone may be another's next."""
+    checkpoint = open_checkpoint(write_checkpoint())
+    monkeypatch.setattr("minopt.checkpoint.load._WORTH_A_FILE", 0)
+    copies: list[Tensor] = []
+    clone = Tensor.clone
+    monkeypatch.setattr(Tensor, "clone", lambda t, **options: copies.append(t) or clone(t, **options))
+    for _, weight in read_weights(checkpoint, torch.device("cpu"), None, apart=True, quantize=quantize):
+        alive = weakref.ref(weight)
+        del weight
+        assert alive() is None
+    assert quantize or copies == []

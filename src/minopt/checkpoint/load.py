@@ -13,7 +13,7 @@ from minopt import int8
 from minopt.checkpoint.errors import some
 from minopt.checkpoint.hub import find_model
 from minopt.checkpoint.names import shard_dim
-from minopt.checkpoint.pieces import Share, main_dtype
+from minopt.checkpoint.pieces import Share, SourceTensor, main_dtype
 from minopt.checkpoint.quantized import read_int8
 from minopt.checkpoint.source import Checkpoint, open_checkpoint
 from minopt.config import OPTConfig
@@ -108,33 +108,53 @@ def read_weights(
         in_int8 = {name for name in checkpoint.tensors if int8.is_quantized(name)}
     else:
         in_int8 = _int8_names(checkpoint) if keep_int8 else set()
-    taken: set[int] = set()
+    taken: set[object] = set()
     tensors = checkpoint.tensors.items()
     for name, source in bar(len(tensors), "tensor", iterable=tensors, desc="loading", delay=1, leave=False):
-        dim = None if share is None else shard_dim(name)
-        if share is not None and dim == 0:
-            source = source.rows(*share.of(source.shape[0]))
         if name in in_int8:
-            weight, scale = read_int8(source)  # of whole rows, whose scales all shares have
-            if share is not None and dim == 1:
-                start, stop = share.of(source.shape[1])
-                weight = weight[:, start:stop].contiguous()
-            yield name, weight.to(device)
-            yield name + int8.SCALE, scale.to(device)
-            continue
-        if share is not None and dim == 1:
-            yield name, source.columns(*share.of(source.shape[1]), dtype).to(device)
-            continue
-        is_mapped = device.type == "cpu" and source.dtype == dtype
-        if apart and source.numel * dtype.itemsize < _WORTH_A_FILE:
-            is_mapped = False
-        tensor = source.map(apart) if is_mapped else None
-        if tensor is None:
-            tensor = source.read(dtype)
-        elif not tensor.is_contiguous() or tensor.data_ptr() in taken:  # a view, or one tensor under two names
-            tensor = tensor.clone(memory_format=torch.contiguous_format)
-        taken.add(tensor.data_ptr())
-        yield name, tensor.to(device)
+            read = _read_int8(name, source, share)
+        else:
+            read = [(name, _read(name, source, dtype, share, taken, device.type == "cpu", apart))]
+        while read:  # nothing here holds a weight while it is packed, or while the next is read
+            yield read[0][0], read.pop(0)[1].to(device)
+
+
+def _read_int8(name: str, source: SourceTensor, share: Share | None) -> list[tuple[str, Tensor]]:
+    dim = None if share is None else shard_dim(name)
+    if share is not None and dim == 0:
+        source = source.rows(*share.of(source.shape[0]))
+    weight, scale = read_int8(source)  # of whole rows, whose scales all shares have
+    if share is not None and dim == 1:
+        start, stop = share.of(source.shape[1])
+        weight = weight[:, start:stop].contiguous()
+    return [(name, weight), (name + int8.SCALE, scale)]
+
+
+def _read(
+    name: str,
+    source: SourceTensor,
+    dtype: torch.dtype,
+    share: Share | None,
+    taken: set[object],
+    may_map: bool,
+    apart: bool,
+) -> Tensor:
+    """A weight, in its file's pages if it may be; ``taken`` are the places of those that are."""
+    dim = None if share is None else shard_dim(name)
+    if share is not None and dim == 1:
+        return source.columns(*share.of(source.shape[1]), dtype)
+    if share is not None and dim == 0:
+        source = source.rows(*share.of(source.shape[0]))
+    if not may_map or source.dtype != dtype or (apart and source.numel * dtype.itemsize < _WORTH_A_FILE):
+        return source.read(dtype)
+    tensor = source.map(apart)
+    if tensor is None:
+        return source.read(dtype)
+    place = source.slices[0].place
+    if not tensor.is_contiguous() or (place in taken and not apart):  # a view, or one tensor under two names
+        return tensor.clone(memory_format=torch.contiguous_format)
+    taken.add(place)
+    return tensor
 
 
 def _int8_names(checkpoint: Checkpoint) -> set[str]:
