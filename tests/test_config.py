@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import transformers
 
-from minopt import OPT, OPTConfig
+from minopt import OPT, OPTConfig, Tokenizer
 from minopt.config import ACTIVATIONS
 from minopt.model import ACTIVATIONS as FUNCTIONS
 from tests.conftest import KINDS, SIZE
@@ -245,3 +245,11 @@ def test_the_configuration_of_an_opt_within_a_larger_model() -> None:
     assert OPTConfig.from_dict({"architectures": ["OPTForCausalLM"]}) == OPTConfig()
     with pytest.raises(ValueError, match="expected \"opt\", got 'blip-2'"):
         OPTConfig.from_dict(whole | {"text_config": {"model_type": "t5"}})
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
+def test_a_text_that_is_too_large_is_not_read(tmp_path: Path, name: str) -> None:
+    with (tmp_path / name).open("wb") as file:
+        file.truncate(10**11)  # of no blocks
+    with pytest.raises(ValueError, match=rf"{name}: expected at most 100,000,000 bytes, got 100,000,000,000\."):
+        (OPTConfig.load if name == "config.json" else Tokenizer.load)(tmp_path)

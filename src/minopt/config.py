@@ -26,6 +26,8 @@ _SHAPE = ("hidden_size", "num_hidden_layers", "num_attention_heads", "ffn_dim", 
           "max_position_embeddings", "do_layer_norm_before", "activation_function", "enable_bias",
           "layer_norm_elementwise_affine")  # fmt: skip
 
+_MOST_TEXT_BYTES = 100_000_000  # a tokenizer of 256,000 tokens has 35 MB
+
 _LARGEST = 2**31 - 1  # of any size; the product of two fits in 64 bits
 
 
@@ -216,6 +218,18 @@ class OPTConfig:
             raise ValueError(f"{path}: {error}") from None
 
 
+def check_text_size(path: Path) -> None:
+    """Refuses a configuration or a tokenizer that is too large to be one, before it is read.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is too large.
+    """
+    size = path.stat().st_size
+    if size > _MOST_TEXT_BYTES:
+        raise ValueError(f"{path}: expected at most {_MOST_TEXT_BYTES:,} bytes, got {size:,}. Fetch the file again.")
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file.
 
@@ -223,6 +237,7 @@ def read_json(path: Path) -> dict[str, Any]:
         FileNotFoundError: if there is no such file.
         ValueError: if it holds anything else; the file is named.
     """
+    check_text_size(path)
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:  # JSON and UTF-8 errors alike

@@ -14,7 +14,7 @@ import torch
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 from torch import Tensor
 
-from minopt.config import OPTConfig, read_json
+from minopt.config import OPTConfig, check_text_size, read_json
 from minopt.files import what_it_is
 
 logger = logging.getLogger(__name__)
@@ -533,6 +533,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _open(path: Path, read: Any) -> Any:
+    check_text_size(path)
     try:
         return read(str(path))
     except Exception as error:  # the library raises bare Exception
