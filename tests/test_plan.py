@@ -20,7 +20,7 @@ from minopt.cli import main
 from minopt.config import PRESETS
 from minopt.inference.exported import MANIFEST
 from minopt.inference.products import Plain, kind_on_cpu
-from minopt.plan import find_config, plan_generation, rows_that_fit
+from minopt.plan import device_counts, find_config, plan_generation, rows_that_fit
 from minopt.progress import size_of
 from tests.conftest import build_ours, build_reference
 
@@ -55,6 +55,26 @@ def test_a_share_is_a_share_of_what_is_divided() -> None:
     )  # norms, biases of summed layers, the last norm, positions
     assert half.weights == (whole.weights - 2 * everywhere) // 2 + 2 * everywhere
     assert half.cache == whole.cache // 2
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [
+        ({}, [1, 2, 3, 4, 6, 12]),
+        ({"ffn_dim": 3}, [1, 2, 3]),
+        ({"ffn_dim": 10}, [1, 2, 3, 4]),
+        ({"vocab_size": 5}, [1, 2, 3]),
+    ],
+)
+def test_each_process_of_a_division_has_a_part_of_everything(sizes: dict[str, int], expected: list[int]) -> None:
+    """Of 10 inner units in shares of 2, the last of 6 processes would have none."""
+    config = OPTConfig(**{"num_attention_heads": 12, "hidden_size": 48, "ffn_dim": 96, "vocab_size": 96} | sizes)  # type: ignore[arg-type]
+    assert device_counts(config) == expected
+    for count in set(range(1, 13)) - set(expected):
+        with pytest.raises(
+            ValueError, match=f"^devices: a model of 12 heads, .* among {count} processes. Take one of 1, "
+        ):
+            plan_generation(config, dtype=torch.float32, devices=count)
 
 
 @pytest.mark.parametrize("options", [{}, {"devices": 4}, {"offload": "cpu"}, {"quantize": "int8"}])

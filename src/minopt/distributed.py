@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
+import gc
 import itertools
 import os
 import pickle
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
-from torch.distributed.rendezvous import rendezvous
 
 from minopt.errors import is_connection_lost, is_out_of_memory, is_users
+from minopt.watch import Watch, limit_seconds
 
 _T = TypeVar("_T")
 
 _calls = itertools.count()  # of `processes`, the same in all of them
+
+# An exchange may wait so long for a process that downloads or reads; one that hangs is found by its watch.
+_LONGEST = timedelta(hours=6)
 
 
 @dataclass(frozen=True)
@@ -136,17 +144,20 @@ def processes(device: str | None) -> Iterator[World]:
         # torchrun sets it for want of anything better; an even share of the cores is meant.
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", size))))
     joined_here = not dist.is_initialized()
-    if joined_here:
-        # Two backends: numbers of the processes (losses, errors) go by way of the CPU and do not wait for a GPU.
-        _join("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo")
+    # Two backends: numbers of the processes (losses, errors) go by way of the CPU and do not wait for a GPU.
+    watch = _join("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo") if joined_here else watch_group()
+    end_well()
     world, key = World(dist.get_rank(), dist.get_world_size(), chosen), f"minopt-error-{next(_calls)}"
     try:
         yield world
-    except Exception as error:
-        common = _common(error, world.rank, key)
+    except BaseException as error:
+        common = _common(error, world.rank, key) if isinstance(error, Exception) else None
+        watch.stop(well=False)
         if common is None:
             raise
         raise common from (error.__cause__ if common is error else error)
+    watch.stop()
+    gc.collect()  # what was wrapped for the group, and holds it, may be in a cycle
     if joined_here:  # not after an error: the others may not come to the same point
         dist.destroy_process_group()
 
@@ -170,16 +181,42 @@ def _common(error: Exception, rank: int, key: str) -> Exception | None:
     return _unpacked(bytes.fromhex(packed), int(process), error if int(process) == rank else None)
 
 
-def _join(backend: str) -> None:
-    if os.environ.get("GROUP_WORLD_SIZE", "1") != "1":  # several nodes, which meet anew for each restart
-        dist.init_process_group(backend)
-        return
-    # A restart by torchrun on one node goes on with the same store, which still has the addresses of dead processes.
-    store, rank, size = next(rendezvous("env://"))
-    store = dist.PrefixStore(  # type: ignore[attr-defined]
-        f"restart-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store
-    )
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+def _join(backend: str) -> Watch:
+    """Joins the group of all processes, each of which is watched from then on."""
+    if missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+        raise ValueError(f"WORLD_SIZE: expected {', '.join(missing)} beside it, as torchrun sets them. Use torchrun.")
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    store: Any = dist.TCPStore(  # type: ignore[attr-defined]
+        os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), size, timeout=timedelta(seconds=limit_seconds()),
+        is_master=rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
+        wait_for_workers=False, multi_tenant=True,
+    )  # fmt: skip
+    if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
+        # A restart by torchrun on one node goes on with the same store, which still has the addresses of dead
+        # processes; several nodes meet anew for each.
+        store = dist.PrefixStore(  # type: ignore[attr-defined]
+            f"restart-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store
+        )
+    watch = Watch(store, rank, range(size))
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_LONGEST)
+    return watch
+
+
+def watch_group(group: dist.ProcessGroup | None = None) -> Watch:
+    """Watches the processes of a group that somebody else has made; ``None`` is that of all."""
+    store = _get_default_store()
+    return Watch(store, dist.get_rank(), dist.get_process_group_ranks(group))
+
+
+@functools.cache
+def end_well() -> None:
+    """Has this process, before it ends, wait for what gloo's threads still have to do.
+
+    They let go of the tensors of the last exchange, for which they need the interpreter. One that is being taken apart
+    ends such a thread, and with it the process ("terminate called without an active exception"), or waits for it for
+    ever.
+    """
+    atexit.register(time.sleep, 0.1)
 
 
 def _device(device: str | None, local_rank: int | None) -> torch.device:

@@ -90,14 +90,10 @@ def plan_generation(
         length: T; ``None`` is as long as the model's texts can be.
 
     Raises:
-        ValueError: if the heads cannot be divided so.
+        ValueError: if the model cannot be divided so.
     """
-    size, counts = dtype.itemsize, device_counts(config)
-    if devices not in counts:
-        raise ValueError(
-            f"devices: the model's {config.num_attention_heads} heads cannot be divided among {devices}. "
-            f"Take one of {', '.join(map(str, counts))}."
-        )
+    check_divides("devices", config, devices)
+    size = dtype.itemsize
     if offload is not None:
         quantize = None  # such weights are read as what they stand for
     C, F, V, L = config.hidden_size, config.ffn_dim, config.vocab_size, config.num_hidden_layers
@@ -123,9 +119,24 @@ def plan_generation(
 
 
 def device_counts(config: OPTConfig) -> list[int]:
-    """Among how many devices a model can be divided."""
-    heads = config.num_attention_heads
-    return [n for n in range(1, heads + 1) if heads % n == 0]
+    """Among how many processes a model can be divided: with as many heads for each, and at least one of all else."""
+    heads, rest = config.num_attention_heads, (config.ffn_dim, config.vocab_size)
+    fits = (n for n in range(1, heads + 1) if heads % n == 0)
+    return [n for n in fits if all(start < stop for start, stop in (Share(n - 1, n).of(size) for size in rest))]
+
+
+def check_divides(option: str, config: OPTConfig, count: int) -> None:
+    """Refuses a number of processes among which a model cannot be divided.
+
+    Raises:
+        ValueError: naming those that can.
+    """
+    if count not in (fitting := device_counts(config)):
+        raise ValueError(
+            f"{option}: a model of {config.num_attention_heads} heads, {config.ffn_dim} inner units and a vocabulary "
+            f"of {config.vocab_size} cannot be divided among {count} processes. Take one of "
+            f"{', '.join(map(str, fitting))}."
+        )
 
 
 def rows_that_fit(config: OPTConfig, memory: int, **options: Any) -> int:

@@ -9,6 +9,7 @@ Shapes: V vocabulary, N processes, W = V / N rounded up.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -24,9 +25,10 @@ from minopt.checkpoint.load import read_weights
 from minopt.checkpoint.pieces import Share
 from minopt.checkpoint.source import Checkpoint
 from minopt.config import OPTConfig
+from minopt.distributed import end_well, watch_group
 from minopt.inference.fast import FastLayer, FastOPT
 from minopt.inference.products import Product, packs
-from minopt.plan import shortage
+from minopt.plan import check_divides, shortage
 
 # Biases of the layers of which each process has some inputs, so that their outputs are sums over all processes.
 _ADDED_ONCE = ("self_attn.out_proj.bias", "fc2.bias")
@@ -43,7 +45,7 @@ class ParallelOPT(FastOPT):
         mesh: of one dim: the processes.
 
     Raises:
-        ValueError: if the heads cannot be divided evenly.
+        ValueError: if the model cannot be divided so, see ``plan.device_counts``.
     """
 
     def __init__(self, config: OPTConfig, weights: Iterable[tuple[str, Tensor]], mesh: DeviceMesh) -> None:
@@ -99,6 +101,21 @@ def load_share(
             different checkpoints.
     """
     share = share_of(checkpoint.config, mesh)
+    end_well()
+    watch = watch_group(mesh.get_group())
+    try:
+        model = _load_share(checkpoint, device, dtype, mesh, share, quantize=quantize)
+    except BaseException:
+        watch.stop(well=False)
+        raise
+    weakref.finalize(model, watch.stop)
+    return model
+
+
+def _load_share(
+    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype | None, mesh: DeviceMesh, share: Share, *,
+    quantize: bool,
+) -> ParallelOPT:  # fmt: skip
     reason = shortage(checkpoint, device, dtype, devices=share.count, quantize="int8" if quantize else None)
     seen: list[tuple[str, str | None]] = [("", None)] * share.count
     dist.all_gather_object(seen, (fingerprint(checkpoint), reason), group=mesh.get_group())
@@ -116,16 +133,12 @@ def share_of(config: OPTConfig, mesh: DeviceMesh) -> Share:
     """This process' share.
 
     Raises:
-        ValueError: if the mesh has several dims, or the heads cannot be divided evenly.
+        ValueError: if the mesh has several dims, or the model cannot be divided so.
     """
     if mesh.ndim != 1:
         raise ValueError(f"mesh: expected one dim, got {mesh.ndim}. Take one of them: mesh['tp'].")
-    heads, count = config.num_attention_heads, mesh.size()
-    if heads % count:
-        fitting = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
-        raise ValueError(f"tensor_parallel: the model's {heads} heads cannot be divided among {count} processes. Start "
-                         f"as many as divide them: {fitting}.")  # fmt: skip
-    return Share(mesh.get_local_rank(), count)
+    check_divides("tensor_parallel", config, mesh.size())
+    return Share(mesh.get_local_rank(), mesh.size())
 
 
 class _Summed:

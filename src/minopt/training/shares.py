@@ -53,7 +53,8 @@ def find(name_or_path: str | Path, tokenizer: Tokenizer | None, world: World) ->
 
     checkpoint, found = world.first_then_all(opened)
     if world.size > 1:
-        check_same_seen(checkpoint.found.folder, world.gather(world.each(lambda: fingerprint(checkpoint))))
+        seen = world.gather(world.each(lambda: fingerprint(checkpoint)))
+        world.each(lambda: check_same_seen(checkpoint.found.folder, seen))
     if world.is_first:
         found.warn_of_conflicts(checkpoint.config, checkpoint.found.folder)
     return checkpoint, found

@@ -123,8 +123,17 @@ def train(
         OSError: if the folder is in use, or cannot be written; and as ``load_model`` does.
         TrainingStopped: if SIGTERM or SIGINT has ended it.
     """
+    with processes(config.device) as world:
+        return _train(model, train_data, config, tokenizer, eval_data, world)
+
+
+def _train(
+    model: OPT | str | Path, train_data: Sequence[Example] | str, config: TrainingConfig, tokenizer: Tokenizer | None,
+    eval_data: Sequence[Example] | str | None, world: World,
+) -> TrainResult:  # fmt: skip
+    """``train`` in the processes of a run, which leave their group when all that this made is gone."""
     training = config.replace(do_train=True)  # whatever else it says, which is for the command line
-    with processes(config.device) as world, contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
         checkpoint = None
         if not isinstance(model, OPT):
             checkpoint, tokenizer = find(model, tokenizer, world)
@@ -199,6 +208,9 @@ class _Run:
                 for layer in model.layers:
                     layer.__dict__["dropout"] = model.config.dropout
                 model.eval()
+                # DDP holds the processes' group, and gradients lie in its buckets.
+                self.optimizer.zero_grad()
+                del self.module, self.optimizer
 
     # The run
 
