@@ -26,7 +26,7 @@ _SHAPE = ("hidden_size", "num_hidden_layers", "num_attention_heads", "ffn_dim", 
           "max_position_embeddings", "do_layer_norm_before", "activation_function", "enable_bias",
           "layer_norm_elementwise_affine")  # fmt: skip
 
-_MOST_TEXT_BYTES = 100_000_000  # a tokenizer of 256,000 tokens has 35 MB
+MOST_TEXT_BYTES = 20_000_000  # Galactica's tokenizer has 2 MB. Python's JSON takes 20 times a file's size.
 
 _LARGEST = 2**31 - 1  # of any size; the product of two fits in 64 bits
 
@@ -218,7 +218,7 @@ class OPTConfig:
             raise ValueError(f"{path}: {error}") from None
 
 
-def check_text_size(path: Path) -> None:
+def check_text_size(path: Path, most_bytes: int = MOST_TEXT_BYTES) -> None:
     """Refuses a configuration or a tokenizer that is too large to be one, before it is read.
 
     Raises:
@@ -226,18 +226,18 @@ def check_text_size(path: Path) -> None:
         ValueError: if it is too large.
     """
     size = path.stat().st_size
-    if size > _MOST_TEXT_BYTES:
-        raise ValueError(f"{path}: expected at most {_MOST_TEXT_BYTES:,} bytes, got {size:,}. Fetch the file again.")
+    if size > most_bytes:
+        raise ValueError(f"{path}: expected at most {most_bytes:,} bytes, got {size:,}. Fetch the file again.")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file.
+def read_json(path: Path, most_bytes: int = MOST_TEXT_BYTES // 2) -> dict[str, Any]:
+    """The JSON object in a file of at most so many bytes.
 
     Raises:
         FileNotFoundError: if there is no such file.
         ValueError: if it holds anything else; the file is named.
     """
-    check_text_size(path)
+    check_text_size(path, most_bytes)
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:  # JSON and UTF-8 errors alike

@@ -432,6 +432,9 @@ SAFETENSORS: dict[str, tuple[set[str], Callable[[Place], bytes]]] = {
     "a header of 2**60": (REFUSED, lambda p: safetensors_file(header_of(p.tensors), contents(p), length=2**60)),
     "a header of 2**64 - 1": (REFUSED, lambda p: safetensors_file(header_of(p.tensors), contents(p), length=2**64 - 1)),
     "a header of 99 MB": (REFUSED, lambda p: safetensors_file(header_of(p.tensors), contents(p), length=99_000_000)),
+    "a header of 400,000 tensors": (REFUSED, lambda p: safetensors_file(
+        header_of(p.tensors) | {f"x{i}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(400_000)},  # noqa: E501
+        contents(p))),
     "a header that is the file": (REFUSED, lambda p: safetensors_file(h := json.dumps(header_of(p.tensors)).encode(),
                                                                       contents(p), length=len(h) + len(contents(p)))),
     "an empty header": (REFUSED, with_header(lambda h: b"")),

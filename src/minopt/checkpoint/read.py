@@ -18,6 +18,7 @@ from minopt.checkpoint.container import open_container
 from minopt.checkpoint.errors import CheckpointError, first_line, some
 from minopt.checkpoint.names import is_decoders
 from minopt.checkpoint.unpickle import NOT_TEXT, Placeholder, StoredTensor, UnpickleError
+from minopt.config import MOST_TEXT_BYTES
 from minopt.files import what_it_is
 
 _NUMBERS_IN_CACHE = 2**20
@@ -143,12 +144,14 @@ class SafetensorsFile(TensorFile):
         self.path = path
         try:
             self._identify()
-            self._handle: Any = safetensors.safe_open(path, framework="pt")  # checks the header
-            handle: Any = self._handle
-            slices: dict[str, Any] = {key: handle.get_slice(key) for key in handle.keys()}  # noqa: SIM118 (no mapping)
             with path.open("rb") as file:
                 header_bytes = int.from_bytes(file.read(8), "little")
+                if MOST_TEXT_BYTES < header_bytes < path.stat().st_size:  # beyond its end it is said to be cut short
+                    raise ValueError(f"its header has {header_bytes:,} bytes, at most {MOST_TEXT_BYTES:,} are expected")
+                self._handle: Any = safetensors.safe_open(path, framework="pt")  # checks the header
                 header = json.loads(file.read(header_bytes))
+            handle: Any = self._handle
+            slices: dict[str, Any] = {key: handle.get_slice(key) for key in handle.keys()}  # noqa: SIM118 (no mapping)
         except (SafetensorError, OSError, ValueError) as error:
             raise _unreadable(path, "safetensors", error) from None
         self.shapes = {key: tuple(s.get_shape()) for key, s in slices.items()}

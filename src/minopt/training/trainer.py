@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import signal
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -468,7 +469,7 @@ class _Run:
         self.evaluated_step, metrics, score = state["evaluated"]
         if metrics is not None:
             path = self.folder / PREDICTIONS
-            self.evaluated = EvaluationResult(metrics, score, read_json(path) if path.is_file() else {})
+            self.evaluated = EvaluationResult(metrics, score, read_json(path, sys.maxsize) if path.is_file() else {})
         self.loss_sum, self.loss_tokens, self.loss = state["loss"]
         if self.config.fp16:
             self.scaler.load_state_dict(state["scaler"])
