@@ -10,6 +10,7 @@ import copy
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -82,10 +83,17 @@ class Int8Linear(nn.Module):
     weight: Tensor
     scale: Tensor
     bias: Tensor | None
+    shift: Tensor | None
+    _levels, _dtype, _zero = 127, torch.int8, 0  # of a token's largest input, of integers, what zero becomes
 
     def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None, *, outliers: bool = False) -> None:
         super().__init__()
-        for name, tensor in (("weight", weight.t().contiguous()), ("scale", scale.flatten()), ("bias", bias)):
+        shift = None
+        if _saturates():  # half the levels, and none below zero: a pair of products then fits into 16 bits
+            self._levels, self._dtype, self._zero = 63, torch.uint8, 64
+            shift = weight.sum(1).float() * scale.flatten() * self._zero
+        buffers = {"weight": weight.t().contiguous(), "scale": scale.flatten(), "bias": bias, "shift": shift}
+        for name, tensor in buffers.items():
             self.register_buffer(name, tensor, persistent=False)
         self.outliers, self.rounds_inputs = outliers, True
 
@@ -93,17 +101,30 @@ class Int8Linear(nn.Module):
         if not self.rounds_inputs:
             return F.linear(x, (self.weight * self.scale).t(), self.bias)
         rows = x.flatten(0, -2)
-        own = rows.abs().amax(-1, keepdim=True).float().clamp_min(torch.finfo(torch.float32).tiny) / 127
+        own = rows.abs().amax(-1, keepdim=True).float().clamp_min(torch.finfo(torch.float32).tiny) / self._levels
         rows = rows / own
         whole = rows.round()
         if self.outliers:
-            terms = torch.cat([whole, ((rows - whole) * 254).round()]).to(torch.int8)
-            y, rest = (torch._int_mm(terms, self.weight).float() * self.scale).chunk(2)
-            y = (y + rest / 254) * own
+            finer = 2 * self._levels
+            terms = self._integers(torch.cat([whole, ((rows - whole) * finer).round()]))
+            y = torch._int_mm(terms, self.weight).float() * self.scale
+            y, rest = (y if self.shift is None else y - self.shift).chunk(2)
+            y = (y + rest / finer) * own
         else:
-            y = torch._int_mm(whole.to(torch.int8), self.weight).float() * own * self.scale
+            y = torch._int_mm(self._integers(whole), self.weight).float() * own * self.scale
+            y = y if self.shift is None else y - own * self.shift
         y = y if self.bias is None else y + self.bias
         return y.to(x.dtype).view(*x.shape[:-1], -1)
+
+    def _integers(self, rows: Tensor) -> Tensor:
+        return (rows + self._zero if self._zero else rows).to(self._dtype)
+
+
+@cache
+def _saturates() -> bool:
+    """Whether products of int8 add in 16 bits, which are too few: oneDNN's do on processors without VNNI."""
+    most = torch.full((32, 32), 127, dtype=torch.int8)
+    return bool((torch._int_mm(most, most) != 32 * 127**2).any())
 
 
 class Int8OPT(OPT):
