@@ -243,6 +243,7 @@ def test_the_configuration_of_an_opt_within_a_larger_model() -> None:
     whole = {"model_type": "blip-2", "vision_config": {"model_type": "blip_2_vision_model"}, "text_config": text}
     assert OPTConfig.from_dict(whole) == OPTConfig.from_dict(text)
     assert OPTConfig.from_dict({"architectures": ["OPTForCausalLM"]}) == OPTConfig()
+    assert OPTConfig.from_dict({"architectures": ["OPTModel"]}) == OPTConfig()
     with pytest.raises(ValueError, match="expected \"opt\", got 'blip-2'"):
         OPTConfig.from_dict(whole | {"text_config": {"model_type": "t5"}})
 

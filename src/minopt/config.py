@@ -185,7 +185,7 @@ class OPTConfig:
             inner = [v for v in values.values() if isinstance(v, dict) and v.get("model_type") == "opt"]
             if len(inner) == 1:
                 return cls.from_dict(inner[0])
-            if values.get("model_type") is not None or values.get("architectures") != ["OPTForCausalLM"]:
+            if values.get("model_type") is not None or not str(values.get("architectures")).startswith("['OPT"):
                 raise ValueError(f'model_type: expected "opt", got {values.get("model_type")!r}.')
         known = {f.name for f in fields(cls)} - {"extra"}
         taken = {k: v for k, v in values.items() if k in known}

@@ -47,6 +47,6 @@ def what_it_is(path: Path) -> str | None:
     text = head.decode("ascii", errors="replace").strip()
     line = next(iter(text.splitlines()), "\0")
     is_odd = path.suffix not in (".json", ".txt") or line[0] not in "{[#" or line.startswith('{"error"')
-    if text.isascii() and line.isprintable() and is_odd:
+    if text.isascii() and b"\0" not in head and line.isprintable() and is_odd:
         return f'a text that begins "{line[:80]}". {_FETCH}'
     return None

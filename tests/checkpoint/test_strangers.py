@@ -49,6 +49,15 @@ def test_a_file_that_is_something_else_is_called_by_its_name(what: str, file: st
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("size", [b"H\n", b"H\0", b"  "])
+def test_a_safetensors_file_that_is_cut_short_is_no_text(size: bytes, tmp_path: Path) -> None:
+    reference().save_pretrained(tmp_path)
+    content = size + bytes(6) + b'{"__metadata__":{"format":"pt"},'
+    (tmp_path / "model.safetensors").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: cut short or not safetensors"):
+        load_model(tmp_path, device="cpu")
+
+
 def test_weights_under_the_name_of_another_format(tmp_path: Path) -> None:
     reference().save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
@@ -111,6 +120,7 @@ FOLDERS: dict[str, Callable[[Path], None]] = {
     "model.bin: a model for CTranslate2": beside_config("model.bin"),
     "opt.tar.gz: an archive. Unpack it": beside_config("opt.tar.gz"),
     "model.safetensors.incomplete: a download that did not finish": beside_config("model.safetensors.incomplete"),
+    "model-1-of-2.safetensors: shards without their index": beside_config("model-1-of-2.safetensors"),
     "weights.pth: of another name. If it holds the weights, name the file itself": beside_config("weights.pth"),
 }
 

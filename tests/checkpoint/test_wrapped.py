@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -169,6 +170,28 @@ def test_a_head_is_named_and_can_be_left_out(key: str, front: str, tmp_path: Pat
     pattern = str(caught.value).rpartition('--ignore "')[2].partition('"')[0]
     expect_reference(folder, ignore=[pattern])
     expect_reference(folder, ignore=["*" + key.partition(".")[0] + ".*"])
+
+
+@pytest.mark.parametrize("front", ["", "module."])
+@pytest.mark.parametrize("ends", [
+    ["layers.0.self_attn.bias", "layers.1.self_attn.bias", "layers.1.self_attn.masked_bias"],
+    ["layers.0.self_attn.rotary_emb.inv_freq", "layers.1.self_attn.rotary_emb.inv_freq"],
+    ["embed_positions.scale"], ["layers.0.bias"], ["layers.1.fc1.scale"], ["extra"],
+])  # fmt: skip
+def test_what_the_error_says_leaves_out_nothing_of_the_model(ends: list[str], front: str, tmp_path: Path) -> None:
+    keys = [f"{front}model.decoder.{end}" for end in ends]
+    folder = write(tmp_path / "m", under(front) | dict.fromkeys(keys, torch.ones(2)))
+    with pytest.raises(CheckpointError, match=f"{len(keys)} unexpected") as caught:
+        load_model(folder, device="cpu")
+    patterns = re.findall('--ignore "(.*?)"', str(caught.value))
+    assert len(patterns) == len({end.rpartition(".")[2] for end in ends})
+    expect_reference(folder, ignore=patterns)
+
+
+def test_constants_beside_the_weights_mean_nothing(tmp_path: Path) -> None:
+    constants = {"model.decoder.embed_positions.position_ids": torch.arange(9), "model.decoder.version": torch.ones(1),
+                 "model.decoder.embed_positions._float_tensor": torch.ones(1)}  # fmt: skip
+    expect_reference(write(tmp_path / "m", state() | constants))
 
 
 def test_ignore_is_one_option_everywhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,8 +23,9 @@ _HF_PREFIXES = ("model.decoder.", "decoder.")
 HF_HEAD = "lm_head.weight"
 METASEQ_HEAD = "decoder.output_projection.weight"
 
-# Keys that mean nothing to the model: a format number that metaseq keeps as a buffer.
-_IGNORED = frozenset({"version"})
+# Last parts of keys that mean nothing to the model: a format number that metaseq keeps as a buffer, and constants that
+# other programs do.
+_IGNORED = frozenset({"version", "position_ids", "_float_tensor"})
 
 # minopt's name: (metaseq's, the dim along which its model parallel parts split the tensor; None: each has all of it).
 # The rules are those of metaseq's scripts/reshard_mp.py.
@@ -76,6 +77,9 @@ _IN_DECODER = re.compile(
     )
     + r"|flat_param_\d+)"
 )
+
+# Modules that hold parts of an OPT, by the last parts of their names.
+_OWN_MODULES = {"", "decoder"} | {part for name in (*_METASEQ, *_FROM_METASEQ) for part in name.split(".")[:-1]}
 
 _LONGEST = 1000  # characters of a key that is looked at closely
 
@@ -193,10 +197,12 @@ def left_out(keys: Sequence[str]) -> str:
     """What to do about keys that an OPT does not have: leave them out, but for an adapter's."""
     if any(_ADAPTER.search(key) for key in keys):
         return "They are an adapter's: merge it into the model first (PEFT: merge_and_unload)."
-    above = [(key, key.rpartition(".")[0]) for key in keys]
-    names = dict.fromkeys(
-        key if folder.rpartition(".")[2] in ("", "decoder") else f"{folder}.*" for key, folder in above
-    )
+    names: dict[str, None] = {}
+    for key in keys:
+        folder = key.rpartition(".")[0]
+        last = folder.rpartition(".")[2]
+        name = key if last in _OWN_MODULES or last.isdigit() else f"{folder}.*"
+        names[re.sub(r"\.\d+\.(?=[^.]+\.)", ".*.", name)] = None  # of all layers at once
     patterns = list(names)[:5]
     flags = " ".join(f'--ignore "{pattern}"' for pattern in patterns)
     return f"To load all else, leave them out: ignore={patterns} ({flags})."
@@ -217,7 +223,7 @@ def from_hf(key: str) -> str | None:
     for prefix in _HF_PREFIXES:
         if key.startswith(prefix):
             name = key.removeprefix(prefix)
-            return None if name in _IGNORED else name
+            return None if name.rpartition(".")[2] in _IGNORED else name
     return key
 
 
@@ -236,7 +242,7 @@ def from_metaseq(key: str) -> tuple[str, ...]:
     prefix, dot, rest = key.partition(".")
     if prefix != "decoder" or not dot:
         return (key,)
-    if rest in _IGNORED:
+    if rest.rpartition(".")[2] in _IGNORED:
         return ()
     layer = _LAYER.match(rest)
     number = layer.group(1) if layer else ""

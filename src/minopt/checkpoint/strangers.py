@@ -21,6 +21,7 @@ _KNOWN = (
     (("flax_model*.msgpack",), f"a model for Flax. {_SOURCE}"),
     (("model.bin",), f"a model for CTranslate2. {_SOURCE}"),
     (("*.zip", "*.tar", "*.tar.*", "*.tgz", "*.7z", "*.rar"), "an archive. Unpack it, and name what was in it."),
+    (("*-of-*.safetensors", "*-of-*.bin"), "shards without their index. Fetch the file *.index.json too."),
     (("*.safetensors", "*.bin", "*.pth", "*.ckpt"), "of another name. If it holds the weights, name the file itself."),
 )  # fmt: skip
 
