@@ -206,10 +206,14 @@ def test_a_value_may_begin_with_a_hyphen(flags: str, capsys: pytest.CaptureFixtu
     assert main(["generate", "x", "--max-new-tokens", "2", "--device", "cpu", *flags.split()]) == 0
 
 
-@pytest.mark.parametrize("name", ["bf16", "fp16", "half", "fp32", "float", "fp64", "double", "bfloat16"])
+@pytest.mark.parametrize(
+    "name", ["bf16", "fp16", "torch.float16", "half", "fp32", "float", "fp64", "double", "bfloat16"]
+)
 def test_a_dtype_has_a_short_name(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    dtype = {"b": torch.bfloat16, "f": torch.float32, "h": torch.float16, "d": torch.float64}[name[0]]
-    dtype = {"fp16": torch.float16, "fp64": torch.float64}.get(name, dtype)
+    dtype = {"b": torch.bfloat16, "f": torch.float32, "h": torch.float16, "d": torch.float64, "t": torch.float16}[
+        name[0]
+    ]
+    dtype = {"fp16": torch.float16, "fp64": torch.float64}.get(name, dtype or torch.float64)
     assert minopt.load_model(minopt.DEMO, dtype=name, device="cpu").embed_tokens.weight.dtype == dtype
     assert main(["plan", "opt-125m", "--dtype", name, "--memory", "100GB", "--device", "cpu"]) == 0
     assert f"opt-125m as {str(dtype).removeprefix('torch.')}," in capsys.readouterr().out

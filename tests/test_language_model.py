@@ -235,9 +235,12 @@ def test_files_that_name_different_tokens_are_pointed_out(
 
 
 def test_what_is_no_text_is_refused(lm: minopt.LanguageModel) -> None:
-    for prompt in (None, 5, [["a"]], [None]):
+    for prompt in (None, 5, [["a"]], [None], b"a"):
         with pytest.raises(ValueError, match="prompt: expected a text"):
             lm.generate(prompt)  # type: ignore[call-overload]
+    for value in ("no", None, 0):
+        with pytest.raises(ValueError, match="skip_special_tokens: expected True or False, got"):
+            lm.generate("a", skip_special_tokens=value)
     with pytest.raises(ValueError, match=r"got list\. A list of texts goes to generate"):
         lm.stream(["a", "b"])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"prompts: expected a list of texts, got one\. Put it into a list"):

@@ -173,7 +173,7 @@ class LanguageModel:
         Raises:
             ValueError: as ``minopt.generate`` does, or if there is no tokenizer.
         """
-        if not isinstance(prompt, Sequence):
+        if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
             raise ValueError(
                 f"prompt: expected a text or a list of them, got {type(prompt).__name__}. Put several into a list."
             )
@@ -364,6 +364,8 @@ class LanguageModel:
         if not isinstance(config, GenerationConfig | None):
             raise ValueError(f"config: expected a minopt.GenerationConfig, got {type(config).__name__}.")
         config = with_defaults(self.generation_defaults, options) if config is None else config.replace(**options)
+        if not isinstance(skip_special_tokens, bool):
+            raise ValueError(f"skip_special_tokens: expected True or False, got {skip_special_tokens!r}.")
         if config.output_scores:
             raise ValueError("output_scores: there is no place for them beside texts. Call minopt.generate with ids.")
         if isinstance(prompts, str):

@@ -396,6 +396,8 @@ def test_what_is_no_checkpoint_raises(hf: Path, tmp_path: Path) -> None:
         assert inspect_checkpoint(hf / name).is_sound
     with pytest.raises(ValueError, match=r"model_config: opt-9b: no such file, and .*opt-125m"):
         inspect_checkpoint(hf / "reshard.pt", model_config="opt-9b")
+    with pytest.raises(ValueError, match=r"model_config: expected an OPTConfig, .* got dict\."):
+        inspect_checkpoint(hf / "reshard.pt", model_config={})  # type: ignore[arg-type]
 
 
 # --- --check ---

@@ -402,3 +402,15 @@ def test_a_missing_operator_is_said_in_the_debug_log_and_the_plain_product_runs(
     assert caplog.messages == [
         "packed torch.float32 weights: not available here (no such operator); the plain product is used."
     ]
+
+
+@pytest.mark.parametrize("quantize", [False, True])
+def test_autocast_changes_nothing(quantize: bool) -> None:
+    model = build_ours(build_reference("125m"))
+    model = FastOPT(model.config, (quantized_state(model) if quantize else model.state_dict()).items())
+    ids = torch.arange(2, 12).view(2, 5)
+    expected = model(ids), minopt.generate(model, ids, max_new_tokens=5, eos_token_id=()).sequences
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = model(ids), minopt.generate(model, ids, max_new_tokens=5, eos_token_id=()).sequences
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1], expected[1])

@@ -192,7 +192,8 @@ def resolve_dtype(dtype: torch.dtype | str) -> torch.dtype | None:
     """
     if dtype == "auto":
         return None
-    resolved = DTYPES.get(_SHORT.get(dtype, dtype)) if isinstance(dtype, str) else dtype
+    name = str(dtype).removeprefix("torch.")
+    resolved = DTYPES.get(_SHORT.get(name, name)) if isinstance(dtype, str) else dtype
     if resolved not in DTYPES.values():
         raise ValueError(f"dtype: expected auto, {', '.join(DTYPES)} or the torch.dtype, got {dtype!r}.")
     return resolved

@@ -390,6 +390,11 @@ def resolve_config(model_config: OPTConfig | str | Path | None) -> OPTConfig | N
     """
     if model_config is None or isinstance(model_config, OPTConfig):
         return model_config
+    if not isinstance(model_config, str | Path):
+        raise ValueError(
+            f"model_config: expected an OPTConfig, the name of a size or a config.json, got "
+            f"{type(model_config).__name__}. OPTConfig.from_dict makes one of a dict."
+        )
     if Path(model_config).exists():
         return OPTConfig.load(model_config)
     name = str(model_config).rpartition("/")[2].lower()

@@ -55,6 +55,20 @@ class FastOPT(InferenceOPT):
             return torch._dynamo.disable(super().forward)(*args, **options)  # type: ignore[no-untyped-call]
         return super().forward(*args, **options)
 
+    def hidden_states(self, *args: Any, **options: Any) -> Tensor:
+        """See ``OPT.hidden_states``. Weights have their dtype for good, so autocast changes nothing."""
+        if not torch.is_autocast_enabled(self.device.type):
+            return super().hidden_states(*args, **options)
+        with torch.autocast(self.device.type, enabled=False):
+            return super().hidden_states(*args, **options)
+
+    def head(self, h: Tensor) -> Tensor:
+        """See ``OPT.head``."""
+        if not torch.is_autocast_enabled(self.device.type):
+            return super().head(h)
+        with torch.autocast(self.device.type, enabled=False):
+            return super().head(h)
+
     def _lookup(self, table: Tensor) -> Callable[[Tensor], Tensor]:
         return Lookup(table)
 
