@@ -504,7 +504,7 @@ def test_the_best_checkpoint_stays_and_best_is_written_on_improvement_alone(tmp_
     config = settings(folder, max_steps=5, evaluation_strategy="steps", eval_steps=1, keep_last=1, save_steps=1)
     with mock.patch.object(trainer, "evaluate", evaluate), watched() as seen:
         result = train(model_of(), examples(12), config, tokenizer=tokenizer(), eval_data=examples(2))
-    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step-00000002", "step-00000005"]
+    assert sorted(path.name for path in (folder / "checkpoints").glob("step-*")) == ["step-00000002", "step-00000005"]
     best = minopt.load(folder / "best", device="cpu", dtype="float32").model
     for found, expected in zip(best.parameters(), seen.weights[1], strict=True):
         assert torch.equal(found, expected)
@@ -561,10 +561,49 @@ def test_an_evaluation_without_a_number_is_never_the_best(tmp_path: Path, monkey
         tmp_path / "run", max_steps=4, evaluation_strategy="steps", eval_steps=1, keep_last=1, save_steps=1
     )
     train(model_of(), examples(4), config, tokenizer=tokenizer(), eval_data=examples(2))
-    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == [
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("step-*")) == [
         "step-00000002",
         "step-00000004",
     ]
+
+
+def test_the_best_model_takes_no_room_of_its_own_where_it_is_the_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluate = trainer.evaluate
+    for name, scores in (("last", iter([1.0, 2.0])), ("first", iter([2.0, 1.0]))):
+
+        def with_score(*args: Any, scores: Any = scores, **options: Any) -> Any:
+            return dataclasses.replace(evaluate(*args, **options), score=next(scores))
+
+        monkeypatch.setattr(trainer, "evaluate", with_score)
+        config = settings(tmp_path / name, max_steps=2, evaluation_strategy="steps", eval_steps=1)
+        train(model_of(), examples(4), config, tokenizer=tokenizer(), eval_data=examples(2))
+        files = [tmp_path / name / folder / "model.safetensors" for folder in (".", "best")]
+        assert files[0].samefile(files[1]) == (name == "last")
+        assert (files[0].read_bytes() == files[1].read_bytes()) == (name == "last")
+
+
+def test_a_finished_run_that_keeps_no_checkpoint_is_its_model_and_not_begun_anew(tmp_path: Path) -> None:
+    config = settings(tmp_path / "run", max_steps=3, save_steps=1, keep_last=0)
+    train(model_of(), examples(4), config, tokenizer=tokenizer())
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    before = (tmp_path / "run" / "model.safetensors").read_bytes()
+    with pytest.raises(
+        FileExistsError, match=r"finished after step 3 and kept no checkpoint to go on from\. Name another"
+    ):
+        train(model_of(), examples(4), config, tokenizer=tokenizer())
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == before
+    train(model_of(), examples(4), config.replace(resume="never"), tokenizer=tokenizer())
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == before
+
+
+def test_a_model_that_could_not_be_saved_is_refused_before_it_is_trained(tmp_path: Path) -> None:
+    model = model_of()
+    model.layers[0].fc1 = torch.nn.Sequential(model.layers[0].fc1)  # as adapters do
+    with pytest.raises(ValueError, match=r"expected an OPT's own parameters, these differ: layers\.0\.fc1"):
+        train(model, examples(4), settings(tmp_path / "run", max_steps=1), tokenizer=tokenizer())
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("changes", [{"recompute": True}, {"compile": True}, {"bf16": True}], ids=str)

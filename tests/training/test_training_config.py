@@ -88,7 +88,7 @@ FIELDS: dict[str, tuple[str, list[Any], list[Any]]] = {
     "top_p": SHARE,
     "logging_steps": integer(1, 3),
     "save_steps": integer(1, 3),
-    "keep_last": integer(1, 3),
+    "keep_last": integer(0, 3),
     "overwrite_output_dir": BOOL,
     "resume": TEXT,
 }

@@ -65,7 +65,7 @@ def save_model(
     """
     folder, model = Path(folder).expanduser(), decoder_of(model)
     check_destination(folder, force)
-    tensors = _tensors(model)
+    tensors = named_tensors(model)
     with replacing(folder, TOKENIZER_FILES if tokenizer else ()) as new:
         read = tensors.__getitem__ if numbers is None else lambda _: next(numbers)
         write_safetensors(new, tensors, read, max_shard_bytes)
@@ -138,7 +138,7 @@ def _write_file(path: Path, shown: Mapping[str, Tensor], read: Callable[[str], T
             file.write(numbers.view(-1).view(torch.uint8).numpy().data)
 
 
-def _tensors(model: OPT) -> dict[str, Tensor]:
+def named_tensors(model: OPT) -> dict[str, Tensor]:
     """The model's parameters under Hugging Face's names.
 
     Raises:

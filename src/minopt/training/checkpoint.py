@@ -99,8 +99,8 @@ class Checkpoints:
         set_state_dict(module, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
 
     def remove_old(self, keep_last: int, best_step: int | None) -> None:
-        """Removes all but the last few and the best."""
-        for step in self._steps()[:-keep_last]:
+        """Removes all but the last few and the best; a run that goes on needs one."""
+        for step in self._steps()[: -max(1, keep_last)]:
             if step != best_step:
                 _remove(self.path(step))
 

@@ -184,7 +184,12 @@ class TrainingConfig:
     # What is written
     logging_steps: int = _option(10, "steps between lines of metrics.jsonl", least=1, changes_run=False)
     save_steps: int = _option(500, "steps between checkpoints", least=1, changes_run=False)
-    keep_last: int = _option(2, "how many checkpoints to keep, beside the best one", least=1, changes_run=False)
+    keep_last: int = _option(
+        2,
+        "how many checkpoints to keep, beside the best one; with 0 a finished run keeps the model alone",
+        least=0,
+        changes_run=False,
+    )
     overwrite_output_dir: bool = _option(
         False, "start again, and remove the run or the model that is in --output_dir", changes_run=False
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
+from minopt.checkpoint.save import named_tensors
 from minopt.distributed import World
 from minopt.model import OPT
 from minopt.tokenizer import Tokenizer
@@ -23,11 +24,12 @@ def template_of(config: TrainingConfig) -> Template:
 
 
 def check(model: OPT, config: TrainingConfig, eval_data: Sequence[Example] | str | None) -> None:
-    """Refuses settings that do not fit the model or the data.
+    """Refuses settings that do not fit the model or the data, and a model that cannot be saved.
 
     Raises:
-        ValueError: naming the option.
+        ValueError: naming the option, or the parameters that are not an OPT's own.
     """
+    named_tensors(model)  # or it would be trained to the end and then not be saved
     positions, longest = model.config.max_position_embeddings, config.src_length + config.tgt_length
     if longest > positions:
         raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -75,6 +76,29 @@ def check_settings(folder: Path, record: Mapping[str, Any]) -> None:
         raise FileExistsError(
             f"--output_dir: {folder} holds files that are no run's: {some(others)}. Name another folder."
         )
+
+
+def check_unfinished(folder: Path) -> None:
+    """Refuses to begin a run anew that is finished and has kept no checkpoint.
+
+    Raises:
+        FileExistsError: saying so.
+    """
+    record = read_json(folder / SETTINGS) if (folder / SETTINGS).is_file() else {}
+    if "finished" in record:
+        raise FileExistsError(
+            f"--output_dir: {folder} holds a run that has finished after step {record['finished']} and kept no "
+            "checkpoint to go on from. Name another folder, or use --resume never to put that run aside."
+        )
+
+
+def share(file: Path, other: Path) -> None:
+    """Makes ``other``, which has the same content, a second name of a file; where the disk cannot, it stays a copy."""
+    name = other.with_name(f".{other.name}.new")
+    with contextlib.suppress(OSError):
+        name.unlink(missing_ok=True)
+        os.link(file, name)
+        name.replace(other)
 
 
 def check_same(where: Path, theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> None:

@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import os
+import shutil
 import signal
 import sys
 import time
@@ -45,10 +46,12 @@ from minopt.training.run_folder import (
     begin_metrics,
     check_same,
     check_settings,
+    check_unfinished,
     locked,
     overwrite,
     remove_leftovers,
     set_aside,
+    share,
 )
 from minopt.training.shares import fill, find, save
 from minopt.training.signals import StopSignal
@@ -241,6 +244,8 @@ class _Run:
         world.sum(0.0)  # all have read their model: it may lie in the folder, and be overwritten
         world.first(self._claim)
         path = world.gather(world.first(self._checkpoint))[0]
+        if path is None:
+            world.first(lambda: check_unfinished(self.folder))
         state: dict[str, Any] = {}
         if path is not None:
             state = read_state(path)
@@ -323,9 +328,12 @@ class _Run:
             f"{self.batch_size // self.world.size // self.accumulation}",
         )
 
-    def _write_beginning(self) -> None:
-        text = json.dumps({**self.record, "minopt": __version__, "torch": torch.__version__}, indent=1)
+    def _write_settings(self, **more: int) -> None:
+        text = json.dumps({**self.record, "minopt": __version__, "torch": torch.__version__, **more}, indent=1)
         write_durably(self.folder / SETTINGS, text + "\n")
+
+    def _write_beginning(self) -> None:
+        self._write_settings()
         self.checkpoints.folder.mkdir(exist_ok=True)
         self.tokenizer.save(self.checkpoints.folder)  # a checkpoint opens as a model
         begin_metrics(self.folder, self.step, self.evaluated_step)
@@ -527,9 +535,15 @@ class _Run:
         self._save_model(new)
 
         def publish() -> None:
+            same = self.folder / BEST if self.best is not None and self.best[0] == self.step else None
             for path in sorted(new.iterdir(), key=lambda path: path.name == "config.json"):
+                if same is not None and (same / path.name).is_file():
+                    share(path, same / path.name)
                 path.replace(self.folder / path.name)
             new.rmdir()
+            if self.config.keep_last == 0:
+                self._write_settings(finished=self.step)
+                shutil.rmtree(self.checkpoints.folder)
 
         self.world.first(publish)
 
