@@ -414,3 +414,16 @@ def test_autocast_changes_nothing(quantize: bool) -> None:
         found = model(ids), minopt.generate(model, ids, max_new_tokens=5, eos_token_id=()).sequences
     assert torch.equal(found[0], expected[0])
     assert torch.equal(found[1], expected[1])
+
+
+@pytest.mark.parametrize("change", [
+    lambda layers: layers.__setitem__(0, torch.nn.Identity()),
+    lambda layers: layers.__delitem__(0),
+])  # fmt: skip
+def test_a_model_whose_layers_were_replaced_does_not_give_weights(change: Any, tmp_path: Path) -> None:
+    model = build_ours(build_reference("125m"))
+    model = FastOPT(model.config, model.state_dict().items())
+    change(model.layers)
+    with pytest.raises(ValueError, match="others took the place of its layers, so their weights cannot be read"):
+        minopt.save_model(model, tmp_path / "model")
+    assert not list(tmp_path.iterdir())

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from minopt import int8
 from minopt.cache import KVCache
 from minopt.config import OPTConfig
-from minopt.inference.frozen import Frozen, InferenceOPT, Lookup, Norm
+from minopt.inference.frozen import Frozen, InferenceOPT, Lookup, Norm, refuse
 from minopt.inference.products import Product, build_product
 from minopt.memory import empty
 from minopt.model import Packed, attend
@@ -77,8 +77,9 @@ class FastOPT(InferenceOPT):
         if not name.startswith("layers."):
             return super().read(name)
         _, index, rest = name.split(".", 2)
-        layer = self.layers[int(index)]
-        assert isinstance(layer, FastLayer)
+        layer = self.layers[int(index)] if int(index) < len(self.layers) else None
+        if not isinstance(layer, FastLayer):
+            refuse("and others took the place of its layers, so their weights cannot be read")
         return layer.read(rest)
 
 
