@@ -141,10 +141,10 @@ def test_what_to_use(arguments: str, code: int, expected: str, capsys: pytest.Ca
     [
         ("opt-175b --devices 8 --memory 80GB", ["6 of the 8 devices are enough for 1 x 2,048 tokens."]),
         ("opt-125m --devices 8 --memory 16GB", [
-            "The 12 heads of the model can be divided among 1, 2, 3, 4, 6 or 12 devices, not among 8.",
+            "The model has 12 heads and can be divided among 1, 2, 3, 4, 6 or 12 devices, not among 8.",
             "1 of the 8 devices is enough for 1 x 2,048 tokens."]),
         ("opt-66b --devices 5 --memory 24GB", [
-            "The 72 heads of the model can be divided among 1, 2, 3, 4, 6, 8, 9, 12, 18, 24, 36 or 72 devices, "
+            "The model has 72 heads and can be divided among 1, 2, 3, 4, 6, 8, 9, 12, 18, 24, 36 or 72 devices, "
             "not among 5."]),
         ("opt-6.7b --devices 2 --memory 10GB", []),
     ],

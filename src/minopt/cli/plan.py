@@ -97,7 +97,7 @@ def _plan(args: argparse.Namespace) -> int:
     if best is not None and best.host:
         print(f"Beside it, {size_of(best.host)} of the machine's own memory.")
     if args.devices not in possible:
-        print(f"The {config.num_attention_heads} heads of the model can be divided among {_listed(possible)} devices, "
+        print(f"The model has {config.num_attention_heads} heads and can be divided among {_listed(possible)} devices, "
               f"not among {args.devices}.")  # fmt: skip
     if best is not None and best.offload is None and best.devices < args.devices:
         print(f"{best.devices} of the {args.devices} devices {'are' if best.devices > 1 else 'is'} enough for "
