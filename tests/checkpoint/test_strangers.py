@@ -58,6 +58,15 @@ def test_a_safetensors_file_that_is_cut_short_is_no_text(size: bytes, tmp_path: 
         load_model(tmp_path, device="cpu")
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.complex64])
+def test_numbers_that_no_opt_has_are_named(dtype: torch.dtype, tmp_path: Path) -> None:
+    reference().config.save_pretrained(tmp_path)
+    state = {key: tensor.to(dtype) for key, tensor in reference().state_dict().items()}
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"bin: expected tensors of F64, .* got a storage of .*Cast them first"):
+        load_model(tmp_path, device="cpu")
+
+
 def test_weights_under_the_name_of_another_format(tmp_path: Path) -> None:
     reference().save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")

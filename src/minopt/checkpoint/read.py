@@ -17,7 +17,7 @@ from torch import Tensor
 from minopt.checkpoint.container import open_container
 from minopt.checkpoint.errors import CheckpointError, first_line, some
 from minopt.checkpoint.names import is_decoders
-from minopt.checkpoint.unpickle import NOT_TEXT, Placeholder, StoredTensor, UnpickleError
+from minopt.checkpoint.unpickle import NOT_TEXT, OtherNumbersError, Placeholder, StoredTensor, UnpickleError
 from minopt.config import MOST_TEXT_BYTES
 from minopt.files import what_it_is
 
@@ -232,6 +232,8 @@ class TorchFile(TensorFile):
 def _unreadable(path: Path, wanted: str, error: Exception) -> CheckpointError:
     if (what := what_it_is(path)) is not None:
         return CheckpointError(f"{path}: expected {wanted}, got {what}")
+    if isinstance(error, OtherNumbersError):
+        return CheckpointError(f"{path}: expected tensors of {', '.join(DTYPES)}, got {error}. Cast them first.")
     return CheckpointError(f"{path}: cut short or not {wanted} ({first_line(error)}). Fetch the file again.")
 
 

@@ -38,6 +38,10 @@ class UnpickleError(ValueError):
     """A pickle that is damaged, or asks for what no checkpoint asks for."""
 
 
+class OtherNumbersError(UnpickleError):
+    """A file whose tensors hold numbers that no OPT has: complex, quantised, of 8 bits."""
+
+
 @dataclass(frozen=True)
 class Storage:
     """A run of numbers in the file: its key there, their dtype and how many."""
@@ -262,7 +266,9 @@ def _storage(identifier: Any) -> Storage:
     _, kind, key, _, numel, *view = identifier
     dtype = _DTYPES.get(kind.name.rpartition(".")[2]) if isinstance(kind, Global) else None
     if dtype is None:
-        raise UnpickleError(f"a storage of an unknown type {kind.name[:60] if isinstance(kind, Global) else ''!r}")
+        name = kind.name[:60] if isinstance(kind, Global) else ""
+        error = OtherNumbersError if name.startswith("torch.") and name.endswith("Storage") else UnpickleError
+        raise error(f"a storage of an unknown type {name!r}")
     if not isinstance(key, str) or not is_int(numel) or not 0 <= numel <= _MOST_NUMBERS or view not in ([], [None]):
         raise UnpickleError(f"a storage with key {_shown(key)} of {_shown(numel)} numbers")
     return Storage(key, dtype, numel)
