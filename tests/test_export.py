@@ -362,7 +362,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "no config": (
         lambda f: (f / "config.json").unlink(),
-        r"expected a model's folder \(config\.json and weights\), found .*",
+        r"expected weights, got program\.pt2: a program of minopt export, .*",
     ),
     "no JSON": (
         lambda f: (f / "manifest.json").write_text("{"),

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from minopt.config import OPTConfig
 from minopt.model import OPT
 
 # Where wrappers have what they wrap and call it unchanged, by the names of their classes: none is imported for that.
@@ -21,9 +22,10 @@ def decoder_of(model: Any) -> Any:
     """
     while type(model).__name__ in _INSIDE:
         model = getattr(model, _INSIDE[type(model).__name__])
-    if hasattr(model, "get_base_model") and not model.active_peft_config.is_prompt_learning:
+    if hasattr(type(model), "get_base_model") and not model.active_peft_config.is_prompt_learning:
         model = model.get_base_model()  # whose layers peft has replaced; prompts would be lost
-    if isinstance(model, type) or not (isinstance(model, OPT) or _decodes(model)):
+    is_other = not isinstance(model, nn.Module) and isinstance(getattr(model, "config", None), OPTConfig)
+    if isinstance(model, type) or not (isinstance(model, OPT) or is_other):
         name = model.__name__ if isinstance(model, type) else type(model).__name__
         raise ValueError(
             f"model: expected a minopt.OPT or an exported program, got {name}. minopt.load opens a model by its name "
@@ -35,9 +37,3 @@ def decoder_of(model: Any) -> Any:
             "program). Load it with minopt.load, whose option offload does that."
         )
     return model
-
-
-def _decodes(model: Any) -> bool:
-    """Whether it has what ``generation.request.Decoder`` asks for: a module by its class, for wrappers pass all on."""
-    own = type(model) if isinstance(model, nn.Module) else model
-    return all(hasattr(own, name) for name in ("new_cache", "prefill", "decode_step"))

@@ -626,7 +626,7 @@ def test_sources_that_are_none_are_told(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"nowhere: no such folder, and not the name of a model on the hub"):
         convert(tmp_path / "nowhere", tmp_path / "new")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match=r"empty: expected a model's folder .*found nothing"):
+    with pytest.raises(FileNotFoundError, match=r"empty: expected weights .*got nothing"):
         convert(tmp_path / "empty", tmp_path / "new")
     folder = write_source("2 parts x 3 shards", tmp_path / "shards")
     (folder / "checkpoint_last-model_part-1-shard1.pt").unlink()

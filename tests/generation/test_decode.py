@@ -824,7 +824,7 @@ REFUSED: list[tuple[str, Tensor, Tensor | None, dict[str, Any], str]] = [
     ("more beams than can be drawn among", torch.ones(2, 3), None, {"num_beams": 2**24 // 96 + 1, "do_sample": True},
      r"num_beams is 174763, and torch draws among at most 2\*\*24 candidates: at most 174762 beams"),
     ("the model's eos as a bad word", torch.ones(2, 3), None, {"bad_words_ids": [[5], [2]]},
-     r"bad_words_ids holds 2, which ends a text .*set eos_token_id=\(\) or suppress_tokens"),
+     r"bad_words_ids holds 2, which ends a text .*leave eos_token_id empty, or set suppress_tokens"),
     ("the option's eos as a bad word", torch.ones(2, 3), None, {"bad_words_ids": [[5, 2], [7]], "eos_token_id": [9, 7]},
      "bad_words_ids holds 7, which ends a text"),
     ("nothing left but an eos that may not come", torch.ones(2, 3), None,

@@ -104,10 +104,11 @@ def test_all_that_comes_out_is_the_same() -> None:
 @pytest.mark.parametrize("is_padded", [False, True])
 def test_nothing_is_read_between_two_looks(options: dict[str, Any], is_padded: bool) -> None:
     """On torch's device without values, where reading one fails."""
-    model = OPT(OPTConfig(**SIZE | {"vocab_size": 2000}), device="meta").eval()
+    shape = OPTConfig(**SIZE | {"vocab_size": 2000})
+    model, there = (OPT(shape, device=device).eval() for device in ("meta", "cpu"))  # one without numbers is refused
     mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]]) if is_padded else None
     config = GenerationConfig(max_new_tokens=12, **options)
-    request = prepare(model, torch.full((2, 4), 3), mask, config).on_device()
+    request = dataclasses.replace(prepare(there, torch.full((2, 4), 3), mask, config), decoder=model).on_device()
     steps = decode.decode_steps(request, 8)
     assert [next(steps).tokens.device.type for _ in range(7)] == ["meta"] * 7
     with pytest.raises((NotImplementedError, RuntimeError), match="meta tensor"):
