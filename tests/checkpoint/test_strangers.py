@@ -276,7 +276,7 @@ def test_the_name_that_metaseq_gives_leads_to_the_parts(
     model = load_model(tmp_path / name, device="cpu")
     assert torch.equal(model.embed_tokens.weight, reference().model.decoder.embed_tokens.weight)
     assert inspect_checkpoint(str(tmp_path / name)).parts == parts
-    with pytest.raises(FileNotFoundError, match="no such folder"):
+    with pytest.raises(FileNotFoundError, match="no such file"):
         load_model(str(tmp_path / "checkpoint_2.pt"))
 
 
