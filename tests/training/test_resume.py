@@ -149,7 +149,9 @@ class Ended:
 
     @property
     def last_line(self) -> str:
-        return self.said[0].splitlines()[-1]
+        """Of the process that tells an error, which may be any; else of the first."""
+        told = [text for text in self.said if "minopt: error: " in text] or self.said
+        return told[0].splitlines()[-1]
 
 
 class Runs:
