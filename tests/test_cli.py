@@ -120,10 +120,10 @@ def test_a_model_of_another_tokenizer_is_one_line_too(
         ("evaluate --tsk squad", "--tsk: no such flag. Did you mean --task?"),
         ("finetune --lerning_rate 1", "--lerning-rate: no such flag. Did you mean --learning-rate?"),
         ("inspect --modle x", "--modle: no such flag. Did you mean --model?"),
-        ("evaluate", "--task: expected, got none. See minopt evaluate --help."),
+        ("evaluate", "--task: expected a value, got none. See minopt evaluate --help."),
         ("evaluate --task=squat", "--task: expected reference or perplexity or squad or squad-question, got 'squat'. "
          "Did you mean squad? See"),
-        ("convert", "source, destination: expected, got none. See minopt convert --help."),
+        ("convert", "source, destination: expected a value, got none. See minopt convert --help."),
         ("inspect a b", "b: expected nothing more. A text stands in quotes, and behind -- if it begins with a hyphen."),
         ("generate x --max-new-tokens many", "--max-new-tokens: expected an integer, got 'many'. See"),
         ("generate x --top_p", "--top-p: expected a value, got none. See"),

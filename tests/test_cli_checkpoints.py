@@ -191,7 +191,7 @@ def test_there_and_back_by_the_command_line(parts: Path, tmp_path: Path) -> None
         (["{parts}", "{tmp}/new", "--model-config", "opt-9b"], "--model-config: opt-9b: no such file, and "),
         (["{parts}", "{tmp}/new", "--tokenizer", "{tmp}"], "expected tokenizer.json, or vocab.json and merges.txt"),
         (["{parts}", "{parts}", "--force"], "is, or holds, the source"),
-        (["{parts}", "{tmp}/old"], "is there already. Name another folder, or replace it with --force (force=True)."),
+        (["{parts}", "{tmp}/old"], "is there already. Name another folder, or replace it with --force."),
         (["{parts}", "{tmp}/old/notes.txt"], "expected a folder to write to, got a file. Name another."),
         (["{parts}", "{tmp}/thesis", "--force"], "holds files that are not a model's (no config.json)."),
         (["{parts}", "{tmp}/old/notes.txt/new"], "{tmp}/old/notes.txt"),

@@ -336,7 +336,7 @@ def error_of(status: int, capsys: Capture) -> str:
         ({"train_file": "nope.json"}, "", "--train-file: expected squad, squad-v2 or a file"),
         ({"dev_file": "nope.json"}, "--do-train --do-eval", "--dev-file: expected squad, squad-v2 or a file"),
         ({"src_length": 1020}, "", "--src-length 1020 and --tgt-length 8: expected at most 1024 tokens together, the "
-         "model's positions, got 1028. Lower one."),
+         "model's positions, got 1028. Lower one or both."),
         ({"src_length": 1}, "", "--train-file: expected at least one example, got none (12 cannot be cut to "),
         ({"output_dir": None}, "", "--output-dir: expected a folder for the run, got none. Name one."),
         ({"model_name_or_path": None}, "", "--model: expected a folder, any one file of a checkpoint, or"),

@@ -12,7 +12,7 @@ import torch
 
 import minopt
 from minopt.cli import main
-from minopt.errors import is_out_of_memory, is_users
+from minopt.errors import is_connection_lost, is_out_of_memory, is_users
 
 Capture = pytest.CaptureFixture[str]
 
@@ -56,6 +56,12 @@ def test_full_memory_is_known_in_all_its_words(error: Exception) -> None:
 
 def broken(*_: Any, **__: Any) -> None:
     int("not a number")
+
+
+@pytest.mark.parametrize(("size", "expected"), [("1", False), ("2", True)])
+def test_one_process_alone_has_lost_no_other(size: str, expected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", size)
+    assert is_connection_lost(RuntimeError("a compiler timed out")) is expected
 
 
 def test_a_bug_shows_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

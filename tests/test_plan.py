@@ -99,6 +99,13 @@ def test_the_article_of_2022(capsys: pytest.CaptureFixture[str]) -> None:
     assert lines[-1] == "Use: minopt generate --model facebook/opt-6.7b --dtype float16 --max-batch-tokens 2048"
 
 
+def test_the_example_of_the_docs(capsys: pytest.CaptureFixture[str]) -> None:
+    text = (Path(__file__).parents[1] / "docs" / "parallel.md").read_text(encoding="utf-8")
+    command, shown = re.findall(r"```sh\nminopt (plan .*)\n```\n\n```text\n(.*?)```", text, re.DOTALL)[0]
+    assert main(command.split()) == 0
+    assert capsys.readouterr().out == shown
+
+
 def test_the_table_of_the_docs() -> None:
     """As check_plan.py --table writes it."""
     text = (Path(__file__).parents[1] / "docs" / "parallel.md").read_text()
@@ -191,8 +198,7 @@ def test_an_int8_folder_is_known_for_one(
         ("opt-125m --length 4096", "--length: expected at most 2048 tokens, the model's positions, got 4096."),
         ("./no/opt-125m --memory 1GB", "./no/opt-125m: no such folder, and not the name of a model on the hub "
                                             "(owner/name)."),
-        ("opt-125m --dtype int4", "--dtype: expected auto, float32, bfloat16, float16, float64 or the torch.dtype, got "
-                                  "'int4'."),
+        ("opt-125m --dtype int4", "--dtype: expected auto, float32, bfloat16, float16, float64, got 'int4'."),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_line(arguments: str, expected: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from opcode import opname
 
@@ -34,5 +35,6 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def is_connection_lost(error: BaseException) -> bool:
-    """Whether another process of a run has died or is gone."""
-    return isinstance(error, RuntimeError) and _CONNECTION_LOST.search(str(error)) is not None
+    """Whether another process of a run has died or is gone; one that runs alone has none to lose."""
+    is_alone = os.environ.get("WORLD_SIZE", "1") == "1"
+    return not is_alone and isinstance(error, RuntimeError) and _CONNECTION_LOST.search(str(error)) is not None

@@ -646,7 +646,9 @@ def test_what_is_at_the_destination_stays_unless_force_is_given(hf: Path, tmp_pa
     (tmp_path / "empty").mkdir()
     convert(hf, tmp_path / "empty")
     before = content(tmp_path)
-    with pytest.raises(FileExistsError, match=r"empty: is there already\. Name another folder, or replace .*--force"):
+    with pytest.raises(
+        FileExistsError, match=r"empty: is there already\. Name another folder, or replace .*force=True"
+    ):
         convert(hf, tmp_path / "empty", dtype="float16")
     (tmp_path / "file").write_text("mine")
     for force in (False, True):

@@ -153,7 +153,7 @@ def test_a_model_that_is_there_is_replaced_on_request_only(tmp_path: Path) -> No
     save_model(small_model(), tmp_path / "saved")
     before = content(tmp_path)
     with pytest.raises(
-        FileExistsError, match=r"saved: is there already\. Name another folder, or replace it with --force"
+        FileExistsError, match=r"saved: is there already\. Name another folder, or replace it with force=True\."
     ):
         save_model(small_model(1), tmp_path / "saved")
     assert content(tmp_path) == before

@@ -260,6 +260,12 @@ def test_a_shard_whose_link_leads_nowhere_is_named(tmp_path: Path) -> None:
         load_model(folder, device="cpu")
 
 
+def test_a_file_that_is_no_models_is_named(tmp_path: Path) -> None:
+    (tmp_path / "dev.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match=r"dev\.json: holds no weights, and nothing beside it does: "):
+        load_model(tmp_path / "dev.json")
+
+
 # --- metaseq's names ---
 
 

@@ -160,14 +160,9 @@ def _shown(checkpoint: Checkpoint, dtype: torch.dtype | None, quantize: bool) ->
         key = to_hf(name)
         in_int8 = quantize and int8.is_quantized(name)
         kind = torch.int8 if in_int8 else dtype or tensor.dtype
-        shown[key] = like = torch.empty(tensor.shape, dtype=kind, device="meta")
+        shown[key] = torch.empty(tensor.shape, dtype=kind, device="meta")
         if in_int8:
-            shown[key], shown[key + int8.SCALE] = (
-                like.to(torch.int8),
-                torch.empty_like(like[:, :1], dtype=torch.float32),
-            )
-        else:
-            shown[key] = like
+            shown[key + int8.SCALE] = torch.empty(tensor.shape[0], 1, dtype=torch.float32, device="meta")
     return shown
 
 

@@ -144,8 +144,8 @@ def _snapshot(name: str, revision: str | None, local_files_only: bool, patterns:
     try:
         folder = _fetched(name, revision, patterns, watch)
     except _UnreachableError as error:
-        hint = f"cannot be reached ({error}), and the cache has no copy. Check the connection."
-        folder = _cached(name, revision, patterns, f"{name}: the hub {hint}")
+        hint = f"the hub cannot be reached ({error}), and its cache has no copy. Check the name and the connection."
+        folder = _cached(name, revision, patterns, f"{name}: no such folder, {hint}")
     if watch.asked and not watch.answered:
         logger.warning("%s: the hub does not answer; the copy in its cache is used.", name)
     return folder, not watch.answered

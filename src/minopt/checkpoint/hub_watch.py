@@ -11,11 +11,12 @@ import time
 from threading import Event, Thread, get_ident
 from typing import Any
 
+from minopt.config import MOST_TEXT_BYTES
+
 _LEAST_BYTES_PER_SECOND = 1000  # a telephone line has more
 _MOST_ANSWERS = 100  # descriptions and lists of files
 _MOST_ANSWER_BYTES = 10_000_000  # of them all; a list of 1000 files has 0.4 MB
 _MOST_EXPANSION = 1000  # of what comes compressed
-_MOST_TEXT_BYTES = 100_000_000  # of a tokenizer or a configuration; a tokenizer of 256,000 tokens has 35 MB
 _MOST_SECONDS_TO_WAIT = 10  # before another try, where the hub asks for it
 _LOOK_SECONDS = 0.02
 _TRY_LATER = (408, 429, 500, 502, 503, 504)
@@ -102,6 +103,8 @@ class HubWatch:
 
     def _trouble(self) -> str | None:
         """What is wrong with the requests on their way, if anything."""
+        if len(self._answers) > _MOST_ANSWERS or sum(map(_size, self._answers)) > _MOST_ANSWER_BYTES:
+            return "its list of files has no end"
         now = time.monotonic()
         for call in list(self._calls.values()):
             response = call.response
@@ -111,9 +114,7 @@ class HubWatch:
             elif now - call.since > self._limit and (response is None or not response.is_closed):
                 return f"almost nothing has come for {self._limit:g} seconds"
             if response is not None and _size(response) > _most_bytes(response):
-                return f"{response.request.url.path.rpartition('/')[2]} is larger than {_MOST_TEXT_BYTES:,} bytes"
-        if len(self._answers) > _MOST_ANSWERS or sum(map(_size, self._answers)) > _MOST_ANSWER_BYTES:
-            return "its list of files has no end"
+                return f"{response.request.url.path.rpartition('/')[2]} is larger than {MOST_TEXT_BYTES:,} bytes"
         return None
 
 
@@ -138,4 +139,4 @@ def _size(response: Any) -> int:
 def _most_bytes(response: Any) -> float:
     """Of a file whose end the hub does not tell, or which is a text."""
     known = "Content-Length" in response.headers and not _IS_TEXT.search(response.request.url.path)
-    return float("inf") if known else _MOST_TEXT_BYTES
+    return float("inf") if known else MOST_TEXT_BYTES

@@ -195,5 +195,5 @@ def resolve_dtype(dtype: torch.dtype | str) -> torch.dtype | None:
     name = str(dtype).removeprefix("torch.")
     resolved = DTYPES.get(_SHORT.get(name, name)) if isinstance(dtype, str) else dtype
     if resolved not in DTYPES.values():
-        raise ValueError(f"dtype: expected auto, {', '.join(DTYPES)} or the torch.dtype, got {dtype!r}.")
+        raise ValueError(f"dtype: expected auto, {', '.join(DTYPES)}, got {dtype!r}.")
     return resolved

@@ -176,9 +176,7 @@ def check_destination(folder: Path, force: bool) -> None:
         above = "" if file == folder else f" above it, {file}"
         raise FileExistsError(f"{folder}: expected a folder to write to, got a file{above}. Name another.")
     if not force and folder.is_dir() and any(folder.iterdir()):
-        raise FileExistsError(
-            f"{folder}: is there already. Name another folder, or replace it with --force (force=True)."
-        )
+        raise FileExistsError(f"{folder}: is there already. Name another folder, or replace it with force=True.")
 
 
 def check_apart(checkpoint: Checkpoint, destination: Path) -> None:

@@ -125,7 +125,10 @@ def find_files(path: Path) -> Found:
     if path.name.endswith(".index.json"):
         return _indexed(path)
     if path.suffix in (".json", ".txt", ".distcp") or path.name == METADATA:
-        return _in_folder(path.parent)
+        try:
+            return _in_folder(path.parent)
+        except MissingFileError as error:
+            raise MissingFileError(f"{path}: holds no weights, and nothing beside it does: {error}") from None
     for index in (path.parent / layout for layout in LAYOUTS):
         if index.name.endswith(".index.json") and index.is_file() and path.name in _shard_names(index):
             return _indexed(index)

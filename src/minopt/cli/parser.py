@@ -29,7 +29,7 @@ _WORDS = (
     (r"ignored explicit argument (.*)", r"expected no value, got \1"),
     (r"invalid int value: (.*)", r"expected an integer, got \1"),
     (r"invalid float value: (.*)", r"expected a number, got \1"),
-    (r"the following arguments are required: (.*)", r"\1: expected, got none"),
+    (r"the following arguments are required: (.*)", r"\1: expected a value, got none"),
     (
         r"unrecognized arguments: (.*)",
         r"\1: expected nothing more. A text stands in quotes, and behind -- if it begins "
@@ -120,7 +120,7 @@ class Parser(argparse.ArgumentParser):
             name = match[0].removeprefix("--")
             return flags.get(name, match[0].replace("_", "-") if match[0].startswith("--") else name)
 
-        text = text.removeprefix("generation: ")
+        text = re.sub(r"\b(\w+)=True\b", lambda match: flags.get(match[1], match[0]), text.removeprefix("generation: "))
         several = r"(?:--)?\b[a-z0-9]+(?:_[a-z0-9]+)+\b"
         return re.sub(rf"(?<![\w./\\'\"=-])(?:{several}|[a-z]+(?=: | must | acts ))(?![/\\'\"]|\.\w)", flag, text)
 

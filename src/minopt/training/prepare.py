@@ -34,7 +34,7 @@ def check(model: OPT, config: TrainingConfig, eval_data: Sequence[Example] | str
     if longest > positions:
         raise ValueError(
             f"--src_length {config.src_length} and --tgt_length {config.tgt_length}: expected at most {positions} "
-            f"tokens together, the model's positions, got {longest}. Lower one."
+            f"tokens together, the model's positions, got {longest}. Lower one or both."
         )
     if model.config.layerdrop > 0:
         raise ValueError(

@@ -92,7 +92,7 @@ def check_unfinished(folder: Path) -> None:
         )
 
 
-def share(file: Path, other: Path) -> None:
+def link_same(file: Path, other: Path) -> None:
     """Makes ``other``, which has the same content, a second name of a file; where the disk cannot, it stays a copy."""
     name = other.with_name(f".{other.name}.new")
     with contextlib.suppress(OSError):

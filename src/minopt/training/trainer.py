@@ -47,11 +47,11 @@ from minopt.training.run_folder import (
     check_same,
     check_settings,
     check_unfinished,
+    link_same,
     locked,
     overwrite,
     remove_leftovers,
     set_aside,
-    share,
 )
 from minopt.training.shares import fill, find, save
 from minopt.training.signals import StopSignal
@@ -538,7 +538,7 @@ class _Run:
             same = self.folder / BEST if self.best is not None and self.best[0] == self.step else None
             for path in sorted(new.iterdir(), key=lambda path: path.name == "config.json"):
                 if same is not None and (same / path.name).is_file():
-                    share(path, same / path.name)
+                    link_same(path, same / path.name)
                 path.replace(self.folder / path.name)
             new.rmdir()
             if self.config.keep_last == 0:
