@@ -460,7 +460,7 @@ def test_a_device_that_is_not_there(device: str, write_checkpoint: Write) -> Non
 
 @pytest.mark.parametrize("dtype", ["float8", "int8", torch.int64, "f32", torch.float8_e4m3fn])
 def test_a_dtype_that_is_none(dtype: object, write_checkpoint: Write) -> None:
-    with pytest.raises(ValueError, match="dtype: expected auto, float32, bfloat16, float16, float64 or the"):
+    with pytest.raises(ValueError, match="dtype: expected auto, float32, bfloat16, float16, float64, got"):
         load_model(write_checkpoint(), device="cpu", dtype=dtype)  # type: ignore[arg-type]
 
 
