@@ -30,9 +30,9 @@ import transformers
 from torch import Tensor
 
 import minopt
-from minopt.generation import beam, request
+from minopt.generation import beams, request
 from minopt.generation.batches import MAX_BATCH_TOKENS, cut_batches
-from minopt.language_model import SCORES_IN_TOKENS
+from minopt.text import SCORES_IN_TOKENS
 from minopt.tokenizer import Tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -40,9 +40,9 @@ STRATEGIES = {"beams": {"num_beams": 5}, "greedy": {}}
 
 # The functions of a step that are not the model, and what each is counted as.
 PARTS = {
-    "choosing": [(beam, "_candidates"), (beam, "_going_on"), (beam, "_ended"), (beam.Finished, "best_with"),
-                 (beam, "_may_improve"), (request.Stopper, "__call__")],
-    "reordering": [(beam, "_extend"), (beam, "_mask_and_positions"), (beam, "_compact")],
+    "choosing": [(beams, "_candidates"), (beams, "_going_on"), (beams, "_ended"), (beams.Finished, "best_with"),
+                 (beams, "_may_improve"), (request.Stopper, "__call__")],
+    "reordering": [(beams, "_extend"), (beams, "_mask_and_positions"), (beams, "_compact")],
 }  # fmt: skip
 
 

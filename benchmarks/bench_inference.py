@@ -37,7 +37,7 @@ from inference_variants import OURS, SETTLE_SECONDS, Checkpoint, NotAvailable, R
 
 import minopt
 from minopt import int8
-from minopt.inference.products import build_product
+from minopt.inference.linear import build_product
 
 CHILD = Path(__file__).with_name("inference_child.py")
 

@@ -22,7 +22,7 @@ from torch import Tensor
 import minopt
 from minopt import OPT, OPTConfig, Tokenizer, int8
 from minopt.evaluation.perplexity import window_perplexity
-from minopt.inference import fast, products
+from minopt.inference import fast, linear
 from minopt.inference.fast import FastOPT
 
 OUTLIERS = (3, 77, 200, 411, 600, 701)
@@ -72,7 +72,7 @@ def build(
     state = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
     with (
         mock.patch.object(fast, "OUTLIERS_FROM", 1 if outliers else fast.OUTLIERS_FROM),
-        mock.patch.object(products, "_has_int8", (lambda: False) if weights_alone else products._has_int8),
+        mock.patch.object(linear, "_has_int8", (lambda: False) if weights_alone else linear._has_int8),
     ):
         for name in filter(int8.is_quantized, list(state) if quantize else []):
             state[name], state[name + int8.SCALE] = int8.quantize(model.state_dict()[name])

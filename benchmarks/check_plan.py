@@ -27,7 +27,7 @@ from bench_parallel import write_model
 
 from minopt import OPT, OPTConfig
 from minopt.config import PRESETS
-from minopt.plan import plan_generation, rows_that_fit
+from minopt.inference.plan import plan_generation, rows_that_fit
 
 NEW_TOKENS = 8
 

@@ -25,7 +25,7 @@ import transformers
 from torch import Tensor
 
 import minopt
-from minopt.inference.products import build_product
+from minopt.inference.linear import build_product
 from minopt.model import attend
 
 SETTLE_SECONDS = 0.02  # OpenMP threads wait actively for some 5 ms after a call: the next one's process waits for that

@@ -23,7 +23,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import minopt
-import minopt.tensor_parallel  # before memory is looked at
+import minopt.inference.tensor_parallel  # before memory is looked at
 from minopt.checkpoint.names import shard_dim
 from minopt.checkpoint.pieces import Share
 

@@ -22,7 +22,7 @@ from minopt import DEMO
 from minopt.cli import main
 from minopt.evaluation.perplexity import wikitext_text, window_perplexity
 from minopt.evaluation.squad import rouge_l, score
-from minopt.language_model import LanguageModel
+from minopt.text import LanguageModel
 
 Capture = pytest.CaptureFixture[str]
 

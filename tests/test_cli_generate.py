@@ -335,7 +335,7 @@ def test_an_interrupted_output_is_gone_on_with_wherever_it_was_cut(
     assert sorted(found) == sorted(expected)
     assert found == expected or "--unordered" in flags
     capsys.readouterr()
-    monkeypatch.setattr(minopt.language_model, "load", lambda *args, **options: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(minopt.text, "load", lambda *args, **options: pytest.fail("a model was loaded"))
     assert generate(*options, "--output", str(out), "--resume") == 0
     assert capsys.readouterr() == ("", f"minopt: {out}: has the results of all 40 prompts already\n")
 

@@ -87,8 +87,8 @@ def test_a_process_that_is_stopped_is_named_and_the_run_goes_on_from_its_checkpo
     ("verb", "module", "function"),
     [
         ("evaluate", "minopt.training.evaluation", "token_logprobs"),
-        ("generate", "minopt.tensor_parallel", "fingerprint"),  # while it loads
-        ("generate", "minopt.language_model", "cut_batches"),
+        ("generate", "minopt.inference.tensor_parallel", "fingerprint"),  # while it loads
+        ("generate", "minopt.text", "cut_batches"),
     ],
 )
 def test_so_is_one_that_is_stopped_while_it_evaluates_loads_or_generates(

@@ -14,15 +14,15 @@ if TYPE_CHECKING:
     from minopt.checkpoint.convert import convert
     from minopt.checkpoint.errors import CheckpointError
     from minopt.checkpoint.inspect import inspect_checkpoint
-    from minopt.checkpoint.load import load_model
     from minopt.checkpoint.save import save_model
+    from minopt.checkpoint.weights import load_model
     from minopt.config import OPTConfig
-    from minopt.export import export_model
-    from minopt.generation.config import GenerationConfig
     from minopt.generation.decode import generate
+    from minopt.generation.options import GenerationConfig
     from minopt.generation.request import GenerationOutput
-    from minopt.language_model import GeneratedText, LanguageModel, load
+    from minopt.inference.compile import export_model
     from minopt.model import OPT
+    from minopt.text import GeneratedText, LanguageModel, load
     from minopt.tokenizer import Tokenizer
     from minopt.training.config import TrainingConfig
     from minopt.training.data import Example, read_data
@@ -36,19 +36,19 @@ DEMO = str(Path(__file__).parent / "demo")
 # Where each public name is defined; imported on first use, so that `import minopt` costs nothing.
 _HOME = {
     "KVCache": "minopt.cache",
-    "load_model": "minopt.checkpoint.load",
+    "load_model": "minopt.checkpoint.weights",
     "convert": "minopt.checkpoint.convert",
     "CheckpointError": "minopt.checkpoint.errors",
     "inspect_checkpoint": "minopt.checkpoint.inspect",
     "save_model": "minopt.checkpoint.save",
     "OPTConfig": "minopt.config",
-    "export_model": "minopt.export",
-    "GenerationConfig": "minopt.generation.config",
+    "export_model": "minopt.inference.compile",
+    "GenerationConfig": "minopt.generation.options",
     "GenerationOutput": "minopt.generation.request",
     "generate": "minopt.generation.decode",
-    "GeneratedText": "minopt.language_model",
-    "LanguageModel": "minopt.language_model",
-    "load": "minopt.language_model",
+    "GeneratedText": "minopt.text",
+    "LanguageModel": "minopt.text",
+    "load": "minopt.text",
     "OPT": "minopt.model",
     "Tokenizer": "minopt.tokenizer",
     "TrainingConfig": "minopt.training.config",

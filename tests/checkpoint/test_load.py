@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from minopt import OPT, CheckpointError, OPTConfig, load, load_model
-from minopt.checkpoint.load import read_weights
 from minopt.checkpoint.source import open_checkpoint
+from minopt.checkpoint.weights import read_weights
 from tests.conftest import KINDS, build_reference
 
 Write = Callable[..., Path]
@@ -555,7 +555,7 @@ def test_weights_that_are_let_go_are_gone_and_none_is_copied_for_them(
 ) -> None:
     """While one is packed, nothing else holds it; and the pages of one that is gone may be another's next."""
     checkpoint = open_checkpoint(write_checkpoint())
-    monkeypatch.setattr("minopt.checkpoint.load._WORTH_A_FILE", 0)
+    monkeypatch.setattr("minopt.checkpoint.weights._WORTH_A_FILE", 0)
     copies: list[Tensor] = []
     clone = Tensor.clone
     monkeypatch.setattr(Tensor, "clone", lambda t, **options: copies.append(t) or clone(t, **options))

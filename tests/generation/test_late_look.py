@@ -16,8 +16,8 @@ from torch import Tensor
 
 from minopt import OPT, GenerationConfig, GenerationOutput, OPTConfig, generate
 from minopt.generation import decode
-from minopt.generation.logits import block_ngrams
 from minopt.generation.request import prepare
+from minopt.generation.rules import block_ngrams
 from tests.conftest import SIZE
 from tests.generation.test_decode import say
 from tests.generation.test_properties import Case, build_decoder, check, sensible

@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import minopt
-from minopt import OPT, export, int8
+from minopt import OPT, int8
 from minopt.evaluation.perplexity import window_perplexity
-from minopt.inference import fast, products
+from minopt.inference import compile as export
+from minopt.inference import fast, linear
 from minopt.inference.fast import OUTLIERS_FROM, FastOPT
 from minopt.model import ACTIVATIONS
 from tests.conftest import build_ours, build_reference, lively, quantized_state
@@ -41,11 +42,11 @@ def difference(found: Tensor, expected: Tensor) -> float:
 @pytest.fixture(params=["blocked", "packed", "plain"])
 def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """With the operators that this machine has, on an Intel processor and on others, and without."""
-    monkeypatch.setattr(products, "_on_intel", lambda: request.param == "blocked")
-    monkeypatch.setattr(products.Blocked, "width", 16)
+    monkeypatch.setattr(linear, "_on_intel", lambda: request.param == "blocked")
+    monkeypatch.setattr(linear.Blocked, "width", 16)
     if request.param == "plain":
-        monkeypatch.setattr(products, "_has_packed", lambda dtype: False)
-        monkeypatch.setattr(products, "_has_int8", lambda: False)
+        monkeypatch.setattr(linear, "_has_packed", lambda dtype: False)
+        monkeypatch.setattr(linear, "_has_int8", lambda: False)
     return request.param
 
 
@@ -154,7 +155,7 @@ def test_what_was_packed_is_let_go() -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_pages_of_packed_weights_go_with_them(dtype: str, tmp_path: Path) -> None:
     """Or a model that keeps the dtype of its file would be in memory twice."""
-    if products.kind_on_cpu(getattr(torch, dtype)) is products.Plain:
+    if linear.kind_on_cpu(getattr(torch, dtype)) is linear.Plain:
         pytest.skip("this machine packs no such weights")
     reference = build_reference("125m", hidden_size=512, ffn_dim=2048, num_hidden_layers=2)
     reference.to(getattr(torch, dtype)).save_pretrained(tmp_path)
@@ -244,7 +245,7 @@ def test_int8_is_its_own_dequantised_reference(
 
 
 def test_weight_only_int8_is_its_own_dequantised_reference(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(products, "_has_int8", lambda: False)
+    monkeypatch.setattr(linear, "_has_int8", lambda: False)
     plain = build_ours(build_reference(kind))
     quantised, ids = fast_of(plain, quantize=True), ids_of(plain, 2, 7)
     with torch.no_grad():
@@ -254,9 +255,9 @@ def test_weight_only_int8_is_its_own_dequantised_reference(kind: str, monkeypatc
 def test_a_product_of_no_rows_has_none() -> None:
     weight, bias = torch.randn(200, 48), torch.randn(200)
     quantized = int8.quantize(weight)
-    made = [kind(weight, bias) for kind in (products.Blocked, products.Packed, products.Plain)]
-    made += [kind(*quantized, bias) for kind in (products.Int8, products.WeightOnlyInt8)]
-    for product in (*made, products.Int8(*quantized, bias, outliers=True)):
+    made = [kind(weight, bias) for kind in (linear.Blocked, linear.Packed, linear.Plain)]
+    made += [kind(*quantized, bias) for kind in (linear.Int8, linear.WeightOnlyInt8)]
+    for product in (*made, linear.Int8(*quantized, bias, outliers=True)):
         assert product(torch.empty(1, 0, 48)).shape == (1, 0, 200), product
         assert product(torch.empty(0, 48)).shape == (0, 200), product
 
@@ -265,7 +266,7 @@ def test_a_product_of_no_rows_has_none() -> None:
 def test_a_row_of_an_int8_product_does_not_depend_on_the_others(outliers: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     weight, scale = int8.quantize(torch.randn(48, 64, generator=generator))
-    product = products.build_product(weight, torch.randn(48, generator=generator), scale=scale, outliers=outliers)
+    product = linear.build_product(weight, torch.randn(48, generator=generator), scale=scale, outliers=outliers)
     rows = torch.randn(5, 64, generator=generator) * torch.tensor([[1e-3], [1.0], [50.0], [0.0], [1.0]])
     together = product(rows)
     for i in range(5):
@@ -282,7 +283,7 @@ def test_a_single_row_of_an_int8_product_is_what_its_dequantised_weight_gives(
     generator = torch.Generator().manual_seed(0)
     weight, bias = torch.randn(64, 48, generator=generator), torch.randn(64, generator=generator)
     quantized, scale = int8.quantize(weight)
-    product = products.Int8(quantized, scale, bias.to(dtype), activation)
+    product = linear.Int8(quantized, scale, bias.to(dtype), activation)
     x = torch.randn(1, 1, 48, generator=generator).to(dtype)
     expected = F.linear(x.float(), int8.dequantize(quantized, scale), bias.to(dtype).float())
     expected = {"none": expected, "relu": F.relu(expected), "gelu": F.gelu(expected)}[activation]
@@ -307,8 +308,8 @@ def test_a_single_row_is_as_exact_as_one_of_a_batch_whatever_its_size(
     product: Any = {
         "program": lambda: export.Int8Linear(weight, scale, None),
         "program in 7 bits": lambda: export.Int8Linear(weight, scale, None),
-        "weights alone": lambda: products.WeightOnlyInt8(weight, scale, None),
-    }.get(form, lambda: products.build_product(weight, None, form, scale=scale))()
+        "weights alone": lambda: linear.WeightOnlyInt8(weight, scale, None),
+    }.get(form, lambda: linear.build_product(weight, None, form, scale=scale))()
     rows = torch.randn(40, 1, 256, generator=generator) * size
     exact = activation(rows.double() @ (weight.double() * scale.double()).T)
     alone = torch.stack([product(row) for row in rows]).double()
@@ -316,14 +317,14 @@ def test_a_single_row_is_as_exact_as_one_of_a_batch_whatever_its_size(
     bound = max((together - exact).norm().item(), 1e-6 * exact.norm().item())
     assert (alone - exact).norm() <= 1.02 * bound
     if size == 0 or size >= 1e-36:
-        in_7_bits = not products._VNNI or export._saturates()
+        in_7_bits = not linear._VNNI or export._saturates()
         assert (alone - exact).norm() <= (0.02 if in_7_bits else 0.01) * exact.norm() + 1e-40
 
 
 @pytest.mark.parametrize("activation", ["none", "relu"])
 def test_a_single_row_that_is_not_finite_is_seen(activation: str) -> None:
     weight, scale = int8.quantize(torch.randn(64, 48, generator=torch.Generator().manual_seed(0)))
-    product = products.build_product(weight, torch.ones(64), activation, scale=scale)
+    product = linear.build_product(weight, torch.ones(64), activation, scale=scale)
     for value in (torch.nan, torch.inf, -torch.inf):
         row = torch.ones(1, 48)
         row[0, 7] = value
@@ -333,7 +334,7 @@ def test_a_single_row_that_is_not_finite_is_seen(activation: str) -> None:
 def test_weights_alone_in_int8_do_not_overflow_float16() -> None:
     weight, scale = int8.quantize(torch.full((8, 512), 0.01))
     x = torch.full((1, 512), 4.0, dtype=torch.float16)
-    product = products.WeightOnlyInt8(weight, scale, torch.ones(8, dtype=torch.float16))
+    product = linear.WeightOnlyInt8(weight, scale, torch.ones(8, dtype=torch.float16))
     assert product(x).float() == pytest.approx(21.48, rel=1e-3)
 
 
@@ -346,7 +347,7 @@ def test_outlier_channels_ruin_plain_rounding_and_not_that_of_large_models() -> 
     small = [i for i in range(256) if i not in (3, 77)]
     signal = (x[:, small].double() @ (weight[:, small].double() * scale.double()).T).norm()
     errors = [
-        ((products.build_product(weight, None, scale=scale, outliers=outliers)(x) - expected).norm() / signal).item()
+        ((linear.build_product(weight, None, scale=scale, outliers=outliers)(x) - expected).norm() / signal).item()
         for outliers in (False, True)
     ]
     assert errors[0] > 0.2  # what the other channels say is drowned
@@ -392,13 +393,13 @@ def test_a_missing_operator_is_said_in_the_debug_log_and_the_plain_product_runs(
         def __init__(self, *_: Any) -> None:
             raise AttributeError("no such operator\nand more")
 
-    monkeypatch.setattr(products, "_on_intel", lambda: False)
-    monkeypatch.setattr(products, "Packed", Missing)
-    products._has_packed.cache_clear()
+    monkeypatch.setattr(linear, "_on_intel", lambda: False)
+    monkeypatch.setattr(linear, "Packed", Missing)
+    linear._has_packed.cache_clear()
     with caplog.at_level(logging.DEBUG, "minopt"):
-        product = products.build_product(torch.ones(8, 8), None)
-    products._has_packed.cache_clear()
-    assert isinstance(product, products.Plain)
+        product = linear.build_product(torch.ones(8, 8), None)
+    linear._has_packed.cache_clear()
+    assert isinstance(product, linear.Plain)
     assert caplog.messages == [
         "packed torch.float32 weights: not available here (no such operator); the plain product is used."
     ]

@@ -41,7 +41,7 @@ PROJECT = Path(__file__).resolve().parents[2]
 
 # Processes are forked from a server that has imported everything, and has no threads: each costs no time to begin.
 _FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["minopt.cli", "minopt.language_model", "minopt.training.trainer", "fsspec", "pytest"])
+_FORKS.set_forkserver_preload(["minopt.cli", "minopt.text", "minopt.training.trainer", "fsspec", "pytest"])
 
 
 # What the processes of a run do

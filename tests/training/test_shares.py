@@ -26,10 +26,10 @@ from minopt.checkpoint import pieces, save
 from minopt.checkpoint.pieces import Share, SourceTensor
 from minopt.checkpoint.source import open_checkpoint
 from minopt.distributed import World
-from minopt.parallel import apply_fsdp
 from minopt.training import shares
 from minopt.training.config import TrainingConfig
 from minopt.training.loss import ModelWithLoss
+from minopt.training.parallel import apply_fsdp
 from minopt.training.trainer import train
 from tests.checkpoint.sources import SOURCES, write_source
 from tests.conftest import KINDS, build_reference

@@ -16,7 +16,6 @@ from torch import Tensor
 from minopt import int8
 from minopt.checkpoint.errors import CheckpointError, some
 from minopt.checkpoint.hub import find_model
-from minopt.checkpoint.load import resolve_dtype
 from minopt.checkpoint.names import FUSED, fused_key, shard_dim, to_hf, to_metaseq
 from minopt.checkpoint.pieces import SourceTensor, main_dtype
 from minopt.checkpoint.quantized import read_int8
@@ -31,6 +30,7 @@ from minopt.checkpoint.save import (
     write_safetensors,
 )
 from minopt.checkpoint.source import Checkpoint, open_checkpoint
+from minopt.checkpoint.weights import resolve_dtype
 from minopt.config import OPTConfig, read_json
 from minopt.progress import bar, size_of
 from minopt.tokenizer import Tokenizer

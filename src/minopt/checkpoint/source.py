@@ -14,8 +14,8 @@ import torch
 from minopt import int8
 from minopt.checkpoint.divided import METADATA, open_divided
 from minopt.checkpoint.errors import AmbiguousPathError, CheckpointError, MissingFileError, some
-from minopt.checkpoint.metaseq import FileSet, group_files, open_metaseq
-from minopt.checkpoint.metaseq_config import facts_of, infer_config
+from minopt.checkpoint.metaseq.config import facts_of, infer_config
+from minopt.checkpoint.metaseq.read import FileSet, group_files, open_metaseq
 from minopt.checkpoint.names import HF_HEAD, described, from_hf, is_decoders, is_metaseq, left_out, own_keys, to_hf
 from minopt.checkpoint.pieces import Slice, SourceTensor, same_numbers
 from minopt.checkpoint.quantized import check_quantization, with_scales

@@ -14,7 +14,7 @@ from minopt.training.config import TrainingConfig
 
 if TYPE_CHECKING:
     from minopt.distributed import World
-    from minopt.language_model import LanguageModel
+    from minopt.text import LanguageModel
 
 _SETTINGS = ("dev_file", "prompt_template", "completion_template", "src_length", "tgt_length", "max_eval_samples",
              "per_device_eval_batch_size", "num_beams", "min_tgt_length", "length_penalty", "no_repeat_ngram_size",
@@ -58,8 +58,8 @@ def add_evaluate(verbs: Any) -> None:
 
 
 def _evaluate(args: argparse.Namespace) -> int:
-    from minopt.checkpoint.load import DTYPES, resolve_dtype
-    from minopt.language_model import load
+    from minopt.checkpoint.weights import DTYPES, resolve_dtype
+    from minopt.text import load
 
     settings = {name: value for name, value in settings_of(args).items() if name in _SETTINGS}
     questions = args.task in ("squad", "squad-question")
@@ -141,7 +141,7 @@ def _reference(lm: LanguageModel, as_json: bool) -> int:
 def _perplexity(args: argparse.Namespace, options: dict[str, Any]) -> int:
     from minopt.distributed import processes
     from minopt.evaluation.perplexity import perplexity_of, wikitext_text, window_losses
-    from minopt.language_model import load
+    from minopt.text import load
     from minopt.training.data import read_text
 
     if args.data is None:

@@ -29,7 +29,7 @@ def add_export(verbs: Any) -> None:
 
 
 def _export(args: argparse.Namespace) -> None:
-    from minopt.export import export_model
+    from minopt.inference.compile import export_model
 
     export_model(
         args.model,

@@ -177,7 +177,7 @@ def _optimize(text: str) -> bool | str:
 
 
 def _generate(args: argparse.Namespace) -> None:
-    from minopt.generation.config import check_values, option_names
+    from minopt.generation.options import check_values, option_names
 
     if args.prompt is None and args.input is None and is_piped():
         tell("reading the prompt from standard input")
@@ -230,8 +230,8 @@ def _generate(args: argparse.Namespace) -> None:
 
 def _run(args: argparse.Namespace, options: dict[str, Any], work: Work, mesh: DeviceMesh | None = None) -> None:
     """Loads the model, in each process its share of it, and generates."""
-    from minopt.generation.config import with_defaults
-    from minopt.language_model import load
+    from minopt.generation.options import with_defaults
+    from minopt.text import load
 
     if args.input is not None and not work.todo:
         return

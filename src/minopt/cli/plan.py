@@ -13,7 +13,7 @@ from minopt.cli.common import MODEL, size
 from minopt.progress import size_of
 
 if TYPE_CHECKING:
-    from minopt.plan import Plan
+    from minopt.inference.plan import Plan
 
 
 def add_plan(verbs: Any) -> None:
@@ -46,9 +46,9 @@ def _plan(args: argparse.Namespace) -> int:
     import torch
 
     from minopt import int8
-    from minopt.checkpoint.load import resolve_dtype
+    from minopt.checkpoint.weights import resolve_dtype
+    from minopt.inference.plan import device_counts, find_config, plan_generation, rows_that_fit
     from minopt.memory import available_memory
-    from minopt.plan import device_counts, find_config, plan_generation, rows_that_fit
 
     for name in ("devices", "batch", "length"):
         if (given := getattr(args, name)) is not None and given < 1:
@@ -126,7 +126,7 @@ def _label(plan: Plan) -> str:
 
 def _command(args: argparse.Namespace, plan: Plan, dtype: str, most_tokens: int) -> str:
     from minopt.generation.batches import MAX_BATCH_TOKENS
-    from minopt.plan import published
+    from minopt.inference.plan import published
 
     start = ["minopt"] if plan.devices == 1 else ["torchrun", "--nproc-per-node", str(plan.devices), "-m", "minopt"]
     named = args.model

@@ -14,10 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minopt.generation.beam import beam_search
-from minopt.generation.config import GenerationConfig
-from minopt.generation.logits import Rule
-from minopt.generation.lookup import PromptLookup
+from minopt.generation.beams import beam_search
+from minopt.generation.drafts import PromptLookup
+from minopt.generation.options import GenerationConfig
 from minopt.generation.request import (
     EXHAUSTED,
     RUNNING,
@@ -29,6 +28,7 @@ from minopt.generation.request import (
     prepare,
     refuse,
 )
+from minopt.generation.rules import Rule
 
 # Steps from one look of the host at what came out to the next, on devices that would have to wait for it.
 LOOK_EVERY = 8

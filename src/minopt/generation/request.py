@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from minopt.config import OPTConfig
-from minopt.generation.config import GenerationConfig
-from minopt.generation.logits import Rule, build_rules
+from minopt.generation.options import GenerationConfig
+from minopt.generation.rules import Rule, build_rules
 from minopt.wrapped import decoder_of
 
 Criterion = Callable[[Tensor, Any], Tensor]

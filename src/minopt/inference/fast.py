@@ -15,7 +15,7 @@ from minopt import int8
 from minopt.cache import KVCache
 from minopt.config import OPTConfig
 from minopt.inference.frozen import Frozen, InferenceOPT, Lookup, Norm, refuse
-from minopt.inference.products import Product, build_product
+from minopt.inference.linear import Product, build_product
 from minopt.memory import empty
 from minopt.model import Packed, attend
 

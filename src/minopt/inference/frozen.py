@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from minopt import int8
 from minopt.config import OPTConfig
-from minopt.inference.products import Plain
+from minopt.inference.linear import Plain
 from minopt.model import OPT
 
 # Of Python's interface: what reaches the numbers by their address, what needs them, and what would change a tensor.

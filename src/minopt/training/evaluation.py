@@ -11,8 +11,8 @@ from minopt.distributed import World
 from minopt.evaluation.squad import normalize_answer, rouge_l, rouge_n
 from minopt.evaluation.squad import score as squad_score
 from minopt.generation.batches import cut_batches
-from minopt.generation.config import GenerationConfig
 from minopt.generation.decode import generate
+from minopt.generation.options import GenerationConfig
 from minopt.generation.scoring import token_logprobs
 from minopt.model import OPT
 from minopt.progress import bar

@@ -12,12 +12,12 @@ from torch.distributed.tensor import DTensor
 
 from minopt.checkpoint.hub import find_model
 from minopt.checkpoint.inspect import check_same_seen, fingerprint
-from minopt.checkpoint.load import read_weights
 from minopt.checkpoint.pieces import Share
 from minopt.checkpoint.save import save_model
 from minopt.checkpoint.source import Checkpoint, open_checkpoint
+from minopt.checkpoint.weights import read_weights
 from minopt.distributed import World
-from minopt.inference.exported import NO_WEIGHTS, is_exported
+from minopt.inference.program import NO_WEIGHTS, is_exported
 from minopt.model import OPT
 from minopt.tokenizer import Tokenizer
 

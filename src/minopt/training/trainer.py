@@ -24,7 +24,6 @@ from minopt.checkpoint.source import Checkpoint
 from minopt.config import read_json
 from minopt.distributed import World, processes
 from minopt.model import OPT
-from minopt.parallel import apply_fsdp, gathered, wrapped_layers
 from minopt.progress import counted, say
 from minopt.tokenizer import Tokenizer
 from minopt.training.batches import Order, collate, seed_of
@@ -34,6 +33,7 @@ from minopt.training.data import Example
 from minopt.training.evaluation import EvaluationResult, evaluate
 from minopt.training.loss import ModelWithLoss
 from minopt.training.optim import build_optimizer, clip_gradients, learning_rate
+from minopt.training.parallel import apply_fsdp, gathered, wrapped_layers
 from minopt.training.prepare import check, prepare, warn
 from minopt.training.report import Reporter
 from minopt.training.run_folder import (

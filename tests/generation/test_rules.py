@@ -12,7 +12,7 @@ import transformers
 from torch import Tensor
 
 from minopt import GenerationConfig, OPTConfig, generate
-from minopt.generation.logits import NUCLEUS, Rule, build_rules, keep_min_p, keep_top_p
+from minopt.generation.rules import NUCLEUS, Rule, build_rules, keep_min_p, keep_top_p
 from tests.conftest import SIZE, build_reference
 
 V, PAD, EOS = 24, 1, (2, 9)

@@ -19,9 +19,9 @@ from torch import Tensor
 
 import minopt
 from minopt import CheckpointError, OPTConfig, convert, inspect_checkpoint, int8, load_model, save_model
-from minopt.checkpoint.load import read_weights
 from minopt.checkpoint.names import from_hf
 from minopt.checkpoint.source import open_checkpoint
+from minopt.checkpoint.weights import read_weights
 from tests.checkpoint.sources import change_file, content, expected_tensors, write_source
 from tests.checkpoint.test_convert import assert_identical, stored
 from tests.checkpoint.test_load import change_config, truncate

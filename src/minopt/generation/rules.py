@@ -16,7 +16,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from minopt.generation.config import GenerationConfig
+from minopt.generation.options import GenerationConfig
 
 Rule = Callable[[Tensor, Tensor], Tensor]
 

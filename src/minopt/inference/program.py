@@ -173,7 +173,7 @@ class ExportedModel:
         return self._run(input_ids, position_ids, attention_mask[:, None], every, cache).view(B, K, -1)
 
     def _run(self, input_ids: Tensor, position_ids: Tensor, mask: Tensor, wanted: Tensor, cache: KVCache) -> Tensor:
-        """Calls the program, whose arguments ``minopt.export.Program`` describes, and moves the cache's length on."""
+        """Calls the program (``compile.Program`` describes its arguments) and moves the cache's length on."""
         S = mask.shape[3]
         if cache.batch_size != len(input_ids) or cache.capacity < S or int(cache.length) + input_ids.shape[1] != S:
             raise ValueError(  # the program would write beyond it

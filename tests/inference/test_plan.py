@@ -13,14 +13,15 @@ import pytest
 import torch
 
 import minopt
-from minopt import OPTConfig, memory, plan
+from minopt import OPTConfig, memory
 from minopt.checkpoint import pieces
 from minopt.checkpoint.source import open_checkpoint
 from minopt.cli import main
 from minopt.config import PRESETS
-from minopt.inference.exported import MANIFEST
-from minopt.inference.products import Plain, kind_on_cpu
-from minopt.plan import device_counts, find_config, plan_generation, rows_that_fit
+from minopt.inference import plan
+from minopt.inference.linear import Plain, kind_on_cpu
+from minopt.inference.plan import device_counts, find_config, plan_generation, rows_that_fit
+from minopt.inference.program import MANIFEST
 from minopt.progress import size_of
 from tests.conftest import build_ours, build_reference
 
@@ -100,7 +101,7 @@ def test_the_article_of_2022(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_example_of_the_docs(capsys: pytest.CaptureFixture[str]) -> None:
-    text = (Path(__file__).parents[1] / "docs" / "parallel.md").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[2] / "docs" / "parallel.md").read_text(encoding="utf-8")
     command, shown = re.findall(r"```sh\nminopt (plan .*)\n```\n\n```text\n(.*?)```", text, re.DOTALL)[0]
     assert main(command.split()) == 0
     assert capsys.readouterr().out == shown
@@ -108,7 +109,7 @@ def test_the_example_of_the_docs(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_the_table_of_the_docs() -> None:
     """As check_plan.py --table writes it."""
-    text = (Path(__file__).parents[1] / "docs" / "parallel.md").read_text()
+    text = (Path(__file__).parents[2] / "docs" / "parallel.md").read_text()
     lines = text.partition("<!-- plan -->\n")[2].partition("<!-- /plan -->")[0].splitlines()
     memories = [int(cell.split()[0]) * 10**9 for cell in lines[0].split("|")[3:-1]]
     assert memories == [n * 10**9 for n in (16, 24, 40, 80, 141)]

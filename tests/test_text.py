@@ -24,7 +24,7 @@ import minopt
 from minopt import GenerationConfig, Tokenizer
 from minopt.checkpoint.source import open_checkpoint
 from minopt.cli import main
-from minopt.language_model import SCORES_IN_TOKENS
+from minopt.text import SCORES_IN_TOKENS
 from minopt.tokenizer import TokenBytes
 from tests.test_tokenizer import STOP_ALPHABET, STOP_TEXTS, first_stop, stop_ids, write_marked
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minopt.generation.config import GenerationConfig
+from minopt.generation.options import GenerationConfig
 from minopt.generation.request import EXHAUSTED, RUNNING, STOP_REASONS, GenerationOutput, Request, refuse
 
 # Steps between two looks for slots that no running beam needs any more.

@@ -20,12 +20,13 @@ from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.exc import InvalidCxxCompiler
 
 import minopt
-from minopt import OPT, LanguageModel, TrainingConfig, export, export_model, inspect_checkpoint
+from minopt import OPT, LanguageModel, TrainingConfig, export_model, inspect_checkpoint
 from minopt.cli import main
-from minopt.inference.exported import ExportedModel, load_exported
+from minopt.inference import compile as export
+from minopt.inference.program import ExportedModel, load_exported
 from tests.conftest import build_ours, build_reference, copy_of, quantized_state
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "infer_exported.py"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "infer_exported.py"
 LENGTH, ROWS = 64, 4
 TEXT = "The ship lay at anchor, and the captain went below to look for the chart. " * 20
 PROMPTS = ["It was a dark night", "The captain", "“I will go,” said the old man, and he", "x"]
@@ -224,7 +225,7 @@ def test_int8_is_the_nearest_of_255_steps_a_channel_and_a_token(
 def test_a_program_runs_in_a_process_that_did_not_compile_it(int8: tuple[OPT, Path]) -> None:
     """Whatever of the processor compiling it switches on."""
     code = (
-        "import sys, torch, minopt; from pathlib import Path; from minopt.inference.exported import load_exported; "
+        "import sys, torch, minopt; from pathlib import Path; from minopt.inference.program import load_exported; "
         "ids = torch.arange(27).view(3, 9); program = load_exported(Path(sys.argv[1])); "
         "print(minopt.generate(program, ids, max_new_tokens=4, eos_token_id=()).sequences.tolist())"
     )

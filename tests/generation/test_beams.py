@@ -653,7 +653,7 @@ def test_slots_out_of_use_go_and_nothing_else_changes(
     found: dict[int, GenerationOutput] = {}
     slots: dict[int, list[tuple[int, int]]] = {}
     for every in (1, 3, 16, 10**9):
-        monkeypatch.setattr("minopt.generation.beam.COMPACT_EVERY", every)
+        monkeypatch.setattr("minopt.generation.beams.COMPACT_EVERY", every)
         watched = Watched(model)
         found[every] = generate(
             watched, ids, mask, num_beams=K, num_return_sequences=K, max_new_tokens=steps, output_scores=True,

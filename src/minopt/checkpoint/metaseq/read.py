@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from minopt.checkpoint.errors import CheckpointError, MissingFileError, some
-from minopt.checkpoint.metaseq_config import check_agreement, config_of, facts_of, settings_of
+from minopt.checkpoint.metaseq.config import check_agreement, config_of, facts_of, settings_of
 from minopt.checkpoint.names import METASEQ_HEAD, described, from_metaseq, left_out, own_keys, shard_dim
 from minopt.checkpoint.pieces import Run, Slice, SourceTensor, check_distinct
 from minopt.checkpoint.read import TorchFile

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from minopt.cache import KVCache
-from minopt.checkpoint.load import read_weights
 from minopt.checkpoint.pieces import SourceTensor, main_dtype
 from minopt.checkpoint.source import Checkpoint
+from minopt.checkpoint.weights import read_weights
 from minopt.config import OPTConfig
 from minopt.inference.frozen import Frozen, InferenceOPT, refuse
-from minopt.inference.products import Plain
+from minopt.inference.linear import Plain
 from minopt.model import DecoderLayer, Packed
 
 

@@ -16,13 +16,13 @@ import torch
 
 from minopt import int8
 from minopt.checkpoint.hub import find_model
-from minopt.checkpoint.load import DTYPES
 from minopt.checkpoint.names import shard_dim
 from minopt.checkpoint.pieces import Share, main_dtype
 from minopt.checkpoint.source import Checkpoint, open_checkpoint
+from minopt.checkpoint.weights import DTYPES
 from minopt.config import PRESETS, OPTConfig
-from minopt.inference.exported import is_exported
-from minopt.inference.products import Blocked, Packed, Plain, kind_on_cpu
+from minopt.inference.linear import Blocked, Packed, Plain, kind_on_cpu
+from minopt.inference.program import is_exported
 from minopt.memory import available_memory
 from minopt.model import OPT
 from minopt.progress import size_of

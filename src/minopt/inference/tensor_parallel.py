@@ -21,14 +21,14 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from minopt.cache import KVCache
 from minopt.checkpoint.inspect import check_same_seen, fingerprint
-from minopt.checkpoint.load import read_weights
 from minopt.checkpoint.pieces import Share
 from minopt.checkpoint.source import Checkpoint
+from minopt.checkpoint.weights import read_weights
 from minopt.config import OPTConfig
 from minopt.distributed import end_well, watch_group
 from minopt.inference.fast import FastLayer, FastOPT
-from minopt.inference.products import Product, packs
-from minopt.plan import check_divides, shortage
+from minopt.inference.linear import Product, packs
+from minopt.inference.plan import check_divides, shortage
 
 # Biases of the layers of which each process has some inputs, so that their outputs are sums over all processes.
 _ADDED_ONCE = ("self_attn.out_proj.bias", "fc2.bias")

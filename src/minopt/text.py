@@ -15,24 +15,24 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 
 from minopt.checkpoint.hub import find_model
-from minopt.checkpoint.load import load_checkpoint, read_weights, resolve_device, resolve_dtype
 from minopt.checkpoint.save import save_model
 from minopt.checkpoint.source import Checkpoint, open_checkpoint
+from minopt.checkpoint.weights import load_checkpoint, read_weights, resolve_device, resolve_dtype
 from minopt.config import OPTConfig
 from minopt.evaluation.perplexity import window_perplexity
 from minopt.generation.batches import cut_batches
-from minopt.generation.config import GenerationConfig, read_defaults, with_defaults
 from minopt.generation.decode import decode_steps, run
+from minopt.generation.options import GenerationConfig, read_defaults, with_defaults
 from minopt.generation.request import STOP_REASONS, GenerationOutput, Request, check_room, prepare
 from minopt.generation.scoring import token_logprobs
-from minopt.inference.exported import NO_WEIGHTS, ExportedModel, is_exported, load_exported
 from minopt.inference.fast import FastOPT
 from minopt.inference.graphs import GraphedOPT
-from minopt.inference.products import packs
+from minopt.inference.linear import packs
+from minopt.inference.offload import StreamedOPT
+from minopt.inference.plan import shortage
+from minopt.inference.program import NO_WEIGHTS, ExportedModel, is_exported, load_exported
 from minopt.model import OPT
-from minopt.plan import shortage
 from minopt.progress import bar
-from minopt.streamed import StreamedOPT
 from minopt.tokenizer import StopStrings, Tokenizer, pad_left
 from minopt.wrapped import decoder_of
 
@@ -553,7 +553,7 @@ def load(
     cannot be read, or the options for speed do not fit.
 
     Args:
-        name_or_path: also a folder that ``minopt export`` wrote; see ``minopt.inference.exported.load_exported``.
+        name_or_path: also a folder that ``minopt export`` wrote; see ``minopt.inference.program.load_exported``.
         quantize: ``"int8"`` rounds the layers' weights and the head's to 8 bits (a scale for each output channel),
             ``None`` leaves them as the checkpoint has them.
         optimize: make it fast, and for inference only (``minopt.inference.fast.FastOPT``). ``False`` gives the plain
@@ -600,7 +600,7 @@ def load(
     if checkpoint is None:
         model = load_exported(path, device=device, dtype=number_type or "auto")
     elif mesh is not None:
-        from minopt.tensor_parallel import load_share  # it brings torch.distributed
+        from minopt.inference.tensor_parallel import load_share  # it brings torch.distributed
 
         model = load_share(checkpoint, target, number_type, mesh, quantize=quantize == "int8")
     elif optimize is True and (reason := shortage(checkpoint, target, number_type, offload=offload, quantize=quantize)):
@@ -649,7 +649,7 @@ def _compiled(
     checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype | None, quantize: str | None
 ) -> ExportedModel:
     """A model as its program, which needs no file once it is loaded."""
-    from minopt.export import compile_program  # it brings the compiler
+    from minopt.inference.compile import compile_program  # it brings the compiler
 
     with tempfile.TemporaryDirectory(prefix="minopt-") as place:
         folder = Path(place) / "program"

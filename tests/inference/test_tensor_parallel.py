@@ -22,12 +22,13 @@ import torch.multiprocessing as mp
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import minopt
-from minopt import LanguageModel, plan, tensor_parallel
+from minopt import LanguageModel
 from minopt.checkpoint import pieces
-from minopt.checkpoint.load import read_weights
 from minopt.checkpoint.names import shard_dim
 from minopt.checkpoint.pieces import Share
 from minopt.checkpoint.source import open_checkpoint
+from minopt.checkpoint.weights import read_weights
+from minopt.inference import plan, tensor_parallel
 from tests.checkpoint.sources import SOURCES, write_source
 from tests.conftest import build_ours, build_reference
 
@@ -323,7 +324,7 @@ def test_a_process_that_is_killed_ends_all_and_is_named(tmp_path: Path) -> None:
 
 def test_the_example_of_the_docs_runs(tmp_path: Path) -> None:
     """With the small model, on CPUs."""
-    docs = (Path(__file__).parents[1] / "docs" / "parallel.md").read_text()
+    docs = (Path(__file__).parents[2] / "docs" / "parallel.md").read_text()
     example = docs.partition("```python\n# under torchrun")[2].partition("```")[0]
     example = example.replace('"facebook/opt-6.7b"', "minopt.DEMO").replace('"cuda"', '"cpu"')
     # one write a process: torchrun's processes do not buffer, and `print` writes its newline by itself

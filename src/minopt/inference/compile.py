@@ -29,7 +29,6 @@ from minopt.cache import KVCache
 from minopt.checkpoint.errors import first_line
 from minopt.checkpoint.hub import find_model
 from minopt.checkpoint.inspect import digest_of, digest_of_all
-from minopt.checkpoint.load import read_weights, resolve_device, resolve_dtype
 from minopt.checkpoint.save import (
     TOKENIZER_FILES,
     check_apart,
@@ -40,10 +39,11 @@ from minopt.checkpoint.save import (
     write_json,
 )
 from minopt.checkpoint.source import Checkpoint, open_checkpoint
+from minopt.checkpoint.weights import read_weights, resolve_device, resolve_dtype
 from minopt.config import OPTConfig, is_int, read_json
 from minopt.generation.decode import generate
-from minopt.inference.exported import FORMAT, PROGRAM, ExportedModel, Manifest, machine, sha256
 from minopt.inference.fast import OUTLIERS_FROM
+from minopt.inference.program import FORMAT, PROGRAM, ExportedModel, Manifest, machine, sha256
 from minopt.model import OPT
 from minopt.tokenizer import Tokenizer
 

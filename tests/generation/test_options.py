@@ -17,8 +17,8 @@ import transformers
 from transformers.generation.candidate_generator import PromptLookupCandidateGenerator
 
 from minopt import GenerationConfig
-from minopt.generation.config import read_defaults, with_defaults
-from minopt.generation.logits import build_rules
+from minopt.generation.options import read_defaults, with_defaults
+from minopt.generation.rules import build_rules
 from tests.conftest import build_reference
 
 NAMES = [field.name for field in dataclasses.fields(GenerationConfig)]

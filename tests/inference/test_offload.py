@@ -17,12 +17,12 @@ from torch import Tensor
 
 import minopt
 from minopt import OPT
-from minopt import streamed as streamed_module
 from minopt.cli import main
-from minopt.streamed import StreamedOPT
+from minopt.inference import offload as streamed_module
+from minopt.inference.offload import StreamedOPT
 from tests.checkpoint.sources import KINDS_AND_SOURCES, write_source
 from tests.conftest import build_ours, build_reference, copy_of
-from tests.test_tensor_parallel import IDS, MASK, results
+from tests.inference.test_tensor_parallel import IDS, MASK, results
 
 
 def logits_of(model: OPT) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor
 import minopt
 from minopt import GenerationConfig, GenerationOutput, OPTConfig, generate
 from minopt.generation.decode import decode_steps
-from minopt.generation.lookup import PromptLookup, Text
+from minopt.generation.drafts import PromptLookup, Text
 from minopt.generation.request import prepare
 from tests.conftest import build_ours, build_reference, lively
 from tests.generation.test_decode import pad_left, random_prompts
