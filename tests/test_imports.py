@@ -24,6 +24,7 @@ FILES = {
 ORDER = (
     ("errors", "files", "memory", "progress", "watch"),
     ("config",),
+    ("settings",),
     ("cache", "distributed", "int8"),
     ("model",),
     ("tokenizer", "wrapped"),

@@ -11,90 +11,68 @@ from pathlib import Path
 from typing import Any, Literal
 
 from minopt.config import is_int, is_number, read_json, within_table
+from minopt.settings import option
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class GenerationConfig:
-    """Options of ``minopt.generate``; docs/generation.md has the order in which they act.
+    """Options of ``minopt.generate``, which are flags of ``minopt generate``.
 
-    Attributes:
-        max_new_tokens: the most tokens to add to each row.
-        min_new_tokens: no row is ended by an eos, a stop string or a criterion before it has this many.
-        truncate_prompt: keep the end of a prompt that, with ``max_new_tokens``, exceeds the model's positions, and the
-            bos in front if it begins with one; it is an error otherwise.
-        do_sample: draw the next token; otherwise take the most probable one.
-        num_beams: hypotheses kept by beam search; 1 is no beam search. With ``do_sample``, beams are drawn.
-        num_return_sequences: continuations of each prompt: draws, or the best of the beams.
-        length_penalty: a hypothesis' score is ``sum of log-probabilities / generated tokens ** length_penalty``, its
-            eos counted and the prompt not. Above 0 favours long ones, for log-probabilities are negative. Beams only.
-        early_stopping: when a row's beams end. ``True``: with ``num_beams`` finished hypotheses. ``False``: once the
-            best running beam, scored at its present length, is behind all of them. ``"never"``: once it could not
-            pass them at the length that suits it best. Beams only.
-        temperature: scores are divided by it. Like ``top_k``, ``top_p`` and ``min_p``, for sampling only.
-        top_k: draw from that many most probable tokens (and ties); 0 is no limit.
-        top_p: draw from the fewest most probable tokens that together have this probability; 1.0 is no limit.
-        min_p: draw from tokens at least this times as probable as the most probable one; ``None`` is no limit.
-        seed: of the draws; ``None`` goes on with torch's own generator. Give this or a ``torch.Generator``.
-        repetition_penalty: a score of a token that is in the row already is divided by it if positive, multiplied if
-            negative (CTRL, arXiv 1909.05858); prompts count, padding does not.
-        presence_penalty: subtracted once from each token that was generated before (metaseq's ``alpha_presence``).
-        frequency_penalty: subtracted as often as a token was generated before (metaseq's ``alpha_frequency``).
-        no_repeat_ngram_size: no n-gram of this many tokens comes twice in a row; 0 is no limit.
-        no_repeat_ngram_include_prompt: the prompt's n-grams count too.
-        sequence_bias: pairs of a sequence of ids and what is added to the score of its last id after the others.
-        bad_words_ids: sequences of ids that are never completed.
-        suppress_tokens: ids that are never generated.
-        forced_bos_token_id: the first new token, where the prompt is a single token.
-        prompt_lookup_num_tokens: where the newest tokens stand earlier in the text, read up to that many of those that
-            followed there in one pass, which spares passes as far as they come true. It changes no token, and is for
-            greedy decoding; ``None`` is off.
-        max_matching_ngram_size: the most tokens at the end of the text that are looked for; the longest match counts.
-        eos_token_id: ids that end a row; ``None`` means the model's; ``()`` ends none.
-        pad_token_id: what follows in a row that has ended; ``None`` means the model's.
-        stop_strings: texts that end a row and are cut from it, special tokens too (``"<|user|>"``); for methods of
-            ``LanguageModel``, which know text.
-        max_time: seconds after which no further step begins; for each batch of a list of texts.
-        output_scores: return the scores of every step, after all rules.
-        output_logprobs: return the log-probability of every new token.
-        top_logprobs: return that many most probable tokens of every step, with their log-probabilities.
+    Each field says what it does; docs/generation.md says more, and in which order they act.
 
     Raises:
         ValueError: naming each option that makes no sense.
     """
 
-    max_new_tokens: int = 20
-    min_new_tokens: int = 0
-    truncate_prompt: bool = False
-    do_sample: bool = False
-    num_beams: int = 1
-    num_return_sequences: int = 1
-    length_penalty: float = 1.0
-    early_stopping: bool | Literal["never"] = False
-    temperature: float = 1.0
-    top_k: int = 50
-    top_p: float = 1.0
-    min_p: float | None = None
-    seed: int | None = None
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    no_repeat_ngram_size: int = 0
-    no_repeat_ngram_include_prompt: bool = True
-    sequence_bias: tuple[tuple[tuple[int, ...], float], ...] = ()
-    bad_words_ids: tuple[tuple[int, ...], ...] = ()
-    suppress_tokens: tuple[int, ...] = ()
-    forced_bos_token_id: int | None = None
-    prompt_lookup_num_tokens: int | None = None
-    max_matching_ngram_size: int = 2
-    eos_token_id: int | tuple[int, ...] | None = None
-    pad_token_id: int | None = None
-    stop_strings: tuple[str, ...] = ()
-    max_time: float | None = None
-    output_scores: bool = False
-    output_logprobs: bool = False
-    top_logprobs: int = 0
+    # How long
+    max_new_tokens: int = option(20, "the most tokens to add to each prompt")
+    min_new_tokens: int = option(0, "the fewest tokens to add to each prompt")
+    truncate_prompt: bool = option(False, "cut the beginning of a prompt that is too long; otherwise it is an error")
+    stop_strings: tuple[str, ...] = option((), "end before this text, special tokens too; for several, repeat it")
+    eos_token_id: int | tuple[int, ...] | None = option(None, "ids that end a text, such as 2,50118 (the model's)")
+    max_time: float | None = option(None, "seconds after which no further step begins, for each batch")
+
+    # How the next token is chosen
+    do_sample: bool = option(False, "draw each token; otherwise the most probable one is taken")
+    temperature: float = option(1.0, "sampling: divide scores by X; below 1 favours probable tokens")
+    top_k: int = option(50, "sampling: draw from the N most probable tokens; 0: from all")
+    top_p: float = option(1.0, "sampling: draw from the fewest tokens that together have probability X; 1: from all")
+    min_p: float | None = option(None, "sampling: draw from tokens at least X times as probable as the best one")
+    seed: int | None = option(None, "sampling: the same seed draws the same text (a new one each time)")
+    num_beams: int = option(1, "beam search with N beams; 1: no beam search")
+    num_return_sequences: int = option(1, "continuations of each prompt; above 1 with --do_sample or --num_beams")
+    length_penalty: float = option(1.0, "beams: divide scores by length to the power of X; above 0 favours long texts")
+    early_stopping: bool | Literal["never"] = option(
+        False,
+        "beams: end once enough texts are finished (true), if no better one is likely (false), or possible (never)",
+    )
+
+    # Prompt lookup
+    prompt_lookup_num_tokens: int | None = option(
+        None, "greedy: where the text repeats itself, read up to N tokens in one step; the text stays the same (off)"
+    )
+    max_matching_ngram_size: int = option(2, "prompt lookup: search the earlier text for the last N tokens, or fewer")
+
+    # Rules on tokens; padding counts in none of them
+    repetition_penalty: float = option(1.0, "above 1 lowers the scores of tokens that are in the text already")
+    presence_penalty: float = option(0.0, "subtract X once from the score of each token that was generated")
+    frequency_penalty: float = option(0.0, "subtract X from a token's score for each time it was generated")
+    no_repeat_ngram_size: int = option(0, "no N tokens in a row occur twice; 0: no limit")
+    no_repeat_ngram_include_prompt: bool = option(True, "with --no_repeat_ngram_size: the prompt counts as well")
+    suppress_tokens: tuple[int, ...] = option((), "ids that are never generated, such as 5,6")
+    bad_words_ids: tuple[tuple[int, ...], ...] = option((), "sequences of ids that are never generated: [[5, 6], [7]]")
+    sequence_bias: tuple[tuple[tuple[int, ...], float], ...] = option(
+        (), "add a number to the score of a sequence's last id: [[[5, 6], -2.5]]"
+    )
+    forced_bos_token_id: int | None = option(None, "the first new token, where the prompt is a single token")
+    pad_token_id: int | None = option(None, "the id behind texts of a batch that have ended (the model's)")
+
+    # What is returned beside the tokens
+    output_scores: bool = option(False, "return the scores of every step, after all rules")
+    output_logprobs: bool = option(False, "give the ids and log-probabilities of the new tokens too")
+    top_logprobs: int = option(0, "give the N most probable ids for each new token too; 0: none")
 
     def __post_init__(self) -> None:
         for name, as_kept in _SPELLINGS.items():

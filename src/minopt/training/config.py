@@ -6,33 +6,15 @@ Names and meanings are those of PaddleNLP's OPT example and of transformers' Tra
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Mapping
-from dataclasses import Field, asdict, dataclass, field, fields, replace
+from dataclasses import Field, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from minopt.checkpoint.errors import some
 from minopt.config import is_int, is_number, read_json
-
-
-def _option(default: Any, help: str, *, choices: tuple[str, ...] = (), least: float | None = None,
-            below: float | None = None, most: float | None = None, changes_run: bool = True) -> Any:  # fmt: skip
-    """A field of ``TrainingConfig``.
-
-    Args:
-        default: and, but for ``None``, its type.
-        help: for the command line and the reader.
-        choices: the values allowed.
-        least: the least value allowed.
-        below: what the value must stay below.
-        most: the largest value allowed.
-        changes_run: whether another value makes another run of it, which cannot go on from the first one's checkpoint.
-    """
-    metadata = {"help": help, "choices": choices, "least": least, "below": below, "most": most,
-                "changes_run": changes_run}  # fmt: skip
-    return field(default=default, metadata=metadata)
-
+from minopt.settings import expected
+from minopt.settings import option as _option
 
 # PaddleNLP's OPT example: the command in its README, and what its script takes where the command says nothing.
 RECIPES: Mapping[str, Mapping[str, Any]] = {
@@ -334,34 +316,13 @@ _ACTS_ONLY: tuple[tuple[tuple[str, ...], Callable[[TrainingConfig, int, bool], b
 
 def _problem(f: Field[Any], value: Any) -> str | None:
     """What is wrong with the value of one field, if anything."""
-    expected = _expected(f, value)
-    return None if expected is None else f"--{f.name}: expected {expected}, got {value!r}"
-
-
-def _expected(f: Field[Any], value: Any) -> str | None:
-    optional = " | None" in f.type
-    kind = f.type.removesuffix(" | None")
-    if value is None and optional:
-        return None
-    if kind == "bool":
-        return None if isinstance(value, bool) else "true or false"
-    if kind == "str":
-        choices = f.metadata["choices"]
-        return None if isinstance(value, str) and (not choices or value in choices) else (
-            " or ".join(choices) or "a text")  # fmt: skip
-    least, below, most = (f.metadata[name] for name in ("least", "below", "most"))
-    fits = is_int(value) if kind == "int" else is_number(value) and math.isfinite(value)
-    inside = fits and (least is None or value >= least) and (below is None or value < below)
-    if inside and (most is None or value <= most):
-        return None
-    bounds = [f"of at least {least}"] * (least is not None) + [f"below {below}"] * (below is not None)
-    bounds += [f"at most {most}"] * (most is not None)
-    return " ".join(["an integer" if kind == "int" else "a number", " and ".join(bounds)]).strip()
+    wanted = expected(f, value)
+    return None if wanted is None else f"--{f.name}: expected {wanted}, got {value!r}"
 
 
 def differences(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
     """The settings in which two runs differ that make two runs of them, each as ``name: theirs there, mine here``."""
-    names = [f.name for f in fields(TrainingConfig) if f.metadata["changes_run"]]
+    names = [f.name for f in fields(TrainingConfig) if f.metadata.get("changes_run", True)]
     return [
         f"{name} is {json.dumps(theirs.get(name))} there and {json.dumps(mine.get(name))} here"
         for name in names if mine.get(name) != theirs.get(name)

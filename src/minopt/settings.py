@@ -1,0 +1,55 @@
+"""Records of options. Each field has its help text and its limits, from which flags and errors are made. No torch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import Field, field
+from typing import Any
+
+from minopt.config import is_int, is_number
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    choices: tuple[str, ...] = (),
+    least: float | None = None,
+    below: float | None = None,
+    most: float | None = None,
+    **marks: Any,
+) -> Any:
+    """A field of a dataclass of options.
+
+    Args:
+        default: its value if none is given.
+        help: one line for the command line and the reader, without the default.
+        choices: the values allowed.
+        least: the least value allowed.
+        below: what the value must stay below.
+        most: the largest value allowed.
+        **marks: what else a reader of the field's ``metadata`` needs.
+    """
+    limits = {"choices": choices, "least": least, "below": below, "most": most}
+    return field(default=default, metadata={"help": help, **limits, **marks})
+
+
+def expected(f: Field[Any], value: Any) -> str | None:
+    """What a field expects, in words, if ``value`` is something else; ``None`` if it fits."""
+    kind = f.type.removesuffix(" | None")
+    if value is None and kind != f.type:
+        return None
+    if kind == "bool":
+        return None if isinstance(value, bool) else "true or false"
+    if kind == "str":
+        choices = f.metadata["choices"]
+        fits = isinstance(value, str) and (not choices or value in choices)
+        return None if fits else " or ".join(choices) or "a text"
+    least, below, most = (f.metadata[name] for name in ("least", "below", "most"))
+    fits = is_int(value) if kind == "int" else is_number(value) and math.isfinite(value)
+    inside = fits and (least is None or value >= least) and (below is None or value < below)
+    if inside and (most is None or value <= most):
+        return None
+    bounds = [f"of at least {least}"] * (least is not None) + [f"below {below}"] * (below is not None)
+    bounds += [f"at most {most}"] * (most is not None)
+    return " ".join(["an integer" if kind == "int" else "a number", " and ".join(bounds)]).strip()
