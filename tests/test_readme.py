@@ -98,18 +98,6 @@ def test_figures_of_conversions_are_those_of_the_result() -> None:
         assert row["same_digest"] is not False
 
 
-def test_the_fuzzers_figures_are_those_of_the_result() -> None:
-    text = " ".join((ROOT / "docs" / "checkpoints.md").read_text(encoding="utf-8").split())
-    result = json.loads((ROOT / re.findall(r"benchmarks/results/fuzz_[\w.]+", text)[0]).read_text())
-    kinds = result["by_kind"].values()
-    inputs, loaded, refused = (sum(row[name] for row in kinds) for name in ("inputs", "loaded", "refused"))
-    assert result["findings"] == []
-    assert f"files of {len(kinds)} kinds; of {inputs:,} inputs, {loaded:,} gave a model" in text
-    assert f"{refused:,} were refused" in text
-    assert f"the slowest took {max(row['slowest_seconds'] for row in kinds):.2f} s" in text
-    assert f"memory was {max(row['largest_growth_mb'] for row in kinds):.0f} MB" in text
-
-
 def test_figures_in_the_text_are_those_of_the_results() -> None:
     (kept,) = (ROOT / "benchmarks" / "results").glob("import_*.json")
     cost = json.loads(kept.read_text())["milliseconds_over_import_torch"]
