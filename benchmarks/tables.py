@@ -1,0 +1,215 @@
+"""Writes the tables of the docs from the kept results: everything between ``<!-- name -->`` and ``<!-- /name -->``.
+
+    python benchmarks/tables.py            # rewrite the tables in README.md, docs/ and benchmarks/README.md
+
+A table takes the result of its topic that is named last in ``benchmarks/results``. Tests check that the docs hold what
+this writes.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCUMENTS = ("README.md", "benchmarks/README.md", "docs/parallel.md", "docs/training.md")
+VARIANTS = ("minopt", "exported", "ctranslate2", "transformers")
+PEERS = {"float32": "ctranslate2", "bfloat16": "transformers", "int8": "ctranslate2"}
+IN_README = ("decode1", "decode8", "prefill512")
+
+
+def newest(topic: str, hardware: str = "xeon2") -> Any:
+    """The last result of a topic on a kind of machine."""
+    path = max((ROOT / "benchmarks" / "results").glob(f"{topic}_{hardware}_*.json"))
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def table(head: str, rows: Iterable[Iterable[object]]) -> str:
+    """A table of Markdown."""
+    cells = head.split(" | ")
+    lines = [f"| {head} |", f"|{' --- |' * len(cells)}", *("| " + " | ".join(map(str, row)) + " |" for row in rows)]
+    return "\n".join(lines).replace("|  |", "| |")
+
+
+def inference(groups: tuple[str, ...] | None = None) -> str:
+    rows = []
+    for case in newest("inference")["cases"]:
+        if case["group"] in (
+            groups or ("decode1", "decode8", "decode32", "prefill512", "prefill1536", "beams", "sizes")
+        ):
+            size = "" if case["model"] == "opt-125m" else case["model"].removeprefix("opt-") + ", "
+            beams = ", 5 beams" if case["options"] else ""
+            found = case["variants"]
+            times = [f"{found[name]['median_ms']:.1f} ms" if name in found else "" for name in VARIANTS]
+            peer = PEERS[case["dtype"]]
+            ratio = [f"{case['ratios'][f'{peer} / {name}']:.2f}x" if name in found else "" for name in VARIANTS[:2]]
+            name = f"{size}{case['work']}{beams}, batch {case['batch']}, prompt {case['prompt']:,}, {case['dtype']}"
+            rows.append([name, *times, f"**{ratio[0]}**", ratio[1]])
+    return table("work | minopt | exported | CTranslate2 | transformers | ratio | ratio, exported", rows)
+
+
+def contexts() -> str:
+    cases = [case for case in newest("inference")["cases"] if case["group"] == "length"]
+    return table("prompt | a step reads | minopt | exported", (
+        [f"{case['prompt']:,} tokens, {case['dtype']}", f"{case['weights_read_mb'] + case['cache_read_mb']:.0f} MB",
+         *(f"{case['variants'][name]['median_ms']:.1f} ms" for name in VARIANTS[:2])]
+        for case in cases
+    ))  # fmt: skip
+
+
+def start() -> str:
+    rows = []
+    for case in newest("inference")["cases"]:
+        if case["group"] == "cold":
+            times = [
+                f"{case['variants'][name]['median_ms'] / 1e3:.2f} s" for name in ("minopt", "plain", "transformers")
+            ]
+            rows.append(
+                [f"{case['model']}, {case['dtype']}", *times, f"**{case['ratios']['transformers / minopt']:.2f}x**"]
+            )
+    return table("process start to first token | minopt | plain | transformers | ratio", rows)
+
+
+def peaks() -> str:
+    def cell(found: Mapping[str, float]) -> str:
+        return f"{found['anonymous_mb']:.0f} + {found['file_mb']:.0f} MB"
+
+    return table("anonymous + file pages | weights | peak while loading | while generating", (
+        [f"{case['variant']}, {case['dtype']}", f"{case['weights_mb']:.0f} MB",
+         cell(case["load"]), cell(case["generation"])]
+        for case in newest("inference")["cases"]
+        if case["group"] == "memory"
+    ))  # fmt: skip
+
+
+def steps() -> str:
+    rows = []
+    for case in newest("decoding")["steps"]:
+        strategy = "5 beams" if case["strategy"] == "beams" else "greedy"
+        split = case["split_ms"]
+        rows.append([
+            f"{strategy}, batch {case['batch']}, prompt {case['prompt']:,}, {case['dtype']}",
+            f"{case['minopt']['step']['median_ms']:.1f} ms", f"{case['transformers']['step']['median_ms']:.1f} ms",
+            f"**{case['ratio']:.2f}x**", f"{case['rest_of_model']:.1%}",
+            *(f"{split.get(part, 0):.2f} ms" for part in ("rules", "choosing", "reordering")),
+        ])  # fmt: skip
+    return table("step | minopt | transformers | ratio | beside the model | rules | choosing | reordering", rows)
+
+
+def prompts() -> str:
+    ways = newest("decoding")["prompts"]["ways"]
+    return table("batches | padding | new tokens | speed", (
+        [way["way"], f"{way['padding']:.1%}", f"{way['new_tokens_per_second']} tokens/s", f"**{way['speedup']:.2f}x**"]
+        for way in ways
+    ))  # fmt: skip
+
+
+def finetune() -> str:
+    names = ("minopt packed", "minopt grouped", "minopt padded", "transformers padded", "transformers grouped")
+    return table("batch | " + " | ".join(names) + " | to padded | to grouped", (
+        [f"{case['batch_size']}, {case['dtype']}",
+         *(f"{case[name]['tokens_per_second']:.0f} tokens/s, {case[name]['peak_mb'] / 1e3:.1f} GB" for name in names),
+         f"**{case['packed to transformers padded']:.2f}x**", f"{case['packed to transformers grouped']:.2f}x"]
+        for case in newest("finetune")["cases"]
+    ))  # fmt: skip
+
+
+def squad() -> str:
+    names = {"before": "untrained", "after copying": "after copying", "after": "after the questions"}
+    scores = newest("squad")["scores"]
+    return table("model | dev loss | exact match | F1", (
+        [name, f"{scores[key]['loss']:.2f}", f"{scores[key]['exact_match']:.1f}", f"{scores[key]['f1']:.1f}"]
+        for key, name in names.items()
+    ))  # fmt: skip
+
+
+def int8() -> str:
+    result = newest("int8")
+    names = {"int8, rest of activations too": "int8 as from 6.7b on"}
+    columns = (*result["perplexity"].values(), *result["logit_error"].values())
+    formats = ("{:.2f}", "{:.2f}", "{:.1%}", "{:.1%}")
+    return table("weights | The Time Machine | Peter Pan | logit error | with outlier channels", (
+        [names.get(scheme, scheme), *(form.format(column[scheme]) for form, column in
+           zip(formats, columns, strict=True))]
+        for scheme in columns[0]
+    ))  # fmt: skip
+
+
+def load() -> str:
+    def cell(found: Mapping[str, float]) -> str:
+        return f"{found['load_seconds']:.3f} s, {found['peak_mb']:.0f} MB"
+
+    return table("file | minopt | transformers | ratio of times", (
+        [f"{case['file']} ({case['file_mb']:.0f} MB) as {case['dtype']}", cell(case["minopt"]),
+         cell(case["transformers"]), f"**{case['seconds_ratio']}x**"]
+        for case in newest("load")["cases"]
+    ))  # fmt: skip
+
+
+def convert() -> str:
+    return table("conversion | minopt | to copy the output | peak memory | largest output file", (
+        [name, *(f"{row[key]} s" for key in ("seconds", "copy_seconds")),
+         *(f"{row[key]} MB" for key in ("peak_mb", "largest_file_mb"))]
+        for name, row in newest("convert")["conversions"].items()
+    ))  # fmt: skip
+
+
+def processes() -> str:
+    found: dict[str, dict[str, list[float]]] = {}
+    for case in newest("parallel")["cases"]:
+        if case["case"] == "speed":
+            name = "one process" if case["processes"] == 1 else f"{case['processes']} processes"
+            times = found.setdefault(f"{case['model']}, {case['dtype']}, {name}", {})
+            slowest = [max(rank[key] for rank in case["ranks"]) for key in ("ms_per_token", "in_collectives")]
+            times[case["form"]] = slowest
+    return table("milliseconds a token | minopt | of it in messages | by hand | by DTensor", (
+        [name, f"{times['minopt'][0]:.1f}", f"{times['minopt'][1]:.0%}", f"{times['plain'][0]:.1f}",
+         f"{times['dtensor'][0]:.1f}"]
+        for name, times in found.items()
+    ))  # fmt: skip
+
+
+def memory() -> str:
+    rows = []
+    for case in newest("plan")["cases"]:
+        way = f"{case['processes']} processes" if case["processes"] > 1 else "one process"
+        way = f"--offload {case['offload']}" if case["offload"] else way
+        rows.append([
+            f"{case['model']}, {case['quantize'] or case['dtype']}",
+            way + (f", cgroup of {case['limit'] / 1e9:.0f} GB" if case["limit"] else ""),
+            f"{case['batch']} x {case['length']:,} tokens", f"{case['peak_mb'] / 1e3:.2f} GB",
+            f"{case['planned_mb'] / 1e3:.2f} GB", f"{case['error']:+.1%}", f"{case['step_seconds']:.2f} s",
+        ])  # fmt: skip
+    return table("model | form | texts | peak memory | planned | error | a step", rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "speed": lambda: inference(IN_README),
+    **{build.__name__: build for build in (inference, contexts, start, peaks, steps, prompts, finetune, squad, int8,
+                                           load, convert, memory, processes)},
+}  # fmt: skip
+
+
+def render(text: str) -> str:
+    """A document with its tables written anew."""
+    for name, build in TABLES.items():
+        if f"<!-- {name} -->" in text:
+            text = re.sub(
+                rf"<!-- {name} -->\n.*?<!-- /{name} -->",
+                lambda _, name=name, build=build: f"<!-- {name} -->\n{build()}\n<!-- /{name} -->",
+                text, flags=re.S,
+            )  # fmt: skip
+    return text
+
+
+def main() -> None:
+    for name in DOCUMENTS:
+        path = ROOT / name
+        path.write_text(render(path.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
