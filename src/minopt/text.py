@@ -317,7 +317,7 @@ class LanguageModel:
         Args:
             text: may be longer than the model's positions.
             window, stride: tokens read at once, and by how many the window moves on. By default windows do not overlap,
-                and what does not fill one at the end is left out; see ``evaluation.perplexity.window_losses``.
+                and what does not fill one at the end is left out; see ``evaluation.perplexity.window_perplexity``.
             add_bos: see ``Tokenizer.encode``.
 
         Raises:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -131,16 +132,16 @@ def evaluate_examples(
 
 
 def _reference(lm: LanguageModel, as_json: bool) -> int:
-    from minopt.evaluation.reference import as_records, compare_with_published, format_table
+    from minopt.evaluation.harness import compare_with_published, format_table
 
     comparisons = compare_with_published(lm.model, lm.tokenizer)
-    print(json.dumps(as_records(comparisons), indent=2) if as_json else format_table(comparisons))
+    print(json.dumps([asdict(c) for c in comparisons], indent=2) if as_json else format_table(comparisons))
     return 0 if all(comparison.passed for comparison in comparisons) else 1
 
 
 def _perplexity(args: argparse.Namespace, options: dict[str, Any]) -> int:
     from minopt.distributed import processes
-    from minopt.evaluation.perplexity import perplexity_of, wikitext_text, window_losses
+    from minopt.evaluation.perplexity import wikitext_text, window_perplexity
     from minopt.text import load
     from minopt.training.data import read_text
 
@@ -160,10 +161,9 @@ def _perplexity(args: argparse.Namespace, options: dict[str, Any]) -> int:
         if lm.tokenizer is None:
             raise ValueError(_NO_TOKENIZER)
         ids = lm.tokenizer.encode(text)
-        share = window_losses(lm.model, ids, args.window, args.stride, first=world.rank, every=world.size)
-        result = perplexity_of([losses for part in world.gather(share) for losses in part])
+        result = window_perplexity(lm.decoder, ids, args.window, args.stride, world)
     if world.is_first:
-        _print({"perplexity": result.perplexity, "tokens": result.tokens, "windows": result.windows}, args.json)
+        _print(asdict(result), args.json)
     return 0
 
 
