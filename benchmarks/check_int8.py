@@ -72,7 +72,7 @@ def build(
     state = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
     with (
         mock.patch.object(fast, "OUTLIERS_FROM", 1 if outliers else fast.OUTLIERS_FROM),
-        mock.patch.object(linear, "_has_int8", (lambda: False) if weights_alone else linear._has_int8),
+        mock.patch.object(linear, "_works", (lambda *_: False) if weights_alone else linear._works),
     ):
         for name in filter(int8.is_quantized, list(state) if quantize else []):
             state[name], state[name + int8.SCALE] = int8.quantize(model.state_dict()[name])

@@ -9,8 +9,9 @@ parameter: the head is the token table, so that the two cannot come apart.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -397,6 +398,12 @@ class OPT(nn.Module):
                     f"input_ids: {length} tokens cached + {T} new = {longest} positions, the model has {limit}. "
                     "Shorten the input."
                 )
+
+
+@lru_cache(16)
+def parameter_shapes(config: OPTConfig) -> Mapping[str, tuple[int, ...]]:
+    """The names of an OPT's parameters, in their order, with their shapes."""
+    return {name: tuple(parameter.shape) for name, parameter in OPT(config, device="meta").named_parameters()}
 
 
 def _positions(attention_mask: Tensor | Packed | None, past: int | Tensor, T: int, device: torch.device) -> Tensor:

@@ -19,7 +19,8 @@ from minopt import OPT, int8
 from minopt.evaluation.perplexity import window_perplexity
 from minopt.inference import compile as export
 from minopt.inference import fast, linear
-from minopt.inference.fast import OUTLIERS_FROM, FastOPT
+from minopt.inference.fast import FastOPT
+from minopt.inference.linear import OUTLIERS_FROM
 from minopt.model import ACTIVATIONS
 from tests.conftest import build_ours, build_reference, lively, quantized_state
 
@@ -39,14 +40,13 @@ def difference(found: Tensor, expected: Tensor) -> float:
     return ((found.float() - expected.float()).abs().max() / expected.float().abs().max()).item()
 
 
-@pytest.fixture(params=["blocked", "packed", "plain"])
+@pytest.fixture(params=["blocked", "onednn", "plain"])
 def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """With the operators that this machine has, on an Intel processor and on others, and without."""
     monkeypatch.setattr(linear, "_on_intel", lambda: request.param == "blocked")
     monkeypatch.setattr(linear.Blocked, "width", 16)
     if request.param == "plain":
-        monkeypatch.setattr(linear, "_has_packed", lambda dtype: False)
-        monkeypatch.setattr(linear, "_has_int8", lambda: False)
+        monkeypatch.setattr(linear, "_works", lambda kind, dtype: False)
     return request.param
 
 
@@ -245,7 +245,7 @@ def test_int8_is_its_own_dequantised_reference(
 
 
 def test_weight_only_int8_is_its_own_dequantised_reference(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear, "_has_int8", lambda: False)
+    monkeypatch.setattr(linear, "_works", lambda kind, dtype: False)
     plain = build_ours(build_reference(kind))
     quantised, ids = fast_of(plain, quantize=True), ids_of(plain, 2, 7)
     with torch.no_grad():
@@ -255,7 +255,7 @@ def test_weight_only_int8_is_its_own_dequantised_reference(kind: str, monkeypatc
 def test_a_product_of_no_rows_has_none() -> None:
     weight, bias = torch.randn(200, 48), torch.randn(200)
     quantized = int8.quantize(weight)
-    made = [kind(weight, bias) for kind in (linear.Blocked, linear.Packed, linear.Plain)]
+    made = [kind(weight, bias) for kind in (linear.Blocked, linear.OneDNN, linear.Plain)]
     made += [kind(*quantized, bias) for kind in (linear.Int8, linear.WeightOnlyInt8)]
     for product in (*made, linear.Int8(*quantized, bias, outliers=True)):
         assert product(torch.empty(1, 0, 48)).shape == (1, 0, 200), product
@@ -317,7 +317,7 @@ def test_a_single_row_is_as_exact_as_one_of_a_batch_whatever_its_size(
     bound = max((together - exact).norm().item(), 1e-6 * exact.norm().item())
     assert (alone - exact).norm() <= 1.02 * bound
     if size == 0 or size >= 1e-36:
-        in_7_bits = not linear._VNNI or export._saturates()
+        in_7_bits = linear.Int8(weight, scale, None).levels == 63 or export._saturates()
         assert (alone - exact).norm() <= (0.02 if in_7_bits else 0.01) * exact.norm() + 1e-40
 
 
@@ -389,19 +389,17 @@ def test_int8_of_the_embedded_model_reads_nearly_as_well() -> None:
 def test_a_missing_operator_is_said_in_the_debug_log_and_the_plain_product_runs(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Missing:
+    class Missing(linear.OneDNN):
         def __init__(self, *_: Any) -> None:
             raise AttributeError("no such operator\nand more")
 
     monkeypatch.setattr(linear, "_on_intel", lambda: False)
-    monkeypatch.setattr(linear, "Packed", Missing)
-    linear._has_packed.cache_clear()
+    monkeypatch.setattr(linear, "OneDNN", Missing)
     with caplog.at_level(logging.DEBUG, "minopt"):
         product = linear.build_product(torch.ones(8, 8), None)
-    linear._has_packed.cache_clear()
     assert isinstance(product, linear.Plain)
     assert caplog.messages == [
-        "packed torch.float32 weights: not available here (no such operator); the plain product is used."
+        "Missing in torch.float32: not available here (no such operator); the plain product is used."
     ]
 
 

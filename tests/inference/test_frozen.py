@@ -204,7 +204,7 @@ def test_counting_and_looking_reads_no_weight(lm: LanguageModel, monkeypatch: py
     def read(self: Any, name: str) -> Any:
         raise AssertionError(name)
 
-    monkeypatch.setattr(type(lm.model), "read", read)
+    monkeypatch.setattr(type(lm.model), "read_weight", read)
     model = lm.model
     scales = sum(p.shape[0] for name, p in model.named_parameters() if name.endswith(int8.SCALE))
     plain = OPT(model.config, device="meta")

@@ -80,7 +80,7 @@ def test_two_layers_at_most_are_in_memory(layers: int, write_checkpoint: Callabl
     streamed = minopt.load(folder, device="cpu", offload="disk").model
     plain = minopt.load(folder, device="cpu", optimize=False).model
     assert torch.equal(logits_of(streamed), logits_of(plain))
-    places = streamed.layers[0]._stream._places  # type: ignore[union-attr]
+    places = streamed.layers[0]._weights.func.__self__.places  # type: ignore[union-attr]
     assert len(places) == min(2, layers)
     parts: Any = streamed.children()
     kept = sum(tensor.numel() for part in parts for tensor in getattr(part, "tensors", {}).values())
@@ -110,14 +110,14 @@ def test_an_interrupt_while_a_layer_is_read_does_no_harm(
     folder = write_checkpoint(num_hidden_layers=5)
     streamed = minopt.load(folder, device="cpu", offload="disk").model
     expected = logits_of(minopt.load(folder, device="cpu", optimize=False).model)
-    read = streamed_module._read
+    read = streamed_module._Stream._read
 
     def slowly(*arguments: Any) -> None:
         read(*arguments)
         time.sleep(0.1)
         read(*arguments)
 
-    monkeypatch.setattr(streamed_module, "_read", slowly)
+    monkeypatch.setattr(streamed_module._Stream, "_read", slowly)
     wait = streamed_module._Fetch.wait
     for interrupted in range(1, 5):
         waits = 0

@@ -20,7 +20,7 @@ from minopt.checkpoint.names import to_hf
 from minopt.checkpoint.read import DTYPES
 from minopt.checkpoint.source import Checkpoint, weight_files
 from minopt.config import OPTConfig
-from minopt.model import OPT
+from minopt.model import OPT, parameter_shapes
 from minopt.tokenizer import Tokenizer
 from minopt.wrapped import decoder_of
 
@@ -145,7 +145,7 @@ def named_tensors(model: OPT) -> dict[str, Tensor]:
         ValueError: if they are not just those of an OPT of its configuration.
     """
     parameters = dict(model.named_parameters())
-    expected = set(OPT(model.config, device="meta").state_dict())
+    expected = set(parameter_shapes(model.config))
     if any(name.endswith(int8.SCALE) for name in parameters):
         expected |= {name + int8.SCALE for name in expected if int8.is_quantized(name)}
     if wrong := sorted(parameters.keys() ^ expected):

@@ -22,7 +22,7 @@ from minopt.checkpoint.quantized import check_quantization, with_scales
 from minopt.checkpoint.read import SafetensorsFile, TensorFile, TorchFile
 from minopt.checkpoint.strangers import stranger
 from minopt.config import OPTConfig, read_json
-from minopt.model import OPT
+from minopt.model import parameter_shapes
 
 logger = logging.getLogger(__name__)
 
@@ -425,7 +425,7 @@ def _matched(checkpoint: Checkpoint) -> Checkpoint:
         )
     if config.num_hidden_layers > _MOST_LAYERS:
         raise CheckpointError(f"{where}: {config.num_hidden_layers} layers, expected at most {_MOST_LAYERS}.")
-    expected = {name: tuple(p.shape) for name, p in OPT(config, device="meta").state_dict().items()}
+    expected = parameter_shapes(config)
     wrong = [f"{n}: expected {list(expected[n])}, got {list(t.shape)}"
              for n, t in tensors.items() if n in expected and t.shape != expected[n]]  # fmt: skip
     wrong += [f"{n}: expected float64, float32, float16 or bfloat16, got {'int8' if t.dtype else 'another kind'}"

@@ -42,7 +42,7 @@ from minopt.checkpoint.source import Checkpoint, open_checkpoint
 from minopt.checkpoint.weights import read_weights, resolve_device, resolve_dtype
 from minopt.config import OPTConfig, is_int, read_json
 from minopt.generation.decode import generate
-from minopt.inference.fast import OUTLIERS_FROM
+from minopt.inference.linear import OUTLIERS_FROM, by_rows
 from minopt.inference.program import FORMAT, PROGRAM, ExportedModel, Manifest, machine, sha256
 from minopt.model import OPT
 from minopt.tokenizer import Tokenizer
@@ -100,24 +100,15 @@ class Int8Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.rounds_inputs:
             return F.linear(x, (self.weight * self.scale).t(), self.bias)
-        rows = x.flatten(0, -2)
-        own = rows.abs().amax(-1, keepdim=True).float().clamp_min(torch.finfo(torch.float32).tiny) / self._levels
-        rows = rows / own
-        whole = rows.round()
-        if self.outliers:
-            finer = 2 * self._levels
-            terms = self._integers(torch.cat([whole, ((rows - whole) * finer).round()]))
-            y = torch._int_mm(terms, self.weight).float() * self.scale
-            y, rest = (y if self.shift is None else y - self.shift).chunk(2)
-            y = (y + rest / finer) * own
-        else:
-            y = torch._int_mm(self._integers(whole), self.weight).float() * own * self.scale
-            y = y if self.shift is None else y - own * self.shift
-        y = y if self.bias is None else y + self.bias
+        y, scale = by_rows(x.flatten(0, -2), self._levels, self.outliers, self._product)
+        y = y * scale if self.bias is None else y * scale + self.bias
         return y.to(x.dtype).view(*x.shape[:-1], -1)
 
-    def _integers(self, rows: Tensor) -> Tensor:
-        return (rows + self._zero if self._zero else rows).to(self._dtype)
+    def _product(self, rows: Tensor) -> Tensor:
+        rows = rows.round()
+        integers = (rows + self._zero if self._zero else rows).to(self._dtype)
+        y = torch._int_mm(integers, self.weight).float() * self.scale
+        return y if self.shift is None else y - self.shift
 
 
 @cache

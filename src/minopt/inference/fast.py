@@ -6,21 +6,19 @@ Shapes: B batch, T tokens this call, S cached + T, H heads, D head_dim, C hidden
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from minopt import int8
 from minopt.cache import KVCache
 from minopt.config import OPTConfig
-from minopt.inference.frozen import Frozen, InferenceOPT, Lookup, Norm, refuse
-from minopt.inference.linear import Product, build_product
+from minopt.inference.frozen import Frozen, InferenceOPT, norm, refuse
+from minopt.inference.linear import OUTLIERS_FROM, Product, build_product
 from minopt.memory import empty
 from minopt.model import Packed, attend
-
-# From this width on (6.7B), OPT's activations have outlier channels that int8 cannot hold: arXiv 2208.07339, table 4.
-OUTLIERS_FROM = 4096
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 _NORMS = ("self_attn_layer_norm", "final_layer_norm")
@@ -37,17 +35,26 @@ class FastOPT(InferenceOPT):
         weights: an OPT's, with their names; taken one after the other, so that one that nobody else holds is freed as
             soon as it is packed. Those of the layers may be int8, with scales under ``minopt.int8``'s names; the head
             becomes int8 then too.
+        lookup: see ``InferenceOPT``; of the token table.
+        summed: what the products become that write to the residual stream (``out_proj``, ``fc2``); ``None`` leaves
+            them as they are.
     """
 
-    def __init__(self, config: OPTConfig, weights: Iterable[tuple[str, Tensor]]) -> None:
-        build = _Builder(weights, config)
-        table = build.take("embed_tokens.weight")
-        super().__init__(config, table.dtype, table.device)
-        self.layers = nn.ModuleList(FastLayer(config, index, build) for index in range(config.num_hidden_layers))
-        self.in_int8 = build.in_int8
-        weight, scale = int8.quantize(table) if build.in_int8 else (table.detach(), None)
-        self._head = build_product(weight, None, scale=scale, outliers=build.outliers)
-        self.finish({"embed_tokens.weight": table} | build.rest(), self._lookup(table.detach()))
+    def __init__(
+        self,
+        config: OPTConfig,
+        weights: Iterable[tuple[str, Tensor]],
+        *,
+        lookup: Callable[[Tensor], Callable[[Tensor], Tensor]] | None = None,
+        summed: Callable[[Product], Product] | None = None,
+    ) -> None:
+        build = _Builder(weights, config, summed or (lambda product: product))
+        table = build.take("embed_tokens.weight").detach()
+        layers = [FastLayer(config, index, build) for index in range(config.num_hidden_layers)]
+        weight, scale = int8.quantize(table) if build.in_int8 else (table, None)
+        head = build_product(weight, None, scale=scale, outliers=build.outliers)
+        others = {"embed_tokens.weight": table} | build.rest()
+        super().__init__(config, others, layers, head, None if lookup is None else lookup(table), build.in_int8)
 
     def forward(self, *args: Any, **options: Any) -> Tensor:
         """See ``OPT.forward``."""
@@ -57,30 +64,23 @@ class FastOPT(InferenceOPT):
 
     def hidden_states(self, *args: Any, **options: Any) -> Tensor:
         """See ``OPT.hidden_states``. Weights have their dtype for good, so autocast changes nothing."""
-        if not torch.is_autocast_enabled(self.device.type):
-            return super().hidden_states(*args, **options)
         with torch.autocast(self.device.type, enabled=False):
             return super().hidden_states(*args, **options)
 
     def head(self, h: Tensor) -> Tensor:
         """See ``OPT.head``."""
-        if not torch.is_autocast_enabled(self.device.type):
-            return super().head(h)
         with torch.autocast(self.device.type, enabled=False):
             return super().head(h)
 
-    def _lookup(self, table: Tensor) -> Callable[[Tensor], Tensor]:
-        return Lookup(table)
-
-    def read(self, name: str) -> Tensor:
-        """See ``InferenceOPT.read``."""
+    def read_weight(self, name: str) -> Tensor:
+        """See ``InferenceOPT.read_weight``."""
         if not name.startswith("layers."):
-            return super().read(name)
+            return super().read_weight(name)
         _, index, rest = name.split(".", 2)
         layer = self.layers[int(index)] if int(index) < len(self.layers) else None
         if not isinstance(layer, FastLayer):
             refuse("and others took the place of its layers, so their weights cannot be read")
-        return layer.read(rest)
+        return layer.read_weight(rest)
 
 
 class _Builder:
@@ -90,9 +90,12 @@ class _Builder:
         in_int8: whether layers' weights are.
     """
 
-    def __init__(self, weights: Iterable[tuple[str, Tensor]], config: OPTConfig) -> None:
+    def __init__(
+        self, weights: Iterable[tuple[str, Tensor]], config: OPTConfig, summed: Callable[[Product], Product]
+    ) -> None:
         self._coming, self._waiting = iter(weights), dict[str, Tensor]()
         self.in_int8, self.outliers, self._config = False, config.hidden_size >= OUTLIERS_FROM, config
+        self.summed = summed
 
     def take(self, name: str) -> Tensor:
         while name not in self._waiting:
@@ -113,10 +116,10 @@ class _Builder:
             bias = self._joined(f"{prefix}{name}.bias" for name in names)
         return build_product(weight, bias, activation, scale=scale, outliers=self.outliers)
 
-    def norm(self, name: str) -> Norm:
+    def norm(self, name: str) -> partial[Tensor]:
         affine = self._config.layer_norm_elementwise_affine
         weight, bias = (self.take(f"{name}.{part}") if affine else None for part in ("weight", "bias"))
-        return Norm(self._config.hidden_size, weight, bias)
+        return norm(self._config, weight, bias)
 
     def _joined(self, names: Iterable[str]) -> Tensor:
         tensors = [self.take(name) for name in names]
@@ -139,9 +142,9 @@ class FastLayer(Frozen):
         self.index, self.norm_before = index, config.do_layer_norm_before
         self.head_dim, self._scale = config.head_dim, config.head_dim**-0.5
         self._qkv = build(f"{prefix}self_attn.", _PROJECTIONS)
-        self._out = build(f"{prefix}self_attn.", ("out_proj",))
+        self._out = build.summed(build(f"{prefix}self_attn.", ("out_proj",)))
         self._fc1 = build(prefix, ("fc1",), config.activation_function)
-        self._fc2 = build(prefix, ("fc2",))
+        self._fc2 = build.summed(build(prefix, ("fc2",)))
         self._norms = {name: build.norm(prefix + name) for name in _NORMS}
         self._attn_norm, self._final_norm = self._norms.values()
 
@@ -158,11 +161,11 @@ class FastLayer(Frozen):
         x = x + self._fc2(self._fc1(self._final_norm(x) if self.norm_before else x))
         return x if self.norm_before else self._final_norm(x)
 
-    def read(self, name: str) -> Tensor:
+    def read_weight(self, name: str) -> Tensor:
         """A weight by its name in a ``DecoderLayer``, or the scale of one."""
         module, _, part = name.rpartition(".")
         if module in self._norms:
-            tensor = getattr(self._norms[module], part)
+            tensor = self._norms[module].keywords[part]
         else:
             of_three = module.removeprefix("self_attn.")
             product = {"self_attn.out_proj": self._out, "fc1": self._fc1, "fc2": self._fc2}.get(module, self._qkv)

@@ -1,8 +1,8 @@
-"""What makes a model one for inference: its weights are read and never changed, and what would change them says so."""
+"""A model for inference: its weights are read and never changed. What would change them raises ``ValueError``."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial, reduce
 from typing import Any, NoReturn
 
@@ -14,14 +14,14 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from minopt import int8
 from minopt.config import OPTConfig
 from minopt.inference.linear import Plain
-from minopt.model import OPT
+from minopt.model import OPT, parameter_shapes
 
-# Of Python's interface: what reaches the numbers by their address, what needs them, and what would change a tensor.
+# Calls of Python's interface that need a weight's numbers, or their address, without an operator being run.
 _ADDRESSES = (Tensor.data_ptr, Tensor.untyped_storage, Tensor.storage)
 _READS = (Tensor.numpy, Tensor.__array__, Tensor.tolist, Tensor.contiguous, Tensor.__repr__, Tensor.__reduce_ex__,
           Tensor.__deepcopy__, *_ADDRESSES)  # fmt: skip
 _SET_DATA, _SET_GRADIENTS = Tensor.data.__set__, (Tensor.requires_grad.__set__, Tensor.requires_grad_)  # type: ignore[attr-defined]
-_IS_LEAF = Tensor.is_leaf.__get__  # type: ignore[attr-defined]  # optimizers ask for it, and hardly anybody else
+_IS_LEAF = Tensor.is_leaf.__get__  # type: ignore[attr-defined]  # optimizers ask for it
 
 
 def refuse(what: str) -> NoReturn:
@@ -30,12 +30,12 @@ def refuse(what: str) -> NoReturn:
 
 
 class Weight(Tensor):
-    """A weight of a model for inference, which may have it in another layout: read when its numbers are asked for.
+    """A weight of a model for inference, which may be in another layout: it is read when its numbers are needed.
 
     Args:
         read: gives the tensor.
-        like: has its shape and dtype; its numbers are not looked at.
-        device: of the tensor; ``None`` is that of ``like``.
+        like: a tensor of its shape and dtype.
+        device: of the weight; ``None`` is that of ``like``.
     """
 
     _is_param = True  # isinstance(weight, nn.Parameter)
@@ -60,23 +60,21 @@ class Weight(Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             if func in _READS:
                 whole = args[0].read()
-                if func in _ADDRESSES:  # which have to hold as long as the weight does
+                if func in _ADDRESSES:  # an address has to hold as long as the weight does
                     args[0].read = lambda: whole
                 args = (whole, *args[1:])
             return func(*args, **kwargs)
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        """All operators: none may write to a weight, and views of one are weights too."""
-        kwargs = kwargs or {}
-        for number, argument in enumerate(func._schema.arguments):
-            value = args[number] if number < len(args) else kwargs.get(argument.name)
-            is_write = argument.alias_info is not None and argument.alias_info.is_write
-            if is_write and any(isinstance(leaf, Weight) for leaf in tree_leaves(value)):
-                refuse("its weights cannot be changed")
+        """Operators: none may write to a weight, and views of a weight are weights too."""
+        given = {a.name: value for a, value in zip(func._schema.arguments, args, strict=False)} | (kwargs or {})
+        written = [given.get(a.name) for a in func._schema.arguments if a.alias_info and a.alias_info.is_write]
+        if any(isinstance(leaf, Weight) for leaf in tree_leaves(written)):
+            refuse("its weights cannot be changed")
         if func is torch.ops.aten.detach.default:
             return Weight(args[0].read, args[0])
-        args, kwargs = tree_map_only(Weight, lambda weight: weight.read(), (args, kwargs))
+        args, kwargs = tree_map_only(Weight, lambda weight: weight.read(), (args, kwargs or {}))
         result = func(*args, **kwargs)
         if any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns):
             return tree_map_only(Tensor, lambda view: Weight(lambda: view, view), result)
@@ -84,7 +82,7 @@ class Weight(Tensor):
 
 
 class Frozen(nn.Module):
-    """A module of a model for inference. What would change its weights or its parts raises ``ValueError`` first."""
+    """A module of a model for inference. It refuses what would change its weights, its parts, its dtype or place."""
 
     _like: Tensor | None = None  # of the model's dtype and place; set once the model is built
 
@@ -102,25 +100,15 @@ class Frozen(nn.Module):
         return self
 
     def train(self, mode: bool = True) -> Any:
-        """Refuses to be trained; ``eval()`` changes nothing."""
-        if mode:
-            refuse("it cannot be trained")
-        return self
+        """Refuses training mode; ``eval()`` changes nothing."""
+        return refuse("it cannot be trained") if mode else self
 
     def requires_grad_(self, requires_grad: bool = True) -> Any:
         """Refuses gradients; ``False`` changes nothing."""
-        if requires_grad:
-            refuse("it cannot be trained")
-        return self
+        return self.train(requires_grad)
 
     def _load_from_state_dict(self, *args: Any, **options: Any) -> None:
         refuse("its weights cannot be replaced")
-
-    def add_module(self, name: str, value: Any) -> None:
-        """Refuses, once the model is built: what is not called would be set in vain."""
-        self.__setattr__(name, value)
-
-    register_parameter = register_buffer = add_module  # type: ignore[assignment]  # pruning and parametrisations do
 
     def _replicate_for_data_parallel(self) -> Any:
         refuse("it cannot be copied to several GPUs")
@@ -129,6 +117,9 @@ class Frozen(nn.Module):
         if self._like is not None and isinstance(value, (Tensor, nn.Module)):
             refuse(f"its {name!r} cannot be set")
         super().__setattr__(name, value)
+
+    # Pruning and parametrisations call these.
+    add_module = register_parameter = register_buffer = __setattr__  # type: ignore[assignment]
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -145,28 +136,8 @@ class Frozen(nn.Module):
         return module
 
 
-class Lookup:
-    """Rows of a table."""
-
-    def __init__(self, table: Tensor) -> None:
-        self._table = table
-
-    def __call__(self, ids: Tensor) -> Tensor:
-        return F.embedding(ids, self._table)
-
-
-class Norm:
-    """``nn.LayerNorm`` of fixed weights as one call."""
-
-    def __init__(self, size: int, weight: Tensor | None, bias: Tensor | None) -> None:
-        self._shape, self.weight, self.bias = [size], weight, bias
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return torch.layer_norm(x, self._shape, self.weight, self.bias)
-
-
 class Part(Frozen):
-    """A part of a model outside of its layers: what it computes, and the weights that it shows.
+    """A part of a model outside of its layers.
 
     Args:
         run: maps the input to the output.
@@ -175,10 +146,10 @@ class Part(Frozen):
 
     def __init__(self, run: Callable[[Tensor], Tensor], **weights: Tensor | None) -> None:
         super().__init__()
-        self._run, self.tensors = run, {name: tensor for name, tensor in weights.items() if tensor is not None}
+        self.run, self.tensors = run, {name: tensor for name, tensor in weights.items() if tensor is not None}
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._run(x)
+        return self.run(x)
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={list(tensor.shape)}" for name, tensor in self.tensors.items())
@@ -188,51 +159,53 @@ class Part(Frozen):
         return super().__getattr__(name) if tensor is None else Weight(lambda: tensor, tensor)
 
 
+def norm(config: OPTConfig, weight: Tensor | None, bias: Tensor | None) -> partial[Tensor]:
+    """``nn.LayerNorm`` of fixed weights as one call."""
+    return partial(torch.layer_norm, normalized_shape=[config.hidden_size], weight=weight, bias=bias)
+
+
 class InferenceOPT(Frozen, OPT):
     """An OPT whose weights are read and never changed: it cannot be trained, moved or cast.
 
     Args:
         config: shape and options.
-        dtype, device: of its weights.
-
-    Attributes:
+        weights: all but the layers', by name.
+        layers: modules that are called as ``DecoderLayer`` is.
+        head: maps hidden states to logits.
+        lookup: of tokens; ``None`` looks into the table.
         in_int8: whether the layers' weights are in int8, and have scales.
     """
 
-    in_int8 = False
-    _head: Callable[[Tensor], Tensor]
-
-    def __init__(self, config: OPTConfig, dtype: torch.dtype, device: torch.device) -> None:
-        super().__init__(config, device="meta", dtype=dtype)
-        self._dtype, self._device, self._shown = dtype, device, dict(OPT.state_dict(self))  # on the meta device
-
-    def finish(self, weights: Mapping[str, Tensor], lookup: Callable[[Tensor], Tensor] | None = None) -> None:
-        """Ends building, behind which nothing changes.
-
-        Args:
-            weights: all but the layers'.
-            lookup: of tokens; ``None`` looks into the table.
-        """
-        tensors = {name: tensor.detach() for name, tensor in weights.items()}
-        table, positions = tensors["embed_tokens.weight"], tensors["embed_positions.weight"]
-        parts = {
-            "embed_tokens": Part(lookup or Lookup(table), weight=table),
-            "embed_positions": Part(Lookup(positions), weight=positions),
+    def __init__(
+        self,
+        config: OPTConfig,
+        weights: Mapping[str, Tensor],
+        layers: Sequence[nn.Module],
+        head: Callable[[Tensor], Tensor],
+        lookup: Callable[[Tensor], Tensor] | None = None,
+        in_int8: bool = False,
+    ) -> None:
+        nn.Module.__init__(self)
+        self.config, self._head, self.in_int8 = config, head, in_int8
+        of = {name: tensor.detach() for name, tensor in weights.items()}
+        table, positions = of["embed_tokens.weight"], of["embed_positions.weight"]
+        last = {part: of.get(f"final_layer_norm.{part}") for part in ("weight", "bias")}
+        parts: dict[str, nn.Module | None] = {
+            "embed_tokens": Part(lookup or partial(F.embedding, weight=table), weight=table),
+            "embed_positions": Part(partial(F.embedding, weight=positions), weight=positions),
+            "layers": nn.ModuleList(layers),
+            "final_layer_norm": Part(norm(config, **last), **last) if config.has_final_layer_norm else None,
         }
         for name in ("project_in", "project_out"):
-            if getattr(self, name) is not None:
-                weight = tensors[f"{name}.weight"]
-                parts[name] = Part(Plain(weight, None), weight=weight)
-        if self.final_layer_norm is not None:
-            norm = Norm(self.config.hidden_size, *(tensors.get(f"final_layer_norm.{p}") for p in ("weight", "bias")))
-            parts["final_layer_norm"] = Part(norm, weight=norm.weight, bias=norm.bias)
+            weight = of.get(f"{name}.weight")
+            parts[name] = None if weight is None else Part(Plain(weight, None), weight=weight)
         for name, part in parts.items():
             setattr(self, name, part)
-        like = torch.empty(1, dtype=self._dtype, device=self._device)
+        self._dtype, self._device = table.dtype, table.device
         for module in self.modules():
             module.training = False
             if isinstance(module, Frozen):
-                module.__dict__["_like"] = like
+                module.__dict__["_like"] = table.new_empty(1)
 
     @property
     def device(self) -> torch.device:
@@ -243,10 +216,10 @@ class InferenceOPT(Frozen, OPT):
         return self._dtype
 
     def head(self, h: Tensor) -> Tensor:
-        """Logits ``[..., V]`` of hidden states ``[..., E]``."""
+        """See ``OPT.head``."""
         return self._head(h)
 
-    def read(self, name: str) -> Tensor:
+    def read_weight(self, name: str) -> Tensor:
         """A weight by its name in an OPT, or the scale of one; perhaps the model's own memory."""
         module, _, part = name.rpartition(".")
         return getattr(self, module).tensors[part]
@@ -255,24 +228,19 @@ class InferenceOPT(Frozen, OPT):
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Parameter]]:
         """The weights of an ``OPT``, int8 ones with their scales. Each is read when its numbers are asked for."""
-        for name, like in self._shown.items():
-            found = {name: like}
+        for name, shape in parameter_shapes(self.config).items():
+            found = {name: torch.empty(shape, dtype=self.dtype, device="meta")}
             if self.in_int8 and int8.is_quantized(name):
-                found = {name: like.to(torch.int8), name + int8.SCALE: like.new_empty(len(like), 1).float()}
-            for key, shown in found.items():
-                weight: Any = Weight(partial(self.read, key), shown, self._device)
+                scale = torch.empty(shape[0], 1, dtype=torch.float32, device="meta")
+                found = {name: found[name].to(torch.int8), name + int8.SCALE: scale}
+            for key, like in found.items():
+                weight: Any = Weight(partial(self.read_weight, key), like, self.device)
                 yield f"{prefix}.{key}" if prefix else key, weight
 
     def get_parameter(self, target: str) -> nn.Parameter:
         """See ``nn.Module.get_parameter``."""
         return dict(self.named_parameters())[target]
 
-    def state_dict(self, *, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> dict[str, Any]:  # type: ignore[override]
-        """Copies of the weights of an ``OPT``, int8 ones with their scales: as much memory as a second model.
-
-        ``named_parameters`` gives them one by one.
-        """
-        state: dict[str, Any] = {} if destination is None else destination
-        for name, weight in self.named_parameters():
-            state[prefix + name] = weight.clone()
-        return state
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        """Copies all weights, which takes as much memory as a second model."""
+        destination.update({prefix + name: weight.clone() for name, weight in self.named_parameters()})

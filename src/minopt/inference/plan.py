@@ -21,17 +21,17 @@ from minopt.checkpoint.pieces import Share, main_dtype
 from minopt.checkpoint.source import Checkpoint, open_checkpoint
 from minopt.checkpoint.weights import DTYPES
 from minopt.config import PRESETS, OPTConfig
-from minopt.inference.linear import Blocked, Packed, Plain, kind_on_cpu
+from minopt.inference.linear import Blocked, OneDNN, Plain, kind_on_cpu
 from minopt.inference.program import is_exported
 from minopt.memory import available_memory
-from minopt.model import OPT
+from minopt.model import parameter_shapes
 from minopt.progress import size_of
 
 # Python, torch and its libraries; on a GPU what CUDA and its libraries take of it (not measured).
 RUNTIME_BYTES = {"cpu": 370_000_000, "cuda": 700_000_000}
 
 # What a token of a prompt takes, in inner widths of the feed-forward: measured, with what allocators do not reuse.
-_INNER = {Blocked: 5, Packed: 4, Plain: 4}
+_INNER = {Blocked: 5, OneDNN: 4, Plain: 4}
 _INNER_INT8 = 8
 
 
@@ -213,8 +213,8 @@ def shortage(
 def _sizes(config: OPTConfig, itemsize: int, devices: int, quantize: str | None) -> Iterator[tuple[str, int]]:
     """Bytes of the first process' share of each tensor."""
     share = Share(0, devices)
-    for name, tensor in OPT(config, device="meta").state_dict().items():
-        shape, dim = list(tensor.shape), shard_dim(name)
+    for name, whole in parameter_shapes(config).items():
+        shape, dim = list(whole), shard_dim(name)
         if dim is not None:
             shape[dim] = share.of(shape[dim])[1]
         if quantize and int8.is_quantized(name):

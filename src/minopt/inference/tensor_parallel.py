@@ -10,7 +10,7 @@ Shapes: V vocabulary, N processes, W = V / N rounded up.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from minopt.checkpoint.source import Checkpoint
 from minopt.checkpoint.weights import read_weights
 from minopt.config import OPTConfig
 from minopt.distributed import end_well, watch_group
-from minopt.inference.fast import FastLayer, FastOPT
+from minopt.inference.fast import FastOPT
 from minopt.inference.linear import Product, packs
 from minopt.inference.plan import check_divides, shortage
 
@@ -52,13 +52,13 @@ class ParallelOPT(FastOPT):
         self.group, self.share = mesh.get_group(), share_of(config, mesh)
         if self.share.index > 0:  # what all processes add is added once
             weights = ((name, torch.zeros_like(t) if name.endswith(_ADDED_ONCE) else t) for name, t in weights)
-        super().__init__(config, weights)
-        for layer in self.layers:
-            assert isinstance(layer, FastLayer)
-            layer._out, layer._fc2 = (_Summed(product, self.group) for product in (layer._out, layer._fc2))
-
-    def _lookup(self, table: Tensor) -> Callable[[Tensor], Tensor]:
-        return _SharedLookup(table, self.share.of(self.config.vocab_size)[0], self.group)
+        first = self.share.of(config.vocab_size)[0]
+        super().__init__(
+            config,
+            weights,
+            lookup=lambda table: _SharedLookup(table, first, self.group),
+            summed=lambda product: _Summed(product, self.group),
+        )
 
     def head(self, h: Tensor) -> Tensor:
         """Logits ``[..., V]`` of hidden states ``[..., E]``."""
@@ -74,7 +74,7 @@ class ParallelOPT(FastOPT):
         heads = self.config.num_attention_heads // self.share.count
         return KVCache(self.config, batch_size, capacity, dtype=self.dtype, device=self.device, heads=heads)
 
-    def read(self, name: str) -> Tensor:
+    def read_weight(self, name: str) -> Tensor:
         """Refuses: no process has all weights."""
         raise ValueError(
             f"model: is divided among {self.share.count} processes, none of which has all weights. Load it in one to "
@@ -82,7 +82,7 @@ class ParallelOPT(FastOPT):
         )
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        self.read("")
+        self.read_weight("")
 
     def agreed(self, decision: Tensor) -> Tensor:
         """The first process' decision, in all of them."""
@@ -141,11 +141,12 @@ def share_of(config: OPTConfig, mesh: DeviceMesh) -> Share:
     return Share(mesh.get_local_rank(), mesh.size())
 
 
-class _Summed:
+class _Summed(Product):
     """A product of which each process computes a summand."""
 
     def __init__(self, product: Product, group: dist.ProcessGroup) -> None:
-        self._product, self._group, self.bias = product, group, product.bias
+        super().__init__(product.bias)
+        self._product, self._group = product, group
 
     def __call__(self, x: Tensor) -> Tensor:
         y = self._product(x).contiguous()
