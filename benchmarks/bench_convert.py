@@ -8,7 +8,6 @@ mapped ones alike, above what it held after importing minopt. The physical limit
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
@@ -20,8 +19,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import common
 import torch
-from common import keep, machine
 from torch import Tensor
 
 PARTS, SHARDS = 8, 8
@@ -134,8 +133,7 @@ def digest(path: Path) -> str:
 
 def main() -> None:
     """Writes the source, converts it in each way, and keeps the figures."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hardware", required=True, help="a short name of the machine, for the result's file")
+    parser = common.parser(__doc__)
     parser.add_argument("--folder", type=Path, help="where to work (default: a temporary folder)")
     args = parser.parse_args()
     largest = 2 * VOCAB * HIDDEN
@@ -164,11 +162,11 @@ def main() -> None:
             print(name, rows[name], flush=True)
             if destination != "hf":
                 shutil.rmtree(target)
-    result = machine("cpu") | {
+    result = common.machine("cpu") | {
         "source": f"{PARTS} parts x {SHARDS} shards", "source_mb": round(source_bytes / 1e6),
         "largest_tensor_mb": round(largest / 1e6), "conversions": rows,
     }  # fmt: skip
-    keep("convert", args.hardware, result)
+    common.keep("convert", args.hardware, result)
 
 
 if __name__ == "__main__":

@@ -29,10 +29,9 @@ WARM_UP = 2  # steps
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.parser(__doc__)
     parser.add_argument("--train-file", type=Path, help="SQuAD's JSON")
     parser.add_argument("--tokenizer", type=Path, help="folder of OPT's tokenizer files")
-    parser.add_argument("--hardware", default="local", help="short name of the machine, for the result's file")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=3, help="processes of each variant")
     parser.add_argument("--steps", type=int, default=8, help="that are timed, of a process")
@@ -58,11 +57,9 @@ def main() -> None:
 
 def compare(args: argparse.Namespace, temporary: str, batch_size: int, dtype: str) -> dict[str, Any]:
     """All variants in turn at one batch size and precision."""
-    model = Path(temporary) / "opt-125m-random"
-    if not model.exists():
-        common.write_model(Path(temporary))
-        for path in args.tokenizer.iterdir():
-            (model / path.name).write_bytes(path.read_bytes())
+    model = common.write_model(Path(temporary))
+    for path in args.tokenizer.iterdir():
+        (model / path.name).write_bytes(path.read_bytes())
     samples: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
     peaks: dict[str, list[int]] = {variant: [] for variant in VARIANTS}
     for round_ in range(args.rounds):

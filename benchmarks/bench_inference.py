@@ -119,8 +119,7 @@ CASES: dict[str, list[Case]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hardware", default="local", help="short name of the machine, for the result's file")
+    parser = common.parser(__doc__)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--samples", type=int, default=20)
     parser.add_argument("--threads", type=int, default=2, help="of each library, on a CPU")

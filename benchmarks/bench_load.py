@@ -1,9 +1,9 @@
-"""Time and peak memory of loading an opt-125m-size checkpoint, minopt and transformers in turn.
+"""Time and peak memory of loading an opt-125m-size checkpoint, minopt and transformers in turn; time of imports.
 
     python benchmarks/bench_load.py [--hardware NAME] [--samples 7]
 
 Each sample is a process of its own that loads once. Memory is resident (anonymous + file pages), read every
-millisecond, less what the process held before the load. Times are with the file in the page cache.
+2 ms, less what the process held before the load. Times are with the file in the page cache.
 """
 
 from __future__ import annotations
@@ -15,18 +15,24 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import common
 import torch
+from inference_child import Watch, resident_mb
+
+IMPORTS = (
+    "import minopt",
+    "import minopt; minopt.OPT",
+    "import minopt; minopt.load",
+    "import transformers; transformers.OPTForCausalLM",
+)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hardware", default="local", help="short name of the machine, for the result's file")
+    parser = common.parser(__doc__)
     parser.add_argument("--samples", type=int, default=7)
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -48,6 +54,16 @@ def main() -> None:
     common.keep(
         "load", args.hardware, {"topic": "load", **common.machine("cpu"), "samples": args.samples, "cases": cases}
     )
+    imports = {"milliseconds_over_import_torch": {name: import_ms(name, args.samples) for name in IMPORTS}}
+    common.keep("import", args.hardware, {"topic": "import", **common.machine("cpu"), **imports})
+
+
+def import_ms(statement: str, samples: int) -> float:
+    """What imports cost once torch is imported, the median of as many processes."""
+    code = f"import time, torch; begin = time.perf_counter(); {statement}; print(time.perf_counter() - begin)"
+    command = [sys.executable, "-c", code]
+    times = [float(subprocess.run(command, check=True, capture_output=True).stdout) for _ in range(samples)]
+    return round(statistics.median(times) * 1e3, 1)
 
 
 def write_models(folder: Path) -> dict[str, Path]:
@@ -87,37 +103,21 @@ def load_once(library: str, folder: str, dtype: str) -> dict[str, float]:
     else:
         from transformers import OPTForCausalLM
     before = resident_mb()
-    peak = [before]
-    done = threading.Event()
-
-    def watch() -> None:
-        while not done.is_set():
-            peak[0] = max(peak[0], resident_mb())
-            time.sleep(0.001)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    begin = time.perf_counter()
-    model: Any
-    if library == "minopt":
-        model = load_model(folder, device="cpu", dtype=dtype)
-    else:
-        model = OPTForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
-    load_seconds = time.perf_counter() - begin
-    begin = time.perf_counter()
-    with torch.inference_mode():
-        model(torch.tensor([[2, 100, 101]]))
-    first = time.perf_counter() - begin
-    done.set()
-    watcher.join()
+    with Watch() as watch:
+        begin = time.perf_counter()
+        model: Any
+        if library == "minopt":
+            model = load_model(folder, device="cpu", dtype=dtype)
+        else:
+            model = OPTForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+        load_seconds = time.perf_counter() - begin
+        begin = time.perf_counter()
+        with torch.inference_mode():
+            model(torch.tensor([[2, 100, 101]]))
+        first = time.perf_counter() - begin
     weights = sum(p.nbytes for p in model.parameters()) / 1e6
-    values = {"load_seconds": load_seconds, "first_call_seconds": first, "peak_mb": peak[0] - before}
-    return values | {"before_mb": before, "weights_mb": weights}
-
-
-def resident_mb() -> float:
-    """Anonymous and file pages of this process."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+    values = {"load_seconds": load_seconds, "first_call_seconds": first, "peak_mb": sum(watch.peak) - sum(before)}
+    return values | {"before_mb": sum(before), "weights_mb": weights}
 
 
 if __name__ == "__main__":

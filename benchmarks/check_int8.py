@@ -10,7 +10,6 @@ of the logits.
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -39,9 +38,8 @@ SCHEMES: dict[str, dict[str, Any]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.parser(__doc__)
     parser.add_argument("--books", nargs="+", required=True, type=Path)
-    parser.add_argument("--hardware", default="local", help="short name of the machine, for the result's file")
     args = parser.parse_args()
     result: dict[str, Any] = {"topic": "int8", **common.machine("cpu"), "perplexity": {}, "logit_error": {}}
     model, tokenizer = minopt.load_model(minopt.DEMO, device="cpu"), Tokenizer.load(minopt.DEMO)

@@ -8,7 +8,6 @@ float64, and once at the size of opt-125m; a model that is broken on purpose sho
 
 from __future__ import annotations
 
-import argparse
 from typing import Any
 
 import common
@@ -30,8 +29,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hardware", default="local", help="short name of the machine, for the result's file")
+    parser = common.parser(__doc__)
     args = parser.parse_args()
     transformers.logging.set_verbosity_error()
     rows = []

@@ -13,7 +13,6 @@ import argparse
 import contextlib
 import json
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -23,11 +22,9 @@ from typing import Any
 
 import common
 import torch
-from bench_parallel import write_model
 
-from minopt import OPT, OPTConfig
-from minopt.config import PRESETS
-from minopt.inference.plan import plan_generation, rows_that_fit
+from minopt import OPTConfig
+from minopt.inference.plan import plan_generation
 
 NEW_TOKENS = 8
 
@@ -66,16 +63,11 @@ CASES = (
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.parser(__doc__)
     parser.add_argument("--folder", type=Path, help="where the models go: 17 GB")
-    parser.add_argument("--table", action="store_true", help="write the table of docs/parallel.md, and do no more")
-    parser.add_argument("--hardware", default="local", help="short name of the machine, for the result's file")
     parser.add_argument("--only", nargs="+", choices=sorted({case.model for case in CASES}), help="models to check")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.table:
-        print("\n".join(table()))
-        return
     if args.child is not None:
         child(args.folder, Case(**json.loads(args.child)))
         return
@@ -83,11 +75,13 @@ def main() -> None:
     for case in CASES:
         if args.only and case.model not in args.only:
             continue
-        folder, disk = write_model(args.folder, case.model), None
+        folder, disk = common.write_model(args.folder, case.model, torch.float16), None
         if case.limit is not None:  # or it would find the files in the page cache of others, which has no limit
             disk = {"disk_gb_per_second": round(read_from_disk(folder) / 1e9, 2)}
             forget(folder)
-        found = run(folder, case)
+        arguments = (__file__, "--folder", folder, "--child", json.dumps(asdict(case)))
+        with limited(case.limit) as enter:
+            found = common.torchrun(case.processes, *arguments, preexec_fn=enter)
         plan = plan_generation(
             OPTConfig.preset(case.model), dtype=getattr(torch, case.dtype), devices=case.processes,
             offload=case.offload, quantize=case.quantize, batch=case.batch, length=case.length,
@@ -98,37 +92,6 @@ def main() -> None:
                       "error": round(plan.total / 1e6 / largest["peak_mb"] - 1, 4)})  # fmt: skip
         print(json.dumps(lines[-1]), flush=True)
     common.keep("plan", args.hardware, {"topic": "plan", **common.machine("cpu"), "cases": lines})
-
-
-def table() -> Iterator[str]:
-    """How many rows of 2,048 tokens fit in 16 bits into devices of several sizes, for 1, 2, 4 and 8 of them."""
-    memories = (16, 24, 40, 80, 141)
-    yield "| | parameters | " + " | ".join(f"{gigabytes} GB" for gigabytes in memories) + " |"
-    yield "| --- |" + " --- |" * (1 + len(memories))
-    for name in PRESETS:
-        if name.startswith("opt-"):
-            config = OPTConfig.preset(name)
-            count = sum(p.numel() for p in OPT(config, device="meta").parameters())
-            cells = [" / ".join(_rows(config, devices, g * 10**9) for devices in (1, 2, 4, 8)) for g in memories]
-            yield f"| {name} | {count / 1e9:.2f} billion | " + " | ".join(cells) + " |"
-
-
-def _rows(config: OPTConfig, devices: int, memory: int) -> str:
-    if config.num_attention_heads % devices:
-        return "-"
-    rows = rows_that_fit(config, memory, dtype=torch.float16, device="cuda", devices=devices)
-    return f"{rows:,}" if rows else "-"
-
-
-def run(folder: Path, case: Case) -> list[dict[str, Any]]:
-    """What each process tells."""
-    environment = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // case.processes))}
-    start = ["-m", "torch.distributed.run", "--nproc-per-node", str(case.processes), "--standalone"]
-    command = [sys.executable, *(start if case.processes > 1 else []), str(Path(__file__)), "--folder", str(folder)]
-    command += ["--child", json.dumps(asdict(case))]
-    with limited(case.limit) as enter:
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment, preexec_fn=enter)
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def forget(folder: Path) -> None:

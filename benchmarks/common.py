@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import os
 import platform
 import re
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
+from safetensors.torch import save_file
 
-from minopt import OPTConfig
+from minopt import OPT, OPTConfig
+from minopt.checkpoint.names import to_hf
 
 RESULTS = Path(__file__).parent / "results"
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """The command line of a benchmark."""
+    found = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    found.add_argument("--hardware", default="local", help="short name of the machine, for the result's file")
+    return found
 
 
 def synchronize(device: str) -> None:
@@ -64,23 +76,42 @@ def matmul_flops_per_second(dtype: torch.dtype, device: str) -> float:
 def write_model(
     folder: Path, preset: str = "opt-125m", dtype: torch.dtype = torch.float32, layers: int | None = None
 ) -> Path:
-    """A preset's shape, or its first layers, with random weights; biases are moved off 0. Holds one copy in memory."""
-    shape = OPTConfig.preset(preset).to_dict()
-    config = transformers.OPTConfig(**shape | {"num_hidden_layers": layers or shape["num_hidden_layers"]})
-    torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.02 * torch.randn_like(parameter))
-    model.save_pretrained(folder / f"{preset}-random")
-    return folder / f"{preset}-random"
+    """A preset's shape, or its first layers, with random weights, in files of 2 GB; one of them is in memory."""
+    config = OPTConfig.preset(preset)
+    folder = folder / f"{preset}-{layers or 'whole'}-{str(dtype).removeprefix('torch.')}"
+    config = replace(config, num_hidden_layers=layers or config.num_hidden_layers)
+    if (folder / "config.json").exists():
+        return folder
+    folder.mkdir(parents=True)
+    generator, held, weight_map = torch.Generator().manual_seed(0), dict[str, torch.Tensor](), dict[str, str]()
+    names = OPT(config, device="meta").state_dict()
+    for index, (name, meta) in enumerate(names.items(), 1):
+        noise = torch.empty(meta.shape).normal_(std=0.02, generator=generator)
+        held[to_hf(name)] = (1 + noise if "layer_norm.weight" in name else noise).to(dtype)
+        if sum(tensor.nbytes for tensor in held.values()) > 2e9 or index == len(names):
+            file = f"model-{index:05d}.safetensors"
+            save_file(held, folder / file, metadata={"format": "pt"})
+            weight_map |= dict.fromkeys(held, file)
+            held = {}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (folder / "config.json").write_text(json.dumps(config.to_dict()))
+    return folder
+
+
+def torchrun(count: int, script: str | Path, *arguments: object, **options: Any) -> list[dict[str, Any]]:
+    """What the processes of a script print in the end: a line of JSON. Cores are shared evenly."""
+    environment = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // count))}
+    start = ["-m", "torch.distributed.run", "--nproc-per-node", str(count), "--standalone"]
+    command = [sys.executable, *(start if count > 1 else []), *map(str, (script, *arguments))]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment, **options)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def machine(device: str) -> dict[str, Any]:
     """What a reader needs to know of where the figures come from."""
     return {
         "date": date.today().isoformat(),
-        "commit": _commit(),
+        "commit": commit(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": version("transformers"),
@@ -89,11 +120,11 @@ def machine(device: str) -> dict[str, Any]:
     }
 
 
-def _commit() -> str:
+def commit(tree: Path = Path()) -> str:
     """The one that is checked out, ``-dirty`` where files other than results differ from it."""
-    commit = subprocess.run(["git", "describe", "--always"], capture_output=True, text=True, check=False)
+    commit = subprocess.run(["git", "describe", "--always"], cwd=tree, capture_output=True, text=True, check=False)
     others = ["git", "diff", "--quiet", "HEAD", "--", ":/", ":(top,exclude)benchmarks/results"]
-    changed = subprocess.run(others, check=False).returncode
+    changed = subprocess.run(others, cwd=tree, check=False).returncode
     return commit.stdout.strip() + ("-dirty" if changed else "")
 
 

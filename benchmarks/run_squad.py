@@ -13,7 +13,6 @@ the second run as a picture of the same name.
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import subprocess
@@ -45,12 +44,11 @@ EVALUATION = {"tgt_length": TOKENS, "max_eval_samples": 500, "per_device_eval_ba
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.parser(__doc__)
     parser.add_argument("--train-file", type=Path, required=True)
     parser.add_argument("--dev-file", type=Path, required=True)
     parser.add_argument("--folder", type=Path, required=True, help="where data and runs go")
     parser.add_argument("--model", default=minopt.DEMO, help="(default: the small model that minopt carries)")
-    parser.add_argument("--hardware", default="local", help="short name of the machine, for the result's files")
     args = parser.parse_args()
 
     args.folder.mkdir(parents=True, exist_ok=True)

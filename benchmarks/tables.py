@@ -14,6 +14,12 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from minopt import OPT, OPTConfig
+from minopt.config import PRESETS
+from minopt.inference.plan import rows_that_fit
+
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = ("README.md", "benchmarks/README.md", "docs/parallel.md", "docs/training.md")
 VARIANTS = ("minopt", "exported", "ctranslate2", "transformers")
@@ -186,10 +192,29 @@ def memory() -> str:
     return table("model | form | texts | peak memory | planned | error | a step", rows)
 
 
+def plan() -> str:
+    """How many rows of 2,048 tokens fit in 16 bits into GPUs of several sizes, for 1, 2, 4 and 8 of them."""
+    memories, rows = (16, 24, 40, 80, 141), []
+    for name in PRESETS:
+        if name.startswith("opt-"):
+            config = OPTConfig.preset(name)
+            count = sum(p.numel() for p in OPT(config, device="meta").parameters())
+            cells = [" / ".join(fitting(config, devices, g * 10**9) for devices in (1, 2, 4, 8)) for g in memories]
+            rows.append([name, f"{count / 1e9:.2f} billion", *cells])
+    return table("model | parameters | " + " | ".join(f"{gigabytes} GB" for gigabytes in memories), rows)
+
+
+def fitting(config: OPTConfig, devices: int, memory: int) -> str:
+    if config.num_attention_heads % devices:
+        return "-"
+    rows = rows_that_fit(config, memory, dtype=torch.float16, device="cuda", devices=devices)
+    return f"{rows:,}" if rows else "-"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "speed": lambda: inference(IN_README),
     **{build.__name__: build for build in (inference, contexts, start, peaks, steps, prompts, finetune, squad, int8,
-                                           load, convert, memory, processes)},
+                                           load, convert, memory, processes, plan)},
 }  # fmt: skip
 
 
