@@ -15,8 +15,8 @@ FOLDER = Path(__file__).parent
 QUICKSTART = [
     "# minopt: a quick start\n"
     "\n"
-    "Load a model, continue a text, look inside. The small model that minopt carries makes this run anywhere, offline; "
-    'put `"facebook/opt-125m"`, another name, or a folder in its place for a real one.',
+    "Load a model, continue a text, look inside. This notebook uses the package's small model and runs offline. "
+    'For a real model, replace `minopt.DEMO` by `"facebook/opt-125m"`, another name, or a folder.',
     """
 import minopt
 
@@ -28,9 +28,9 @@ lm.model.config
 prompt = "The old man sat down by the fire and"
 print(lm.generate(prompt, max_new_tokens=30, echo=True))
 """,
-    "## What the model thinks comes next\n"
+    "## The distribution of the next token\n"
     "\n"
-    "The model maps ids to logits; the softmax of the last row is the distribution of the next token.",
+    "The model maps token ids to logits. The softmax of the last row is the distribution of the next token.",
     """
 import matplotlib.pyplot as plt
 import torch
@@ -53,7 +53,7 @@ plt.show()
 """,
     "## Several texts at once\n"
     "\n"
-    "A list runs in batches; shorter prompts are padded on the left, and each gets what it would get alone. "
+    "A list runs in batches. Shorter prompts are padded on the left; each gives the same text as alone. "
     "`return_details=True` adds token ids, log-probabilities and the reason for stopping.",
     """
 prompts = ["It was a dark night", "“My dear,” said", "The ship"]
@@ -80,8 +80,8 @@ with tempfile.TemporaryDirectory() as folder:
 DECODING = [
     "# Ways to continue a text\n"
     "\n"
-    "What the model gives is a distribution of the next token; how a text is made of those is a choice. Here the ways "
-    "stand side by side, on the small model that minopt carries (novels of a century ago, 3.9 M parameters). "
+    "A model gives a distribution of the next token. There are several ways to make a text from it. This notebook "
+    "compares them on the small model of the package (3.9 M parameters, trained on novels of a century ago). "
     "[docs/generation.md](../docs/generation.md) has every option.",
     """
 import minopt
@@ -103,14 +103,14 @@ for name, options in ways.items():
     record = lm.generate(prompt, max_new_tokens=40, return_details=True, **options)
     print(f"{name}  (log-probability {sum(record.logprobs):.1f})\\n   {record.text.strip()}\\n")
 """,
-    "Greedy decoding takes the best token each time and runs in circles; beams find texts that are more probable as a "
-    "whole, and no better for it. Sampling is less probable and reads more like a book.",
+    "Greedy decoding takes the most probable token each time and soon repeats itself. Beam search finds texts that are "
+    "more probable as a whole, which does not make them better. Sampled texts are less "
+    "probable and read more like a book.",
     "## Beams\n"
     "\n"
-    "Eight hypotheses are kept at each step, and the best eight come back, best first. All of a step's beams share "
-    "their past in the cache: the prompt is stored once, whatever their number. Beams that survive differ at the end "
-    "only: on the left, the best one begins with less probable tokens than greedy decoding and wins later; on the "
-    "right, what the eight end with.",
+    "Each step keeps eight hypotheses. The result is the best eight, best first. The cache stores the prompt once for "
+    "all beams. Left: the best beam starts with less probable tokens than greedy decoding and is more probable in the "
+    "end. Right: the eight beams differ only in their last tokens.",
     """
 import itertools
 import os
@@ -147,8 +147,8 @@ plt.show()
 for record in records[:3]:
     print(f"{record.score:.3f}  {record.text!r}")
 """,
-    "A score is the sum divided by `length ** length_penalty`. Texts that may end (here at a full stop) show what the "
-    "penalty does: log-probabilities are negative, so a higher power favours longer texts.",
+    "The score is the sum divided by `length ** length_penalty`. Here texts may end at a full stop. Log-probabilities "
+    "are negative, so a higher `length_penalty` favours longer texts.",
     """
 stop = lm.tokenizer.encode(".", add_bos=False)
 for length_penalty in (0.0, 0.5, 1.0, 2.0):
@@ -156,9 +156,10 @@ for length_penalty in (0.0, 0.5, 1.0, 2.0):
                           length_penalty=length_penalty, return_details=True)
     print(f"{length_penalty}  {len(best.token_ids):2} tokens, score {best.score:8.4f}  {best.text!r}")
 """,
-    "## Constraints, and rules of your own\n"
+    "## Constraints, and your own rules\n"
     "\n"
-    "A rule is a function of the tokens so far and their scores to new scores. This one allows no token with an `e`.",
+    "A rule is a function: it takes the tokens so far and their scores, and returns new scores. This rule excludes "
+    "tokens that contain an `e`.",
     """
 import torch
 
@@ -183,8 +184,8 @@ print(f"perplexity {lm.perplexity('It was the best of times, it was the worst of
 """,
     "## Many prompts\n"
     "\n"
-    "A list of any length runs in batches of like length and comes back in order; `minopt generate --input` does the "
-    "same with a file.",
+    "A list of any length runs in batches of similar length. Results come in the order of the prompts. "
+    "`minopt generate --input` does the same with a file.",
     """
 prompts = [f"On the {day} day of the week, the captain" for day in ("first", "second", "third", "fourth", "last")]
 for text in lm.generate(prompts, max_new_tokens=12, echo=True):

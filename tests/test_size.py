@@ -1,0 +1,55 @@
+"""The source stays small enough to be read."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import minopt
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = Path(minopt.__file__).parent
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+
+
+def is_core(path: Path) -> bool:
+    """What a reader reads to know how minopt works."""
+    room, *rest = path.relative_to(PACKAGE).parts
+    files = {"config.py", "model.py", "masks.py", "cache.py", "tokenizer.py", "load.py", "text.py"}
+    return room in files or room in ("generation", "training") or (room == "checkpoint" and rest[0] != "metaseq")
+
+
+def lines(paths: list[Path]) -> int:
+    return sum(len(path.read_text(encoding="utf-8").splitlines()) for path in paths)
+
+
+@pytest.mark.parametrize(
+    ("paths", "most"),
+    [
+        (SOURCES, 10_000),
+        ([path for path in SOURCES if is_core(path)], 6_500),
+        ([path for path in SOURCES if path.parent.name == "training"], 1_800),
+        (sorted((ROOT / "tests").rglob("*.py")), 17_000),
+        (sorted((ROOT / "benchmarks").glob("*.py")), 3_000),
+    ],
+    ids=["src", "core", "training", "tests", "benchmarks"],
+)
+def test_a_part_has_at_most_so_many_lines(paths: list[Path], most: int) -> None:
+    assert paths
+    assert lines(paths) <= most
+
+
+def long_functions(path: Path, most: int) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and node.end_lineno is not None:
+            length = node.end_lineno - node.lineno + 1
+            if length > most:
+                yield f"{path.name}: {node.name} has {length} lines"
+
+
+def test_files_and_functions_are_short() -> None:
+    assert [f"{path.name}: {lines([path])} lines" for path in SOURCES if lines([path]) > 450] == []
+    assert [found for path in SOURCES for found in long_functions(path, 60)] == []
