@@ -25,7 +25,7 @@ ORDER = (
     ("errors", "files", "memory", "progress", "watch"),
     ("config",),
     ("settings",),
-    ("cache", "distributed", "int8"),
+    ("cache", "distributed", "int8", "load_options"),
     ("model",),
     ("tokenizer", "wrapped"),
     ("generation",),
@@ -34,6 +34,7 @@ ORDER = (
     ("evaluation",),
     ("training",),
     ("text",),
+    ("loading",),
     ("cli",),
     ("__main__",),
 )
@@ -43,7 +44,6 @@ RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
 LAZY = {
     "minopt.checkpoint.hub": {"huggingface_hub"},
     "minopt.checkpoint.hub_watch": {"huggingface_hub"},
-    "minopt.text": {"minopt"},  # export, which brings the compiler, and tensor_parallel, torch.distributed
     "minopt.checkpoint.save": {"safetensors"},
     "minopt.progress": {"tqdm"},
     **{f"minopt.cli.{verb}": {"minopt"} for verb in ("checkpoints", "evaluate", "export", "finetune")},
@@ -111,7 +111,7 @@ def test_imports_run_one_way(module: str) -> None:
         ("minopt.cache", "import minopt.generation.decode", "does not come before it"),
         ("minopt.model", "from minopt import Tokenizer", "minopt.tokenizer, which does not come before it"),
         ("minopt.model", "from minopt.checkpoint import names", "does not come before it"),
-        ("minopt.checkpoint.weights", "from minopt.text import load", "does not come before it"),
+        ("minopt.checkpoint.weights", "from minopt.loading import load", "does not come before it"),
         ("minopt.checkpoint.names", "from minopt.training.parallel import fully_shard", "does not come before it"),
         ("minopt.generation.decode", "def f():\n    import numpy", "inside a function"),
         ("minopt.model", "class A:\n    def f(self):\n        from minopt.cache import KVCache", "inside a function"),
@@ -125,7 +125,7 @@ def test_imports_run_one_way(module: str) -> None:
         ("minopt.generation.decode", "from minopt.training.parallel import apply_fsdp", "does not come before it"),
         ("minopt.text", "from minopt.cli.common import tell", "does not come before it"),
         ("minopt.cli.finetune", "def f():\n    import torch", "inside a function"),
-        ("minopt.cli", "def f():\n    from minopt.text import load", "inside a function"),
+        ("minopt.cli", "def f():\n    from minopt.loading import load", "inside a function"),
         ("minopt.cli", "import transformers", "minopt.cli imports transformers"),
         ("minopt.checkpoint.hub", "from transformers.utils import hub", "minopt.checkpoint.hub imports transformers"),
         ("minopt.model", "from .cache import KVCache", "relative"),
@@ -146,7 +146,7 @@ def test_a_break_of_the_rules_is_found(module: str, source: str, message: str) -
             "minopt.training.trainer",
             "from minopt.evaluation.squad import score\nfrom minopt.training.parallel import apply_fsdp",
         ),
-        ("minopt.cli.generate", "from minopt import DEMO\ndef f():\n    from minopt.text import load"),
+        ("minopt.cli.generate", "from minopt import DEMO\ndef f():\n    from minopt.loading import load"),
         (
             "minopt.cli.evaluate",
             "from minopt.cli.common import tell\nfrom minopt.training.config import TrainingConfig",

@@ -15,14 +15,14 @@ if TYPE_CHECKING:
     from minopt.checkpoint.errors import CheckpointError
     from minopt.checkpoint.inspect import inspect_checkpoint
     from minopt.checkpoint.save import save_model
-    from minopt.checkpoint.weights import load_model
     from minopt.config import OPTConfig
     from minopt.generation.decode import generate
     from minopt.generation.options import GenerationConfig
     from minopt.generation.request import GenerationOutput
     from minopt.inference.compile import export_model
+    from minopt.loading import load, load_model
     from minopt.model import OPT
-    from minopt.text import GeneratedText, LanguageModel, load
+    from minopt.text import GeneratedText, LanguageModel
     from minopt.tokenizer import Tokenizer
     from minopt.training.config import TrainingConfig
     from minopt.training.data import Example, read_data
@@ -36,7 +36,6 @@ DEMO = str(Path(__file__).parent / "demo")
 # Where each public name is defined; imported on first use, so that `import minopt` costs nothing.
 _HOME = {
     "KVCache": "minopt.cache",
-    "load_model": "minopt.checkpoint.weights",
     "convert": "minopt.checkpoint.convert",
     "CheckpointError": "minopt.checkpoint.errors",
     "inspect_checkpoint": "minopt.checkpoint.inspect",
@@ -48,7 +47,8 @@ _HOME = {
     "generate": "minopt.generation.decode",
     "GeneratedText": "minopt.text",
     "LanguageModel": "minopt.text",
-    "load": "minopt.text",
+    "load": "minopt.loading",
+    "load_model": "minopt.loading",
     "OPT": "minopt.model",
     "Tokenizer": "minopt.tokenizer",
     "TrainingConfig": "minopt.training.config",

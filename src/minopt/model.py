@@ -235,6 +235,12 @@ class OPT(nn.Module):
         if self.config.pad_token_id is not None:
             self.embed_tokens.weight[self.config.pad_token_id].zero_()
 
+    max_batch: int | None = None  # any number of rows
+
+    def as_opt(self) -> OPT:
+        """The model itself: it has weights."""
+        return self
+
     @property
     def device(self) -> torch.device:
         return self.embed_tokens.weight.device

@@ -2,44 +2,27 @@
 
 from __future__ import annotations
 
-import logging
 import math
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 
-from minopt.checkpoint.hub import find_model
 from minopt.checkpoint.save import save_model
-from minopt.checkpoint.source import Checkpoint, open_checkpoint
-from minopt.checkpoint.weights import load_checkpoint, read_weights, resolve_device, resolve_dtype
-from minopt.config import OPTConfig
 from minopt.evaluation.perplexity import window_perplexity
 from minopt.generation.batches import cut_batches
 from minopt.generation.decode import decode_steps, run
-from minopt.generation.options import GenerationConfig, read_defaults, with_defaults
-from minopt.generation.request import STOP_REASONS, GenerationOutput, Request, check_room, prepare
+from minopt.generation.options import GenerationConfig, with_defaults
+from minopt.generation.request import STOP_REASONS, Decoder, GenerationOutput, Request, check_room, prepare
 from minopt.generation.scoring import token_logprobs
-from minopt.inference.fast import FastOPT
-from minopt.inference.graphs import GraphedOPT
-from minopt.inference.linear import packs
-from minopt.inference.offload import StreamedOPT
-from minopt.inference.plan import shortage
-from minopt.inference.program import NO_WEIGHTS, ExportedModel, is_exported, load_exported
 from minopt.model import OPT
 from minopt.progress import bar
 from minopt.tokenizer import StopStrings, Tokenizer, pad_left
 from minopt.wrapped import decoder_of
-
-if TYPE_CHECKING:  # it takes a quarter of a second to import
-    from torch.distributed.device_mesh import DeviceMesh
-
-logger = logging.getLogger(__name__)
 
 # What a few float32 rows of OPT's vocabulary weigh, in tokens of opt-125m's cache.
 SCORES_IN_TOKENS = 8
@@ -109,11 +92,11 @@ class LanguageModel:
 
     def __init__(
         self,
-        model: OPT | ExportedModel,
+        model: Decoder,
         tokenizer: Tokenizer | None,
         generation_defaults: Mapping[str, Any] | None = None,
     ) -> None:
-        self.decoder: OPT | ExportedModel = decoder_of(model)
+        self.decoder: Decoder = decoder_of(model)
         self.tokenizer = tokenizer
         self.generation_defaults = dict(generation_defaults or {})
 
@@ -129,9 +112,7 @@ class LanguageModel:
         Raises:
             ValueError: if this is an exported program.
         """
-        if isinstance(self.decoder, ExportedModel):
-            raise ValueError(NO_WEIGHTS)
-        return self.decoder
+        return self.decoder.as_opt()
 
     @overload
     def generate(self, prompt: str, *, return_details: Literal[False] = ..., **options: Any) -> str: ...
@@ -400,7 +381,7 @@ class LanguageModel:
 
     def _most_rows(self, copies: int = 1) -> int | None:
         """How many texts an exported program takes at once, ``copies`` rows each; ``None`` is any number."""
-        most = self.decoder.max_batch if isinstance(self.decoder, ExportedModel) else None
+        most = self.decoder.max_batch
         return None if most is None else max(1, most // copies)
 
     def _cost(self, tokens: int, config: GenerationConfig) -> int:
@@ -530,129 +511,3 @@ def _checked(name: str, text: object) -> str:
     if not isinstance(text, str):
         raise ValueError(f"{name}: expected a text, got {type(text).__name__}.")
     return text
-
-
-def load(
-    name_or_path: str | Path,
-    *,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | str = "auto",
-    quantize: str | None = None,
-    optimize: bool | Literal["compile"] = True,
-    mesh: DeviceMesh | None = None,
-    offload: str | None = None,
-    revision: str | None = None,
-    local_files_only: bool = False,
-    model_config: OPTConfig | str | Path | None = None,
-    ignore: Sequence[str] = (),
-    tokenizer: str | Path | None = None,
-) -> LanguageModel:
-    """Loads a model with its tokenizer: ``minopt.load("facebook/opt-125m").generate("Today is")``.
-
-    Args and Raises: see ``minopt.load_model``; and ``ValueError`` if the tokenizer's files or generation_config.json
-    cannot be read, or the options for speed do not fit.
-
-    Args:
-        name_or_path: also a folder that ``minopt export`` wrote; see ``minopt.inference.program.load_exported``.
-        quantize: ``"int8"`` rounds the layers' weights and the head's to 8 bits (a scale for each output channel),
-            ``None`` leaves them as the checkpoint has them.
-        optimize: make it fast, and for inference only (``minopt.inference.fast.FastOPT``). ``False`` gives the plain
-            model, which can be trained, moved and cast; ``save`` writes the plain weights of either. ``"compile"`` is
-            faster for single tokens, after a minute: on a CPU the program that ``minopt export`` would write, which
-            has no weights to save, on a GPU a compiled step.
-        mesh: of one dim: the processes among which the model is divided (tensor parallelism). Each calls this and reads
-            its share alone; then each calls the same methods with the same arguments, and gets the same results.
-        offload: for a model larger than the device: where its layers wait while others compute, ``"disk"`` (the
-            checkpoint's own files) or, for a GPU, ``"cpu"`` (pinned memory). Each pass reads all: take large batches.
-        tokenizer: the folder of its files; ``None`` looks beside the weights, then one folder up.
-
-    Returns:
-        A ``LanguageModel``; its ``tokenizer`` is ``None`` where the checkpoint has no tokenizer files.
-    """
-    if device is None and mesh is not None:
-        device = mesh.device_type
-    target, number_type = resolve_device(device), resolve_dtype(dtype)
-    if quantize not in (None, "int8"):
-        raise ValueError(f'quantize: expected None or "int8", got {quantize!r}.')
-    if not isinstance(optimize, bool) and optimize != "compile":
-        raise ValueError(f'optimize: expected True, False or "compile", got {optimize!r}.')
-    if quantize and not optimize:
-        raise ValueError("quantize: int8 weights are for inference, got optimize=False. Leave one of the two out.")
-    if quantize and optimize == "compile" and target.type != "cpu":
-        raise ValueError('quantize: int8 programs run on a CPU, got optimize="compile" on a GPU. Leave out one.')
-    if mesh is not None and optimize is not True:
-        raise ValueError(f"optimize: a model that is divided has but one form, got {optimize!r}. Leave it out.")
-    if offload is not None:
-        _check_offload(offload, target, quantize, optimize, mesh)
-    path = find_model(name_or_path, revision=revision, local_files_only=local_files_only)
-    checkpoint = None if is_exported(path) else open_checkpoint(path, model_config, ignore)
-    for name, given in (
-        ("model_config", model_config), ("ignore", ignore or None), ("quantize", quantize), ("mesh", mesh),
-        ("offload", offload),
-    ):  # fmt: skip
-        if checkpoint is None and given is not None:
-            raise ValueError(f"{name}: {path} is a program, compiled with its own. Leave it out.")
-    place = path if checkpoint is None else checkpoint.found.folder
-    reader = Tokenizer.beside(place, tokenizer)
-    rows = {} if checkpoint is None else {"rows": checkpoint.config.vocab_size}
-    defaults = read_defaults(place / "generation_config.json", **rows)
-    model: OPT | ExportedModel
-    if checkpoint is None:
-        model = load_exported(path, device=device, dtype=number_type or "auto")
-    elif mesh is not None:
-        from minopt.inference.tensor_parallel import load_share  # it brings torch.distributed
-
-        model = load_share(checkpoint, target, number_type, mesh, quantize=quantize == "int8")
-    elif optimize is True and (reason := shortage(checkpoint, target, number_type, offload=offload, quantize=quantize)):
-        raise ValueError(reason)
-    elif offload is not None:
-        model = StreamedOPT(checkpoint, target, number_type, in_memory=offload == "cpu")
-    elif optimize == "compile" and target.type == "cpu":
-        model = _compiled(checkpoint, target, number_type, quantize)
-    elif optimize:
-        weights = read_weights(
-            checkpoint, target, number_type, apart=packs(number_type), keep_int8=True, quantize=quantize == "int8"
-        )
-        model = (GraphedOPT if target.type == "cuda" else FastOPT)(checkpoint.config, weights)
-        if isinstance(model, GraphedOPT):
-            model.compile_step = optimize == "compile"
-    else:
-        model = load_checkpoint(checkpoint, target, number_type)
-    if reader is not None:
-        reader.warn_of_conflicts(model.config, place)
-    return LanguageModel(model, reader, defaults)
-
-
-def _check_offload(
-    offload: str, device: torch.device, quantize: str | None, optimize: bool | str, mesh: DeviceMesh | None
-) -> None:
-    if offload not in ("disk", "cpu"):
-        raise ValueError(f'offload: expected "disk" or "cpu", got {offload!r}.')
-    if offload == "cpu" and device.type == "cpu":
-        raise ValueError(
-            'offload: expected "disk", for the device is a CPU, in whose memory layers would wait, got "cpu".'
-        )
-    if mesh is not None:
-        raise ValueError("offload: expected one process, got a model that is divided. Leave one of the two out.")
-    if optimize is not True:
-        raise ValueError(
-            f"optimize: a model whose layers are offloaded has but one form, got {optimize!r}. Leave it out."
-        )
-    if quantize is not None:
-        raise ValueError(
-            "quantize: layers come from the checkpoint as it is, got offload. Write an int8 folder first: "
-            "minopt convert --quantize int8."
-        )
-
-
-def _compiled(
-    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype | None, quantize: str | None
-) -> ExportedModel:
-    """A model as its program, which needs no file once it is loaded."""
-    from minopt.inference.compile import compile_program  # it brings the compiler
-
-    with tempfile.TemporaryDirectory(prefix="minopt-") as place:
-        folder = Path(place) / "program"
-        folder.mkdir()
-        limit = checkpoint.config.max_position_embeddings
-        return compile_program(checkpoint, folder, device, dtype, quantize, limit, is_kept=False)

@@ -30,8 +30,8 @@ from minopt.checkpoint.save import (
     write_safetensors,
 )
 from minopt.checkpoint.source import Checkpoint, open_checkpoint
-from minopt.checkpoint.weights import resolve_dtype
 from minopt.config import OPTConfig, read_json
+from minopt.load_options import resolve_dtype
 from minopt.progress import bar, size_of
 from minopt.tokenizer import Tokenizer
 

@@ -7,6 +7,13 @@ from pathlib import Path
 from minopt.checkpoint.errors import some
 from minopt.config import read_json
 
+MANIFEST = "manifest.json"  # of the folder of an exported program
+
+NO_WEIGHTS = (
+    "model: this is an exported program, which generates and scores, but has no weights to train, measure or save. "
+    "Load what it was exported from."
+)
+
 _SOURCE = "Name the model that it was made from."
 _DEEPSPEED = ("the shards that DeepSpeed divides weights and optimizer into. Put them together first: python "
               "zero_to_fp32.py, which lies beside them.")  # fmt: skip
@@ -24,6 +31,11 @@ _KNOWN = (
     (("*-of-*.safetensors", "*-of-*.bin"), "shards without their index. Fetch the file *.index.json too."),
     (("*.safetensors", "*.bin", "*.pth", "*.ckpt"), "of another name. If it holds the weights, name the file itself."),
 )  # fmt: skip
+
+
+def is_exported(path: Path | None) -> bool:
+    """Whether a path is a folder that ``minopt export`` wrote."""
+    return path is not None and (path / MANIFEST).is_file()
 
 
 def stranger(folder: Path) -> str | None:

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from minopt import int8
 from minopt.checkpoint.errors import some
-from minopt.checkpoint.hub import find_model
 from minopt.checkpoint.names import shard_dim
 from minopt.checkpoint.pieces import Share, SourceTensor, main_dtype
 from minopt.checkpoint.quantized import read_int8
-from minopt.checkpoint.source import Checkpoint, open_checkpoint
-from minopt.config import OPTConfig
+from minopt.checkpoint.source import Checkpoint
+from minopt.load_options import LoadOptions
 from minopt.model import OPT
 from minopt.progress import bar
 
@@ -24,57 +22,25 @@ logger = logging.getLogger(__name__)
 
 _WORTH_A_FILE = 1_000_000  # bytes: what is smaller is read and not mapped, where mappings hold open files
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
-_SHORT = {"fp32": "float32", "float": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16",
-          "fp64": "float64", "double": "float64"}  # fmt: skip
-
-
-def load_model(
-    name_or_path: str | Path,
-    *,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | str = "auto",
-    revision: str | None = None,
-    local_files_only: bool = False,
-    model_config: OPTConfig | str | Path | None = None,
-    ignore: Sequence[str] = (),
-) -> OPT:
-    """Loads the plain, trainable model of a checkpoint, in evaluation mode.
-
-    Weights are read straight into place. On a CPU, those that keep their dtype stay memory-mapped: they cost
-    nothing until used, and the file must not be changed in place meanwhile (replacing it is fine).
-
-    Args:
-        name_or_path: a model's folder, a folder that holds exactly one model's folder, any one file of a
-            checkpoint, or a name on the hub such as ``"facebook/opt-125m"``.
-        device: ``None`` is the GPU if there is one, else the CPU.
-        dtype: ``"float32"``, ``"bfloat16"``, ``"float16"``, ``"float64"`` (or ``"bf16"``, ``"fp16"``, ...) or the torch
-            dtype; ``"auto"`` is float32 on a CPU and the file's own elsewhere. Tensors are cast as they are read.
-        revision: branch, tag or commit on the hub.
-        local_files_only: use what the hub's cache holds, ask nobody.
-        model_config: instead of the configuration that the checkpoint comes with: one, the name of a preset such
-            as ``"opt-1.3b"``, or a config.json.
-        ignore: tensors to leave out, by patterns of their names in the files, such as ``"score.*"`` or ``"v_head.*"``.
-
-    Returns:
-        The model, in ``eval()`` mode.
-
-    Raises:
-        FileNotFoundError: if there is no such folder, repository or file.
-        ValueError: (``CheckpointError`` where it is the files) if anything is missing, unexpected or of another
-            shape, files do not belong together, or device or dtype is unknown.
-        OSError: if the hub cannot be reached or refuses.
-    """
-    target, number_type = resolve_device(device), resolve_dtype(dtype)  # before anything is downloaded
-    path = find_model(name_or_path, revision=revision, local_files_only=local_files_only)
-    return load_checkpoint(open_checkpoint(path, model_config, ignore), target, number_type)
-
 
 def load_checkpoint(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype | None) -> OPT:
-    """``load_model`` of a checkpoint that is open; ``dtype`` ``None`` is ``"auto"``."""
+    """The plain, trainable model of an open checkpoint, in evaluation mode; ``dtype`` ``None`` is ``"auto"``."""
     model = OPT(checkpoint.config, device="meta")
     model.load_state_dict(dict(read_weights(checkpoint, device, dtype)), assign=True)
     return model.eval()
+
+
+def check(options: LoadOptions) -> None:
+    """Refuses what the plain model does not do."""
+    if options.quantize is not None:
+        raise ValueError(
+            f"quantize: int8 weights are for inference, got optimize={options.optimize}. Leave one of the two out."
+        )
+
+
+def build(checkpoint: Checkpoint, options: LoadOptions) -> OPT:
+    """The plain model, for ``minopt.load``."""
+    return load_checkpoint(checkpoint, options.device, options.dtype)
 
 
 def read_weights(
@@ -165,35 +131,3 @@ def _int8_names(checkpoint: Checkpoint) -> set[str]:
         logger.warning("%s: %d of the layers' %d weights are not int8 (%s), so the others are not kept so either.",
                        checkpoint.found.folder, len(other), len(names), some(other))  # fmt: skip
     return set() if other else names
-
-
-def resolve_device(device: torch.device | str | None) -> torch.device:
-    """The device asked for, by default the GPU if there is one.
-
-    Raises:
-        ValueError: if this machine or this torch does not have it.
-    """
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(device)
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, ImportError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0].split(". ")[0]
-        raise ValueError(f'device: {str(device)!r} is not available here ({reason}). Try "cpu".') from None
-    return device
-
-
-def resolve_dtype(dtype: torch.dtype | str) -> torch.dtype | None:
-    """The dtype asked for, ``None`` for ``"auto"``.
-
-    Raises:
-        ValueError: if it is none that an OPT computes in.
-    """
-    if dtype == "auto":
-        return None
-    name = str(dtype).removeprefix("torch.")
-    resolved = DTYPES.get(_SHORT.get(name, name)) if isinstance(dtype, str) else dtype
-    if resolved not in DTYPES.values():
-        raise ValueError(f"dtype: expected auto, {', '.join(DTYPES)}, got {dtype!r}.")
-    return resolved

@@ -59,8 +59,8 @@ def add_evaluate(verbs: Any) -> None:
 
 
 def _evaluate(args: argparse.Namespace) -> int:
-    from minopt.checkpoint.weights import DTYPES, resolve_dtype
-    from minopt.text import load
+    from minopt.load_options import DTYPES, resolve_dtype
+    from minopt.loading import load
 
     settings = {name: value for name, value in settings_of(args).items() if name in _SETTINGS}
     questions = args.task in ("squad", "squad-question")
@@ -142,7 +142,7 @@ def _reference(lm: LanguageModel, as_json: bool) -> int:
 def _perplexity(args: argparse.Namespace, options: dict[str, Any]) -> int:
     from minopt.distributed import processes
     from minopt.evaluation.perplexity import wikitext_text, window_perplexity
-    from minopt.text import load
+    from minopt.loading import load
     from minopt.training.data import read_text
 
     if args.data is None:

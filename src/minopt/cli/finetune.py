@@ -40,7 +40,7 @@ def _finetune(args: argparse.Namespace) -> int:
         raise ValueError(f"--model_name_or_path: expected {MODEL}, got none. Name one.")
 
     from minopt.distributed import processes
-    from minopt.text import load
+    from minopt.loading import load
     from minopt.training.data import read_data
     from minopt.training.prepare import template_of
     from minopt.training.shares import NO_TOKENIZER

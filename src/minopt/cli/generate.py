@@ -231,7 +231,7 @@ def _generate(args: argparse.Namespace) -> None:
 def _run(args: argparse.Namespace, options: dict[str, Any], work: Work, mesh: DeviceMesh | None = None) -> None:
     """Loads the model, in each process its share of it, and generates."""
     from minopt.generation.options import with_defaults
-    from minopt.text import load
+    from minopt.loading import load
 
     if args.input is not None and not work.todo:
         return

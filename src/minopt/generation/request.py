@@ -17,6 +17,7 @@ from torch import Tensor
 from minopt.config import OPTConfig
 from minopt.generation.options import GenerationConfig
 from minopt.generation.rules import Rule, build_rules
+from minopt.model import OPT
 from minopt.wrapped import decoder_of
 
 Criterion = Callable[[Tensor, Any], Tensor]
@@ -43,10 +44,15 @@ class Decoder(Protocol):
     """What generation drives: an ``OPT``, or a program that does the same."""
 
     config: OPTConfig
+    max_batch: int | None
+    """The most rows at once; ``None`` is any number."""
 
     @property
     def device(self) -> torch.device:
         """Where ids must be."""
+
+    def as_opt(self) -> OPT:
+        """The model with its weights; ``ValueError`` where there are none."""
 
     def new_cache(self, batch_size: int, capacity: int) -> Any:
         """A ``Cache`` for ``batch_size`` rows of up to ``capacity`` tokens."""
@@ -291,7 +297,7 @@ def _check_prompt(vocab_size: int, input_ids: Tensor, attention_mask: Tensor | N
 
 
 def _check_rows(decoder: Decoder, rows: int) -> None:
-    most = getattr(decoder, "max_batch", None)  # exported programs may have it
+    most = decoder.max_batch
     if most is not None and rows > most:
         raise ValueError(
             f"batch: the program was exported for at most {most} rows, got {rows}. Run fewer prompts or continuations "

@@ -7,6 +7,7 @@ D head_dim, V vocabulary, L layers.
 from __future__ import annotations
 
 import copy
+import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -39,11 +40,12 @@ from minopt.checkpoint.save import (
     write_json,
 )
 from minopt.checkpoint.source import Checkpoint, open_checkpoint
-from minopt.checkpoint.weights import read_weights, resolve_device, resolve_dtype
+from minopt.checkpoint.weights import read_weights
 from minopt.config import OPTConfig, is_int, read_json
 from minopt.generation.decode import generate
 from minopt.inference.linear import OUTLIERS_FROM, by_rows
 from minopt.inference.program import FORMAT, PROGRAM, ExportedModel, Manifest, machine, sha256
+from minopt.load_options import LoadOptions, resolve_device, resolve_dtype
 from minopt.model import OPT
 from minopt.tokenizer import Tokenizer
 
@@ -270,6 +272,24 @@ def compile_program(
     program = ExportedModel(folder, manifest, replace(model.config, max_position_embeddings=max_length))
     check_tokens(model, program)
     return program
+
+
+def check(options: LoadOptions) -> None:
+    """Refuses nothing: all options go with this form."""
+
+
+def build(checkpoint: Checkpoint, options: LoadOptions) -> ExportedModel:
+    """A model as its program, which needs no file once it is loaded; for ``minopt.load``.
+
+    Raises:
+        ValueError, OSError: as ``export_model`` does.
+    """
+    with tempfile.TemporaryDirectory(prefix="minopt-") as place:
+        folder = Path(place) / "program"
+        folder.mkdir()
+        limit = checkpoint.config.max_position_embeddings
+        device, dtype, quantize = options.device, options.dtype, options.quantize
+        return compile_program(checkpoint, folder, device, dtype, quantize, limit, is_kept=False)
 
 
 def _load(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype | None, quantize: str | None) -> OPT:

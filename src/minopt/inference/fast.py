@@ -5,7 +5,7 @@ Shapes: B batch, T tokens this call, S cached + T, H heads, D head_dim, C hidden
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -14,9 +14,13 @@ from torch import Tensor
 
 from minopt import int8
 from minopt.cache import KVCache
+from minopt.checkpoint.source import Checkpoint
+from minopt.checkpoint.weights import read_weights
 from minopt.config import OPTConfig
 from minopt.inference.frozen import Frozen, InferenceOPT, norm, refuse
-from minopt.inference.linear import OUTLIERS_FROM, Product, build_product
+from minopt.inference.linear import OUTLIERS_FROM, Product, build_product, packs
+from minopt.inference.plan import shortage
+from minopt.load_options import LoadOptions
 from minopt.memory import empty
 from minopt.model import Packed, attend
 
@@ -81,6 +85,33 @@ class FastOPT(InferenceOPT):
         if not isinstance(layer, FastLayer):
             refuse("and others took the place of its layers, so their weights cannot be read")
         return layer.read_weight(rest)
+
+
+def check(options: LoadOptions) -> None:
+    """Refuses nothing: all options go with this form."""
+
+
+def build(checkpoint: Checkpoint, options: LoadOptions) -> FastOPT:
+    """The fast model of a checkpoint, for ``minopt.load``.
+
+    Raises:
+        ValueError: if it does not fit into memory.
+    """
+    return FastOPT(checkpoint.config, weights_of(checkpoint, options))
+
+
+def weights_of(checkpoint: Checkpoint, options: LoadOptions) -> Iterator[tuple[str, Tensor]]:
+    """The weights that a ``FastOPT`` is built of, if they fit into memory."""
+    if reason := shortage(checkpoint, options.device, options.dtype, quantize=options.quantize):
+        raise ValueError(reason)
+    return read_weights(
+        checkpoint,
+        options.device,
+        options.dtype,
+        apart=packs(options.dtype),
+        keep_int8=True,
+        quantize=options.quantize is not None,
+    )
 
 
 class _Builder:

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from minopt.cache import KVCache
-from minopt.inference.fast import FastOPT
+from minopt.checkpoint.source import Checkpoint
+from minopt.inference.fast import FastOPT, weights_of
+from minopt.load_options import LoadOptions
 
 # Capacities are rounded up to it, so that texts of like lengths share a graph; attention wants a multiple of 8.
 ROUND = 256
@@ -77,6 +79,23 @@ class GraphedOPT(FastOPT):
         if Q not in cache.graphs:
             cache.graphs[Q] = Graph(self, cache, Q)
         return cache.graphs[Q](input_ids, mask, position_ids, cache)
+
+
+def check(options: LoadOptions) -> None:
+    """Refuses options that do not go with CUDA graphs."""
+    if options.quantize is not None and options.optimize == "compile":
+        raise ValueError('quantize: int8 programs run on a CPU, got optimize="compile" on a GPU. Leave out one.')
+
+
+def build(checkpoint: Checkpoint, options: LoadOptions) -> GraphedOPT:
+    """The fast model of a checkpoint with its steps as CUDA graphs, for ``minopt.load``.
+
+    Raises:
+        ValueError: if it does not fit into memory.
+    """
+    model = GraphedOPT(checkpoint.config, weights_of(checkpoint, options))
+    model.compile_step = options.optimize == "compile"
+    return model
 
 
 class GraphCache(KVCache):

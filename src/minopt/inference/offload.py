@@ -22,6 +22,8 @@ from minopt.checkpoint.source import Checkpoint
 from minopt.checkpoint.weights import read_weights
 from minopt.inference.frozen import Frozen, InferenceOPT, refuse
 from minopt.inference.linear import Plain
+from minopt.inference.plan import shortage
+from minopt.load_options import LoadOptions
 from minopt.model import DecoderLayer, Packed, parameter_shapes
 
 
@@ -61,6 +63,34 @@ class StreamedOPT(InferenceOPT):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         refuse("its layers are in their files, it cannot be copied or pickled")
+
+
+def check(options: LoadOptions) -> None:
+    """Refuses options that do not go with layers that are offloaded."""
+    if options.offload == "cpu" and options.device.type == "cpu":
+        raise ValueError(
+            'offload: expected "disk", for the device is a CPU, in whose memory layers would wait, got "cpu".'
+        )
+    if options.optimize is not True:
+        raise ValueError(
+            f"optimize: a model whose layers are offloaded has but one form, got {options.optimize!r}. Leave it out."
+        )
+    if options.quantize is not None:
+        raise ValueError(
+            "quantize: layers come from the checkpoint as it is, got offload. Write an int8 folder first: "
+            "minopt convert --quantize int8."
+        )
+
+
+def build(checkpoint: Checkpoint, options: LoadOptions) -> StreamedOPT:
+    """A model whose layers are fetched in turn, for ``minopt.load``.
+
+    Raises:
+        ValueError: if what has to stay in memory does not fit.
+    """
+    if reason := shortage(checkpoint, options.device, options.dtype, offload=options.offload):
+        raise ValueError(reason)
+    return StreamedOPT(checkpoint, options.device, options.dtype, in_memory=options.offload == "cpu")
 
 
 class _StreamedLayer(Frozen):

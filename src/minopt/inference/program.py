@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,19 +17,17 @@ import torch
 from torch import Tensor
 
 from minopt.cache import KVCache
+from minopt.checkpoint.source import Checkpoint, Found
+from minopt.checkpoint.strangers import MANIFEST, NO_WEIGHTS
 from minopt.config import OPTConfig, read_json
+from minopt.load_options import LoadOptions
 from minopt.memory import in_large_pages
-from minopt.model import causal_mask
+from minopt.model import OPT, causal_mask
 
-PROGRAM, MANIFEST = "program.pt2", "manifest.json"
+PROGRAM = "program.pt2"
 
 FORMAT = 1
 """Of the folder; grows when an older minopt could not run what a newer one writes."""
-
-NO_WEIGHTS = (
-    "model: this is an exported program, which generates and scores, but has no weights to train, measure or save. "
-    "Load what it was exported from."
-)
 
 _AGAIN = "Export the model again (minopt export), where it is to run."
 
@@ -86,11 +85,6 @@ class Manifest:
         return cls(**{**values, "instructions": tuple(values["instructions"])})
 
 
-def is_exported(folder: Path) -> bool:
-    """Whether ``minopt export`` wrote a folder."""
-    return (folder / MANIFEST).is_file()
-
-
 def machine(device_type: str) -> tuple[str, tuple[str, ...]]:
     """Platform and instructions of this machine, as a manifest has them; those of its first GPU for ``"cuda"``."""
     capabilities = torch.cpu.get_capabilities()
@@ -139,6 +133,10 @@ class ExportedModel:
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(f"{type(self).__name__}: has no {name!r}. {NO_WEIGHTS}")
+
+    def as_opt(self) -> OPT:
+        """Refuses: a program has no weights."""
+        raise ValueError(NO_WEIGHTS)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise ValueError(f"{type(self).__name__}: cannot be copied or pickled. Load it again, from its folder.")
@@ -208,17 +206,50 @@ def load_exported(
     folder = Path(folder)
     manifest = Manifest.read(folder)
     _check_machine(folder / PROGRAM, manifest, device, dtype)
-    if missing := [name for name in (PROGRAM, "config.json") if not (folder / name).is_file()]:
-        raise FileNotFoundError(
-            f"{folder}: expected {' and '.join(missing)} beside {MANIFEST}. Fetch the folder again."
-        )
-    config = OPTConfig.load(folder)
+    config = _read_config(folder)
     if sha256(folder / PROGRAM) != manifest.program_sha256:
         raise ValueError(
             f"{folder / PROGRAM}: is not the file that {MANIFEST} describes (its SHA-256 differs): cut short, damaged, "
             "or of another export. Fetch the folder again."
         )
     return ExportedModel(folder, manifest, config)
+
+
+def check(options: LoadOptions) -> None:
+    """Refuses nothing: which options a program takes is known once its folder is (``build``)."""
+
+
+def open_files(path: Path, model_config: object, ignore: Sequence[str]) -> Checkpoint:
+    """A program's folder as a checkpoint without tensors."""
+    for name, given in (("model_config", model_config), ("ignore", ignore or None)):
+        _refuse_given(path, name, given)
+    Manifest.read(path)
+    return Checkpoint(Found("exported program", path, (path / PROGRAM,)), _read_config(path), "config.json", {}, ())
+
+
+def build(checkpoint: Checkpoint, options: LoadOptions) -> ExportedModel:
+    """The program in a folder, for ``minopt.load``.
+
+    Raises:
+        FileNotFoundError, ValueError: as ``load_exported`` does, or if options are for models that have weights.
+    """
+    folder = checkpoint.found.folder
+    for name in ("quantize", "mesh", "offload"):
+        _refuse_given(folder, name, getattr(options, name))
+    return load_exported(folder, device=None if options.any_device else options.device, dtype=options.dtype or "auto")
+
+
+def _refuse_given(folder: Path, name: str, value: object) -> None:
+    if value is not None:
+        raise ValueError(f"{name}: {folder} is a program, compiled with its own. Leave it out.")
+
+
+def _read_config(folder: Path) -> OPTConfig:
+    if missing := [name for name in (PROGRAM, "config.json") if not (folder / name).is_file()]:
+        raise FileNotFoundError(
+            f"{folder}: expected {' and '.join(missing)} beside {MANIFEST}. Fetch the folder again."
+        )
+    return OPTConfig.load(folder)
 
 
 def _check_machine(

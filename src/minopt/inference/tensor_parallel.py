@@ -29,6 +29,7 @@ from minopt.distributed import end_well, watch_group
 from minopt.inference.fast import FastOPT
 from minopt.inference.linear import Product, packs
 from minopt.inference.plan import check_divides, shortage
+from minopt.load_options import LoadOptions
 
 # Biases of the layers of which each process has some inputs, so that their outputs are sums over all processes.
 _ADDED_ONCE = ("self_attn.out_proj.bias", "fc2.bias")
@@ -91,20 +92,27 @@ class ParallelOPT(FastOPT):
         return decision
 
 
-def load_share(
-    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype | None, mesh: DeviceMesh, *, quantize: bool = False
-) -> ParallelOPT:
+def check(options: LoadOptions) -> None:
+    """Refuses options that do not go with a model divided among processes."""
+    if options.optimize is not True:
+        raise ValueError(f"optimize: a model that is divided has but one form, got {options.optimize!r}. Leave it out.")
+    if options.offload is not None:
+        raise ValueError("offload: expected one process, got a model that is divided. Leave one of the two out.")
+
+
+def build(checkpoint: Checkpoint, options: LoadOptions) -> ParallelOPT:
     """This process' share of a checkpoint, and nothing else of it but what all processes hold.
 
     Raises:
         ValueError: as ``ParallelOPT`` does, or if it does not fit into memory; ``CheckpointError`` if processes see
             different checkpoints.
     """
-    share = share_of(checkpoint.config, mesh)
+    assert options.mesh is not None
+    share = share_of(checkpoint.config, options.mesh)
     end_well()
-    watch = watch_group(mesh.get_group())
+    watch = watch_group(options.mesh.get_group())
     try:
-        model = _load_share(checkpoint, device, dtype, mesh, share, quantize=quantize)
+        model = _load_share(checkpoint, options, options.mesh, share)
     except BaseException:
         watch.stop(well=False)
         raise
@@ -112,17 +120,16 @@ def load_share(
     return model
 
 
-def _load_share(
-    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype | None, mesh: DeviceMesh, share: Share, *,
-    quantize: bool,
-) -> ParallelOPT:  # fmt: skip
-    reason = shortage(checkpoint, device, dtype, devices=share.count, quantize="int8" if quantize else None)
+def _load_share(checkpoint: Checkpoint, options: LoadOptions, mesh: DeviceMesh, share: Share) -> ParallelOPT:
+    device, dtype = options.device, options.dtype
+    reason = shortage(checkpoint, device, dtype, devices=share.count, quantize=options.quantize)
     seen: list[tuple[str, str | None]] = [("", None)] * share.count
     dist.all_gather_object(seen, (fingerprint(checkpoint), reason), group=mesh.get_group())
     check_same_seen(checkpoint.found.folder, [other for other, _ in seen])
     for _, reason in seen:
         if reason is not None:
             raise ValueError(reason)
+    quantize = options.quantize is not None
     weights = read_weights(
         checkpoint, device, dtype, apart=packs(dtype), keep_int8=True, quantize=quantize, share=share
     )

@@ -15,9 +15,9 @@ from minopt.checkpoint.inspect import check_same_seen, fingerprint
 from minopt.checkpoint.pieces import Share
 from minopt.checkpoint.save import save_model
 from minopt.checkpoint.source import Checkpoint, open_checkpoint
+from minopt.checkpoint.strangers import NO_WEIGHTS, is_exported
 from minopt.checkpoint.weights import read_weights
 from minopt.distributed import World
-from minopt.inference.program import NO_WEIGHTS, is_exported
 from minopt.model import OPT
 from minopt.tokenizer import Tokenizer
 

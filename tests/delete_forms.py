@@ -1,0 +1,106 @@
+"""Deletes each form of the decoder in turn and runs the other tests: ``python tests/delete_forms.py [pytest args]``.
+
+A form is its files, its row in ``minopt.loading.FORMS`` and its tests: files of tests, and tests elsewhere that are
+marked ``form("its name")``. Forms that are built on another are deleted with it.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class Deletion:
+    """What goes with a form.
+
+    Attributes:
+        rows: names in ``FORMS``.
+        modules: below ``minopt``.
+        tests: files below ``tests``.
+        lines: pieces of lines elsewhere, by file, that offer the form to users.
+    """
+
+    rows: tuple[str, ...]
+    modules: tuple[str, ...]
+    tests: tuple[str, ...]
+    lines: tuple[tuple[str, str], ...] = ()
+
+
+DELETIONS = {
+    "tensor_parallel": Deletion(("tensor_parallel",), ("inference.tensor_parallel",), ("test_tensor_parallel",)),
+    "offload": Deletion(("offload",), ("inference.offload",), ("test_offload",)),
+    "program and compile": Deletion(
+        ("program", "compile"),
+        ("inference.program", "inference.compile", "cli.export"),
+        ("test_program",),
+        (("__init__.py", "export_model"), ("cli/__init__.py", "export")),
+    ),
+    "graphs": Deletion(("graphs",), ("inference.graphs",), ("test_graphs",)),
+    "fast, graphs and tensor_parallel": Deletion(
+        ("fast", "graphs", "tensor_parallel"),
+        ("inference.fast", "inference.graphs", "inference.tensor_parallel"),
+        ("test_fast", "test_graphs", "test_tensor_parallel"),
+    ),
+}
+
+
+def delete(deletion: Deletion, tree: Path) -> None:
+    """Takes a form out of a copy of the project."""
+    package = tree / "src" / "minopt"
+    for module in deletion.modules:
+        (package / f"{module.replace('.', '/')}.py").unlink()
+    for test in deletion.tests:
+        (tree / "tests" / "inference" / f"{test}.py").unlink()
+    for file, piece in deletion.lines:
+        _keep_lines(package / file, lambda number, line, piece=piece: piece not in line)
+    loading = package / "loading.py"
+    gone = _rows(loading.read_text(encoding="utf-8"), deletion.rows)
+    _keep_lines(loading, lambda number, line: number not in gone)
+
+
+def _rows(source: str, names: tuple[str, ...]) -> set[int]:
+    """The lines of some rows of ``FORMS``."""
+    table = next(
+        node.value
+        for node in ast.parse(source).body
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.target.id == "FORMS"
+    )
+    assert isinstance(table, ast.Tuple)
+    rows = {ast.literal_eval(row.args[0]): row for row in table.elts if isinstance(row, ast.Call)}
+    return {line for name in names for line in range(rows[name].lineno, (rows[name].end_lineno or 0) + 1)}
+
+
+def _keep_lines(path: Path, wanted: object) -> None:
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    kept = [line for number, line in enumerate(lines, 1) if wanted(number, line)]  # type: ignore[operator]
+    path.write_text("".join(kept), encoding="utf-8")
+
+
+def main(arguments: list[str]) -> int:
+    failed = 0
+    for name, deletion in DELETIONS.items():
+        with tempfile.TemporaryDirectory(prefix="minopt-") as folder:
+            tree = Path(folder) / "minopt"
+            shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(".git", "__pycache__", ".*_cache", "results"))
+            delete(deletion, tree)
+            environment = os.environ | {"PYTHONPATH": str(tree / "src")}
+            command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
+            result = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
+        failed += result.returncode != 0
+        lines = result.stdout.splitlines() or [result.stderr]
+        print(f"{name}: {'ok' if result.returncode == 0 else 'FAILED'}", flush=True)
+        print(*(f"    {line}" for line in lines if line.startswith(("FAILED", "ERROR", "E  "))), sep="\n", flush=True)
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
