@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 import minopt
 from minopt import inspect_checkpoint
 from minopt.checkpoint import convert as converting
-from minopt.checkpoint.read import TensorFile
+from minopt.checkpoint.files import TensorFile
 from minopt.cli import main
 from tests.checkpoint.sources import (
     change_tensor,

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from minopt.files import what_it_is
+from minopt.strangers import what_it_is
 
 logger = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 from torch import Tensor
 
 from minopt.config import OPTConfig, check_text_size, read_json
-from minopt.files import what_it_is
+from minopt.strangers import what_it_is
 
 logger = logging.getLogger(__name__)
 

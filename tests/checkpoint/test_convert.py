@@ -29,7 +29,7 @@ import minopt
 from minopt import CheckpointError, Tokenizer, convert, load_model
 from minopt.checkpoint import convert as converting
 from minopt.checkpoint import names
-from minopt.checkpoint.read import TensorFile
+from minopt.checkpoint.files import TensorFile
 from tests.checkpoint.metaseq_files import metaseq_state, model_fields, split_into_parts, write_metaseq
 from tests.checkpoint.sources import (
     KINDS_AND_SOURCES,

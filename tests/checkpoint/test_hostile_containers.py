@@ -91,14 +91,6 @@ def renamed(weights: Weights, folder: str) -> bytes:
     return zip_file([replace(r, name=folder.encode() + r.name.removeprefix(b"archive/")) for r in records])
 
 
-def overlapping(weights: Weights) -> bytes:
-    """An archive whose directory gives one storage's place for another's."""
-    records = weights.records(program(weights.state_dict()))
-    whole = zip_file(records)
-    first = whole.index(b"PK\x03\x04", whole.index(b"archive/byteorder"))
-    return zip_file([replace(r, at=first) if r.name in (b"archive/data/1", b"archive/data/2") else r for r in records])
-
-
 @cache
 def zeros() -> Record:
     """300 MB of zeros, compressed."""
@@ -135,15 +127,12 @@ ZIPS: dict[str, tuple[set[str], Callable[[Weights], bytes]]] = {
     "a bomb beside": (WHOLE, lambda w: with_records(w, bomb(Record(b"archive/other", b"")))),
     "an unknown method": (REFUSED, lambda w: archive(w, data_pkl=altered(method=99))),
     "an unknown method of a storage": (REFUSED, lambda w: archive(w, data_0=altered(method=14))),
-    "encrypted": (REFUSED, lambda w: archive(w, data_pkl=altered(flags=0x809))),
-    "an encrypted storage": (REFUSED, lambda w: archive(w, data_0=altered(flags=0x809))),
     "a patched storage": (WHOLE, lambda w: archive(w, data_0=altered(flags=0x828))),
     "stored, of two sizes": (REFUSED, lambda w: archive(w, data_0=altered(size=10**6))),
     "stored, smaller than packed": (REFUSED, lambda w: archive(w, data_0=altered(size=16))),
     "a pickle of 4 GB": (REFUSED, lambda w: archive(w, data_pkl=altered(packed_size=2**32 - 2))),
     "a pickle of more than the file": (REFUSED, lambda w: archive(w, data_pkl=altered(packed_size=10**6))),
     "a pickle that reaches into the next": (WHOLE, lambda w: archive(w, data_pkl=altered(packed_size=4000))),
-    "a storage that reaches into the next": (REFUSED, lambda w: archive(w, data_0=altered(packed_size=3000))),
     "a storage of 4 GB": (REFUSED, lambda w: archive(w, data_0=altered(packed_size=2**32 - 2))),
     "a storage cut": (REFUSED, lambda w: archive(w, data_0=altered(content=b"abc"))),
     "a storage of 3 bytes more": (WHOLE, lambda w: archive(w, data_0=lambda r: replace(r, content=r.content + b"abc"))),
@@ -185,7 +174,6 @@ ZIPS: dict[str, tuple[set[str], Callable[[Weights], bytes]]] = {
     "a long local name": (WHOLE, lambda w: archive(w, data_0=altered(local_name=b"x" * 60_000))),
     "no local header": (REFUSED, lambda w: archive(w, data_0=altered(signature=b"XXXX"))),
     "a storage at an odd place": (WHOLE, lambda w: archive(w, data_0=altered(pads=False))),
-    "overlapping records": (REFUSED, overlapping),
     "a storage beyond the file": (REFUSED, lambda w: archive(w, data_0=altered(at=10**8))),
     "a storage at 4 GB": (REFUSED, lambda w: archive(w, data_0=altered(at=2**32 - 2))),
     "a storage whose place is elsewhere": (REFUSED, lambda w: archive(w, data_0=altered(at=ELSEWHERE))),
@@ -211,26 +199,10 @@ ZIPS: dict[str, tuple[set[str], Callable[[Weights], bytes]]] = {
     "another disk": (WHOLE, lambda w: with_records(w, disk=7)),
     "a 64-bit end that lies": (WHOLE, lambda w: with_records(w, before_end=ZIP64_END + ZIP64_LOCATOR, count=0xFFFF)),
     "a 64-bit end that is not there": (WHOLE, lambda w: with_records(w, before_end=ZIP64_LOCATOR)),
-    "a million records": (WHOLE, lambda w: many_records(w, 1_000_000)),
     "an empty archive": (REFUSED, lambda w: zip_file([])),
     "an end alone": (REFUSED, lambda w: b"PK\x05\x06"),
     "a start alone": (REFUSED, lambda w: b"PK\x03\x04"),
 }  # fmt: skip
-
-
-def many_records(weights: Weights, number: int) -> bytes:
-    """An archive with so many empty records beside, all at one place, counted by a 64-bit end."""
-    records = weights.records(program(weights.state_dict()))
-    plain = zip_file(records)
-    end = plain.rindex(b"PK\x05\x06")
-    start = struct.unpack("<I", plain[end + 16 : end + 20])[0]
-    entry = b"PK\x01\x02" + struct.pack("<HHHHHHIIIHHHHHII", 0, 0, 0, 0, 0, 0, 0, 0, 0, 8, 0, 0, 0, 0, 0, 0)
-    directory = plain[start:end] + b"".join(entry + b"%08d" % i for i in range(number))
-    count, at = len(records) + number, start + len(directory)
-    end64 = b"PK\x06\x06" + struct.pack("<QHHIIQQQQ", 44, 45, 45, 0, 0, count, count, len(directory), start)
-    locator = b"PK\x06\x07" + struct.pack("<IQI", 0, at, 1)
-    tail = b"PK\x05\x06" + struct.pack("<HHHHIIH", 0, 0, 0xFFFF, 0xFFFF, 0xFFFFFFFF, 0xFFFFFFFF, 0)
-    return plain[:start] + directory + end64 + locator + tail
 
 
 @pytest.mark.parametrize("what", ZIPS)

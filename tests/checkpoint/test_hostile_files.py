@@ -23,7 +23,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from minopt.checkpoint.names import HF_HEAD
 from tests.checkpoint.conftest import (
     ANY,
     BIAS,
@@ -31,7 +30,6 @@ from tests.checkpoint.conftest import (
     CONTAINERS,
     EMBEDDINGS,
     FC1,
-    FC2,
     LOADED,
     METASEQ,
     REFUSED,
@@ -524,40 +522,6 @@ def test_a_persistent_id_of_another_form_is_refused(what: str, container: str, p
     assert weights.number(EMBEDDINGS) == 0
     keep(weights.file(weights.state_dict({EMBEDDINGS: weights.tensor(EMBEDDINGS, storage=write(weights))})), allowed)
     keep(weights.file(write(weights) + POP + weights.state_dict()), WHOLE)
-
-
-@CONTAINERS
-def test_tensors_that_share_part_of_their_memory_are_refused(container: str, place: Place, keep: Keep) -> None:
-    """One under two names is fine: that is how a tied head is stored. So is one storage for all, side by side."""
-    weights = place.weights(container)
-    assert list(weights.tensors)[-1] == HF_HEAD
-    untied = replace(weights, tensors={key: tensor for key, tensor in weights.tensors.items() if key != HF_HEAD})
-    keep(untied.file(mapping([*untied.items(), (text(HF_HEAD), untied.tensor(EMBEDDINGS))])), LOADED)
-
-    flat = torch.cat([*(tensor.flatten() for tensor in place.tensors.values()), torch.zeros(600)])
-    one = replace(weights, tensors={"flat": flat})
-    items: list[tuple[bytes, bytes]] = []
-    at = 0
-    for key, tensor in place.tensors.items():
-        view = {"storage": one.storage(0), "offset": integer(at)}
-        items.append((text(key), weights.tensor(key, **view)))
-        at += tensor.numel()
-    keep(one.file(mapping(items)), LOADED)
-    norms = [i for i, key in enumerate(place.tensors) if key.endswith("final_layer_norm.bias")]
-    for shift in (1, 8, -1, -15):
-        at = sum(tensor.numel() for tensor in list(place.tensors.values())[: norms[0]])
-        view = {"storage": one.storage(0), "offset": integer(at + shift)}
-        key = list(place.tensors)[norms[0]]
-        keep(one.file(mapping([*items[: norms[0]], (text(key), weights.tensor(key, **view)), *items[norms[0] + 1 :]])),
-             REFUSED)  # fmt: skip
-    end = flat.numel() - 600  # and those whose numbers do not lie in order
-    turned = {"storage": one.storage(0), "stride": sizes([1, 32]), "offset": integer(end + 7)}
-    changed = {
-        FC1: weights.tensor(FC1, **turned),
-        FC2: weights.tensor(FC2, storage=one.storage(0), offset=integer(end)),
-    }
-    keep(one.file(mapping((text(key), changed.get(key, x)) for key, (_, x) in zip(place.tensors, items, strict=True))),
-         REFUSED)  # fmt: skip
 
 
 @CONTAINERS

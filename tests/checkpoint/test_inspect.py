@@ -19,9 +19,9 @@ from torch import Tensor
 
 from minopt import OPT, CheckpointError, OPTConfig, convert, inspect_checkpoint
 from minopt.checkpoint import inspect as inspecting
+from minopt.checkpoint.files import TensorFile, open_file
 from minopt.checkpoint.inspect import Report, digest_of, fingerprint
 from minopt.checkpoint.pieces import Slice, SourceTensor
-from minopt.checkpoint.read import SafetensorsFile
 from minopt.checkpoint.source import open_checkpoint
 from minopt.config import PRESETS
 from tests.checkpoint.metaseq_files import write_metaseq
@@ -374,8 +374,8 @@ def test_a_damaged_index_is_described(text: str, tmp_path: Path) -> None:
 
 
 def test_a_file_that_shrinks_meanwhile_is_described(hf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    begins_at = SafetensorsFile.begins_at
-    monkeypatch.setattr(SafetensorsFile, "begins_at", lambda self, key: begins_at(self, key) + 120_000)
+    begins_at = TensorFile.begins_at
+    monkeypatch.setattr(TensorFile, "begins_at", lambda self, key: begins_at(self, key) + 120_000)
     for options in ({"check": True}, {"digest": True}):
         report = described(hf, "model.safetensors: ends in the middle of its tensors", **options)
         assert report.digest is None
@@ -637,7 +637,7 @@ def test_names_and_shapes_are_part_of_the_digest(hf: Path) -> None:
     transposed, total = digests_of(hf)
     assert total != whole
     assert {name for name in each if transposed[name] != each[name]} == {one}
-    file = SafetensorsFile(hf / "model.safetensors")
+    file = open_file(hf / "model.safetensors")
     key = "model.decoder.layers.0.fc1.weight"
     digests = {
         digest_of(SourceTensor(name, shape, torch.float32, (Slice(shape, torch.float32, Slice.whole(file, key).runs),)))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from minopt.checkpoint.errors import CheckpointError
-from minopt.checkpoint.read import TensorFile
+from minopt.checkpoint.files import TensorFile
 from minopt.memory import empty
 
 # metaseq's scripts/reshard_mp.py: what its parts hold alike may differ by so much.

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from minopt import int8
 from minopt.checkpoint.errors import CheckpointError, some
+from minopt.checkpoint.files import TensorFile
 from minopt.checkpoint.pieces import Slice, SourceTensor, main_dtype
-from minopt.checkpoint.read import TensorFile
 
 _CHUNK_NUMBERS = 4_000_000
 

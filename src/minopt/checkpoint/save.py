@@ -16,8 +16,8 @@ from torch import Tensor
 
 from minopt import int8
 from minopt.checkpoint.errors import first_line, some
+from minopt.checkpoint.files import DTYPES
 from minopt.checkpoint.names import to_hf
-from minopt.checkpoint.read import DTYPES
 from minopt.checkpoint.source import Checkpoint, weight_files
 from minopt.config import OPTConfig
 from minopt.model import OPT, parameter_shapes

@@ -14,15 +14,15 @@ import torch
 from minopt import int8
 from minopt.checkpoint.divided import METADATA, open_divided
 from minopt.checkpoint.errors import AmbiguousPathError, CheckpointError, MissingFileError, some
+from minopt.checkpoint.files import TensorFile, open_file
 from minopt.checkpoint.metaseq.config import facts_of, infer_config
 from minopt.checkpoint.metaseq.read import FileSet, group_files, open_metaseq
 from minopt.checkpoint.names import HF_HEAD, described, from_hf, is_decoders, is_metaseq, left_out, own_keys, to_hf
 from minopt.checkpoint.pieces import Slice, SourceTensor, same_numbers
 from minopt.checkpoint.quantized import check_quantization, with_scales
-from minopt.checkpoint.read import SafetensorsFile, TensorFile, TorchFile
-from minopt.checkpoint.strangers import stranger
 from minopt.config import OPTConfig, read_json
 from minopt.model import parameter_shapes
+from minopt.strangers import what_it_holds
 
 logger = logging.getLogger(__name__)
 
@@ -157,19 +157,19 @@ def _in_folder(folder: Path) -> Found:
         return _indexed(folder / layout) if layout.endswith(".index.json") else _single(folder / layout)
     if sets:
         path = next(iter(sets[0].files.values()))
-        return _as_metaseq(sets[0]) if _is_metaseq(TorchFile(path)) else _single(path)
+        return _as_metaseq(sets[0]) if _is_metaseq(open_file(path)) else _single(path)
     for path in sorted(folder.glob("*")):
         check_link(path) if not path.is_dir() else None
     if errors and len(groups) == 1:  # damaged: opening it says how
         return _as_metaseq(groups[0])
-    if errors and stranger(folder) is None:
+    if errors and what_it_holds(folder) is None:
         raise errors[0]
     raise no_weights(folder)
 
 
 def no_weights(folder: Path, name: str | None = None) -> MissingFileError:
     """The error of a folder without weights, a model's of that name, which says what is there instead."""
-    if (what := stranger(folder)) is not None:
+    if (what := what_it_holds(folder)) is not None:
         return MissingFileError(f"{name or folder}: expected weights, got {what}")
     expected = f"{name or folder}: expected weights ({', '.join((*LAYOUTS, *METASEQ))}),"
     names = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
@@ -202,7 +202,7 @@ def _holds_decoder(files: FileSet, errors: list[CheckpointError]) -> bool:
     """Whether files that are called like a checkpoint are one; a training run has an optimizer.pt too."""
     path = next(iter(files.files.values()))
     try:
-        file = TorchFile(path)
+        file = open_file(path)
     except CheckpointError as error:
         errors.append(error)
         return False
@@ -212,13 +212,13 @@ def _holds_decoder(files: FileSet, errors: list[CheckpointError]) -> bool:
 def _looks_metaseq(path: Path) -> bool:
     """Whether a file is metaseq's; of a damaged one its name tells."""
     try:
-        return _is_metaseq(TorchFile(path))
+        return _is_metaseq(open_file(path))
     except CheckpointError:
         return path.suffix == ".pt"
 
 
-def _is_metaseq(file: TorchFile) -> bool:
-    return is_metaseq(file.shapes) or (file.wrapped and all(key.startswith("decoder.") for key in file.shapes))
+def _is_metaseq(file: TensorFile) -> bool:
+    return is_metaseq(file.shapes) or (file.is_wrapped and all(key.startswith("decoder.") for key in file.shapes))
 
 
 def _as_metaseq(files: FileSet) -> Found:
@@ -338,7 +338,7 @@ def _open_hf(found: Found, override: OPTConfig | None, ignore: Sequence[str]) ->
 
 def _pieces(found: Found) -> dict[str, Slice]:
     """The tensors of all files, by their keys."""
-    files = [_open(path) for path in found.files]
+    files = [open_file(path) for path in found.files]
     counts = Counter(key for file in files for key in file.shapes)
     if twice := sorted(key for key, count in counts.items() if count > 1):
         raise CheckpointError(f"{found.folder}: stored in several of its files: {some(twice)}. Fetch the files again.")
@@ -356,10 +356,6 @@ def _quantization_of(folder: Path, override: OPTConfig | None) -> object:
         if override is not None:
             return None
         raise CheckpointError(str(error)) from None
-
-
-def _open(path: Path) -> TensorFile:
-    return SafetensorsFile(path) if path.suffix == ".safetensors" else TorchFile(path)
 
 
 def _hf_config(

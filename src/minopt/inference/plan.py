@@ -19,13 +19,13 @@ from minopt.checkpoint.hub import find_model
 from minopt.checkpoint.names import shard_dim
 from minopt.checkpoint.pieces import Share, main_dtype
 from minopt.checkpoint.source import Checkpoint, open_checkpoint
-from minopt.checkpoint.strangers import is_exported
 from minopt.config import PRESETS, OPTConfig
 from minopt.inference.linear import Blocked, OneDNN, Plain, kind_on_cpu
 from minopt.load_options import DTYPES
 from minopt.memory import available_memory
 from minopt.model import parameter_shapes
 from minopt.progress import size_of
+from minopt.strangers import is_exported
 
 # Python, torch and its libraries; on a GPU what CUDA and its libraries take of it (not measured).
 RUNTIME_BYTES = {"cpu": 370_000_000, "cuda": 700_000_000}

@@ -18,11 +18,11 @@ from torch import Tensor
 
 from minopt.cache import KVCache
 from minopt.checkpoint.source import Checkpoint, Found
-from minopt.checkpoint.strangers import MANIFEST, NO_WEIGHTS
 from minopt.config import OPTConfig, read_json
 from minopt.load_options import LoadOptions
 from minopt.memory import in_large_pages
 from minopt.model import OPT, causal_mask
+from minopt.strangers import MANIFEST, NO_WEIGHTS
 
 PROGRAM = "program.pt2"
 

@@ -15,10 +15,10 @@ from minopt.checkpoint.inspect import check_same_seen, fingerprint
 from minopt.checkpoint.pieces import Share
 from minopt.checkpoint.save import save_model
 from minopt.checkpoint.source import Checkpoint, open_checkpoint
-from minopt.checkpoint.strangers import NO_WEIGHTS, is_exported
 from minopt.checkpoint.weights import read_weights
 from minopt.distributed import World
 from minopt.model import OPT
+from minopt.strangers import NO_WEIGHTS, is_exported
 from minopt.tokenizer import Tokenizer
 
 NO_TOKENIZER = "--model_name_or_path: expected a model with a tokenizer, {} has none. Add its files."

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from minopt.checkpoint.errors import CheckpointError, some
-from minopt.checkpoint.unpickle import Placeholder
+from minopt.checkpoint.pickles import Placeholder
 from minopt.config import PRESETS, OPTConfig, is_int
 
 

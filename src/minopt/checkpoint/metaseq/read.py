@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from minopt.checkpoint.errors import CheckpointError, MissingFileError, some
+from minopt.checkpoint.files import TensorFile, open_file
 from minopt.checkpoint.metaseq.config import check_agreement, config_of, facts_of, settings_of
 from minopt.checkpoint.names import METASEQ_HEAD, described, from_metaseq, left_out, own_keys, shard_dim
 from minopt.checkpoint.pieces import Run, Slice, SourceTensor, check_distinct
-from minopt.checkpoint.read import TorchFile
 from minopt.config import PRESETS, OPTConfig, is_int
 
 # "reshard-model_part-3.pt", "checkpoint_last-model_part-3-shard17.pt", "checkpoint_1_6000.pt-model_part-0.pt"
@@ -121,7 +121,7 @@ def open_metaseq(
         count = files.parts * files.shards
         raise MissingFileError(f"{files.folder}: {count - len(files.files)} of the {count} files of "
                                f"{files.stem} are missing: {some(files.missing)}. Fetch them again.")  # fmt: skip
-    opened = {key: TorchFile(path) for key, path in sorted(files.files.items())}
+    opened = {key: open_file(path) for key, path in sorted(files.files.items())}
     parts = [[opened[part, shard] for shard in range(files.shards)] for part in range(files.parts)]
     settings = settings_of(parts[0][0].content)
     shares = [_share(part, settings, override or beside, len(parts)) for part in parts]
@@ -154,7 +154,7 @@ def open_metaseq(
 
 
 def _share(
-    files: list[TorchFile], settings: Mapping[str, Any], known: OPTConfig | None, parts: int
+    files: list[TensorFile], settings: Mapping[str, Any], known: OPTConfig | None, parts: int
 ) -> dict[str, Slice]:
     """One part's tensors under metaseq's keys, from its shards."""
     first = files[0]
@@ -218,7 +218,7 @@ def _groups(metadata: Any, path: Path) -> list[_Group]:
     return found
 
 
-def _unpadded(key: str, files: list[TorchFile], paddings: list[int], numel: int) -> Slice:
+def _unpadded(key: str, files: list[TensorFile], paddings: list[int], numel: int) -> Slice:
     """The numbers of a flat tensor over all shards, without each one's padding."""
     dtype = files[0].dtypes[key]
     runs: list[Run] = []
@@ -236,7 +236,7 @@ def _unpadded(key: str, files: list[TorchFile], paddings: list[int], numel: int)
 
 
 def _documented_groups(
-    files: list[TorchFile], settings: Mapping[str, Any], override: OPTConfig | None, parts: int
+    files: list[TensorFile], settings: Mapping[str, Any], override: OPTConfig | None, parts: int
 ) -> list[list[_Group]]:
     """What flat tensors hold where no ``shard_metadata`` says so: the order of metaseq's modules (metaseq PR 197).
 
@@ -347,7 +347,7 @@ def _named(share: dict[str, Slice], path: Path) -> dict[str, Slice]:
     return named
 
 
-def _check_alike(named: list[dict[str, Slice]], parts: list[list[TorchFile]]) -> None:
+def _check_alike(named: list[dict[str, Slice]], parts: list[list[TensorFile]]) -> None:
     """Each part must hold the same tensors, in the same shapes and dtypes."""
     for share, files in zip(named[1:], parts[1:], strict=True):
         here, first = files[0].path, parts[0][0].path
@@ -360,7 +360,7 @@ def _check_alike(named: list[dict[str, Slice]], parts: list[list[TorchFile]]) ->
                                       f"{one.dtype} in {first.name}. Are the parts of one model?")  # fmt: skip
 
 
-def _flat_runs(part: list[TorchFile]) -> dict[Path, list[Run]]:
+def _flat_runs(part: list[TensorFile]) -> dict[Path, list[Run]]:
     """Flat tensors of each shard of a part: no two shards hold the same numbers."""
     runs: dict[Path, list[Run]] = {}
     for file in part:
