@@ -22,7 +22,7 @@ FILES = {
 
 # A room imports from those before it. Rooms of one line do not import each other.
 ORDER = (
-    ("errors", "memory", "progress", "strangers", "watch"),
+    ("atomic", "errors", "memory", "progress", "strangers", "watch"),
     ("config",),
     ("settings",),
     ("cache", "distributed", "int8", "load_options"),
@@ -44,7 +44,6 @@ RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
 LAZY = {
     "minopt.checkpoint.hub": {"huggingface_hub"},
     "minopt.checkpoint.hub_watch": {"huggingface_hub"},
-    "minopt.checkpoint.save": {"safetensors"},
     "minopt.progress": {"tqdm"},
     **{f"minopt.cli.{verb}": {"minopt"} for verb in ("checkpoints", "evaluate", "export", "finetune")},
     **{f"minopt.cli.{verb}": {"minopt", "torch"} for verb in ("generate", "plan")},

@@ -30,6 +30,10 @@ _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_toke
 _FORMS = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("gpt2-unified.json",),
           ("gpt2-vocab.json", "gpt2-merges.txt"))  # fmt: skip
 
+TOKENIZER_FILES = (*(name for form in _FORMS for name in form), "tokenizer_config.json", "special_tokens_map.json",
+                   "added_tokens.json")  # fmt: skip
+"""All names that a tokenizer's files have."""
+
 
 class Tokenizer:
     """A byte-level BPE tokenizer with the special tokens and the post-processing of its files.

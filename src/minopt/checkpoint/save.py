@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,19 +14,17 @@ import torch
 from torch import Tensor
 
 from minopt import int8
-from minopt.checkpoint.errors import first_line, some
+from minopt.atomic import replacing
+from minopt.checkpoint.errors import some
 from minopt.checkpoint.files import DTYPES
 from minopt.checkpoint.names import to_hf
 from minopt.checkpoint.source import Checkpoint, weight_files
-from minopt.config import OPTConfig
+from minopt.config import OPTConfig, read_json
 from minopt.model import OPT, parameter_shapes
-from minopt.tokenizer import Tokenizer
+from minopt.tokenizer import TOKENIZER_FILES, Tokenizer
 from minopt.wrapped import decoder_of
 
 MAX_SHARD_BYTES = 5_000_000_000  # what transformers 4 splits at
-
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json",
-                    "special_tokens_map.json", "gpt2-vocab.json", "gpt2-merges.txt", "gpt2-unified.json")  # fmt: skip
 
 
 def save_model(
@@ -43,8 +40,7 @@ def save_model(
     """Writes config.json, safetensors (several with an index, if large) and the tokenizer's files.
 
     Everything is written to a folder beside ``folder`` that then takes its place, together with any other file
-    that ``folder`` held. A process killed in the moment between the two renames leaves the old model as ``old`` in
-    the hidden ``.NAME.*.saving`` beside.
+    that ``folder`` held, see ``minopt.atomic.replacing``.
 
     Args:
         model: saved in its own dtype; one of int8 weights as ``minopt.convert(..., quantize="int8")`` writes it.
@@ -53,8 +49,8 @@ def save_model(
         generation_defaults: options of ``GenerationConfig`` for a generation_config.json; without any, the one that is
             there is kept.
         max_shard_bytes: the most that one file holds, unless a single tensor is larger.
-        numbers: the model's parameters in their order, each asked for when its turn to be written comes, for a model
-            that does not have them whole; ``None`` are its own.
+        numbers: the whole parameters in the model's order, each made when it is written, for a model whose parameters
+            are sharded; ``None`` takes the model's own.
         force: replace a model that is there.
 
     Raises:
@@ -66,76 +62,95 @@ def save_model(
     folder, model = Path(folder).expanduser(), decoder_of(model)
     check_destination(folder, force)
     tensors = named_tensors(model)
-    with replacing(folder, TOKENIZER_FILES if tokenizer else ()) as new:
-        read = tensors.__getitem__ if numbers is None else lambda _: next(numbers)
-        write_safetensors(new, tensors, read, max_shard_bytes)
+    with replacing_model(folder, TOKENIZER_FILES if tokenizer else ()) as new:
+        write_safetensors(new, tensors, numbers or iter(tensors.values()), max_shard_bytes)
         if tokenizer is not None:
             tokenizer.save(new)
         if generation_defaults:
-            write_json(new / "generation_config.json", generation_config(model.config) | dict(generation_defaults))
+            write_json(new / "generation_config.json", _special_tokens(model.config) | dict(generation_defaults))
         write_config(new, model.config, model.dtype, is_int8=any(key.endswith(int8.SCALE) for key in tensors))
 
 
-def generation_config(config: OPTConfig) -> dict[str, Any]:
-    """The content of the generation_config.json that a configuration implies."""
+def generation_config_of(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The content of a checkpoint's generation_config.json; without such a file, what its config.json implies."""
+    path = checkpoint.found.folder / "generation_config.json"
+    return read_json(path) if path.is_file() else {"_from_model_config": True, **_special_tokens(checkpoint.config)}
+
+
+def _special_tokens(config: OPTConfig) -> dict[str, Any]:
     eos = list(config.eos_token_id) if isinstance(config.eos_token_id, tuple) else config.eos_token_id
     return {"bos_token_id": config.bos_token_id, "eos_token_id": eos, "pad_token_id": config.pad_token_id}
 
 
 def write_config(folder: Path, config: OPTConfig, dtype: torch.dtype, *, is_int8: bool = False) -> None:
-    """Writes config.json, for weights of ``dtype``, or int8 ones beside other tensors of it."""
-    # The head is the token table, whatever the file said that the model came from (loading has compared the two).
+    """Writes config.json, for weights of ``dtype``, or for int8 weights beside other tensors of ``dtype``."""
+    # The model's head is the token table, whatever the config.json said that was read: loading compares the two.
     values = config.to_dict() | {
         "architectures": ["OPTForCausalLM"],
         "tie_word_embeddings": True,
         "torch_dtype": str(dtype).removeprefix("torch."),
     }
-    values.pop("dtype", None)  # the newer name of the same key, from the file that was loaded
-    values.pop(int8.CONFIG_KEY, None)  # what that file's weights were
+    values.pop("dtype", None)  # the newer name of torch_dtype
+    values.pop(int8.CONFIG_KEY, None)
     if is_int8:
         values[int8.CONFIG_KEY] = int8.CONFIG
     write_json(folder / "config.json", values)
 
 
+def write_json(path: Path, content: Mapping[str, object]) -> None:
+    """Writes an object as indented JSON."""
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
 def write_safetensors(
-    folder: Path, shown: Mapping[str, Tensor], read: Callable[[str], Tensor], max_shard_bytes: int
+    folder: Path, shown: Mapping[str, Tensor], numbers: Iterator[Tensor], max_shard_bytes: int
 ) -> None:
     """Writes tensors to one file, or to several with an index; one tensor at a time is in memory.
 
     Args:
         folder: that is filled.
-        shown: of each tensor's shape and dtype, by its key in the files, in their order.
-        read: gives the tensor of a key; called once for each, in order.
+        shown: each tensor's shape and dtype, by its key in the files, in their order; may be on the meta device.
+        numbers: the tensors themselves in the same order, each asked for when it is written.
         max_shard_bytes: the most that one file holds, unless a single tensor is larger.
     """
-    shards = _split({key: tensor.nbytes for key, tensor in shown.items()}, max_shard_bytes)
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for key, tensor in shown.items():
+        if shards[-1] and filled + tensor.nbytes > max_shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(key)
+        filled += tensor.nbytes
     weight_map: dict[str, str] = {}
     for number, keys in enumerate(shards, start=1):
         name = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
-        _write_file(folder / name, {key: shown[key] for key in keys}, read)
+        _write_file(folder / name, {key: shown[key] for key in keys}, numbers)
         weight_map |= dict.fromkeys(keys, name)
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(tensor.nbytes for tensor in shown.values())}, "weight_map": weight_map}
         write_json(folder / "model.safetensors.index.json", index)
 
 
-def _write_file(path: Path, shown: Mapping[str, Tensor], read: Callable[[str], Tensor]) -> None:
-    """One file (https://huggingface.co/docs/safetensors), which the library itself writes of whole models alone."""
+def _write_file(path: Path, shown: Mapping[str, Tensor], numbers: Iterator[Tensor]) -> None:
+    """Writes one file (https://huggingface.co/docs/safetensors); the library's own writer takes all tensors at once."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    names = {dtype: name for name, dtype in DTYPES.items()}
     begin = 0
     for key, tensor in sorted(shown.items(), key=lambda item: -item[1].dtype.itemsize):  # so that all are aligned
-        dtype = next(name for name, dtype in DTYPES.items() if dtype == tensor.dtype)
         offsets = [begin, begin := begin + tensor.nbytes]
-        header[key] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": offsets}
+        header[key] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         data = file.tell()
         for key in shown:
-            numbers = read(key).contiguous().cpu()
             file.seek(data + header[key]["data_offsets"][0])
-            file.write(numbers.view(-1).view(torch.uint8).numpy().data)
+            file.write(_bytes(next(numbers)))
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.contiguous().cpu().view(-1).view(torch.uint8).numpy().data
 
 
 def named_tensors(model: OPT) -> dict[str, Tensor]:
@@ -153,18 +168,6 @@ def named_tensors(model: OPT) -> dict[str, Tensor]:
     return {to_hf(name): parameter.detach() for name, parameter in parameters.items()}
 
 
-def _split(sizes: Mapping[str, int], max_bytes: int) -> list[list[str]]:
-    shards: list[list[str]] = [[]]
-    filled = 0
-    for key, size in sizes.items():
-        if shards[-1] and filled + size > max_bytes:
-            shards.append([])
-            filled = 0
-        shards[-1].append(key)
-        filled += size
-    return shards
-
-
 def check_destination(folder: Path, force: bool) -> None:
     """Refuses a folder that cannot be written to, or holds something that ``force`` does not allow to replace.
 
@@ -180,7 +183,7 @@ def check_destination(folder: Path, force: bool) -> None:
 
 
 def check_apart(checkpoint: Checkpoint, destination: Path) -> None:
-    """Refuses a destination whose replacement would take away the files that are read.
+    """Refuses a destination whose replacement would remove the files that are read.
 
     Raises:
         ValueError: saying so.
@@ -191,75 +194,41 @@ def check_apart(checkpoint: Checkpoint, destination: Path) -> None:
 
 
 @contextmanager
-def replacing(folder: Path, replaced: tuple[str, ...]) -> Iterator[Path]:
+def replacing_model(folder: Path, replaced: Iterable[str]) -> Iterator[Path]:
     """Gives an empty folder to fill, which takes the place of ``folder`` if the block ends well.
 
     Args:
-        folder: what to replace; made, with its parents, if missing.
-        replaced: names of files in ``folder`` that the new one does without, beside weights; all else comes along.
+        folder: made, with its parents, if missing.
+        replaced: names of files in ``folder`` that are left out of the new one, as are config.json and weights of any
+            kind. All other files come along.
 
     Raises:
-        FileExistsError: if ``folder`` is a file, a mount point or the current folder, or holds something other than
-            a model.
+        FileExistsError: if ``folder`` is a mount point or the current folder, or holds something other than a model.
+        OSError: if it cannot be written; ``folder`` is as it was.
     """
     folder = folder.expanduser().resolve()
     if os.path.ismount(folder):
         raise FileExistsError(f"{folder}: is a mount point, which cannot be replaced. Name a folder in it.")
     if Path.cwd().is_relative_to(folder):
         raise FileExistsError(f"{folder}: is, or holds, the current folder, which cannot be replaced. Name another.")
-    if (
-        folder.is_dir()
-        and any(folder.iterdir())
-        and not (folder / "config.json").is_file()
-        and not weight_files(folder)
-    ):
+    weights, is_old = weight_files(folder), folder.is_dir() and any(folder.iterdir())
+    if is_old and not weights and not (folder / "config.json").is_file():
         raise FileExistsError(f"{folder}: holds files that are not a model's (no config.json). Name another folder.")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".saving", dir=folder.parent))
-    new, old = beside / "new", beside / "old"
-    try:
+    with replacing(folder) as new:
         new.mkdir()
-        try:
-            yield new
-        except (OSError, RuntimeError) as error:  # in a file that is open, or what torch's writer raises
-            of_system = isinstance(error, OSError) and error.errno is not None and error.filename is None
-            if not of_system and "inline_container" not in str(error):
-                raise
-            raise OSError(f"{folder}: cannot be written ({first_line(error)[:200]}). Is the disk full?") from None
-        if folder.is_dir():
-            # Weights of every kind, lest an old file shadow a new one.
-            skipped = {*replaced, "config.json", *weight_files(folder), *(p.name for p in new.iterdir())}
-
-            def skipped_here(directory: str, names: list[str]) -> set[str]:
-                return skipped & set(names) if Path(directory) == folder else set()
-
-            shutil.copytree(folder, new, ignore=skipped_here, copy_function=_link, symlinks=True, dirs_exist_ok=True)
-        for path in new.iterdir():
-            _flush_to_disk(path)
-        if folder.is_dir():
-            folder.rename(old)
-        new.rename(folder)
-    finally:
-        # Here, not in an except around the renames: an interrupt may come as soon as the first one is done.
-        if old.is_dir() and not folder.exists():
-            old.rename(folder)
-        shutil.rmtree(beside, ignore_errors=True)
+        yield new
+        if is_old:
+            written = {*replaced, "config.json", *weights, *(path.name for path in new.iterdir())}
+            shutil.copytree(
+                folder, new, symlinks=True, dirs_exist_ok=True, copy_function=_link,
+                ignore=lambda inner, names: written & set(names) if Path(inner) == folder else set(),
+            )  # fmt: skip
 
 
 def _link(source: str, target: str) -> None:
-    """A second name for an unchanged file, which costs no space; a copy where the file system has no links."""
+    """Gives an unchanged file a second name, which takes no space; copies it where the file system has no links."""
     try:
         os.link(source, target, follow_symlinks=False)
     except OSError:
         shutil.copy2(source, target, follow_symlinks=False)
-
-
-def _flush_to_disk(path: Path) -> None:
-    if path.is_file():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-
-
-def write_json(path: Path, content: Mapping[str, object]) -> None:
-    """Writes an object as indented JSON."""
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -110,7 +110,7 @@ def evaluate_examples(
     output: str | None = None,
 ) -> int:  # fmt: skip
     """Evaluates on examples in all processes, and writes the result in the first."""
-    from minopt.training.checkpoint import write_durably
+    from minopt.atomic import write_text
     from minopt.training.evaluation import evaluate
     from minopt.training.prepare import check, prepare, warn
 
@@ -126,7 +126,7 @@ def evaluate_examples(
     if world.is_first:
         if output is not None:
             text = json.dumps(dict(result.predictions), ensure_ascii=False)
-            write_durably(Path(output), text + "\n")
+            write_text(Path(output), text + "\n")
         _print(dict(result.metrics), as_json)
     return 0
 

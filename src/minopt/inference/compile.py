@@ -31,23 +31,22 @@ from minopt.checkpoint.errors import first_line
 from minopt.checkpoint.hub import find_model
 from minopt.checkpoint.inspect import digest_of, digest_of_all
 from minopt.checkpoint.save import (
-    TOKENIZER_FILES,
     check_apart,
     check_destination,
-    generation_config,
-    replacing,
+    generation_config_of,
+    replacing_model,
     write_config,
     write_json,
 )
 from minopt.checkpoint.source import Checkpoint, open_checkpoint
 from minopt.checkpoint.weights import read_weights
-from minopt.config import OPTConfig, is_int, read_json
+from minopt.config import OPTConfig, is_int
 from minopt.generation.decode import generate
 from minopt.inference.linear import OUTLIERS_FROM, by_rows
 from minopt.inference.program import FORMAT, PROGRAM, ExportedModel, Manifest, machine, sha256
 from minopt.load_options import LoadOptions, resolve_device, resolve_dtype
 from minopt.model import OPT
-from minopt.tokenizer import Tokenizer
+from minopt.tokenizer import TOKENIZER_FILES, Tokenizer
 
 # New tokens of each check prompt.
 _NEW = 16
@@ -230,14 +229,10 @@ def export_model(
     if max_length is not None and max_length > limit:
         raise ValueError(f"max_length: expected at most the model's {limit} positions, got {max_length}.")
     reader = Tokenizer.beside(checkpoint.found.folder, tokenizer)
-    with replacing(destination, (*TOKENIZER_FILES, "generation_config.json")) as new:
+    with replacing_model(destination, (*TOKENIZER_FILES, "generation_config.json")) as new:
         program = compile_program(checkpoint, new, target, number_type, quantize, max_length or limit, max_batch)
         write_config(new, program.config, program.dtype)
-        generation_file = checkpoint.found.folder / "generation_config.json"
-        found = generation_file.is_file()
-        write_json(
-            new / "generation_config.json", read_json(generation_file) if found else generation_config(program.config)
-        )
+        write_json(new / "generation_config.json", generation_config_of(checkpoint))
         if reader is not None:
             reader.save(new)
 

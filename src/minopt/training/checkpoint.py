@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import warnings
@@ -20,6 +19,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from minopt.atomic import flush, write_text
 from minopt.checkpoint.errors import first_line
 from minopt.config import read_json
 from minopt.distributed import World
@@ -59,7 +59,7 @@ class Checkpoints:
         path = self.path(step)
         new = path.with_name(f".{path.name}.saving")
         if self.world.gather(path.exists())[0]:
-            self.world.first(lambda: write_durably(path / _STATE, _as_text(state)))
+            self.world.first(lambda: write_text(path / _STATE, _as_text(state)))
             return
         try:
             self.world.first(lambda: _make_empty(new))
@@ -163,42 +163,14 @@ def _make_empty(path: Path) -> None:
 
 
 def _publish(new: Path, path: Path, state: dict[str, Any]) -> None:
-    _replace_text(new / _STATE, _as_text(state))
+    (new / _STATE).write_text(_as_text(state), encoding="utf-8")
+    flush(new / _STATE)
     new.rename(path)
-    handle = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(handle)  # of the name
-    finally:
-        os.close(handle)
+    flush(path.parent)
 
 
 def _as_text(state: dict[str, Any]) -> str:
     return json.dumps(state, indent=1) + "\n"
-
-
-def write_durably(path: Path, text: str) -> None:
-    """Writes a text file that is whole, old or new, whatever happens meanwhile.
-
-    Raises:
-        OSError: naming the file.
-    """
-    try:
-        _replace_text(path, text)
-    except OSError as error:
-        raise OSError(f"{path}: cannot be written ({error.strerror}). Is the disk full?") from None
-
-
-def _replace_text(path: Path, text: str) -> None:
-    if path.exists() and not path.is_file():  # /dev/stdout is no file to be replaced
-        path.write_text(text, encoding="utf-8")
-        return
-    path = path.resolve()  # a link stays one
-    new = path.with_name(f".{path.name}.new")
-    with new.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    new.replace(path)
 
 
 def _reason(error: BaseException) -> str:

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
 from string import Formatter
-from tempfile import TemporaryDirectory
 from typing import Any, Literal, TypeVar
 
 import torch.hub
 
+from minopt.atomic import replacing
 from minopt.checkpoint.errors import first_line, some
 from minopt.progress import on_terminal
 
@@ -199,12 +199,9 @@ def _download(name: str, split: str, show_progress: bool) -> Path:
         return path
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # A folder of its own, because torch leaves its part of a file where the disk is full.
-        with TemporaryDirectory(dir=path.parent) as folder:
-            part = os.path.join(folder, name)
+        with replacing(path) as new:
             shown = show_progress and on_terminal()
-            torch.hub.download_url_to_file(url, part, hash_prefix=_SQUAD_SHA256[name], progress=shown)
-            os.replace(part, path)
+            torch.hub.download_url_to_file(url, str(new), hash_prefix=_SQUAD_SHA256[name], progress=shown)
     except (OSError, HTTPException, RuntimeError) as error:  # the last is a wrong digest
         raise OSError(
             f"{split}_file: expected {url} to be copied to {path.parent}, got {first_line(error)}. "

@@ -13,9 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from minopt.atomic import replacing, write_text
 from minopt.checkpoint.errors import some
 from minopt.config import read_json
-from minopt.training.checkpoint import write_durably
 from minopt.training.config import differences
 
 try:
@@ -94,11 +94,8 @@ def check_unfinished(folder: Path) -> None:
 
 def link_same(file: Path, other: Path) -> None:
     """Makes ``other``, which has the same content, a second name of a file; where the disk cannot, it stays a copy."""
-    name = other.with_name(f".{other.name}.new")
-    with contextlib.suppress(OSError):
-        name.unlink(missing_ok=True)
-        os.link(file, name)
-        name.replace(other)
+    with contextlib.suppress(OSError), replacing(other) as new:
+        os.link(file, new)
 
 
 def check_same(where: Path, theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
@@ -147,11 +144,10 @@ def overwrite(folder: Path) -> None:
 
 def remove_leftovers(folder: Path) -> None:
     """Removes what a process that was killed while writing has left."""
-    for name in (SETTINGS, METRICS, PREDICTIONS):
-        (folder / f".{name}.new").unlink(missing_ok=True)
-    for name in (MODEL, f".{MODEL}.*.saving", f".{BEST}.*.saving"):
-        for path in folder.glob(name):
+    for name in (SETTINGS, METRICS, PREDICTIONS, MODEL, BEST):
+        for path in folder.glob(f".{name}.*.saving"):
             shutil.rmtree(path, ignore_errors=True)
+    shutil.rmtree(folder / MODEL, ignore_errors=True)
 
 
 def _of_a_run(folder: Path) -> list[Path]:
@@ -170,7 +166,7 @@ def begin_metrics(folder: Path, step: int, evaluated: int) -> None:
     path = folder / METRICS
     if path.is_file():
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        write_durably(path, "".join(line for line in lines if _is_kept(line, step, evaluated)))
+        write_text(path, "".join(line for line in lines if _is_kept(line, step, evaluated)))
 
 
 def _is_kept(line: str, step: int, evaluated: int) -> bool:

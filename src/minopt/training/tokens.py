@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from minopt.atomic import replacing
 from minopt.progress import bar
 from minopt.tokenizer import Tokenizer
 from minopt.training.data import Example, cache_folder
@@ -217,14 +216,9 @@ def _read(path: Path, digest: str) -> Tokens | None:
 def _write(tokens: Tokens, path: Path) -> None:
     tensors = {"ids": tokens.ids, "ends": tokens.ends, "starts": tokens.starts}
     counts = json.dumps([tokens.cut_prompts, tokens.cut_completions, tokens.dropped])
-    new = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, new = tempfile.mkstemp(suffix=".new", dir=path.parent)
-        os.close(handle)
-        save_file(tensors, new, metadata={"counts": counts})
-        os.replace(new, path)
+        with replacing(path) as new:
+            save_file(tensors, new, metadata={"counts": counts})
     except (OSError, SafetensorError) as error:
         logger.warning("%s: tokens cannot be kept there (%s); they will be made again next time.", path.parent, error)
-        if new is not None:
-            Path(new).unlink(missing_ok=True)

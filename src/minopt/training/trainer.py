@@ -20,6 +20,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from minopt import __version__
+from minopt.atomic import write_text
 from minopt.checkpoint.source import Checkpoint
 from minopt.config import read_json
 from minopt.distributed import World, processes
@@ -27,7 +28,7 @@ from minopt.model import OPT
 from minopt.progress import counted, say
 from minopt.tokenizer import Tokenizer
 from minopt.training.batches import Order, collate, seed_of
-from minopt.training.checkpoint import Checkpoints, read_state, write_durably
+from minopt.training.checkpoint import Checkpoints, read_state
 from minopt.training.config import TrainingConfig
 from minopt.training.data import Example
 from minopt.training.evaluation import EvaluationResult, evaluate
@@ -330,7 +331,7 @@ class _Run:
 
     def _write_settings(self, **more: int) -> None:
         text = json.dumps({**self.record, "minopt": __version__, "torch": torch.__version__, **more}, indent=1)
-        write_durably(self.folder / SETTINGS, text + "\n")
+        write_text(self.folder / SETTINGS, text + "\n")
 
     def _write_beginning(self) -> None:
         self._write_settings()
@@ -519,7 +520,7 @@ class _Run:
         add_metrics(self.folder, record)
         if result.predictions:
             text = json.dumps(dict(result.predictions), ensure_ascii=False, indent=0)
-            write_durably(self.folder / PREDICTIONS, text + "\n")
+            write_text(self.folder / PREDICTIONS, text + "\n")
 
     def _evaluation_dtype(self) -> torch.dtype:
         if self.dtype is None or (self.dtype == torch.float16 and self.world.device.type == "cpu"):

@@ -1,0 +1,120 @@
+"""Writes metaseq's model parallel parts: reshard.pt, or reshard-model_part-N.pt."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from minopt.checkpoint.errors import CheckpointError, some
+from minopt.checkpoint.names import from_metaseq, fused_key, shard_dim, to_metaseq
+from minopt.checkpoint.pieces import Share, SourceTensor
+from minopt.checkpoint.source import Checkpoint
+from minopt.config import OPTConfig
+from minopt.tokenizer import Tokenizer
+
+
+def check_parts(config: OPTConfig, parts: int) -> None:
+    """Refuses a number of parts that does not divide the model.
+
+    Raises:
+        ValueError: naming the numbers that would do.
+    """
+    if parts > 1 and config.embed_dim != config.hidden_size:
+        raise ValueError(f"parts: a model with projections (word_embed_proj_dim {config.embed_dim}, hidden_size "
+                         f"{config.hidden_size}) has one part in metaseq, got {parts}.")  # fmt: skip
+    sizes = {name: getattr(config, name) for name in ("num_attention_heads", "ffn_dim", "vocab_size")}
+    wrong = [f"{name} is {size}" for name, size in sizes.items() if size % parts]
+    if wrong:
+        fitting = [n for n in range(1, 65) if not any(size % n for size in sizes.values())]
+        raise ValueError(f"parts: expected a divisor of heads, ffn_dim and vocab_size, got {parts} ({some(wrong)})."
+                         f" {', '.join(map(str, fitting))} would do.")  # fmt: skip
+
+
+def write_parts(
+    folder: Path, checkpoint: Checkpoint, parts: int, dtype: torch.dtype | None, update: Callable[[int], object]
+) -> None:
+    """Writes a checkpoint's tensors; those of one file are in memory at a time.
+
+    Args:
+        folder: that is filled.
+        checkpoint: an open one.
+        parts: how many files; ``check_parts`` allows it.
+        dtype: of all tensors; ``None`` keeps each as it is stored.
+        update: is called with the number of tensors of which a part was read.
+
+    Raises:
+        CheckpointError: if tensors that are fused have several dtypes, or the files cannot be read.
+    """
+    cfg = {"model": argparse.Namespace(**_settings(checkpoint.config, parts))}  # as metaseq's own files have it
+    for part in range(parts):
+        file = "reshard.pt" if parts == 1 else f"reshard-model_part-{part}.pt"
+        state = _state(checkpoint, Share(part, parts), dtype, update)
+        torch.save({"cfg": cfg, "model": state, "args": None, "extra_state": {}}, folder / file)
+        del state  # before the next part is read
+
+
+def _state(
+    checkpoint: Checkpoint, share: Share, dtype: torch.dtype | None, update: Callable[[int], object]
+) -> dict[str, Tensor]:
+    state = {"decoder.version": torch.tensor([3.0])}
+    for key in dict.fromkeys(fused_key(name) or to_metaseq(name) for name in checkpoint.tensors):
+        names = from_metaseq(key)
+        tensors = [_read_share(checkpoint.tensors[name], share, dtype) for name in names]
+        for name, tensor in zip(names, tensors, strict=True):
+            if tensor.dtype != tensors[0].dtype:
+                raise CheckpointError(f"{name}: is {tensor.dtype}, and {key} holds {tensors[0].dtype}. Name a --dtype.")
+        state[key] = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+        update(len(names))
+    return state
+
+
+def _read_share(tensor: SourceTensor, share: Share, dtype: torch.dtype | None) -> Tensor:
+    dim = shard_dim(tensor.name)
+    if dim == 1:
+        return tensor.columns(*share.of(tensor.shape[1]), dtype)
+    return (tensor if dim is None else tensor.rows(*share.of(tensor.shape[0]))).read(dtype)
+
+
+def _settings(config: OPTConfig, parts: int) -> dict[str, object]:
+    """The configuration under metaseq's names (models/transformer_lm.py)."""
+    return {
+        "_name": "transformer_lm_megatron",
+        "arch": "transformer_lm_megatron",
+        "activation_fn": config.activation_function,
+        "dropout": config.dropout,
+        "attention_dropout": config.attention_dropout,
+        "decoder_embed_dim": config.hidden_size,
+        "decoder_ffn_embed_dim": config.ffn_dim,
+        "decoder_layers": config.num_hidden_layers,
+        "decoder_attention_heads": config.num_attention_heads,
+        "decoder_input_dim": config.embed_dim,
+        "decoder_output_dim": config.embed_dim,
+        "decoder_normalize_before": config.do_layer_norm_before,
+        "decoder_learned_pos": True,
+        "decoder_learned_sinusoidal": False,
+        "no_scale_embedding": True,
+        "no_emb_dropout": True,
+        "share_decoder_input_output_embed": True,
+        "alibi": False,
+        "disable_bias": not config.enable_bias,
+        "disable_affine_ln": not config.layer_norm_elementwise_affine,
+        "max_target_positions": config.max_position_embeddings,
+        "tokens_per_sample": config.max_position_embeddings,
+        "model_parallel_size": parts,
+    }
+
+
+def write_vocabulary(folder: Path, tokenizer: Tokenizer) -> None:
+    """Writes the files that metaseq reads a tokenizer from: one, or in older versions two, which lack added tokens."""
+    tokenizer.save(folder)
+    (folder / "tokenizer.json").rename(folder / "gpt2-unified.json")
+    model = json.loads(tokenizer.backend.to_str())["model"]
+    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
+    vocabulary = json.dumps(model["vocab"], ensure_ascii=False)
+    (folder / "gpt2-vocab.json").write_text(vocabulary + "\n", encoding="utf-8")
+    (folder / "gpt2-merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n", encoding="utf-8")
