@@ -45,24 +45,11 @@ def interrupted(*args: object) -> None:
     os.kill(os.getpid(), signal.SIGINT)
 
 
-def of_another_file(*args: object) -> None:
-    Path("/nowhere/source").read_text()
-
-
-def of_torch(*args: object) -> None:
-    raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0\nand a page more")
-
-
-CANNOT = "^{path}: cannot be written \\({reason}.*\\). Is the disk full\\?$"
-
-
 @pytest.mark.parametrize("at", ["block", "flush", "replace"])
 @pytest.mark.parametrize(
     ("act", "error", "message"),
     [
-        (full, OSError, CANNOT.format(path="{path}", reason="No space left on device")),
-        (of_torch, OSError, CANNOT.format(path="{path}", reason=r"\[enforce fail at inline_container")),
-        (of_another_file, FileNotFoundError, "/nowhere/source"),
+        (full, OSError, "No space left on device"),
         (interrupted, KeyboardInterrupt, "^$"),
     ],
 )

@@ -24,10 +24,10 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         OSError: if it cannot be written.
     """
-    path, beside = path.resolve(), None
+    path = path.resolve()
+    beside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".saving", dir=path.parent))
+    new, old = beside / "new", beside / "old"
     try:
-        beside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".saving", dir=path.parent))
-        new, old = beside / "new", beside / "old"
         yield new
         for file in (new, *(new.iterdir() if new.is_dir() else ())):
             flush(file)
@@ -36,26 +36,11 @@ def replacing(path: Path) -> Iterator[Path]:
         new.replace(path)
         with suppress(OSError):  # some file systems have no such call for folders
             flush(path.parent)
-    except (OSError, RuntimeError) as error:
-        if not _is_of_writing(error, path):
-            raise
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0][:200]
-        raise OSError(f"{path}: cannot be written ({reason}). Is the disk full?") from None
     finally:
         # Not in an except around the renames: an interrupt may come as soon as the first one is done.
-        if beside is not None:
-            if old.is_dir() and not path.exists():
-                old.rename(path)
-            shutil.rmtree(beside, ignore_errors=True)
-
-
-def _is_of_writing(error: Exception, path: Path) -> bool:
-    """Whether an error is of a file that is written: the system's, or what ``torch.save`` makes of it."""
-    if not isinstance(error, OSError):
-        return "inline_container" in str(error)
-    beside = str(path.with_name(f".{path.name}."))
-    name = error.filename
-    return error.errno is not None and (name in (None, str(path)) or str(name).startswith(beside))
+        if old.is_dir() and not path.exists():
+            old.rename(path)
+        shutil.rmtree(beside, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -67,8 +52,11 @@ def write_text(path: Path, text: str) -> None:
     if path.exists() and not path.is_file():  # /dev/stdout is not a file that can be replaced
         path.write_text(text, encoding="utf-8")
         return
-    with replacing(path) as new:
-        new.write_text(text, encoding="utf-8")
+    try:
+        with replacing(path) as new:
+            new.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise OSError(f"{path}: cannot be written ({error.strerror}). Is the disk full?") from None
 
 
 def flush(path: Path) -> None:

@@ -76,17 +76,28 @@ def test_a_loaded_model_can_be_saved_over_its_own_folder(write_checkpoint: Calla
     assert_saved(model, folder)
 
 
-def test_a_full_disk_is_told_and_the_old_model_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (OSError(28, "No space left on device"), r"No space left on device"),
+        (
+            RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos\nmore"),
+            r"\[enforce.*unexpected pos",
+        ),
+    ],
+)
+def test_a_full_disk_is_told_and_the_old_model_stays(
+    error: Exception, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Interrupts and kills: tests/test_atomic.py."""
     save_model(small_model(0), tmp_path / "saved")
     before = content(tmp_path)
 
     def full(*args: object, **options: object) -> None:
-        raise OSError(28, "No space left on device")
+        raise error
 
     monkeypatch.setattr(save, "write_config", full)
-    message = r"saved: cannot be written \(No space left on device\)\. Is the disk full\?"
-    with pytest.raises(OSError, match=message):
+    with pytest.raises(OSError, match=rf"saved: cannot be written \({reason}\)\. Is the disk full\?$"):
         save_model(small_model(1), tmp_path / "saved", force=True)
     assert content(tmp_path) == before
     assert [p.name for p in tmp_path.iterdir()] == ["saved"]

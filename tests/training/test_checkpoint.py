@@ -104,7 +104,6 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
         ("fsync", 1, False, 6),  # tensors are
         ("rename", 1, True, 6),  # what torch says about them is
         ("fsync", 3, False, 6),  # state.json has no name yet
-        ("replace", 1, True, 6),
         ("rename", 2, False, 6),  # all is there, under a hidden name
         ("rename", 2, True, 9),
         ("rename", 3, True, 9),  # the old one is to be removed
@@ -125,7 +124,7 @@ def test_a_run_killed_while_it_saves_goes_on_from_a_whole_checkpoint(
 
 @pytest.mark.parametrize(
     ("call", "number", "after"),
-    [("fsync", 1, False), ("rename", 1, True), ("replace", 3, True), ("rmdir", 2, False)],
+    [("fsync", 1, False), ("replace", 1, True), ("replace", 4, True), ("rmdir", 2, False)],
 )  # fmt: skip
 def test_a_run_killed_while_it_writes_its_model_writes_it_when_started_again(
     runs: Runs, call: str, number: int, after: bool

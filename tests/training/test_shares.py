@@ -173,8 +173,7 @@ REFUSED: dict[Callable[[Path, World], None], str] = {
     without_tokenizer: "--model_name_or_path: expected a model with a tokenizer, {folder}/no tokenizer has none. Add "
     "its files.",
     cut_short: "a file: ends in the middle of its tensors. Fetch the file again.",
-    full_disk: "{folder}/refused/.model.saving: cannot be written (No space left on device). "
-    "Is the disk full?",
+    full_disk: "{folder}/refused/.model.saving: cannot be written (No space left on device). Is the disk full?",
 }
 
 
@@ -329,8 +328,7 @@ def test_a_disk_that_is_full_at_the_end_ends_the_command_with_one_line(tmp_path:
     ended = runs("full", fill_the_disk, size=2, parallel="fsdp", max_steps=2)
     assert ended.codes == [2, 2]
     assert ended.last_line == (
-        f"minopt: error: {tmp_path}/full/.model.saving: cannot be written (No space left on device). "
-        "Is the disk full?"
+        f"minopt: error: {tmp_path}/full/.model.saving: cannot be written (No space left on device). Is the disk full?"
     )
     assert "Traceback" not in "".join(ended.said)
     assert runs("full", size=2, parallel="fsdp", max_steps=2).codes == [0, 0]  # goes on from the last checkpoint

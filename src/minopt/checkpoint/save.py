@@ -15,7 +15,7 @@ from torch import Tensor
 
 from minopt import int8
 from minopt.atomic import replacing
-from minopt.checkpoint.errors import some
+from minopt.checkpoint.errors import first_line, some
 from minopt.checkpoint.files import DTYPES
 from minopt.checkpoint.names import to_hf
 from minopt.checkpoint.source import Checkpoint, weight_files
@@ -215,15 +215,22 @@ def replacing_model(folder: Path, replaced: Iterable[str]) -> Iterator[Path]:
     if is_old and not weights and not (folder / "config.json").is_file():
         raise FileExistsError(f"{folder}: holds files that are not a model's (no config.json). Name another folder.")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(folder) as new:
-        new.mkdir()
-        yield new
-        if is_old:
-            written = {*replaced, "config.json", *weights, *(path.name for path in new.iterdir())}
-            shutil.copytree(
-                folder, new, symlinks=True, dirs_exist_ok=True, copy_function=_link,
-                ignore=lambda inner, names: written & set(names) if Path(inner) == folder else set(),
-            )  # fmt: skip
+    try:
+        with replacing(folder) as new:
+            new.mkdir()
+            yield new
+            if is_old:
+                written = {*replaced, "config.json", *weights, *(path.name for path in new.iterdir())}
+                shutil.copytree(
+                    folder, new, symlinks=True, dirs_exist_ok=True, copy_function=_link,
+                    ignore=lambda inner, names: written & set(names) if Path(inner) == folder else set(),
+                )  # fmt: skip
+    except (OSError, RuntimeError) as error:  # of a file that is written, which torch.save makes a RuntimeError
+        is_of_disk = isinstance(error, OSError) and error.errno is not None and error.filename is None
+        if not is_of_disk and "inline_container" not in str(error):
+            raise
+        reason = getattr(error, "strerror", None) or first_line(error)[:200]
+        raise OSError(f"{folder}: cannot be written ({reason}). Is the disk full?") from None
 
 
 def _link(source: str, target: str) -> None:
