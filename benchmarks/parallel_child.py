@@ -25,7 +25,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 import minopt
 import minopt.inference.tensor_parallel  # before memory is looked at
 from minopt.checkpoint.names import shard_dim
-from minopt.checkpoint.pieces import Share
+from minopt.checkpoint.tensors import Share
 
 
 def divided(folder: Path, dtype: str, mesh: DeviceMesh) -> Any:

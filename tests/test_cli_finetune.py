@@ -343,7 +343,7 @@ def error_of(status: int, capsys: Capture) -> str:
         ({}, "--fp16 --bf16", "--fp16 and --bf16: expected one of them, got both. Leave one out."),
         ({}, "--task poetry", "--task: expected squad or squad-question, got 'poetry'"),
         ({}, "--lr-scheduler-type steep", "--lr-scheduler-type: expected linear or cosine or constant, got 'steep'"),
-        ({"device": "nonsense"}, "", "--device: expected cpu or cuda, got 'nonsense'."),
+        ({"device": "nonsense"}, "", "--device: 'nonsense' is not available here"),
         ({}, "--prompt-template Why --completion-template ' {answer}'", "--prompt-template: expected one field or mor"),
         ({}, "--prompt-template '{context}'", "--prompt-template and --completion-template: expected both or none."),
         ({}, "--prompt-template '{text}' --completion-template ' {answer}'", "{question}, {answer}, got {text} (in"),

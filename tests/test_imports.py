@@ -22,7 +22,7 @@ FILES = {
 
 # A room imports from those before it. Rooms of one line do not import each other.
 ORDER = (
-    ("atomic", "errors", "memory", "progress", "strangers", "watch"),
+    ("atomic", "devices", "errors", "memory", "progress", "strangers", "watch"),
     ("config",),
     ("settings",),
     ("cache", "distributed", "int8", "load_options"),

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
+from minopt.devices import resolve_device
 from minopt.errors import is_connection_lost, is_out_of_memory, is_users
 from minopt.watch import Watch, limit_seconds
 
@@ -134,7 +135,9 @@ def processes(device: str | None) -> Iterator[World]:
         ValueError: if there is no such device.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
-    chosen = _device(device, int(os.environ.get("LOCAL_RANK", "0")) if size > 1 else None)
+    chosen = resolve_device(device, int(os.environ.get("LOCAL_RANK", "0")) if size > 1 else None)
+    if chosen.type not in ("cpu", "cuda"):
+        raise ValueError(f"device: expected cpu or cuda, got {device!r}.")
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     if size == 1:
@@ -217,25 +220,3 @@ def end_well() -> None:
     ever.
     """
     atexit.register(time.sleep, 0.1)
-
-
-def _device(device: str | None, local_rank: int | None) -> torch.device:
-    try:
-        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError:
-        chosen = torch.device("meta")
-    if chosen.type not in ("cpu", "cuda"):
-        raise ValueError(f"--device: expected cpu or cuda, got {device!r}.")
-    if chosen.type == "cpu":
-        return torch.device("cpu")
-    count, index = torch.cuda.device_count(), chosen.index
-    if index is None:
-        index = local_rank or 0
-    elif local_rank is not None:
-        raise ValueError(f"--device: expected cuda, each process taking its own GPU, got {device!r}.")
-    if count == 0:
-        raise ValueError(f"--device: expected cpu, for torch finds no GPU here, got {device!r}. Leave it out.")
-    here = index + 1 if local_rank is None else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if here > count:
-        raise ValueError(f"--device: expected at most {count} GPU(s), as there are, got {here}. Start fewer processes.")
-    return torch.device("cuda", index)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minopt.memory import empty
+from minopt.memory import CHUNK_NUMBERS, empty
 
 SCALE = "_scale"  # what a weight's scale is called, behind the weight's own name
 CONFIG_KEY = "quantization_config"  # in config.json
@@ -35,8 +35,6 @@ CONFIG: dict[str, Any] = {
 }
 """``quantization_config`` of such a folder. Other programs round activations too, a scale for each token."""
 
-_CHUNK_NUMBERS = 4_000_000
-
 
 def is_quantized(name: str) -> bool:
     """Whether a parameter of this name becomes int8: the products of the layers do, tables and norms do not."""
@@ -51,7 +49,7 @@ def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
     """
     quantized = empty(weight.shape, torch.int8, weight.device)
     scale = torch.empty(len(weight), 1, dtype=torch.float32, device=weight.device)
-    rows = min(len(weight), max(1, _CHUNK_NUMBERS // weight.shape[1]))  # at a time: all would be several weights
+    rows = min(len(weight), max(1, CHUNK_NUMBERS // weight.shape[1]))  # at a time: all would be several weights
     space = empty((rows, weight.shape[1]), torch.float32, weight.device)
     for first in range(0, len(weight), rows):
         part = slice(first, first + rows)

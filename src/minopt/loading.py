@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from minopt.checkpoint.hub import find_model
-from minopt.checkpoint.source import open_checkpoint
+from minopt.checkpoint.open import open_checkpoint
 from minopt.checkpoint.weights import load_checkpoint
 from minopt.config import OPTConfig
+from minopt.devices import resolve_device, resolve_dtype
 from minopt.generation.options import read_defaults
-from minopt.load_options import LoadOptions, resolve_device, resolve_dtype
+from minopt.load_options import LoadOptions
 from minopt.model import OPT
 from minopt.strangers import is_exported
 from minopt.text import LanguageModel

@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+CHUNK_NUMBERS = 4_000_000  # that are in memory at a time where a tensor is not wanted whole
+
 _PAGE = 2**21
 _LARGE = 2**25  # bytes from which on the C library gives memory an area of its own
 _MADV_COLLAPSE = 25  # from Linux 6.1 on

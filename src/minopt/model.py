@@ -9,7 +9,7 @@ parameter: the head is the token table, so that the two cannot come apart.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -407,11 +407,6 @@ class OPT(nn.Module):
 
 
 @lru_cache(16)
-def parameter_shapes(config: OPTConfig) -> Mapping[str, tuple[int, ...]]:
-    """The names of an OPT's parameters, in their order, with their shapes."""
-    return {name: tuple(parameter.shape) for name, parameter in OPT(config, device="meta").named_parameters()}
-
-
 def _positions(attention_mask: Tensor | Packed | None, past: int | Tensor, T: int, device: torch.device) -> Tensor:
     """Position of each new token among the real tokens of its row, -1 for padding: ``[B, T]``, or ``[T]``."""
     if isinstance(attention_mask, Packed):

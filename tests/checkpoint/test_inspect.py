@@ -21,8 +21,8 @@ from minopt import OPT, CheckpointError, OPTConfig, convert, inspect_checkpoint
 from minopt.checkpoint import inspect as inspecting
 from minopt.checkpoint.files import TensorFile, open_file
 from minopt.checkpoint.inspect import Report, digest_of, fingerprint
-from minopt.checkpoint.pieces import Slice, SourceTensor
-from minopt.checkpoint.source import open_checkpoint
+from minopt.checkpoint.open import open_checkpoint
+from minopt.checkpoint.tensors import Slice, SourceTensor
 from minopt.config import PRESETS
 from tests.checkpoint.metaseq_files import write_metaseq
 from tests.checkpoint.sources import (

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from minopt import OPT, CheckpointError, OPTConfig, load, load_model
-from minopt.checkpoint.source import open_checkpoint
+from minopt.checkpoint.open import open_checkpoint
 from minopt.checkpoint.weights import read_weights
 from tests.conftest import KINDS, build_reference
 

@@ -18,8 +18,9 @@ import torch
 
 from minopt import OPT, CheckpointError, OPTConfig, load, load_model
 from minopt.checkpoint import names
+from minopt.checkpoint.config import resolve_config
 from minopt.checkpoint.errors import MissingFileError
-from minopt.checkpoint.source import find_files, resolve_config
+from minopt.checkpoint.find import find_files
 from tests.checkpoint.metaseq_files import foreign_modules, write_metaseq
 from tests.conftest import KINDS, SHARED_DATA, build_ours, build_reference
 
@@ -325,14 +326,14 @@ BROKEN: dict[str, tuple[dict[str, Any], Callable[[list[Path]], object], str]] = 
     "an unknown tensor": (
         {"parts": 1}, lambda ps: rewrite(ps[0], in_model(
             lambda m: m.update({"decoder.layers.1.moe.weight": torch.zeros(8)}))),
-        r"reshard\.pt: 1 tensors are not an OPT's: decoder\.layers\.1\.moe\.weight"),
+        r"reshard\.pt: the tensors are not those of its cfg: 1 unexpected \(decoder\.layers\.1\.moe\.weight\)"),
     "a missing tensor": (
         {"parts": 1}, lambda ps: rewrite(ps[0], in_model(lambda m: m.pop("decoder.layers.1.fc1.bias"))),
         r"reshard\.pt: the tensors are not those of its cfg: 1 missing \(layers\.1\.fc1\.bias\)"),
     "fused and apart": (
         {"parts": 1}, lambda ps: rewrite(ps[0], in_model(
             lambda m: m.update({"decoder.layers.1.self_attn.q_proj.bias": torch.zeros(32)}))),
-        r"holds these twice, fused and apart: layers\.1\.self_attn\.q_proj\.bias"),
+        r"1 stored twice \(decoder\.\S+\.qkv_proj\.bias and decoder\.\S+\.q_proj\.bias\)"),
     "a fused projection that is not three": (
         {"parts": 1}, lambda ps: rewrite(ps[0], in_model(
             lambda m: m.update({"decoder.layers.1.self_attn.qkv_proj.bias": torch.zeros(95)}))),

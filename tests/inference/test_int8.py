@@ -20,7 +20,7 @@ from torch import Tensor
 import minopt
 from minopt import CheckpointError, OPTConfig, convert, inspect_checkpoint, int8, load_model, save_model
 from minopt.checkpoint.names import from_hf
-from minopt.checkpoint.source import open_checkpoint
+from minopt.checkpoint.open import open_checkpoint
 from minopt.checkpoint.weights import read_weights
 from tests.checkpoint.sources import change_file, content, expected_tensors, write_source
 from tests.checkpoint.test_convert import assert_identical, stored
@@ -228,16 +228,14 @@ def test_converted_back_it_is_the_dequantized_model(kind: str, dtype: torch.dtyp
 def test_parts_of_a_large_weight_are_dequantized_wherever_they_begin(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("minopt.checkpoint.quantized._CHUNK_NUMBERS", 70)
+    monkeypatch.setattr("minopt.checkpoint.tensors.CHUNK_NUMBERS", 70)
     source = open_checkpoint(folder).tensors[FC1]
     expected = dequantized(stored(folder))[FC1]
     for start, count in ((0, 2048), (0, 5), (31, 2), (33, 64), (64, 64), (100, 1948), (2047, 1), (7, 1000)):
         out = torch.empty(count)
         source.read_into(out, start)
         assert torch.equal(out, expected.view(-1)[start : start + count]), (start, count)
-    columns = torch.empty(64, 7)
-    source.read_columns(columns, 20)
-    assert torch.equal(columns, expected[:, 20:27])
+    assert torch.equal(source.columns(20, 27), expected[:, 20:27])
     assert source.map() is None
 
 
@@ -590,7 +588,7 @@ def test_a_weight_that_is_not_finite_cannot_be_quantized(value: float, tmp_path:
 
 @pytest.mark.parametrize("chunk", [1, 100, 4_000_000])
 def test_rounding_is_by_rows_to_the_nearest_whatever_the_chunk(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(int8, "_CHUNK_NUMBERS", chunk)
+    monkeypatch.setattr(int8, "CHUNK_NUMBERS", chunk)
     weight = torch.randn(50, 30, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
     weight[7] = 0
     weight[8] *= 1e-30

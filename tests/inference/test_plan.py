@@ -14,8 +14,8 @@ import torch
 
 import minopt
 from minopt import OPTConfig, memory
-from minopt.checkpoint import pieces
-from minopt.checkpoint.source import open_checkpoint
+from minopt.checkpoint import tensors
+from minopt.checkpoint.open import open_checkpoint
 from minopt.cli import main
 from minopt.config import PRESETS
 from minopt.inference import plan
@@ -248,7 +248,7 @@ def test_too_little_memory_is_said_before_anything_is_read(
     options: dict[str, Any], write_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = write_checkpoint("125m", num_hidden_layers=12)
-    monkeypatch.setattr(pieces.SourceTensor, "read", lambda *_: pytest.fail("a tensor was read"))
+    monkeypatch.setattr(tensors.SourceTensor, "read", lambda *_: pytest.fail("a tensor was read"))
     for free, fits in ((1000, "See minopt plan."), (150_000, "What fits: ")):
         monkeypatch.setattr(plan, "available_memory", lambda _, free=free: free)
         if free > 1000 and options:

@@ -23,10 +23,10 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import minopt
 from minopt import LanguageModel
-from minopt.checkpoint import pieces
+from minopt.checkpoint import tensors
 from minopt.checkpoint.names import shard_dim
-from minopt.checkpoint.pieces import Share
-from minopt.checkpoint.source import open_checkpoint
+from minopt.checkpoint.open import open_checkpoint
+from minopt.checkpoint.tensors import Share
 from minopt.checkpoint.weights import read_weights
 from minopt.inference import plan, tensor_parallel
 from tests.checkpoint.sources import SOURCES, write_source
@@ -248,13 +248,13 @@ def test_shares_together_are_the_checkpoint(source: str, count: int, tmp_path: P
 def test_a_share_is_all_that_is_read(source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """But for what is divided by columns, whose rows pass through memory."""
     checkpoint = open_checkpoint(write_source(source, tmp_path / "model"))
-    read, read_into = [0], pieces.Slice.read_into
+    read, read_into = [0], tensors.Slice.read_into
 
-    def counted(piece: pieces.Slice, out: torch.Tensor, start: int = 0) -> None:
+    def counted(piece: tensors.Slice, out: torch.Tensor, start: int = 0) -> None:
         read[0] += out.numel()
         read_into(piece, out, start)
 
-    monkeypatch.setattr(pieces.Slice, "read_into", counted)
+    monkeypatch.setattr(tensors.Slice, "read_into", counted)
     with mock.patch.object(type(checkpoint), "check_head"):  # which reads a head of its own
         list(read_weights(checkpoint, torch.device("cpu"), torch.bfloat16, share=Share(1, 2)))
     expected = copies = 0

@@ -22,9 +22,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from minopt import OPT, CheckpointError, convert, load_model
-from minopt.checkpoint import pieces, save
-from minopt.checkpoint.pieces import Share, SourceTensor
-from minopt.checkpoint.source import open_checkpoint
+from minopt.checkpoint import save, tensors
+from minopt.checkpoint.open import open_checkpoint
+from minopt.checkpoint.tensors import Share, SourceTensor
 from minopt.distributed import World
 from minopt.training import shares
 from minopt.training.config import TrainingConfig
@@ -91,13 +91,13 @@ def read(folder: Path, world: World, saved: str = "{} of {}") -> Read:
 @contextmanager
 def counted() -> Iterator[list[int]]:
     """Counts the numbers that are read of files."""
-    numbers, read_into = [0], pieces.Slice.read_into
+    numbers, read_into = [0], tensors.Slice.read_into
 
-    def watch(piece: pieces.Slice, out: Tensor, start: int = 0) -> None:
+    def watch(piece: tensors.Slice, out: Tensor, start: int = 0) -> None:
         numbers[0] += out.numel()
         read_into(piece, out, start)
 
-    with mock.patch.object(pieces.Slice, "read_into", watch):
+    with mock.patch.object(tensors.Slice, "read_into", watch):
         yield numbers
 
 

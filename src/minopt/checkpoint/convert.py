@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from minopt import int8
+from minopt.checkpoint.checkpoint import Checkpoint
 from minopt.checkpoint.hub import find_model
 from minopt.checkpoint.metaseq.write import check_parts, write_parts, write_vocabulary
 from minopt.checkpoint.names import to_hf
-from minopt.checkpoint.pieces import main_dtype
-from minopt.checkpoint.quantized import read_int8
+from minopt.checkpoint.open import open_checkpoint
 from minopt.checkpoint.save import (
     check_apart,
     check_destination,
@@ -25,9 +25,9 @@ from minopt.checkpoint.save import (
     write_json,
     write_safetensors,
 )
-from minopt.checkpoint.source import Checkpoint, open_checkpoint
+from minopt.checkpoint.tensors import main_dtype
 from minopt.config import OPTConfig
-from minopt.load_options import resolve_dtype
+from minopt.devices import resolve_dtype
 from minopt.progress import bar, size_of
 from minopt.tokenizer import TOKENIZER_FILES, Tokenizer
 
@@ -156,6 +156,6 @@ def _read(
     for name, tensor in checkpoint.tensors.items():
         update()
         if quantize and int8.is_quantized(name):
-            yield from read_int8(tensor)
+            yield from tensor.read_int8()
         else:
             yield tensor.read(dtype)

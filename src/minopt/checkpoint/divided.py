@@ -11,7 +11,7 @@ from pathlib import Path
 from minopt.checkpoint.errors import CheckpointError, MissingFileError
 from minopt.checkpoint.files import TensorFile, open_pieces
 from minopt.checkpoint.pickles import UnpickleError, read_pickle
-from minopt.checkpoint.pieces import Run, Slice
+from minopt.checkpoint.tensors import Run, Slice
 from minopt.config import is_int
 
 METADATA = ".metadata"

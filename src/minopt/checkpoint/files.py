@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from minopt.checkpoint.errors import CheckpointError, first_line, some
-from minopt.checkpoint.names import is_decoders
+from minopt.checkpoint.keys import is_decoders
 from minopt.checkpoint.pickles import (
     OtherDtypeError,
     Placeholder,

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 from minopt.checkpoint.divided import METADATA
 from minopt.checkpoint.errors import MissingFileError, first_line, some
+from minopt.checkpoint.find import LAYOUTS, METASEQ, PICKLES, SAFETENSORS, check_link, no_weights, parts_of
 from minopt.checkpoint.hub_watch import HubWatch
-from minopt.checkpoint.source import LAYOUTS, METASEQ, PICKLES, SAFETENSORS, check_link, no_weights, parts_of
 from minopt.config import PRESETS
 from minopt.progress import say_on_terminal
 from minopt.strangers import unfinished_run

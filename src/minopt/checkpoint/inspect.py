@@ -11,18 +11,19 @@ from typing import Any
 
 import torch
 
+from minopt.checkpoint.checkpoint import Checkpoint
 from minopt.checkpoint.errors import AmbiguousPathError, CheckpointError, MissingFileError
+from minopt.checkpoint.find import find_files, weight_files
 from minopt.checkpoint.hub import find_model
-from minopt.checkpoint.pieces import Run, SourceTensor
-from minopt.checkpoint.source import Checkpoint, find_files, open_checkpoint, weight_files
+from minopt.checkpoint.open import open_checkpoint
+from minopt.checkpoint.tensors import Slice, SourceTensor
 from minopt.config import OPTConfig
+from minopt.memory import CHUNK_NUMBERS
 from minopt.progress import bar, size_of
 from minopt.tokenizer import Tokenizer
 
 # A shard of 175B that was damaged at its source held weights up to 5e4 (metaseq issue 122); sound ones stay far below.
 _LARGEST_WEIGHT = 100.0
-
-_CHUNK_NUMBERS = 4_000_000
 
 
 @dataclass(frozen=True)
@@ -138,9 +139,8 @@ def inspect_checkpoint(
         names = [name for name in weight_files(folder) if path.is_dir() or name == path.name]
         files = {name: (folder / name).stat().st_size for name in names}
         return Report(str(path), "cannot be told", files, 1, len(files), problem=str(error))
-    parts, shards = (found.metaseq.parts, found.metaseq.shards) if found.metaseq else (1, len(found.files))
-    files = {file.name: file.stat().st_size for file in found.files if file.is_file()}
-    base = Report(str(path), found.kind, files, parts, shards, found.missing)
+    files = {file.name: file.stat().st_size for file in found.files}
+    base = Report(str(path), found.kind, files, found.parts, found.shards, found.missing)
     try:
         checkpoint = open_checkpoint(path, model_config, ignore)
     except (CheckpointError, OSError) as error:
@@ -188,19 +188,19 @@ def check_values(tensor: SourceTensor) -> list[str]:
     counts, largest, any_nonzero = {"nan": 0, "large": 0}, 0.0, False
     places: dict[str, str] = {}
     for piece in tensor.slices if tensor.dim is not None else tensor.slices[:1]:
-        for run in piece.runs:
-            for begin in range(run.start, run.stop, _CHUNK_NUMBERS):
-                numbers = torch.empty(min(_CHUNK_NUMBERS, run.stop - begin), dtype=torch.float32)
-                run.file.read_into(numbers, run.key, begin)
-                sizes = numbers.abs()
-                bad = {"nan": ~sizes.isfinite(), "large": sizes.isfinite() & (sizes > _LARGEST_WEIGHT)}
-                for kind, where in bad.items():
-                    if count := int(where.sum()):
-                        counts[kind] += count
-                        places.setdefault(kind, _place(run, begin + int(where.nonzero()[0])))
-                finite = sizes[~bad["nan"]]
-                largest = max(largest, float(finite.max()) if finite.numel() else 0.0)
-                any_nonzero |= bool(numbers.count_nonzero())
+        numel = math.prod(piece.shape)
+        for begin in range(0, numel, CHUNK_NUMBERS):
+            numbers = torch.empty(min(CHUNK_NUMBERS, numel - begin), dtype=torch.float32)
+            piece.read_into(numbers, begin)
+            sizes = numbers.abs()
+            bad = {"nan": ~sizes.isfinite(), "large": sizes.isfinite() & (sizes > _LARGEST_WEIGHT)}
+            for kind, where in bad.items():
+                if count := int(where.sum()):
+                    counts[kind] += count
+                    places.setdefault(kind, _place(piece, begin + int(where.nonzero()[0])))
+            finite = sizes[~bad["nan"]]
+            largest = max(largest, float(finite.max()) if finite.numel() else 0.0)
+            any_nonzero |= bool(numbers.count_nonzero())
     findings = []
     if counts["nan"]:
         findings.append(f"{counts['nan']:,} not finite, first at {places['nan']}")
@@ -212,8 +212,9 @@ def check_values(tensor: SourceTensor) -> list[str]:
     return findings
 
 
-def _place(run: Run, index: int) -> str:
-    return f"{run.file.path.name}: {run.key}[{index}]"
+def _place(piece: Slice, index: int) -> str:
+    (run,) = piece.part(index, (1,)).runs
+    return f"{run.file.path.name}: {run.key}[{run.start}]"
 
 
 def digest_of(tensor: SourceTensor) -> str:
@@ -228,8 +229,8 @@ def digest_of(tensor: SourceTensor) -> str:
     if len(tensor.slices) > 1 and tensor.dim != 0:
         _update(state, tensor.read().view(-1))
         return state.hexdigest()
-    for begin in range(0, math.prod(tensor.shape), _CHUNK_NUMBERS):
-        numbers = torch.empty(min(_CHUNK_NUMBERS, tensor.numel - begin), dtype=tensor.dtype)
+    for begin in range(0, math.prod(tensor.shape), CHUNK_NUMBERS):
+        numbers = torch.empty(min(CHUNK_NUMBERS, tensor.numel - begin), dtype=tensor.dtype)
         tensor.read_into(numbers, begin)
         _update(state, numbers)
     if scale is not None:

@@ -15,12 +15,13 @@ from torch import Tensor
 
 from minopt import int8
 from minopt.atomic import replacing
+from minopt.checkpoint.checkpoint import Checkpoint
 from minopt.checkpoint.errors import first_line, some
 from minopt.checkpoint.files import DTYPES
-from minopt.checkpoint.names import to_hf
-from minopt.checkpoint.source import Checkpoint, weight_files
+from minopt.checkpoint.find import weight_files
+from minopt.checkpoint.names import parameter_shapes, to_hf
 from minopt.config import OPTConfig, read_json
-from minopt.model import OPT, parameter_shapes
+from minopt.model import OPT
 from minopt.tokenizer import TOKENIZER_FILES, Tokenizer
 from minopt.wrapped import decoder_of
 

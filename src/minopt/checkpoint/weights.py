@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from minopt import int8
+from minopt.checkpoint.checkpoint import Checkpoint
 from minopt.checkpoint.errors import some
 from minopt.checkpoint.names import shard_dim
-from minopt.checkpoint.pieces import Share, SourceTensor, main_dtype
-from minopt.checkpoint.quantized import read_int8
-from minopt.checkpoint.source import Checkpoint
+from minopt.checkpoint.tensors import Share, SourceTensor, main_dtype
 from minopt.load_options import LoadOptions
 from minopt.model import OPT
 from minopt.progress import bar
@@ -89,7 +88,7 @@ def _read_int8(name: str, source: SourceTensor, share: Share | None) -> list[tup
     dim = None if share is None else shard_dim(name)
     if share is not None and dim == 0:
         source = source.rows(*share.of(source.shape[0]))
-    weight, scale = read_int8(source)  # of whole rows, whose scales all shares have
+    weight, scale = source.read_int8()  # of whole rows, whose scales all shares have
     if share is not None and dim == 1:
         start, stop = share.of(source.shape[1])
         weight = weight[:, start:stop].contiguous()
@@ -126,7 +125,7 @@ def _read(
 def _int8_names(checkpoint: Checkpoint) -> set[str]:
     """The int8 weights of the layers, if all of those are."""
     names = {name for name in checkpoint.tensors if int8.is_quantized(name)}
-    other = sorted(name for name in names if checkpoint.tensors[name].int8 is None)
+    other = sorted(name for name in names if checkpoint.tensors[name].scale is None)
     if other and len(other) < len(names):
         logger.warning("%s: %d of the layers' %d weights are not int8 (%s), so the others are not kept so either.",
                        checkpoint.found.folder, len(other), len(names), some(other))  # fmt: skip

@@ -59,7 +59,7 @@ def add_evaluate(verbs: Any) -> None:
 
 
 def _evaluate(args: argparse.Namespace) -> int:
-    from minopt.load_options import DTYPES, resolve_dtype
+    from minopt.devices import DTYPES, resolve_dtype
     from minopt.loading import load
 
     settings = {name: value for name, value in settings_of(args).items() if name in _SETTINGS}

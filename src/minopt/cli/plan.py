@@ -46,8 +46,8 @@ def _plan(args: argparse.Namespace) -> int:
     import torch
 
     from minopt import int8
+    from minopt.devices import resolve_dtype
     from minopt.inference.plan import device_counts, find_config, plan_generation, rows_that_fit
-    from minopt.load_options import resolve_dtype
     from minopt.memory import available_memory
 
     for name in ("devices", "batch", "length"):

@@ -27,9 +27,11 @@ from torch.export import Dim, ExportedProgram
 
 from minopt import int8
 from minopt.cache import KVCache
+from minopt.checkpoint.checkpoint import Checkpoint
 from minopt.checkpoint.errors import first_line
 from minopt.checkpoint.hub import find_model
 from minopt.checkpoint.inspect import digest_of, digest_of_all
+from minopt.checkpoint.open import open_checkpoint
 from minopt.checkpoint.save import (
     check_apart,
     check_destination,
@@ -38,13 +40,13 @@ from minopt.checkpoint.save import (
     write_config,
     write_json,
 )
-from minopt.checkpoint.source import Checkpoint, open_checkpoint
 from minopt.checkpoint.weights import read_weights
 from minopt.config import OPTConfig, is_int
+from minopt.devices import resolve_device, resolve_dtype
 from minopt.generation.decode import generate
 from minopt.inference.linear import OUTLIERS_FROM, by_rows
 from minopt.inference.program import FORMAT, PROGRAM, ExportedModel, Manifest, machine, sha256
-from minopt.load_options import LoadOptions, resolve_device, resolve_dtype
+from minopt.load_options import LoadOptions
 from minopt.model import OPT
 from minopt.tokenizer import TOKENIZER_FILES, Tokenizer
 

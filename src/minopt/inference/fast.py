@@ -14,7 +14,7 @@ from torch import Tensor
 
 from minopt import int8
 from minopt.cache import KVCache
-from minopt.checkpoint.source import Checkpoint
+from minopt.checkpoint.checkpoint import Checkpoint
 from minopt.checkpoint.weights import read_weights
 from minopt.config import OPTConfig
 from minopt.inference.frozen import Frozen, InferenceOPT, norm, refuse

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from minopt import int8
+from minopt.checkpoint.names import parameter_shapes
 from minopt.config import OPTConfig
 from minopt.inference.linear import Plain
-from minopt.model import OPT, parameter_shapes
+from minopt.model import OPT
 
 # Calls of Python's interface that need a weight's numbers, or their address, without an operator being run.
 _ADDRESSES = (Tensor.data_ptr, Tensor.untyped_storage, Tensor.storage)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from minopt.cache import KVCache
-from minopt.checkpoint.source import Checkpoint
+from minopt.checkpoint.checkpoint import Checkpoint
 from minopt.inference.fast import FastOPT, weights_of
 from minopt.load_options import LoadOptions
 

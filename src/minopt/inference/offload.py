@@ -17,14 +17,15 @@ from torch import Tensor
 from torch.func import functional_call
 
 from minopt.cache import KVCache
-from minopt.checkpoint.pieces import main_dtype
-from minopt.checkpoint.source import Checkpoint
+from minopt.checkpoint.checkpoint import Checkpoint
+from minopt.checkpoint.names import parameter_shapes
+from minopt.checkpoint.tensors import main_dtype
 from minopt.checkpoint.weights import read_weights
 from minopt.inference.frozen import Frozen, InferenceOPT, refuse
 from minopt.inference.linear import Plain
 from minopt.inference.plan import shortage
 from minopt.load_options import LoadOptions
-from minopt.model import DecoderLayer, Packed, parameter_shapes
+from minopt.model import DecoderLayer, Packed
 
 
 class StreamedOPT(InferenceOPT):

@@ -15,15 +15,15 @@ from typing import Any
 import torch
 
 from minopt import int8
+from minopt.checkpoint.checkpoint import Checkpoint
 from minopt.checkpoint.hub import find_model
-from minopt.checkpoint.names import shard_dim
-from minopt.checkpoint.pieces import Share, main_dtype
-from minopt.checkpoint.source import Checkpoint, open_checkpoint
+from minopt.checkpoint.names import parameter_shapes, shard_dim
+from minopt.checkpoint.open import open_checkpoint
+from minopt.checkpoint.tensors import Share, main_dtype
 from minopt.config import PRESETS, OPTConfig
+from minopt.devices import DTYPES
 from minopt.inference.linear import Blocked, OneDNN, Plain, kind_on_cpu
-from minopt.load_options import DTYPES
 from minopt.memory import available_memory
-from minopt.model import parameter_shapes
 from minopt.progress import size_of
 from minopt.strangers import is_exported
 
@@ -168,7 +168,7 @@ def shortage(
     if free is None:
         return None
     dtype = dtype or (torch.float32 if device.type == "cpu" else main_dtype(checkpoint.tensors.values()))
-    if any(tensor.int8 is not None for tensor in checkpoint.tensors.values()):
+    if any(tensor.scale is not None for tensor in checkpoint.tensors.values()):
         quantize = "int8"
     options: dict[str, Any] = {"dtype": dtype, "devices": devices, "offload": offload, "quantize": quantize}
 

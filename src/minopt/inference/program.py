@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from minopt.cache import KVCache
-from minopt.checkpoint.source import Checkpoint, Found
+from minopt.checkpoint.checkpoint import Checkpoint
+from minopt.checkpoint.find import Found
 from minopt.config import OPTConfig, read_json
 from minopt.load_options import LoadOptions
 from minopt.memory import in_large_pages

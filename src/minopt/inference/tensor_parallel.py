@@ -20,9 +20,9 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from minopt.cache import KVCache
+from minopt.checkpoint.checkpoint import Checkpoint
 from minopt.checkpoint.inspect import check_same_seen, fingerprint
-from minopt.checkpoint.pieces import Share
-from minopt.checkpoint.source import Checkpoint
+from minopt.checkpoint.tensors import Share
 from minopt.checkpoint.weights import read_weights
 from minopt.config import OPTConfig
 from minopt.distributed import end_well, watch_group

@@ -10,11 +10,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from minopt.checkpoint.checkpoint import Checkpoint
 from minopt.checkpoint.hub import find_model
 from minopt.checkpoint.inspect import check_same_seen, fingerprint
-from minopt.checkpoint.pieces import Share
+from minopt.checkpoint.open import open_checkpoint
 from minopt.checkpoint.save import save_model
-from minopt.checkpoint.source import Checkpoint, open_checkpoint
+from minopt.checkpoint.tensors import Share
 from minopt.checkpoint.weights import read_weights
 from minopt.distributed import World
 from minopt.model import OPT

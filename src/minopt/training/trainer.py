@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from minopt import __version__
 from minopt.atomic import write_text
-from minopt.checkpoint.source import Checkpoint
+from minopt.checkpoint.checkpoint import Checkpoint
 from minopt.config import read_json
 from minopt.distributed import World, processes
 from minopt.model import OPT

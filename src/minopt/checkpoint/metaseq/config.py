@@ -1,77 +1,28 @@
-"""The configuration of a checkpoint without config.json: from what metaseq kept beside the tensors, and from them."""
+"""The configuration that metaseq keeps beside the tensors, as ``cfg``."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from minopt.checkpoint.errors import CheckpointError, some
+from minopt.checkpoint.config import build_config, infer_config
+from minopt.checkpoint.errors import CheckpointError
 from minopt.checkpoint.pickles import Placeholder
-from minopt.config import PRESETS, OPTConfig, is_int
-
-
-def facts_of(shapes: Mapping[str, tuple[int, ...]], where: object) -> dict[str, Any]:
-    """The fields of a configuration that shapes of tensors give away."""
-    needed = (
-        "embed_tokens.weight",
-        "embed_positions.weight",
-        "layers.0.fc1.weight",
-        "layers.0.self_attn.k_proj.weight",
-    )
-    if any(len(shapes.get(name, ())) != 2 for name in needed):
-        absent = [name for name in needed if len(shapes.get(name, ())) != 2]
-        raise CheckpointError(
-            f"{where}: not an OPT's checkpoint, without matrices {some(absent)}: got {some(list(shapes))}."
-        )
-    (vocab, embed), (positions, hidden) = shapes[needed[0]], shapes[needed[1]]
-    affine = "layers.0.self_attn_layer_norm.weight" in shapes
-    return {
-        "vocab_size": vocab, "hidden_size": hidden, "ffn_dim": shapes[needed[2]][0], "word_embed_proj_dim": embed,
-        "num_hidden_layers": len({name.split(".")[1] for name in shapes if name.startswith("layers.")}),
-        "max_position_embeddings": positions - 2,
-        "enable_bias": "layers.0.fc1.bias" in shapes, "layer_norm_elementwise_affine": affine,
-        # metaseq's model parallel code is pre-norm whatever its configuration says (metaseq issue 388); without
-        # norms' weights, only the projections tell 350m's.
-        "do_layer_norm_before": "final_layer_norm.weight" in shapes if affine else embed == hidden,
-    }  # fmt: skip
-
-
-def infer_config(facts: Mapping[str, Any], where: object) -> OPTConfig:
-    """The configuration of the published size that has such tensors; only there are its heads and activation known.
-
-    Raises:
-        CheckpointError: if there is none.
-    """
-    telling = [name for name in facts if name not in ("vocab_size", "max_position_embeddings")]
-    for name in PRESETS:
-        preset = OPTConfig.preset(name)
-        if all(getattr(preset, field) == facts[field] for field in telling):
-            values = {**facts, "num_attention_heads": preset.num_attention_heads, "bos_token_id": preset.bos_token_id,
-                      "activation_function": preset.activation_function}  # fmt: skip
-            return _build(values, where)
-    raise CheckpointError(
-        f"{where}: no configuration beside its tensors, and they are of no published size (hidden_size "
-        f"{facts['hidden_size']}, {facts['num_hidden_layers']} layers), so the number of heads is unknown. Name a "
-        "config.json with --model-config."
-    )
-
-
-def _build(values: Mapping[str, Any], where: object) -> OPTConfig:
-    try:
-        return OPTConfig(**values)
-    except ValueError as error:
-        raise CheckpointError(f"{where}: {error} Name a config.json with --model-config.") from None
-
+from minopt.config import OPTConfig, is_int
 
 # Fields of metaseq's configuration that the tensors confirm or contradict.
 _CONFIRMED = {"hidden_size": "decoder_embed_dim", "ffn_dim": "decoder_ffn_embed_dim",
               "num_hidden_layers": "decoder_layers", "word_embed_proj_dim": "decoder_input_dim"}  # fmt: skip
 _NEGATED = {"enable_bias": "disable_bias", "layer_norm_elementwise_affine": "disable_affine_ln"}
 _COPIED = {"activation_function": "activation_fn", "dropout": "dropout", "attention_dropout": "attention_dropout"}
+_HEADS = {"num_attention_heads": "decoder_attention_heads"}
+
+SIZES = {**_CONFIRMED, **_HEADS, "max_position_embeddings": "max_target_positions"}
+"""The sizes of a model by minopt's names, and by metaseq's."""
 
 
 def config_of(settings: Mapping[str, Any], facts: Mapping[str, Any], path: object) -> tuple[OPTConfig, str]:
-    """The configuration, from ``cfg`` and the tensors, or from the tensors alone.
+    """The configuration, from ``cfg`` and the tensors, or from the tensors alone; and where it comes from, in words.
 
     Raises:
         CheckpointError: if the two contradict each other, or the model is not an OPT.
@@ -89,8 +40,9 @@ def config_of(settings: Mapping[str, Any], facts: Mapping[str, Any], path: objec
     if wrong:
         raise CheckpointError(f"{path}: {'; '.join(wrong)}. If the tensors are right, name a config.json with "
                               "--model-config.")  # fmt: skip
-    copied = {ours: settings[theirs] for ours, theirs in _COPIED.items() if settings.get(theirs) is not None}
-    return _build({**facts, **copied, "num_attention_heads": settings["decoder_attention_heads"]}, path), "its cfg"
+    copied = {ours: settings[theirs] for ours, theirs in {**_COPIED, **_HEADS}.items()
+              if settings.get(theirs) is not None}  # fmt: skip
+    return build_config({**facts, **copied}, path), "its cfg"
 
 
 def check_agreement(config: OPTConfig, settings: Mapping[str, Any], path: object) -> None:
@@ -99,7 +51,7 @@ def check_agreement(config: OPTConfig, settings: Mapping[str, Any], path: object
     Raises:
         CheckpointError: naming the fields in which they differ.
     """
-    shared = {**_CONFIRMED, "num_attention_heads": "decoder_attention_heads", "activation_function": "activation_fn"}
+    shared = {**_CONFIRMED, **_HEADS, "activation_function": "activation_fn"}
     wrong = [f"{ours} is {getattr(config, ours)} there and {settings[theirs]} in the cfg of the weights"
              for ours, theirs in shared.items()
              if settings.get(theirs) is not None and settings[theirs] != getattr(config, ours)]  # fmt: skip
@@ -116,19 +68,16 @@ def settings_of(content: Mapping[str, Any]) -> dict[str, Any]:
 
 def _is_setting(value: Any) -> bool:
     """Whether a value is a number or a word: what a configuration consists of, and an error can show."""
-    return (
-        (is_int(value) and abs(value) < 2**63)
-        or isinstance(value, (bool, float))
-        or (isinstance(value, str) and len(value) < 100)
-    )
+    if isinstance(value, str):
+        return len(value) < 100
+    return isinstance(value, (bool, float)) or (is_int(value) and abs(value) < 2**63)
 
 
 def _fields(value: Any) -> Mapping[Any, Any]:
     """The fields of a dict, of an object's state, or of an OmegaConf node, which keeps them in ``_content``."""
     if isinstance(value, Placeholder):
         value = value.state if isinstance(value.state, dict) else value.items
-        if "_content" in value:
-            value = value["_content"]
+        value = value.get("_content", value)
     return value if isinstance(value, dict) else {}
 
 

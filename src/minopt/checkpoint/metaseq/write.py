@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from minopt.checkpoint.checkpoint import Checkpoint
 from minopt.checkpoint.errors import CheckpointError, some
 from minopt.checkpoint.names import from_metaseq, fused_key, shard_dim, to_metaseq
-from minopt.checkpoint.pieces import Share, SourceTensor
-from minopt.checkpoint.source import Checkpoint
+from minopt.checkpoint.tensors import Share, SourceTensor
 from minopt.config import OPTConfig
 from minopt.tokenizer import Tokenizer
 

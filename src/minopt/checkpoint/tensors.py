@@ -1,9 +1,13 @@
-"""A model's tensor as it lies in files: whole, or in runs of numbers over many files, to be put together when read."""
+"""A model's tensors as they lie in files: read, sliced, joined and cast when asked, and not before.
+
+A ``SourceTensor`` is the model's. It has a ``Slice`` for each model parallel part, and a slice has a ``Run`` of numbers
+for each file that holds some of it: FSDP shards, or one file.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
@@ -11,18 +15,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from minopt import int8
 from minopt.checkpoint.errors import CheckpointError
 from minopt.checkpoint.files import TensorFile
-from minopt.memory import empty
+from minopt.memory import CHUNK_NUMBERS, empty
 
-# metaseq's scripts/reshard_mp.py: what its parts hold alike may differ by so much.
-_TOLERANCE = 1e-8
+# What model parallel parts hold alike may differ by so much: metaseq's scripts/reshard_mp.py.
+_TOLERANCE = {"rtol": 0.0, "atol": 1e-8}
 
 # A cast to bfloat16 changes a number by at most 2^-8 of itself, one to float16 before that by 2^-11 more. What lies
 # below float16's smallest normal number is rounded to multiples of 2^-24.
-_ROUNDING = 2.0**-8 + 2.0**-11
-
-_CHUNK_NUMBERS = 4_000_000
+_ROUNDING = {"rtol": 2.0**-8 + 2.0**-11, "atol": 2.0**-24}
 
 
 @dataclass(frozen=True)
@@ -37,11 +40,18 @@ class Run:
 
 @dataclass(frozen=True)
 class Slice:
-    """A tensor made of runs, one after another in row-major order: all of a model's tensor, or one part's share."""
+    """A tensor made of runs, one after another in row-major order: a model's tensor, or one part's share of it.
+
+    Attributes:
+        shape, dtype: of the tensor; the dtype is ``None`` for one that no OPT has, such as int64.
+        runs: where its numbers lie.
+        scale: float32 ``[out, 1]``, where the runs are int8 and stand for their products with it.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype | None
     runs: tuple[Run, ...]
+    scale: Tensor | None = None
 
     @classmethod
     def whole(cls, file: TensorFile, key: str) -> Slice:
@@ -50,7 +60,7 @@ class Slice:
         return cls(shape, file.dtypes[key], (Run(file, key, 0, math.prod(shape)),))
 
     def part(self, start: int, shape: tuple[int, ...]) -> Slice:
-        """The tensor of ``shape`` whose numbers begin at number ``start`` of this one."""
+        """The tensor of ``shape`` whose numbers begin at number ``start`` of this one, as they are stored."""
         runs, begin, stop = [], 0, start + math.prod(shape)
         for run in self.runs:
             end = begin + run.stop - run.start
@@ -60,18 +70,23 @@ class Slice:
             begin = end
         return Slice(shape, self.dtype, tuple(runs))
 
+    def rows(self, start: int, stop: int) -> Slice:
+        """Some rows, as a tensor of their own."""
+        rows = self.part(start * math.prod(self.shape[1:]), (stop - start, *self.shape[1:]))
+        return rows if self.scale is None else replace(rows, scale=self.scale[start:stop])
+
     @property
     def place(self) -> tuple[Path, int, int] | None:
         """File, first byte and count of the numbers where they all lie in order, else ``None``."""
         begin = self.runs[0].file.begins_at(self.runs[0].key) if len(self.runs) == 1 else None
-        if begin is None or self.dtype is None:
+        if begin is None or self.dtype is None or self.scale is not None:
             return None
         run = self.runs[0]
         return run.file.path, begin + run.start * self.dtype.itemsize, run.stop - run.start
 
     def map(self, apart: bool = False) -> Tensor | None:
-        """The tensor in its file's pages, ``None`` if it lies in several runs."""
-        if len(self.runs) != 1:
+        """The tensor in its file's pages; ``None`` if it lies in several runs, or has to be computed."""
+        if len(self.runs) != 1 or self.scale is not None:
             return None
         run = self.runs[0]
         if apart:
@@ -84,11 +99,26 @@ class Slice:
 
     def read_into(self, out: Tensor, start: int = 0) -> None:
         """Fills ``out`` (one dim) with numbers from number ``start`` on, cast to its dtype."""
+        if self.scale is not None:
+            self._dequantize_into(out, start, self.scale)
+            return
         filled = 0
         for run in self.part(start, (out.numel(),)).runs:
             count = run.stop - run.start
             run.file.read_into(out[filled : filled + count], run.key, run.start)
             filled += count
+
+    def _dequantize_into(self, out: Tensor, start: int, scale: Tensor) -> None:
+        """Reads whole rows, as a scale belongs to each, and takes what is wanted of them."""
+        width, stop, stored = self.shape[1], start + out.numel(), replace(self, scale=None)
+        last, step = -(-stop // width), max(1, CHUNK_NUMBERS // width)
+        for row in range(start // width, last, step):
+            rows = torch.empty(min(step, last - row), width, dtype=torch.int8)
+            first, end = row * width, row * width + rows.numel()
+            stored.read_into(rows.view(-1), first)
+            low, high = max(start, first), min(stop, end)
+            numbers = int8.dequantize(rows, scale[row : row + len(rows)]).view(-1)
+            out[low - start : high - start] = numbers[low - first : high - first]
 
     def __str__(self) -> str:
         return ", ".join(dict.fromkeys(str(run.file.path) for run in self.runs))
@@ -119,11 +149,9 @@ class SourceTensor:
     Attributes:
         name: the model's.
         shape: of the whole.
-        dtype: as stored; ``None`` for one that no OPT has (integers); of an int8 weight, that of the other tensors.
+        dtype: as stored (of an int8 weight, that of the other tensors); ``None`` for one that no OPT has.
         slices: one for each model parallel part.
         dim: along which the slices follow one another; ``None`` where each holds the whole.
-        int8: an int8 weight as it is stored; what ``slices`` then give is the weight that it stands for.
-        scale: of ``int8``: float32 ``[out, 1]``.
     """
 
     name: str
@@ -131,17 +159,23 @@ class SourceTensor:
     dtype: torch.dtype | None
     slices: tuple[Slice, ...]
     dim: int | None = None
-    int8: SourceTensor | None = None
-    scale: Tensor | None = None
-
-    @property
-    def stored(self) -> SourceTensor:
-        """The tensor as it lies in files: itself, or its int8 weight."""
-        return self if self.int8 is None else self.int8
 
     @property
     def numel(self) -> int:
         return math.prod(self.shape)
+
+    @property
+    def scale(self) -> Tensor | None:
+        """Of an int8 weight: float32 ``[out, 1]``; ``None`` of any other tensor."""
+        return self.slices[0].scale if self.slices else None
+
+    @property
+    def stored(self) -> SourceTensor:
+        """The tensor as it lies in files: itself, or its int8 numbers."""
+        if self.scale is None:
+            return self
+        numbers = replace(self.slices[0], dtype=torch.int8, scale=None)
+        return replace(self, dtype=torch.int8, slices=(numbers,))
 
     def map(self, apart: bool = False) -> Tensor | None:
         """The tensor in its file's pages, where nothing is read until it is used; ``None`` if it has to be computed.
@@ -149,7 +183,7 @@ class SourceTensor:
         Args:
             apart: from other tensors of the file: its pages go with it. Such a one holds an open file.
         """
-        return self.slices[0].map(apart) if len(self.slices) == 1 and self.int8 is None else None
+        return self.slices[0].map(apart) if len(self.slices) == 1 else None
 
     def read(self, dtype: torch.dtype | None = None) -> Tensor:
         """The tensor in memory of its own, on the CPU.
@@ -165,6 +199,20 @@ class SourceTensor:
         self.fill(out)
         return out
 
+    def read_int8(self) -> tuple[Tensor, Tensor]:
+        """A weight as int8 ``[out, in]`` with its scale: as stored, or made of the stored numbers.
+
+        Raises:
+            CheckpointError: naming a weight whose numbers are not all finite.
+        """
+        if self.scale is not None:
+            mapped = self.stored.map()
+            return self.stored.read() if mapped is None else mapped.contiguous(), self.scale
+        try:
+            return int8.quantize(self.read())
+        except ValueError as error:
+            raise CheckpointError(f"{self.name}: {error}") from None
+
     def fill(self, out: Tensor) -> None:
         """Reads the tensor into one of its shape, contiguous and on the CPU, casting to its dtype.
 
@@ -172,7 +220,7 @@ class SourceTensor:
             CheckpointError: as ``read`` does.
         """
         if self.dim == 1:
-            self.read_columns(out, 0)
+            self._read_columns(out, 0)
         else:
             self.read_into(out.view(-1))
         self.check_copies()
@@ -183,22 +231,43 @@ class SourceTensor:
         for piece in self.slices:
             low, high = max(start, begin), min(stop, begin + piece.shape[0])
             if low < high:
-                width = math.prod(piece.shape[1:])
-                slices.append(piece.part((low - begin) * width, (high - low, *piece.shape[1:])))
+                slices.append(piece.rows(low - begin, high - begin))
             if self.dim == 0:  # else every slice has all rows
                 begin += piece.shape[0]
-        return replace(
-            self, shape=(stop - start, *self.shape[1:]), slices=tuple(slices),
-            int8=None if self.int8 is None else self.int8.rows(start, stop),
-            scale=None if self.scale is None else self.scale[start:stop],
-        )  # fmt: skip
+        return replace(self, shape=(stop - start, *self.shape[1:]), slices=tuple(slices))
 
     def columns(self, start: int, stop: int, dtype: torch.dtype | None = None) -> Tensor:
         """Some columns of it, read: pieces of all rows pass through memory, and nothing else does."""
         assert self.dtype is not None
         out = empty((self.shape[0], stop - start), dtype or self.dtype)
-        self.read_columns(out, start)
+        self._read_columns(out, start)
         return out
+
+    def _read_columns(self, out: Tensor, first: int) -> None:
+        """Fills ``out``, as high as the tensor, with its columns from column ``first`` on, cast to its dtype."""
+        begin = 0
+        for piece in self.slices if self.dim == 1 else self.slices[:1]:
+            height, width = piece.shape
+            low, high = max(first, begin), min(first + out.shape[1], begin + width)
+            if out.shape[1] == width and low == first == begin:
+                piece.read_into(out.view(-1))
+                return
+            step = max(1, CHUNK_NUMBERS // max(1, width))
+            for row in range(0, height if low < high else 0, step):
+                rows = empty((min(step, height - row), width), out.dtype)
+                piece.read_into(rows.view(-1), row * width)
+                out[row : row + len(rows), low - first : high - first] = rows[:, low - begin : high - begin]
+            begin += width
+
+    def read_into(self, out: Tensor, start: int = 0) -> None:
+        """Fills ``out`` (one dim) with numbers from number ``start`` on; not for tensors joined along dim 1."""
+        slices = self.slices if self.dim == 0 else self.slices[:1]
+        assert self.dim != 1 or len(self.slices) == 1
+        begins = [0, *accumulate(math.prod(s.shape) for s in slices)]
+        for begin, end, piece in zip(begins, begins[1:], slices, strict=False):
+            low, high = max(start, begin), min(start + out.numel(), end)
+            if low < high:
+                piece.read_into(out[low - start : high - start], low - begin)
 
     def check_copies(self) -> None:
         """Compares what every part holds.
@@ -213,51 +282,21 @@ class SourceTensor:
                     "numbers. Are the parts of one model?"
                 )
 
-    def read_columns(self, out: Tensor, first: int) -> None:
-        """Fills ``out``, as high as the tensor, with its columns from column ``first`` on, cast to its dtype."""
-        begin = 0
-        for piece in self.slices if self.dim == 1 else self.slices[:1]:
-            height, width = piece.shape
-            low, high = max(first, begin), min(first + out.shape[1], begin + width)
-            if out.shape[1] == width and low == first == begin:
-                piece.read_into(out.view(-1))
-                return
-            step = max(1, _CHUNK_NUMBERS // max(1, width))
-            for row in range(0, height if low < high else 0, step):
-                rows = empty((min(step, height - row), width), out.dtype)
-                piece.read_into(rows.view(-1), row * width)
-                out[row : row + len(rows), low - first : high - first] = rows[:, low - begin : high - begin]
-            begin += width
 
-    def read_into(self, out: Tensor, start: int = 0) -> None:
-        """Fills ``out`` (one dim) with numbers from number ``start`` on; not for tensors joined along dim 1."""
-        slices = self.slices if self.dim == 0 else self.slices[:1]
-        assert self.dim != 1 or len(slices) == 1 or len(self.slices) == 1
-        begins = [0, *accumulate(math.prod(s.shape) for s in slices)]
-        for begin, end, piece in zip(begins, begins[1:], slices, strict=False):
-            low, high = max(start, begin), min(start + out.numel(), end)
-            if low < high:
-                piece.read_into(out[low - start : high - start], low - begin)
-
-
-def same_numbers(one: Slice | SourceTensor, other: Slice, start: int = 0, *, rounded: bool = False) -> bool:
-    """Whether ``other`` holds the numbers of ``one`` from number ``start`` on, up to 1e-8.
+def same_numbers(one: Slice | SourceTensor, other: Slice, *, rounded: bool = False) -> bool:
+    """Whether two tensors of one shape hold the same numbers, up to 1e-8.
 
     Args:
         rounded: or up to what casts between float32, float16 and bfloat16 do to a number.
     """
-    tolerance = {"rtol": _ROUNDING, "atol": 2.0**-24} if rounded else {"rtol": 0.0, "atol": _TOLERANCE}
     numel = math.prod(other.shape)
-    first = one.part(start, other.shape) if isinstance(one, Slice) else one.slices[0].part(start, other.shape)
-    if first.place is not None and first.place == other.place:  # two names for one tensor
-        return True
-    for begin in range(0, numel, _CHUNK_NUMBERS):
-        a, b = (torch.empty(min(_CHUNK_NUMBERS, numel - begin), dtype=t.dtype) for t in (one, other))
-        one.read_into(a, start + begin)
+    for begin in range(0, numel, CHUNK_NUMBERS):
+        a, b = (torch.empty(min(CHUNK_NUMBERS, numel - begin), dtype=t.dtype) for t in (one, other))
+        one.read_into(a, begin)
         other.read_into(b, begin)
         if a.dtype == b.dtype and torch.equal(a.view(torch.uint8), b.view(torch.uint8)):
             continue
-        if not torch.allclose(a.double(), b.double(), equal_nan=True, **tolerance):
+        if not torch.allclose(a.double(), b.double(), equal_nan=True, **(_ROUNDING if rounded else _TOLERANCE)):
             return False
     return True
 
@@ -269,28 +308,3 @@ def main_dtype(tensors: Iterable[SourceTensor]) -> torch.dtype:
         if tensor.dtype is not None and tensor.dtype.is_floating_point:
             numbers[tensor.dtype] = numbers.get(tensor.dtype, 0) + tensor.numel
     return max(numbers, key=lambda dtype: numbers[dtype], default=torch.float32)
-
-
-def check_distinct(files: Mapping[Path, Sequence[Run]]) -> None:
-    """Compares samples of what files hold, so that one copied over another is found.
-
-    Args:
-        files: runs that each file alone has.
-
-    Raises:
-        CheckpointError: naming two files that hold the same numbers.
-    """
-    seen: dict[bytes, Path] = {}
-    for path, runs in files.items():
-        sample = torch.cat([torch.empty(0), *(_beginning(run) for run in runs)])
-        if len(set(sample.tolist())) < 16:  # too few to tell, or constants
-            continue
-        first = seen.setdefault(sample.numpy().tobytes(), path)
-        if first != path:
-            raise CheckpointError(f"{path}: holds the same numbers as {first.name}. Was one copied over the other?")
-
-
-def _beginning(run: Run, numbers: int = 1024) -> Tensor:
-    sample = torch.empty(min(numbers, run.stop - run.start), dtype=torch.float32)
-    run.file.read_into(sample, run.key, run.start)
-    return sample

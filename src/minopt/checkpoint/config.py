@@ -1,0 +1,102 @@
+"""The configuration of a checkpoint: the one that is given, a JSON file's, or what the shapes of its tensors tell."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from minopt.checkpoint.errors import CheckpointError, some
+from minopt.config import PRESETS, OPTConfig, read_json
+from minopt.model import POSITION_OFFSET
+
+
+def resolve_config(model_config: OPTConfig | str | Path | None) -> OPTConfig | None:
+    """A configuration, from itself, the name of a preset ("opt-125m", "facebook/opt-125m", "125m") or a config.json.
+
+    Raises:
+        ValueError: if there is no such preset or file, or the file is none.
+    """
+    if model_config is None or isinstance(model_config, OPTConfig):
+        return model_config
+    if not isinstance(model_config, str | Path):
+        raise ValueError(
+            f"model_config: expected an OPTConfig, the name of a size or a config.json, got "
+            f"{type(model_config).__name__}. OPTConfig.from_dict makes one of a dict."
+        )
+    if Path(model_config).exists():
+        return OPTConfig.load(model_config)
+    name = str(model_config).rpartition("/")[2].lower()
+    try:
+        return OPTConfig.preset(name if "-" in name else f"opt-{name}")
+    except ValueError as error:
+        raise ValueError(f"model_config: {model_config}: no such file, and {error}") from None
+
+
+def read_config(path: Path, key: str | None = None) -> OPTConfig:
+    """The configuration in a JSON file: all that it holds, or what is under a key.
+
+    Raises:
+        CheckpointError: if it is none.
+    """
+    try:
+        values = read_json(path) if key is None else read_json(path).get(key)
+        return OPTConfig.from_dict(values if isinstance(values, dict) else {})
+    except ValueError as error:
+        message = str(error)
+        raise CheckpointError(message if message.startswith(str(path)) else f"{path}: {message}") from None
+
+
+def facts_of(shapes: Mapping[str, tuple[int, ...]], where: object) -> dict[str, Any]:
+    """The fields of a configuration that the shapes of tensors, by minopt's names, give away.
+
+    Raises:
+        CheckpointError: if they are not an OPT's.
+    """
+    needed = ("embed_tokens.weight", "embed_positions.weight", "layers.0.fc1.weight",
+              "layers.0.self_attn.k_proj.weight")  # fmt: skip
+    if absent := [name for name in needed if len(shapes.get(name, ())) != 2]:
+        raise CheckpointError(
+            f"{where}: not an OPT's checkpoint, without matrices {some(absent)}: got {some(list(shapes))}."
+        )
+    (vocab, embed), (positions, hidden) = shapes[needed[0]], shapes[needed[1]]
+    affine = "layers.0.self_attn_layer_norm.weight" in shapes
+    return {
+        "vocab_size": vocab,
+        "hidden_size": hidden,
+        "ffn_dim": shapes[needed[2]][0],
+        "word_embed_proj_dim": embed,
+        "num_hidden_layers": len({name.split(".")[1] for name in shapes if name.startswith("layers.")}),
+        "max_position_embeddings": positions - POSITION_OFFSET,
+        "enable_bias": "layers.0.fc1.bias" in shapes,
+        "layer_norm_elementwise_affine": affine,
+        # metaseq's model parallel code is pre-norm whatever its configuration says (metaseq issue 388); without
+        # norms' weights, only the projections tell 350m's.
+        "do_layer_norm_before": "final_layer_norm.weight" in shapes if affine else embed == hidden,
+    }
+
+
+def infer_config(facts: Mapping[str, Any], where: object) -> OPTConfig:
+    """The configuration of the published size that has such tensors; only there are its heads and activation known.
+
+    Raises:
+        CheckpointError: if there is none.
+    """
+    telling = facts.keys() - {"vocab_size", "max_position_embeddings"}
+    for preset in map(OPTConfig.preset, PRESETS):
+        if all(getattr(preset, field) == facts[field] for field in telling):
+            unseen = ("num_attention_heads", "bos_token_id", "activation_function")
+            return build_config({**facts, **{field: getattr(preset, field) for field in unseen}}, where)
+    raise CheckpointError(
+        f"{where}: no configuration beside its tensors, and they are of no published size (hidden_size "
+        f"{facts['hidden_size']}, {facts['num_hidden_layers']} layers), so the number of heads is unknown. Name a "
+        "config.json with --model-config."
+    )
+
+
+def build_config(values: Mapping[str, Any], where: object) -> OPTConfig:
+    """A configuration of fields; ``CheckpointError`` where they break a rule."""
+    try:
+        return OPTConfig(**values)
+    except ValueError as error:
+        raise CheckpointError(f"{where}: {error} Name a config.json with --model-config.") from None

@@ -1,0 +1,175 @@
+"""Hugging Face's checkpoints: one file or shards, with config.json; of weights in floats, or in int8 with scales.
+
+The state dicts of torch.distributed.checkpoint, as training writes them, have the same names and are opened here too.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from minopt import int8
+from minopt.checkpoint.checkpoint import Checkpoint, named_slices
+from minopt.checkpoint.config import facts_of, infer_config, read_config
+from minopt.checkpoint.divided import METADATA, open_divided
+from minopt.checkpoint.errors import CheckpointError, some
+from minopt.checkpoint.files import open_file
+from minopt.checkpoint.find import Found
+from minopt.checkpoint.names import HF_HEAD, from_hf
+from minopt.checkpoint.tensors import Slice, SourceTensor, main_dtype
+from minopt.config import OPTConfig, read_json
+
+_PLAIN = "If its weights are plain, take quantization_config out of config.json."
+
+
+def open_huggingface(found: Found, override: OPTConfig | None, ignore: Sequence[str]) -> Checkpoint:
+    """Opens all files of a checkpoint under Hugging Face's names; no numbers are read but scales of int8 weights.
+
+    Args:
+        found: the files, all there.
+        override: a configuration that goes before the one in the folder.
+        ignore: patterns of keys to leave out.
+
+    Raises:
+        CheckpointError: if files cannot be read, or do not belong together.
+    """
+    quantization = _quantization_of(found.folder, override)
+    is_divided = not found.opened and (found.folder / METADATA).is_file() and found.kind.startswith("torch.")
+    stored = open_divided(found.folder) if is_divided else _stored(found)
+    where = found.files[0] if len(found.files) == 1 else found.folder
+    named = named_slices(stored, _names_of, ignore, where, say=not is_divided)
+    if HF_HEAD in named and named[HF_HEAD].dtype == torch.int8:
+        raise CheckpointError(f"{where}: {HF_HEAD}: expected the token embeddings, to which OPT's head is tied, got "
+                              "int8. Make the int8 weights anew, and ignore lm_head.")  # fmt: skip
+    if empty := [name for name, piece in named.items() if 0 in piece.shape]:
+        raise CheckpointError(
+            f"{where}: {len(empty)} of its tensors hold no numbers ({some(empty)}): saved in training under ZeRO-3, "
+            "which divides them among processes. Put them together first (python zero_to_fp32.py, which lies beside "
+            "DeepSpeed's checkpoints), or save with stage3_gather_16bit_weights_on_model_save."
+        )
+    head = named.pop(HF_HEAD, None)
+    tensors = {name: SourceTensor(name, piece.shape, piece.dtype, (piece,)) for name, piece in named.items()}
+    tensors = _with_scales(tensors, quantization is not None, where)
+    config, source = _config_of(found.folder, override)
+    if config is None:
+        config = infer_config(facts_of({name: tensor.shape for name, tensor in tensors.items()}, where), where)
+    return Checkpoint(found, config, source, tensors, () if head is None else ((head, 0),))
+
+
+def _names_of(key: str) -> tuple[str, ...]:
+    name = from_hf(key)
+    return () if name is None else (name,)
+
+
+def _stored(found: Found) -> dict[str, Slice]:
+    """The tensors of all files, by their keys."""
+    files = [found.opened.get(path) or open_file(path)
+             for path in found.files]  # fmt: skip
+    counts = Counter(key for file in files for key in file.shapes)
+    if twice := sorted(key for key, count in counts.items() if count > 1):
+        raise CheckpointError(f"{found.folder}: stored in several of its files: {some(twice)}. Fetch the files again.")
+    return {key: Slice.whole(file, key) for file in files for key in file.shapes}
+
+
+def _config_of(folder: Path, override: OPTConfig | None) -> tuple[OPTConfig | None, str]:
+    """The configuration and where it is from; ``None`` where there is only that of the tensors."""
+    if override is not None:
+        return override, "as given"
+    if (folder / "config.json").is_file():
+        return read_config(folder / "config.json"), "config.json"
+    if (folder / METADATA).is_file() and (folder / "state.json").is_file():
+        return read_config(folder / "state.json", "config"), "state.json"
+    return None, "its tensors"
+
+
+def _quantization_of(folder: Path, override: OPTConfig | None) -> object:
+    """The ``quantization_config`` of a folder, or of the configuration that takes its place; ``None`` without one.
+
+    Raises:
+        CheckpointError: saying what it describes, if that is not int8 weights as minopt's.
+    """
+    found, path = None if override is None else override.extra.get(int8.CONFIG_KEY), folder / "config.json"
+    if found is None and path.is_file():
+        try:
+            found = read_json(path).get(int8.CONFIG_KEY)
+        except ValueError as error:
+            if override is None:
+                raise CheckpointError(str(error)) from None
+    other = None if found is None else int8.other_scheme(found)
+    if other is not None:
+        raise CheckpointError(
+            f"{path}: quantization_config: expected int8 weights with a scale for each channel (compressed-tensors, "
+            f"int-quantized), got {other}. Fetch the model that it was made from, and convert that with --quantize "
+            f"int8. {_PLAIN}"
+        )
+    return found
+
+
+def _with_scales(tensors: Mapping[str, SourceTensor], declared: bool, where: Path) -> dict[str, SourceTensor]:
+    """Puts int8 weights and their scales together; nothing but scales is read.
+
+    Args:
+        tensors: by minopt's names, as they are stored; a scale's is its weight's and ``int8.SCALE``.
+        declared: there is a ``quantization_config``.
+        where: for messages.
+
+    Returns:
+        The tensors, without scales.
+
+    Raises:
+        CheckpointError: if a weight or its scale cannot be used, or int8 weights are not what is declared.
+    """
+    scales = {name: tensor for name, tensor in tensors.items() if name.endswith(int8.SCALE)}
+    weights = [name for name, tensor in tensors.items() if tensor.dtype == torch.int8 and name not in scales]
+    if declared and not weights:
+        raise CheckpointError(f"{where}: expected int8 weights as config.json's quantization_config says, got none. "
+                              + _PLAIN)  # fmt: skip
+    if weights and not declared:
+        raise CheckpointError(
+            f"{where}: {len(weights)} of its weights are int8 ({some(weights)}), expected a quantization_config in "
+            "config.json that says how they were made, got none. Fetch config.json again."
+        )
+    if not weights:
+        return dict(tensors)
+    found = {name: tensor for name, tensor in tensors.items() if name not in scales}
+    dtype = main_dtype(found.values())
+    problems = []
+    for name in dict.fromkeys([*weights, *(scale.removesuffix(int8.SCALE) for scale in scales)]):
+        scale = _read_scale(name, found.get(name), scales.get(name + int8.SCALE))
+        if isinstance(scale, str):
+            problems.append(scale)
+        else:
+            numbers = replace(found[name].slices[0], dtype=dtype, scale=scale)
+            found[name] = replace(found[name], dtype=dtype, slices=(numbers,))
+    if problems:
+        raise CheckpointError(
+            f"{where}: {len(problems)} of its int8 weights cannot be used: {some(problems)}. Fetch the files again, or "
+            "convert the model that they were made from with --quantize int8."
+        )
+    return found
+
+
+def _read_scale(name: str, weight: SourceTensor | None, scale: SourceTensor | None) -> Tensor | str:
+    """The scale of a weight as float32 ``[out, 1]``, or what is wrong with the two."""
+    if weight is None or weight.dtype != torch.int8:
+        return f"{name}: expected int8, as it has a scale, got {'nothing' if weight is None else weight.dtype}"
+    if not (int8.is_quantized(name) or name in ("project_in.weight", "project_out.weight")) or len(weight.shape) != 2:
+        return f"{name}: expected a float dtype, got int8, which only weights of linear layers may be"
+    rows = weight.shape[0]
+    if scale is None:
+        return f"{name}{int8.SCALE}: expected shape [{rows}, 1], got no such tensor"
+    if scale.shape not in ((rows,), (rows, 1)):
+        return f"{scale.name}: expected shape [{rows}, 1], got {list(scale.shape)}"
+    if scale.dtype is None or not scale.dtype.is_floating_point:
+        return f"{scale.name}: expected a float dtype, got {scale.dtype or 'another kind'}"
+    values = scale.read(torch.float32).view(rows, 1)
+    wrong = ~((values > 0) & (values * 128).isfinite())  # what int8 reaches is finite too
+    if wrong.any():
+        first = int(wrong.flatten().nonzero()[0])
+        return f"{scale.name}: expected positive, finite scales, got {values[first].item():g} at row {first}"
+    return values

@@ -1,0 +1,60 @@
+"""Which device and which dtype a user asks for."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+_SHORT = {"fp32": "float32", "float": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16",
+          "fp64": "float64", "double": "float64"}  # fmt: skip
+
+
+def resolve_device(device: torch.device | str | None, local_rank: int | None = None) -> torch.device:
+    """The device asked for; ``None`` is the GPU if there is one, else the CPU.
+
+    Args:
+        device: as a user gives it.
+        local_rank: of this process, where torchrun started several on this machine: each takes a GPU of its own.
+
+    Raises:
+        ValueError: if this machine or this torch does not have it.
+    """
+    try:
+        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if chosen.type == "cuda" and local_rank is not None:
+            chosen = _own_gpu(chosen, local_rank)
+        torch.zeros(1, device=chosen).item()
+    except (RuntimeError, AssertionError, ImportError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0].split(". ")[0]
+        raise ValueError(f'device: {str(device)!r} is not available here ({reason}). Try "cpu".') from None
+    return chosen
+
+
+def _own_gpu(device: torch.device, local_rank: int) -> torch.device:
+    """The GPU of one of several processes."""
+    if device.index is not None:
+        raise ValueError(f"device: expected cuda, as each process takes its own GPU, got '{device}'.")
+    gpus, processes = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if 0 < gpus < processes:
+        raise ValueError(
+            f"device: expected a GPU for each process of this machine, got {processes} processes and {gpus} GPU(s). "
+            "Start fewer processes."
+        )
+    return torch.device("cuda", local_rank)
+
+
+def resolve_dtype(dtype: torch.dtype | str) -> torch.dtype | None:
+    """The dtype asked for; ``None`` for ``"auto"``.
+
+    Raises:
+        ValueError: if an OPT does not compute in it.
+    """
+    if dtype == "auto":
+        return None
+    name = str(dtype).removeprefix("torch.")
+    resolved = DTYPES.get(_SHORT.get(name, name)) if isinstance(dtype, str) else dtype
+    if resolved not in DTYPES.values():
+        raise ValueError(f"dtype: expected auto, {', '.join(DTYPES)}, got {dtype!r}.")
+    return resolved
