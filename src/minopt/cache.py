@@ -29,6 +29,7 @@ class KVCache:
         length: tokens filled so far, the same for every row (rows are padded to it). An int; or an
             integer tensor of no dims, with which a decode step has the same shapes at every position
             (CUDA graphs, exported programs) and attends the whole capacity under a mask.
+        window: the capacity that such a step attends, if it is less than all.
 
     Raises:
         ValueError: if batch size or capacity is not positive.
@@ -51,6 +52,16 @@ class KVCache:
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
         self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
         self.length: int | Tensor = 0
+        self.window: int | None = None
+
+    @classmethod
+    def of(
+        cls, keys: list[Tensor], values: list[Tensor], length: int | Tensor = 0, window: int | None = None
+    ) -> KVCache:
+        """A cache in the memory of given keys and values; arguments as the attributes."""
+        cache = cls.__new__(cls)
+        cache.keys, cache.values, cache.length, cache.window = keys, values, length, window
+        return cache
 
     def __repr__(self) -> str:
         kind = f"{self.keys[0].dtype}, {self.keys[0].device}"
@@ -62,7 +73,7 @@ class KVCache:
 
     @property
     def capacity(self) -> int:
-        return self.keys[0].shape[2]
+        return self.keys[0].shape[2] if self.window is None else self.window
 
     @property
     def nbytes(self) -> int:
@@ -81,7 +92,7 @@ class KVCache:
             at = self.length + torch.arange(new, device=key.device)
             keys.index_copy_(2, at, key)
             values.index_copy_(2, at, value)
-            return keys, values
+            return (keys, values) if self.window is None else (keys[:, :, : self.window], values[:, :, : self.window])
         end = self.length + new
         keys[:, :, self.length : end] = key
         values[:, :, self.length : end] = value

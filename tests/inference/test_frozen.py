@@ -20,7 +20,6 @@ from torch.nn.utils import prune
 import minopt
 from minopt import OPT, LanguageModel, int8
 from minopt.inference.fast import FastOPT
-from minopt.inference.graphs import GraphedOPT
 
 IDS = torch.tensor([[2, 5, 600, 7]])
 FORMS: dict[str, dict[str, Any]] = {
@@ -39,16 +38,12 @@ def model(lm: LanguageModel) -> OPT:
     return lm.model
 
 
-def other(dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if dtype == torch.float16 else torch.float16
-
-
 def each(change: Callable[[Tensor], Any]) -> Callable[[nn.Module], Any]:
     return lambda model: [change(parameter) for parameter in model.parameters()]
 
 
 REFUSED: dict[str, Callable[[Any], Any]] = {
-    "to another dtype": lambda m: m.to(other(m.dtype)),
+    "to another dtype": lambda m: m.to(torch.float32 if m.dtype == torch.float16 else torch.float16),
     "to meta": lambda m: m.to("meta"),
     "double": lambda m: m.double(),
     "type": lambda m: m.type(torch.float64),
@@ -81,33 +76,12 @@ REFUSED: dict[str, Callable[[Any], Any]] = {
     "another layer": lambda m: setattr(m.layers[0], "fc1", nn.Linear(9, 9)),
     "copies on GPUs": lambda m: m._replicate_for_data_parallel(),
 }
-
-
-@pytest.mark.parametrize("what", REFUSED)
-def test_what_would_change_it_is_refused_in_one_line(what: str, model: OPT) -> None:
-    before, logits = model.state_dict(), model(IDS)
-    with pytest.raises(ValueError, match=r"^model: made for inference, .*minopt\.load\(\.\.\., optimize=False\)\.$"):
-        REFUSED[what](model)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-    assert torch.equal(model(IDS), logits)
-    assert not model.training
-
-
-@pytest.mark.parametrize(
-    "ask",
-    [
-        lambda m: m.layers[0].fc1,
-        lambda m: m.layers[0].self_attn.q_proj,
-        lambda m: m.get_submodule("layers.0.fc1"),
-        lambda m: prune.l1_unstructured(m.layers[0].fc1, "weight", 0.5),
-    ],
-)
-def test_a_module_that_it_has_not_is_named(ask: Callable[[Any], Any], model: OPT) -> None:
-    message = r"^\w+: made for inference, has no '(fc1|self_attn)'\. The plain model .*optimize=False\)\.$"
-    with pytest.raises(AttributeError, match=message):
-        ask(model)
-
-
+HAS_NOT: dict[str, Callable[[Any], Any]] = {
+    "a linear layer": lambda m: m.layers[0].fc1,
+    "attention": lambda m: m.layers[0].self_attn.q_proj,
+    "a submodule": lambda m: m.get_submodule("layers.0.fc1"),
+    "pruning of a layer": lambda m: prune.l1_unstructured(m.layers[0].fc1, "weight", 0.5),
+}
 HARMLESS: dict[str, Callable[[Any], Any]] = {
     "to its device": lambda m: m.to("cpu"),
     "to its dtype": lambda m: m.to(m.dtype),
@@ -122,15 +96,31 @@ HARMLESS: dict[str, Callable[[Any], Any]] = {
     "apply": lambda m: m.apply(lambda part: None),
     "a hook": lambda m: m.layers[1].register_forward_hook(lambda *_: None).remove(),
     "children": lambda m: list(m.children()),
-    "a parameter": lambda m: m.get_parameter("layers.0.fc1.weight") @ torch.ones(256, dtype=torch.float32).to(
-        m.get_parameter("layers.0.fc1.weight").dtype),
+    "a parameter": lambda m: (p := m.get_parameter("layers.0.fc1.weight")) @ torch.ones(256).to(p.dtype),
     "numpy": lambda m: [p.detach().float().cpu().numpy() for p in m.parameters()],
     "one vector": lambda m: nn.utils.parameters_to_vector(p.float() for p in m.parameters()),
     "torch.save of weights": lambda m: torch.save(m.state_dict(), io.BytesIO()),
     "safetensors": lambda m: to_safetensors({name: p.contiguous() for name, p in m.named_parameters()}),
     "DataParallel": lambda m: nn.DataParallel(m)(IDS),
     "repr": repr,
-}  # fmt: skip
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_would_change_it_is_refused_in_one_line(what: str, model: OPT) -> None:
+    before, logits = model.state_dict(), model(IDS)
+    with pytest.raises(ValueError, match=r"^model: made for inference, .*minopt\.load\(\.\.\., optimize=False\)\.$"):
+        REFUSED[what](model)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert torch.equal(model(IDS), logits)
+    assert not model.training
+
+
+@pytest.mark.parametrize("what", HAS_NOT)
+def test_a_module_that_it_has_not_is_named(what: str, model: OPT) -> None:
+    message = r"^\w+: made for inference, has no '(fc1|self_attn)'\. The plain model .*optimize=False\)\.$"
+    with pytest.raises(AttributeError, match=message):
+        HAS_NOT[what](model)
 
 
 @pytest.mark.parametrize("what", HARMLESS)
@@ -145,67 +135,42 @@ def test_torch_compile_takes_it_as_it_is() -> None:
     assert torch.equal(torch.compile(model)(IDS), model(IDS))
 
 
-def pickled(thing: Any) -> Any:
-    return pickle.loads(pickle.dumps(thing))
-
-
 def saved(thing: Any) -> Any:
-    file = io.BytesIO()
-    torch.save(thing, file)
+    torch.save(thing, file := io.BytesIO())
     file.seek(0)
     return torch.load(file, weights_only=False)
 
 
-@pytest.mark.parametrize("again", [copy.deepcopy, pickled, saved])
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda thing: pickle.loads(pickle.dumps(thing)), saved])
 def test_copies_say_the_same(again: Callable[[Any], Any], lm: LanguageModel) -> None:
-    if isinstance(lm.model, FastOPT):
-        fresh = again(lm)
-        assert torch.equal(fresh.model(IDS), lm.model(IDS))
-        assert fresh.generate("The ship", max_new_tokens=4) == lm.generate("The ship", max_new_tokens=4)
-        assert all(torch.equal(p, dict(lm.model.named_parameters())[n]) for n, p in fresh.model.named_parameters())
-        with pytest.raises(ValueError, match="cannot be trained"):
-            fresh.model.train()
-    else:
+    if not isinstance(lm.model, FastOPT):
         with pytest.raises(ValueError, match=r"^model: made for inference, its layers are in their files"):
             again(lm)
-
-
-def test_a_copy_of_a_model_with_graphs_leaves_them_behind() -> None:
-    plain = minopt.load_model(minopt.DEMO, device="cpu")
-    graphed = GraphedOPT(plain.config, plain.state_dict().items())
-    cache, graphed.compile_step = graphed.new_cache(1, 9), True
-    again = copy.deepcopy(graphed)
-    assert graphed._last is not None
-    assert again._last is None
-    assert again.compile_step
-    assert torch.equal(again(IDS), graphed(IDS))
-    del cache
+        return
+    fresh = again(lm)
+    assert torch.equal(fresh.model(IDS), lm.model(IDS))
+    assert fresh.generate("The ship", max_new_tokens=4) == lm.generate("The ship", max_new_tokens=4)
+    assert all(torch.equal(p, dict(lm.model.named_parameters())[n]) for n, p in fresh.model.named_parameters())
+    with pytest.raises(ValueError, match="cannot be trained"):
+        fresh.model.train()
 
 
 def test_weights_are_those_of_the_plain_model(lm: LanguageModel) -> None:
-    model, plain = lm.model, minopt.load_model(minopt.DEMO, device="cpu", dtype=lm.model.dtype)
-    expected = dict(plain.named_parameters())
-    found = dict(model.named_parameters())
+    plain = minopt.load_model(minopt.DEMO, device="cpu", dtype=lm.model.dtype)
+    expected, found = dict(plain.named_parameters()), dict(lm.model.named_parameters())
     assert [name for name in found if not name.endswith(int8.SCALE)] == list(expected)
     for name, parameter in expected.items():
         assert isinstance(found[name], nn.Parameter)
-        weight = found[name].clone()
-        if name + int8.SCALE in found:
-            assert torch.equal(weight, int8.quantize(parameter)[0])
-        else:
-            assert torch.equal(weight, parameter)
+        is_int8 = name + int8.SCALE in found
+        assert torch.equal(found[name].clone(), int8.quantize(parameter)[0] if is_int8 else parameter)
     if len(found) == len(expected):
-        again = OPT(model.config, dtype=model.dtype)
-        again.load_state_dict(model.state_dict())
+        again = OPT(plain.config, dtype=plain.dtype)
+        again.load_state_dict(lm.model.state_dict())
         assert all(torch.equal(p, expected[name]) for name, p in again.named_parameters())
 
 
-def test_counting_and_looking_reads_no_weight(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    def read(self: Any, name: str) -> Any:
-        raise AssertionError(name)
-
-    monkeypatch.setattr(type(lm.model), "read_weight", read)
-    model = lm.model
+def test_counting_and_looking_reads_no_weight(model: OPT, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type(model), "read_weight", lambda self, name: pytest.fail(f"{name} was read"))
     scales = sum(p.shape[0] for name, p in model.named_parameters() if name.endswith(int8.SCALE))
     plain = OPT(model.config, device="meta")
     assert sum(p.numel() for p in model.parameters()) - scales == sum(p.numel() for p in plain.parameters())
@@ -246,5 +211,4 @@ def test_reading_all_parameters_and_saving_take_the_memory_of_a_tensor_or_two(tm
     more, total = map(int, result.stdout.split())
     assert total > 200_000_000
     assert more < 60_000_000  # the largest tensor has 12 MB, three joined 7 MB
-    with_plain = minopt.load_model(tmp_path / "saved", device="cpu")
-    assert with_plain.config.num_hidden_layers == 8
+    assert minopt.load_model(tmp_path / "saved", device="cpu").config.num_hidden_layers == 8

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 import minopt
-from minopt import OPT
+from minopt import OPT, CheckpointError
 from minopt.cli import main
-from minopt.inference import offload as streamed_module
+from minopt.inference import offload
 from minopt.inference.offload import StreamedOPT
 from tests.checkpoint.sources import KINDS_AND_SOURCES, write_source
 from tests.conftest import build_ours, build_reference, copy_of
@@ -30,33 +30,40 @@ def logits_of(model: OPT) -> Tensor:
     with torch.inference_mode():
         cache = model.new_cache(2, 9)
         prompt = model(IDS, MASK, cache=cache)
-        step = model.decode_step(IDS[:, :1], torch.nn.functional.pad(MASK, (0, 1), value=1), cache)
-        return torch.cat([prompt, step[:, None]], 1)
+        step = model(IDS[:, :1], torch.nn.functional.pad(MASK, (0, 1), value=1), cache=cache)
+        return torch.cat([prompt, step], 1)
 
 
-@pytest.mark.parametrize(("kind", "source"), KINDS_AND_SOURCES)
+@pytest.fixture
+def folder(write_checkpoint: Callable[..., Path]) -> Path:
+    return write_checkpoint(num_hidden_layers=5)
+
+
+def streamed_and_expected(folder: Path) -> tuple[OPT, Tensor]:
+    """An offloaded model, and the logits of the plain one."""
+    streamed = minopt.load(folder, device="cpu", offload="disk").model
+    return streamed, logits_of(minopt.load_model(folder, device="cpu"))
+
+
+@pytest.mark.parametrize(("kind", "source"), [*KINDS_AND_SOURCES, ("125m", "int8")])
 def test_from_every_kind_of_file_logits_are_the_plain_models_to_the_bit(kind: str, source: str, tmp_path: Path) -> None:
-    folder = write_source(source, tmp_path / "model", kind)
+    folder = write_source("safetensors" if source == "int8" else source, tmp_path / "model", kind)
+    if source == "int8":
+        minopt.convert(folder, tmp_path / "int8", quantize="int8")
+        folder = tmp_path / "int8"
     for dtype in ("float32", "bfloat16"):
         streamed = minopt.load(folder, device="cpu", dtype=dtype, offload="disk").model
         assert isinstance(streamed, StreamedOPT)
-        plain = minopt.load(folder, device="cpu", dtype=dtype, optimize=False).model
+        expected = logits_of(minopt.load_model(folder, device="cpu", dtype=dtype))
         for _ in range(2):  # a second pass finds the layers in other places
-            assert torch.equal(logits_of(streamed), logits_of(plain))
+            assert torch.equal(logits_of(streamed), expected)
 
 
 def test_every_way_to_generate(kind: str, write_checkpoint: Callable[..., Path]) -> None:
     folder = write_checkpoint(kind, num_hidden_layers=5)
-    streamed, plain = minopt.load(folder, device="cpu", offload="disk"), minopt.load(folder, device="cpu")
-    found, expected = results(streamed), results(plain)
+    found, expected = (results(minopt.load(folder, device="cpu", offload=o)) for o in ("disk", None))
     assert (found.pop("logits") - expected.pop("logits")).abs().max() < 1e-4
     assert all(torch.equal(found[name], sequences) for name, sequences in expected.items())
-
-
-def test_int8_folders_give_what_they_stand_for(write_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
-    minopt.convert(write_checkpoint(), tmp_path / "int8", quantize="int8")
-    streamed = minopt.load(tmp_path / "int8", device="cpu", offload="disk").model
-    assert torch.equal(logits_of(streamed), logits_of(minopt.load_model(tmp_path / "int8", device="cpu")))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -75,26 +82,25 @@ def test_on_a_gpu(offload: str, kind: str, write_checkpoint: Callable[..., Path]
 
 
 @pytest.mark.parametrize("layers", [1, 2, 3, 6])
-def test_two_layers_at_most_are_in_memory(layers: int, write_checkpoint: Callable[..., Path]) -> None:
+def test_two_layers_at_most_are_in_memory(
+    layers: int, write_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    places: list[Any] = []
+    build = offload._Place.__init__
+    monkeypatch.setattr(offload._Place, "__init__", lambda self, *a, **o: places.append(self) or build(self, *a, **o))
     folder = write_checkpoint(num_hidden_layers=layers)
-    streamed = minopt.load(folder, device="cpu", offload="disk").model
-    plain = minopt.load(folder, device="cpu", optimize=False).model
-    assert torch.equal(logits_of(streamed), logits_of(plain))
-    places = streamed.layers[0]._weights.func.__self__.places  # type: ignore[union-attr]
+    streamed, expected = streamed_and_expected(folder)
+    assert torch.equal(logits_of(streamed), expected)
     assert len(places) == min(2, layers)
-    parts: Any = streamed.children()
-    kept = sum(tensor.numel() for part in parts for tensor in getattr(part, "tensors", {}).values())
+    kept = sum(tensor.numel() for part in streamed.children() for tensor in getattr(part, "tensors", {}).values())
+    plain = minopt.load_model(folder, device="cpu")
     in_layers = sum(p.numel() for name, p in plain.named_parameters() if name.startswith("layers."))
     assert kept == sum(p.numel() for p in plain.parameters()) - in_layers
     assert sum(t.numel() for place in places for t in place.tensors.values()) == in_layers * len(places) // layers
 
 
-def test_a_pass_that_is_broken_off_does_not_disturb_the_next(
-    write_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = write_checkpoint(num_hidden_layers=5)
-    streamed = minopt.load(folder, device="cpu", offload="disk").model
-    expected = logits_of(minopt.load(folder, device="cpu", optimize=False).model)
+def test_a_pass_that_is_broken_off_does_not_disturb_the_next(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    streamed, expected = streamed_and_expected(folder)
     for broken in range(5):
         with monkeypatch.context() as patch:
             patch.setattr(streamed.layers[broken], "forward", lambda *_: 1 / 0)
@@ -103,22 +109,17 @@ def test_a_pass_that_is_broken_off_does_not_disturb_the_next(
         assert torch.equal(logits_of(streamed), expected)
 
 
-def test_an_interrupt_while_a_layer_is_read_does_no_harm(
-    write_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupt_while_a_layer_is_read_does_no_harm(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C in a notebook, then the same cell again: nothing may be filled twice at a time."""
-    folder = write_checkpoint(num_hidden_layers=5)
-    streamed = minopt.load(folder, device="cpu", offload="disk").model
-    expected = logits_of(minopt.load(folder, device="cpu", optimize=False).model)
-    read = streamed_module._Stream._read
+    streamed, expected = streamed_and_expected(folder)
+    read, wait = offload._Stream._read, offload._Fetch.wait
 
     def slowly(*arguments: Any) -> None:
         read(*arguments)
         time.sleep(0.1)
         read(*arguments)
 
-    monkeypatch.setattr(streamed_module._Stream, "_read", slowly)
-    wait = streamed_module._Fetch.wait
+    monkeypatch.setattr(offload._Stream, "_read", slowly)
     for interrupted in range(1, 5):
         waits = 0
 
@@ -130,16 +131,14 @@ def test_an_interrupt_while_a_layer_is_read_does_no_harm(
             wait(fetch)
 
         with monkeypatch.context() as patch:
-            patch.setattr(streamed_module._Fetch, "wait", interrupt)
+            patch.setattr(offload._Fetch, "wait", interrupt)
             with pytest.raises(KeyboardInterrupt):
                 logits_of(streamed)
         assert torch.equal(logits_of(streamed), expected)
 
 
-def test_threads_take_turns(write_checkpoint: Callable[..., Path]) -> None:
-    folder = write_checkpoint(num_hidden_layers=5)
-    streamed = minopt.load(folder, device="cpu", offload="disk").model
-    expected = logits_of(minopt.load(folder, device="cpu", optimize=False).model)
+def test_threads_take_turns(folder: Path) -> None:
+    streamed, expected = streamed_and_expected(folder)
     with ThreadPoolExecutor(4) as pool:
         assert all(torch.equal(found, expected) for found in pool.map(lambda _: logits_of(streamed), range(40)))
 
@@ -164,39 +163,40 @@ atexit.register(lambda: print("end", same(), flush=True))
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_in_a_fork_and_when_the_program_ends(write_checkpoint: Callable[..., Path]) -> None:
-    folder = write_checkpoint(num_hidden_layers=5)
+def test_in_a_fork_and_when_the_program_ends(folder: Path) -> None:
     command = [sys.executable, "-c", AFTER_THE_END, str(folder)]
     result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     assert (result.returncode, result.stdout) == (0, "fork same\nend same\n"), result.stderr
 
 
-def test_files_that_are_replaced_are_not_mixed_and_the_place_may_change(
-    write_checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = write_checkpoint(num_hidden_layers=5)
-    expected = logits_of(minopt.load(folder, device="cpu", optimize=False).model)
-    monkeypatch.chdir(folder.parent)
-    streamed = minopt.load(folder.name, device="cpu", offload="disk").model
-    monkeypatch.chdir(tmp_path.parent)
-    assert torch.equal(logits_of(streamed), expected)
+def replace_files(folder: Path) -> None:
     minopt.save_model(build_ours(build_reference("125m", seed=1, num_hidden_layers=5)), folder, force=True)
-    with pytest.raises(minopt.CheckpointError, match=r"^\S+: was replaced since it was opened\. Load"):
-        logits_of(streamed)
-    (folder / "model.safetensors").unlink()
-    with pytest.raises(minopt.CheckpointError, match=r"^\S+: is gone since it was opened\. Load"):
-        logits_of(streamed)
 
 
-def test_files_that_become_shorter_are_one_line(write_checkpoint: Callable[..., Path]) -> None:
-    folder = write_checkpoint(num_hidden_layers=5)
-    lm = minopt.load(folder, device="cpu", offload="disk")
-    logits_of(lm.model)
+def shorten(folder: Path) -> None:
     file = folder / "model.safetensors"
     with file.open("r+b") as opened:
         opened.truncate(file.stat().st_size // 2)
-    with pytest.raises(minopt.CheckpointError, match=r"^\S+: ends in the middle of its tensors\. Fetch the file"):
-        logits_of(lm.model)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (replace_files, r"^\S+: was replaced since it was opened\. Load"),
+        (lambda folder: (folder / "model.safetensors").unlink(), r"^\S+: is gone since it was opened\. Load"),
+        (shorten, r"^\S+: ends in the middle of its tensors\. Fetch the file"),
+    ],
+)
+def test_files_that_change_are_not_mixed_and_the_current_folder_may_change(
+    change: Callable[[Path], Any], message: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder.parent)
+    streamed, expected = streamed_and_expected(Path(folder.name))
+    monkeypatch.chdir(tmp_path.parent)
+    assert torch.equal(logits_of(streamed), expected)
+    change(folder)
+    with pytest.raises(CheckpointError, match=message):
+        logits_of(streamed)
 
 
 @pytest.mark.parametrize(
@@ -219,9 +219,8 @@ def test_options_that_do_not_fit(options: dict[str, Any], expected: str) -> None
 
 @pytest.mark.parametrize("place", ["new", "its own folder"])
 def test_a_streamed_model_is_saved_out_of_its_files(place: str, tmp_path: Path) -> None:
-    source = tmp_path / "its own folder"
-    copy_of(minopt.DEMO, source)
-    lm = minopt.load(source, device="cpu", offload="disk")
+    copy_of(minopt.DEMO, tmp_path / "its own folder")
+    lm = minopt.load(tmp_path / "its own folder", device="cpu", offload="disk")
     logits = lm.model(IDS)
     lm.save(tmp_path / place, force=True)
     saved, expected = (minopt.load_model(folder, device="cpu") for folder in (tmp_path / place, minopt.DEMO))

@@ -32,11 +32,6 @@ class Product:
     """``activation(x @ weight.T + bias)`` of ``[..., I]``, as ``[..., O]`` in the input's dtype.
 
     It is pickled and copied as what it was made of, and built anew: kernels' layouts differ from machine to machine.
-
-    Args:
-        bias: ``[O]``.
-        activation: ``"none"``, or one of ``ACTIVATIONS``.
-        outliers: see ``by_rows``.
     """
 
     def __init__(self, bias: Tensor | None, activation: str = "none", outliers: bool = False) -> None:
@@ -93,12 +88,9 @@ class Blocked(Product):
 
     In float32 on Intel's processors it takes a single row as fast as ``F.linear``, a sixth faster than oneDNN does, and
     many rows as fast as oneDNN (benchmarks/README.md).
-
-    Attributes:
-        width: outputs of a block.
     """
 
-    width = 128
+    width = 128  # outputs of a block
 
     def __init__(self, weight: Tensor, bias: Tensor | None, activation: str = "none") -> None:
         super().__init__(bias, activation)
@@ -120,32 +112,30 @@ class Blocked(Product):
         return self._blocks.transpose(1, 2).flatten(0, 1)[: self._outputs], None
 
 
-def by_rows(rows: Tensor, levels: int, outliers: bool, multiply: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-    """Multiplies rows ``[M, I]`` as integers, with a scale for each row: rows of a batch do not depend on each other.
+def split_rows(rows: Tensor, levels: int, outliers: bool) -> tuple[Tensor, Tensor]:
+    """Rows ``[M, I]`` as numbers to be rounded to integers up to ``levels``, and a scale for each row ``[M, 1]``.
 
-    The largest number of a row becomes ``levels`` (token-wise quantisation, arXiv 2206.01861).
-
-    Args:
-        rows: floats.
-        levels: the largest integer that the kernel takes.
-        outliers: some channels are far larger than the rest, as OPT's are from ``OUTLIERS_FROM`` on: what rounding
-            leaves of a row is multiplied too, as a row of its own. The activations then are as exact as in 16 bits.
-        multiply: rounds its input to integers and multiplies them with the weight.
-
-    Returns:
-        ``[M, O]``, to be multiplied with the scales ``[M, 1]``.
+    Rows do not affect each other (token-wise quantisation, arXiv 2206.01861). With ``outliers``, M more rows follow:
+    what rounding leaves of the rows, ``2 * levels`` times as large. The inputs then are as exact as in 16 bits, which
+    OPT needs from ``OUTLIERS_FROM`` on, where some channels are far larger than the rest. ``join_rows`` adds the
+    products of both.
     """
     scale = rows.abs().amax(-1, keepdim=True).float().clamp_min(torch.finfo(torch.float32).tiny) / levels
     terms = rows / scale
-    if not outliers:
-        return multiply(terms), scale
-    whole = terms.round()
-    y, rest = multiply(torch.cat([whole, (terms - whole) * (2 * levels)])).chunk(2)
-    return y + rest / (2 * levels), scale
+    if outliers:
+        whole = terms.round()
+        terms = torch.cat([whole, (terms - whole) * (2 * levels)])
+    return terms, scale
+
+
+def join_rows(y: Tensor, levels: int) -> Tensor:
+    """Products ``[2 * M, O]`` of what ``split_rows`` gave with ``outliers``, as products of M rows."""
+    whole, rest = y.chunk(2)
+    return whole + rest / (2 * levels)
 
 
 class Int8(Product):
-    """fbgemm's product of an int8 weight and activations that are rounded to int8: ``by_rows``.
+    """fbgemm's product of an int8 weight and activations that are rounded to int8: see ``split_rows``.
 
     A row that comes alone is rounded between its own least and largest value, which is at least as fine.
     """
@@ -188,12 +178,13 @@ class Int8(Product):
         return self._activation(y).to(x.dtype).view(*x.shape[:-1], y.shape[-1])
 
     def _many_rows(self, rows: Tensor) -> Tensor:
-        levels, outliers = self.levels, self._outliers
-        y, scale = by_rows(rows, levels, outliers, lambda terms: self._product(terms, 1.0, levels + 1, self._packed))
-        if self._bias is None:
-            return y * scale
-        # Without outliers the kernel has already added the bias, unscaled: lerp gives (y - bias) * scale + bias.
-        return torch.addcmul(self._bias, y, scale) if outliers else torch.lerp(self._bias, y, scale)
+        terms, scale = split_rows(rows, self.levels, self._outliers)
+        y = self._product(terms, 1.0, self.levels + 1, self._packed)
+        if self._outliers:
+            y = join_rows(y, self.levels)
+            return y * scale if self._bias is None else torch.addcmul(self._bias, y, scale)
+        # The kernel has already added the bias, unscaled: lerp gives (y - bias) * scale + bias.
+        return y * scale if self._bias is None else torch.lerp(self._bias, y, scale)
 
     def weight(self) -> tuple[Tensor, Tensor | None]:
         tensor = torch.ops.quantized.linear_unpack(self._packed)[0]
@@ -227,9 +218,11 @@ def build_product(
     """The fastest product that this machine and this torch have for a weight.
 
     Args:
-        weight: ``[O, I]``; int8 where there is a scale.
-        bias, activation, outliers: see ``Product``.
+        weight: ``[O, I]``; int8 if there is a scale.
+        bias: ``[O]``.
+        activation: ``"none"``, or one of ``ACTIVATIONS``.
         scale: ``[O, 1]`` of an int8 weight.
+        outliers: see ``split_rows``; for int8.
     """
     on_cpu = weight.device.type == "cpu"
     if scale is None:

@@ -1,4 +1,4 @@
-"""What a model takes of a device's memory, reckoned from its configuration alone.
+"""How much of a device's memory a model needs, computed from its configuration alone.
 
 Shapes: B rows, T tokens of each (the prompt's and the new ones), V vocabulary, C hidden_size, F ffn_dim, L layers.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,17 +33,24 @@ RUNTIME_BYTES = {"cpu": 370_000_000, "cuda": 700_000_000}
 _INNER = {Blocked: 5, OneDNN: 4, Plain: 4}
 _INNER_INT8 = 8
 
+# What to try where memory is short.
+_WAYS: dict[str, dict[str, Any]] = {
+    "dtype bfloat16": {"dtype": torch.bfloat16},
+    "quantize int8": {"quantize": "int8", "offload": None},
+    "offload cpu": {"devices": 1, "offload": "cpu", "quantize": None},
+    "offload disk": {"devices": 1, "offload": "disk", "quantize": None},
+    "offload disk and dtype bfloat16": {"devices": 1, "offload": "disk", "quantize": None, "dtype": torch.bfloat16},
+}
+
 
 @dataclass(frozen=True)
 class Plan:
     """The most that one device holds while a model generates, in bytes.
 
     Attributes:
-        devices: among which the model is divided.
-        offload: where its layers wait, ``None`` if they are on the device.
-        quantize: ``"int8"`` or ``None``.
+        devices, offload, quantize: see ``plan_generation``.
         weights: with all copies in other layouts.
-        loading: what is there beside them for a moment, while they are read.
+        loading: what is held beside them for a moment, while they are read.
         cache: keys and values.
         activations: of the prompt, and the scores of a step.
         runtime: of Python, torch, CUDA.
@@ -84,8 +90,7 @@ def plan_generation(
         dtype: of weights and activations.
         device: ``"cpu"`` or ``"cuda"``.
         devices: processes, each with a device of its own, that divide the model.
-        offload: as of ``minopt.load``.
-        quantize: ``"int8"``, as of ``minopt.load``.
+        offload, quantize: see ``minopt.load``.
         batch: B; beams count as rows.
         length: T; ``None`` is as long as the model's texts can be.
 
@@ -99,9 +104,9 @@ def plan_generation(
     C, F, V, L = config.hidden_size, config.ffn_dim, config.vocab_size, config.num_hidden_layers
     length = length or config.max_position_embeddings
     tokens = batch * length
-    sizes = dict(_sizes(config, size, devices, quantize))
-    outside = sum(number for name, number in sizes.items() if not name.startswith("layers."))
-    layers, table, host = sum(sizes.values()) - outside, sizes["embed_tokens.weight"], 0
+    sizes = {name: _bytes_of(name, shape, size, devices, quantize) for name, shape in parameter_shapes(config).items()}
+    layers = sum(number for name, number in sizes.items() if name.startswith("layers."))
+    outside, table, host = sum(sizes.values()) - layers, sizes["embed_tokens.weight"], 0
     if offload is None:
         product = Plain if device == "cuda" else kind_on_cpu(dtype)
         head = table // size if quantize else 0 if product is Plain else table
@@ -116,6 +121,15 @@ def plan_generation(
     if batch > 1:  # the mask of a padded batch, as booleans and as the numbers that kernels add
         activations += batch * length * length * (1 + size)
     return Plan(devices, offload, quantize, weights, loading, cache, activations, RUNTIME_BYTES[device], host)
+
+
+def _bytes_of(name: str, shape: tuple[int, ...], itemsize: int, devices: int, quantize: str | None) -> int:
+    """Of the first process' share of a tensor."""
+    dim = shard_dim(name)
+    own = [Share(0, devices).of(size)[1] if number == dim else size for number, size in enumerate(shape)]
+    if quantize and int8.is_quantized(name):
+        return math.prod(own) + 4 * own[0]  # with a scale for each row
+    return math.prod(own) * itemsize
 
 
 def device_counts(config: OPTConfig) -> list[int]:
@@ -156,50 +170,42 @@ def shortage(
     offload: str | None = None,
     quantize: str | None = None,
 ) -> str | None:
-    """What to tell somebody whose model does not fit into the memory that is free; ``None`` if it does.
+    """Why a checkpoint does not fit into the memory that is free, and what would; ``None`` if it fits.
 
     Args:
         checkpoint: an open one.
         device: of this process.
         dtype: ``None`` is ``"auto"``.
-        devices, offload, quantize: as of ``plan_generation``.
+        devices, offload, quantize: see ``plan_generation``.
     """
-    free = available_memory(device)
+    free, host = available_memory(device), available_memory(torch.device("cpu"))
     if free is None:
         return None
     dtype = dtype or (torch.float32 if device.type == "cpu" else main_dtype(checkpoint.tensors.values()))
     if any(tensor.scale is not None for tensor in checkpoint.tensors.values()):
         quantize = "int8"
-    options: dict[str, Any] = {"dtype": dtype, "devices": devices, "offload": offload, "quantize": quantize}
+    asked: dict[str, Any] = {"dtype": dtype, "devices": devices, "offload": offload, "quantize": quantize}
+
+    def plan(**changes: Any) -> Plan:
+        return plan_generation(checkpoint.config, device=device.type, length=1, **(asked | changes))
 
     def needed(**changes: Any) -> int:
-        plan = plan_generation(checkpoint.config, device=device.type, length=1, **(options | changes))
-        shared = device.type == "cpu" and plan.devices > 1
-        return (plan.weights + plan.loading) * (int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if shared else 1)
+        found = plan(**changes)
+        on_one_machine = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device.type == "cpu" else 1
+        return (found.weights + found.loading) * (on_one_machine if found.devices > 1 else 1)
 
-    where = checkpoint.found.folder
-    if offload == "cpu" and (host := available_memory(torch.device("cpu"))) is not None:
-        waiting = plan_generation(checkpoint.config, device=device.type, length=1, **options).host
-        if waiting > host:
-            return (
-                f"memory: the layers of {where} take {size_of(waiting)} of the machine's memory, and "
-                f"{size_of(host)} are free. What fits: offload disk."
-            )
+    where, waiting = checkpoint.found.folder, plan().host if offload == "cpu" else 0
+    if host is not None and waiting > host:
+        return (
+            f"memory: the layers of {where} take {size_of(waiting)} of the machine's memory, and "
+            f"{size_of(host)} are free. What fits: offload disk."
+        )
     if needed() <= free:
         return None
-    others: dict[str, dict[str, Any]] = {
-        "dtype bfloat16": {"dtype": torch.bfloat16},
-        "quantize int8": {"quantize": "int8", "offload": None},
-        "offload cpu": {"devices": 1, "offload": "cpu", "quantize": None},
-        "offload disk": {"devices": 1, "offload": "disk", "quantize": None},
-        "offload disk and dtype bfloat16": {"devices": 1, "offload": "disk", "quantize": None, "dtype": torch.bfloat16},
-    }
-    if device.type == "cpu":
-        del others["offload cpu"]
     fitting = [
         f"{name} (without torchrun)" if devices > 1 and "devices" in changes else name
-        for name, changes in others.items()
-        if needed(**changes) <= free
+        for name, changes in _WAYS.items()
+        if needed(**changes) <= free and not (device.type == "cpu" and changes.get("offload") == "cpu")
     ]
     name = str(dtype).removeprefix("torch.") if quantize is None else "int8"
     among = f", divided among {devices}" if devices > 1 else ""
@@ -208,19 +214,6 @@ def shortage(
         f"{size_of(free)} are free on this {'GPU' if device.type == 'cuda' else 'machine'}. "
         + (f"What fits: {'; '.join(fitting)}." if fitting else "See minopt plan.")
     )
-
-
-def _sizes(config: OPTConfig, itemsize: int, devices: int, quantize: str | None) -> Iterator[tuple[str, int]]:
-    """Bytes of the first process' share of each tensor."""
-    share = Share(0, devices)
-    for name, whole in parameter_shapes(config).items():
-        shape, dim = list(whole), shard_dim(name)
-        if dim is not None:
-            shape[dim] = share.of(shape[dim])[1]
-        if quantize and int8.is_quantized(name):
-            yield name, math.prod(shape) + 4 * shape[0]
-        else:
-            yield name, math.prod(shape) * itemsize
 
 
 def published(model: str) -> str | None:

@@ -60,8 +60,8 @@ class Manifest:
     quantize: str | None
     max_length: int
     max_batch: int | None
-    program_sha256: str
-    weights_sha256: str
+    program_sha256: str = ""
+    weights_sha256: str = ""
 
     def write(self, folder: Path) -> None:
         """Writes ``manifest.json``."""
@@ -114,7 +114,7 @@ class ExportedModel:
     """
 
     def __init__(self, folder: Path, manifest: Manifest, config: OPTConfig) -> None:
-        self.config = config
+        self.config, self.manifest = config, manifest
         self.device = torch.device(manifest.device)
         self.dtype: torch.dtype = getattr(torch, manifest.dtype)
         self.max_batch = manifest.max_batch
