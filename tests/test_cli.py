@@ -13,7 +13,8 @@ import pytest
 import torch
 
 import minopt
-from minopt.cli import _parse, main
+from minopt.cli import COMMANDS, main
+from minopt.cli.flags import parse
 
 Write = Callable[..., Path]
 
@@ -79,7 +80,7 @@ def test_each_option_reaches_the_library(capsys: pytest.CaptureFixture[str]) -> 
         (["x " * 2000], "tokens + --max-new-tokens 30 = "),
         (["x", "--device", "cuda:99"], "--device: 'cuda:99' is not available here"),
         (["x", "--dtype", "int4"], "--dtype: expected auto, float32"),
-        (["x", "--revision", "main"], "--revision needs --model"),
+        (["x", "--revision", "main"], "--revision: goes with --model"),
         (["\udcff"], "text: not valid Unicode at character 0"),
     ],
 )
@@ -123,12 +124,13 @@ def test_a_model_of_another_tokenizer_is_one_line_too(
         ("evaluate", "--task: expected a value, got none. See minopt evaluate --help."),
         ("evaluate --task=squat", "--task: expected reference or perplexity or squad or squad-question, got 'squat'. "
          "Did you mean squad? See"),
+        ("finetune --lr-scheduler-type steep", "--lr-scheduler-type: expected linear or cosine or constant, got 'steep'"),
         ("convert", "source, destination: expected a value, got none. See minopt convert --help."),
         ("inspect a b", "b: expected nothing more. A text stands in quotes, and behind -- if it begins with a hyphen."),
         ("generate x --max-new-tokens many", "--max-new-tokens: expected an integer, got 'many'. See"),
         ("generate x --top_p", "--top-p: expected a value, got none. See"),
         ("generate x --top-p much", "--top-p: expected a number, got 'much'. See"),
-        ("generate x --echo=5", "--echo: expected no value, got '5'. See"),
+        ("generate x --echo=5", "--echo: expected true or false, got '5'. See"),
         ("plan opt-125m --memory 16", "--memory: expected a size above 0 with its unit, such as"),
     ],
 )  # fmt: skip
@@ -188,9 +190,8 @@ def test_a_model_is_named_alike_everywhere(command: str, tmp_path: Path, capsys:
     ],
 )  # fmt: skip
 def test_flags_of_other_programs_that_mean_the_same_are_taken(theirs: str, ours: str) -> None:
-    first, second = (vars(_parse(command.split(" "))) for command in (theirs, ours))
-    assert first.keys() == second.keys()
-    assert all(first[name] == second[name] for name in first.keys() - {"parser", "run"})
+    first, second = (parse(COMMANDS[verb], words) for verb, *words in (theirs.split(" "), ours.split(" ")))
+    assert first == second
 
 
 def test_a_flag_that_means_nothing_to_a_verb_is_called_what_was_typed(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import io
 import json
@@ -17,7 +16,8 @@ import pytest
 
 import minopt
 from minopt import GenerationConfig
-from minopt.cli import build_parser, main
+from minopt.cli import COMMANDS, main
+from minopt.cli.flags import fields_of
 
 PROMPTS = ["The sea", "It was a dark and stormy night, and the old captain", "She", ""]
 
@@ -46,9 +46,8 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 
 def test_every_option_that_has_a_place_beside_text_has_a_flag() -> None:
-    verbs = next(a for a in build_parser()._actions if isinstance(a, argparse._SubParsersAction))
-    flags = {action.dest for action in verbs.choices["generate"]._actions}
-    assert {field.name for field in dataclasses.fields(GenerationConfig)} - flags == {"output_scores"}
+    flags = fields_of(COMMANDS["generate"])
+    assert {field.name for field in dataclasses.fields(GenerationConfig)} - flags.keys() == {"output_scores"}
 
 
 FLAGS: list[tuple[str, dict[str, Any]]] = [
@@ -229,13 +228,13 @@ def test_a_file_of_prompts_that_is_none_names_the_line(
             ["--input", "p.txt", "--output", "o", "--resume", "--force"],
             "--resume: goes with --output and without --force",
         ),
-        (["x", "--resume"], "--resume goes with --input"),
-        (["x", "--unordered"], "--unordered goes with --input"),
-        (["x", "--output", "o.jsonl"], "--output goes with --input"),
-        (["x", "--batch-size", "2"], "--batch-size goes with --input"),
-        (["x", "--batch-size", "0"], "--batch-size goes with --input"),
-        (["x", "--top-logprobs", "2"], "--top-logprobs goes with --input"),
-        (["x", "--output-logprobs"], "--output-logprobs goes with --input"),
+        (["x", "--resume"], "--resume: goes with --input"),
+        (["x", "--unordered"], "--unordered: goes with --input"),
+        (["x", "--output", "o.jsonl"], "--output: goes with --input"),
+        (["x", "--batch-size", "2"], "--batch-size: goes with --input"),
+        (["x", "--batch-size", "0"], "--batch-size: goes with --input"),
+        (["x", "--top-logprobs", "2"], "--top-logprobs: goes with --input"),
+        (["x", "--output-logprobs"], "--output-logprobs: goes with --input"),
         (["--input", "p.txt", "--echo"], "--echo: the output of --input has the prompts already"),
         (["x", "--sequence-bias", "[[5, 1.0]]"], "--sequence-bias must be pairs of ids and a number"),
         (["x", "--bad-words-ids", "5"], "--bad-words-ids must be sequences of at least one id each, got 5"),
@@ -252,7 +251,7 @@ def test_what_goes_together_is_told(arguments: list[str], message: str, capsys: 
     [
         ("--suppress-tokens", "a,b", "expected ids such as 5 or 5,6, got 'a,b'"),
         ("--bad-words-ids", "[[5", "expected JSON, got '[[5'"),
-        ("--early-stopping", "maybe", "expected true, false or never, got 'maybe'"),
+        ("--early-stopping", "maybe", "expected true or false or never, got 'maybe'"),
         ("--no-repeat-ngram-include-prompt", "1", "expected true or false, got '1'"),
     ],
 )
@@ -260,7 +259,7 @@ def test_a_value_that_is_none_names_the_flag(
     flag: str, value: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit):
-        generate("x", flag, value)
+        generate("x", f"{flag}={value}")
     error = capsys.readouterr().err
     assert flag in error
     assert message in error
@@ -337,7 +336,10 @@ def test_an_interrupted_output_is_gone_on_with_wherever_it_was_cut(
     capsys.readouterr()
     monkeypatch.setattr(minopt.text, "load", lambda *args, **options: pytest.fail("a model was loaded"))
     assert generate(*options, "--output", str(out), "--resume") == 0
-    assert capsys.readouterr() == ("", f"minopt: {out}: has the results of all 40 prompts already\n")
+    assert capsys.readouterr() == (
+        "",
+        f"minopt: {out}: has results of all 40 prompts. Flags are not compared: --force generates them anew\n",
+    )
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,7 @@ LAZY = {
     "minopt.checkpoint.hub": {"huggingface_hub"},
     "minopt.checkpoint.hub_watch": {"huggingface_hub"},
     "minopt.progress": {"tqdm"},
-    **{f"minopt.cli.{verb}": {"minopt"} for verb in ("checkpoints", "evaluate", "export", "finetune")},
+    **{f"minopt.cli.{verb}": {"minopt"} for verb in ("checkpoints", "evaluate", "finetune")},
     **{f"minopt.cli.{verb}": {"minopt", "torch"} for verb in ("generate", "plan")},
 }
 FORBIDDEN = {"transformers", "fairseq", "metaseq"}
@@ -117,12 +117,12 @@ def test_imports_run_one_way(module: str) -> None:
         ("minopt.checkpoint.weights", "def f():\n    import huggingface_hub", "inside a function"),
         (
             "minopt.training.loss",
-            "from minopt.training.trainer import train\nimport minopt.cli.common",
+            "from minopt.training.trainer import train\nimport minopt.cli.messages",
             "does not come",
         ),
         ("minopt.evaluation.squad", "from minopt.training.data import Example", "does not come before it"),
         ("minopt.generation.decode", "from minopt.training.parallel import apply_fsdp", "does not come before it"),
-        ("minopt.text", "from minopt.cli.common import tell", "does not come before it"),
+        ("minopt.text", "from minopt.cli.messages import tell", "does not come before it"),
         ("minopt.cli.finetune", "def f():\n    import torch", "inside a function"),
         ("minopt.cli", "def f():\n    from minopt.loading import load", "inside a function"),
         ("minopt.cli", "import transformers", "minopt.cli imports transformers"),
@@ -148,7 +148,7 @@ def test_a_break_of_the_rules_is_found(module: str, source: str, message: str) -
         ("minopt.cli.generate", "from minopt import DEMO\ndef f():\n    from minopt.loading import load"),
         (
             "minopt.cli.evaluate",
-            "from minopt.cli.common import tell\nfrom minopt.training.config import TrainingConfig",
+            "from minopt.cli.messages import tell\nfrom minopt.training.config import TrainingConfig",
         ),
     ],
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import Field, field
+from dataclasses import Field, field, fields
 from typing import Any
 
 from minopt.config import is_int, is_number
@@ -35,9 +35,9 @@ def option(
 
 
 def expected(f: Field[Any], value: Any) -> str | None:
-    """What a field expects, in words, if ``value`` is something else; ``None`` if it fits."""
+    """What a field expects, in words, if ``value`` is something else; ``None`` if it fits, or has no such limits."""
     kind = f.type.removesuffix(" | None")
-    if value is None and kind != f.type:
+    if kind not in ("bool", "str", "int", "float") or (value is None and kind != f.type):
         return None
     if kind == "bool":
         return None if isinstance(value, bool) else "true or false"
@@ -53,3 +53,9 @@ def expected(f: Field[Any], value: Any) -> str | None:
     bounds = [f"of at least {least}"] * (least is not None) + [f"below {below}"] * (below is not None)
     bounds += [f"at most {most}"] * (most is not None)
     return " ".join(["an integer" if kind == "int" else "a number", " and ".join(bounds)]).strip()
+
+
+def problems(record: Any) -> list[str]:
+    """What is wrong with the fields of a record, as ``--name: expected ..., got ...``."""
+    checked = ((f.name, getattr(record, f.name), expected(f, getattr(record, f.name))) for f in fields(record))
+    return [f"--{name}: expected {wanted}, got {value!r}" for name, value, wanted in checked if wanted]

@@ -194,8 +194,8 @@ def test_an_int8_folder_is_known_for_one(
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ("opt-125m --devices 0", "--devices: expected 1 or more, got 0."),
-        ("opt-125m --batch -1", "--batch: expected 1 or more, got -1."),
+        ("opt-125m --devices 0", "--devices: expected an integer of at least 1, got 0."),
+        ("opt-125m --batch -1", "--batch: expected an integer of at least 1, got -1."),
         ("opt-125m --length 4096", "--length: expected at most 2048 tokens, the model's positions, got 4096."),
         ("./no/opt-125m --memory 1GB", "./no/opt-125m: no such folder, and not the name of a model on the hub "
                                             "(owner/name)."),

@@ -1,28 +1,29 @@
-"""The command line: each verb is one call to the library. Results go to stdout, all else to stderr."""
+"""The command line: each command is one call to the library. Results go to stdout, all else to stderr."""
 
 from __future__ import annotations
 
-import argparse
 import io
-import logging
 import os
 import sys
-import time
 import traceback
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from typing import Any
 
 from minopt import __version__
-from minopt.cli.checkpoints import add_convert, add_inspect
-from minopt.cli.common import tell, tell_error
-from minopt.cli.errors import explained
-from minopt.cli.evaluate import add_evaluate
-from minopt.cli.export import add_export
-from minopt.cli.finetune import add_finetune
-from minopt.cli.generate import add_generate
-from minopt.cli.parser import Parser
-from minopt.cli.plan import add_plan
-from minopt.errors import is_connection_lost
+from minopt.cli.checkpoints import Convert, Export, Inspect
+from minopt.cli.evaluate import Evaluate
+from minopt.cli.finetune import Finetune
+from minopt.cli.flags import Command, fill, help_page, meant, parse
+from minopt.cli.generate import Generate
+from minopt.cli.messages import explained, tell_error, warnings_told
+from minopt.cli.plan import Plan
+
+_CLASSES: tuple[type[Command], ...] = (Generate, Convert, Export, Inspect, Plan, Finetune, Evaluate)
+COMMANDS = {command.__name__.lower(): command for command in _CLASSES}
+
+_ABOUT = """usage: minopt command [flags]
+
+OPT language models in plain PyTorch. minopt COMMAND --help shows the flags of a command."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,22 +42,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal without UTF-8 shows "?", not a traceback
-    args = argparse.Namespace()
+    words = list(sys.argv[1:] if argv is None else argv)
     try:
-        args = _parse(list(sys.argv[1:] if argv is None else argv))
-        if "alone" in args and os.environ.get("RANK", "0") != "0":
-            return 0
-        with _warnings_told(args.parser):
-            code = args.run(args) or 0
-        if sys.stdout is not None:
-            sys.stdout.flush()
-        return code
+        return _run(
+            *_understood(words), debug="--debug" in words or os.environ.get("MINOPT_DEBUG", "0") not in ("", "0")
+        )
     except BrokenPipeError:  # the reader has had enough: `| head`
         return 0
     except KeyboardInterrupt:
         return 130
-    except Exception as error:
-        return _told(error, args)
     finally:
         try:
             if sys.stdout is not None:
@@ -65,62 +59,51 @@ def main(argv: Sequence[str] | None = None) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _parse(words: list[str]) -> argparse.Namespace:
-    """The arguments of a verb, and its ``parser``. Ends the program if they make no sense."""
-    parser = build_parser()
-    verbs: dict[str, Parser] = next(a.choices for a in parser._actions if isinstance(a.choices, dict))
-    if not words:
-        parser.print_help(sys.stderr)
-        parser.exit(2)
-    if words[0] == "help":
-        words = [*words[1:2], "--help"]
-    if words[0] == "--debug":
+def _understood(words: list[str]) -> tuple[type[Command], dict[str, Any]]:
+    """The command, and what was typed behind it. Ends the program if that is all, or makes no sense."""
+    if words[:1] == ["--debug"]:
         words = [*words[1:], "--debug"]
-    if words[0] in verbs:
-        verb = verbs[words[0]]
-        return argparse.Namespace(**vars(verb.parse_args(verb.spelt(words[1:]))), parser=verb)
-    if words[0] not in ("-h", "--help", "--version"):
-        parser.refuse_command(words[0], verbs)
-    return parser.parse_args(words[:1])
-
-
-def build_parser() -> Parser:
-    """The parser of all verbs; each sets ``run``, the function that takes the parsed arguments."""
-    parser = Parser(prog="minopt", description="OPT language models in plain PyTorch.")
-    parser.add_argument("--version", action="version", version=f"minopt {__version__}")
-    verbs = parser.add_subparsers(title="commands", required=True, metavar="command")
-    add_generate(verbs)
-    add_convert(verbs)
-    add_export(verbs)
-    add_inspect(verbs)
-    add_plan(verbs)
-    add_finetune(verbs)
-    add_evaluate(verbs)
-    return parser
-
-
-def _told(error: Exception, args: argparse.Namespace) -> int:
-    """Says in one line what a user can mend; lets what is a bug go on."""
-    line = explained(error, args)
-    if line is None:
-        raise
-    if "debug" in args or os.environ.get("MINOPT_DEBUG", "0") not in ("", "0"):
-        traceback.print_exc()
-    lost, first = is_connection_lost(error), str(getattr(error, "process", 0))
-    if lost:
-        time.sleep(5)  # for torchrun, which says who has died and ends the others; unless it is gone itself
-    tell_error(args.parser.in_flags(line), says=lost or os.environ.get("RANK", "0") == first)
-    return 2
-
-
-@contextmanager
-def _warnings_told(parser: Parser) -> Iterator[None]:
-    """What the library logs, as lines that name flags."""
-    handler = logging.Handler()
-    handler.emit = lambda record: tell(f"warning: {parser.in_flags(record.getMessage())}")  # type: ignore[method-assign]
-    logger = logging.getLogger("minopt")
-    logger.addHandler(handler)
+    if words[:1] == ["help"]:
+        words = [*words[1:2], "--help"]
+    first, program = words[0] if words else "", "minopt"
     try:
-        yield
-    finally:
-        logger.removeHandler(handler)
+        if first in COMMANDS:
+            program = f"minopt {first}"
+            if {"-h", "--help"} & set(words[: words.index("--")] if "--" in words else words):
+                print(help_page(COMMANDS[first]))
+                raise SystemExit(0)
+            return COMMANDS[first], parse(COMMANDS[first], words[1:])
+        if first in ("", "-h", "--help", "--version"):
+            listed = "\n".join(f"  {name:10}{command.summary}" for name, command in COMMANDS.items())
+            page = f"minopt {__version__}" if first == "--version" else f"{_ABOUT}\n\ncommands:\n{listed}"
+            print(page, file=sys.stdout if first else sys.stderr)
+            raise SystemExit(0 if first else 2)
+        if first.startswith("-"):
+            raise ValueError(f"{first}: expected a command before its flags: {', '.join(COMMANDS)}")
+        raise ValueError(f"{first}: no such command{meant(first, COMMANDS)}")
+    except ValueError as error:
+        end = "" if str(error).endswith("?") else "."
+        tell_error(f"{error}{end} See {program} --help.")
+        raise SystemExit(2) from None
+
+
+def _run(command: type[Command], given: dict[str, Any], *, debug: bool) -> int:
+    """Runs a command, and says in one line what a user can mend; lets what is a bug go on."""
+    if command.alone and os.environ.get("RANK", "0") != "0":
+        return 0
+    try:
+        with warnings_told(command):
+            code = fill(command, given).run(given) or 0
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        raise
+    except Exception as error:
+        line = explained(error, command, given)
+        if line is None:
+            raise
+        if debug:
+            traceback.print_exc()
+        tell_error(line, error)
+        return 2

@@ -1,97 +1,95 @@
-"""``minopt convert`` and ``minopt inspect``."""
+"""``minopt convert``, ``minopt export`` and ``minopt inspect``."""
 
 from __future__ import annotations
 
-import argparse
 import json
+from dataclasses import dataclass
 from typing import Any
 
-from minopt.cli.common import MODEL, add_force, add_reading_arguments, size, tell
+from minopt.cli.flags import Command
+from minopt.cli.messages import tell
+from minopt.cli.records import FORCE, MODEL, Reading, ReadingText
+from minopt.settings import option
+
+DESTINATION = "the folder to write; it is created"
 
 
-def add_convert(verbs: Any) -> None:
-    parser = verbs.add_parser(
-        "convert", help="convert a checkpoint to another format",
-        description="Converts a checkpoint of any kind (Hugging Face or metaseq; one file, parts or shards) to a "
-        "Hugging Face folder or to metaseq's files.",
-    )  # fmt: skip
-    parser.set_defaults(run=_convert, alone=True)
-    parser.add_argument("source", help=MODEL)
-    parser.add_argument("destination", help="the folder to write; it is created")
-    parser.add_argument(
-        "--format",
-        choices=("hf", "metaseq"),
-        default="hf",
-        help="hf: a Hugging Face folder; metaseq: reshard.pt or its parts (hf)",
-    )
-    parser.add_argument(
-        "--parts",
-        type=int,
-        default=1,
-        metavar="N",
-        help="with --format metaseq: the number of model parallel parts (1)",
-    )
-    parser.add_argument("--dtype", default="auto", help="float32, bfloat16, float16 or float64 (auto: as stored)")
-    parser.add_argument("--quantize", choices=("int8",), help="with --format hf: round the layers' weights to 8 bits")
-    parser.add_argument("--max-shard-size", dest="max_shard_bytes", type=size, default="2GB", metavar="SIZE",
-                        help="with --format hf: the largest file (2GB)")  # fmt: skip
-    add_reading_arguments(parser)
-    add_force(parser, "a model that is already in the destination")
+@dataclass(frozen=True)
+class Convert(ReadingText):
+    """Converts a checkpoint of any kind (Hugging Face or metaseq; one file, parts or shards) to a Hugging Face folder
+    or to metaseq's files.
+    """
+
+    summary = "convert a checkpoint to another format"
+    alone = True
+
+    source: str = option("", MODEL, is_word=True, required=True)
+    destination: str = option("", DESTINATION, is_word=True, required=True)
+    format: str = option("hf", "a Hugging Face folder, or metaseq's reshard.pt or its parts", choices=("hf", "metaseq"))
+    parts: int = option(1, "with --format metaseq: the number of model parallel parts")
+    dtype: str = option("auto", "float32, bfloat16, float16 or float64 (auto: as stored)")
+    quantize: str | None = option(None, "with --format hf: round the layers' weights to 8 bits", choices=("int8",))
+    max_shard_size: int = option(2 * 10**9, "with --format hf: the largest file (2GB)", kind="size")
+    force: bool = option(False, FORCE)
+
+    def run(self, given: dict[str, Any]) -> None:
+        from minopt.checkpoint.convert import convert
+
+        others = _renamed(self, source="", destination="", max_shard_size="max_shard_bytes")
+        convert(self.source, self.destination, **others, show_progress=True)
+        tell(f"wrote {self.destination}")
 
 
-def add_inspect(verbs: Any) -> None:
-    parser = verbs.add_parser(
-        "inspect", help="show what a checkpoint is and whether it is complete",
-        description="Shows what a checkpoint is and whether it is complete. The exit code is 1 if it cannot be loaded, "
-        "or if --check finds something.",
-    )  # fmt: skip
-    parser.set_defaults(run=_inspect, alone=True)
-    parser.add_argument("model", help=MODEL)
-    parser.add_argument("--tensors", action="store_true", help="list the tensors (--json always does)")
-    parser.add_argument(
-        "--check",
-        action="store_true",
-        help="read all values: report those that are not finite or beyond 100, and tensors of zeros",
-    )
-    parser.add_argument("--hash", action="store_true", help="digests of the tensors, the same in every format")
-    parser.add_argument("--json", action="store_true", help="write the report as JSON")
-    add_reading_arguments(parser, with_tokenizer=False)
+@dataclass(frozen=True)
+class Export(ReadingText):
+    """Compiles a model with AOTInductor, checks that the program decodes as the model does, and writes it with the
+    tokenizer's files to a folder that minopt generate --model opens. This takes about a minute and needs a C++
+    compiler. The program runs with this version of torch, on processors with the same instructions.
+    """
+
+    summary = "compile a model into a program that runs without model code"
+    alone = True
+
+    model: str = option("", MODEL, is_word=True, required=True)
+    destination: str = option("", DESTINATION, is_word=True, required=True)
+    dtype: str = option("auto", "float32, bfloat16 or float16 (auto: float32 on a CPU)")
+    quantize: str | None = option(None, "compute linear layers with weights and inputs of 8 bits", choices=("int8",))
+    max_length: int | None = option(None, "the most tokens of a text, prompt and new ones (the model's positions)")
+    max_batch: int | None = option(None, "the most texts that run together (any number)")
+    device: str = option("cpu", "where the program runs", choices=("cpu", "cuda"))
+    force: bool = option(False, FORCE)
+
+    def run(self, given: dict[str, Any]) -> None:
+        from minopt.inference.compile import export_model
+
+        export_model(self.model, self.destination, **_renamed(self, model="", destination=""))
+        tell(f"wrote {self.destination}")
 
 
-def _convert(args: argparse.Namespace) -> None:
-    from minopt.checkpoint.convert import convert
+@dataclass(frozen=True)
+class Inspect(Reading):
+    """Shows what a checkpoint is and whether it is complete. The exit code is 1 if it cannot be loaded, or if --check
+    finds something.
+    """
 
-    convert(
-        args.source,
-        args.destination,
-        format=args.format,
-        parts=args.parts,
-        dtype=args.dtype,
-        quantize=args.quantize,
-        max_shard_bytes=args.max_shard_bytes,
-        revision=args.revision,
-        local_files_only=args.local_files_only,
-        model_config=args.model_config,
-        ignore=args.ignore,
-        tokenizer=args.tokenizer,
-        force=args.force,
-        show_progress=True,
-    )
-    tell(f"wrote {args.destination}")
+    summary = "show what a checkpoint is and whether it is complete"
+    alone = True
+
+    model: str = option("", MODEL, is_word=True, required=True)
+    tensors: bool = option(False, "list the tensors (--json always does)")
+    check: bool = option(False, "read all values: report those not finite or beyond 100, and tensors of zeros")
+    hash: bool = option(False, "digests of the tensors, the same in every format")
+    json: bool = option(False, "write the report as JSON")
+
+    def run(self, given: dict[str, Any]) -> int:
+        from minopt.checkpoint.inspect import inspect_checkpoint
+
+        others = _renamed(self, model="", hash="digest", tensors="", json="")
+        report = inspect_checkpoint(self.model, **others, show_progress=True)
+        print(json.dumps(report.to_dict(), indent=2) if self.json else report.to_text(tensors=self.tensors))
+        return 0 if report.is_sound else 1
 
 
-def _inspect(args: argparse.Namespace) -> int:
-    from minopt.checkpoint.inspect import inspect_checkpoint
-
-    report = inspect_checkpoint(
-        args.model,
-        check=args.check,
-        digest=args.hash,
-        revision=args.revision,
-        local_files_only=args.local_files_only,
-        model_config=args.model_config,
-        ignore=args.ignore,
-        show_progress=True,
-    )
-    print(json.dumps(report.to_dict(), indent=2) if args.json else report.to_text(tensors=args.tensors))
-    return 0 if report.is_sound else 1
+def _renamed(command: Command, **names: str) -> dict[str, Any]:
+    """Flags as arguments of the library, some by another name or, with ``""``, left out."""
+    return {names.get(name, name): value for name, value in vars(command).items() if names.get(name, name)}

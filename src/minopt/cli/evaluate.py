@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from minopt.cli.common import add_force, add_model_arguments, check_output
-from minopt.cli.settings import add_settings, settings_of
+from minopt.cli.records import MODEL, Loading, check_output
+from minopt.settings import option
 from minopt.training.config import TrainingConfig
 
 if TYPE_CHECKING:
@@ -20,151 +19,144 @@ if TYPE_CHECKING:
 _SETTINGS = ("dev_file", "prompt_template", "completion_template", "src_length", "tgt_length", "max_eval_samples",
              "per_device_eval_batch_size", "num_beams", "min_tgt_length", "length_penalty", "no_repeat_ngram_size",
              "select_topk", "top_k", "top_p")  # fmt: skip
-_NO_TOKENIZER = "--model: expected one with a tokenizer, got one without. Name its folder with --tokenizer."
-_TASKS = ("reference", "perplexity", "squad", "squad-question")
+_TASK_OF = dict.fromkeys(("data", "window", "stride"), "perplexity") | dict.fromkeys((*_SETTINGS, "output"), "squad")
 
 
-def add_evaluate(verbs: Any) -> None:
-    """Adds the command to a parser's."""
-    parser = verbs.add_parser(
-        "evaluate", help="measure a model: published numbers, perplexity, questions",
-        description="Measures a model. Under torchrun the processes share the examples or the text. With --task "
-        "reference the exit code is 0 if all published numbers hold, and 1 otherwise.",
-    )  # fmt: skip
-    parser.set_defaults(run=_evaluate)
-    parser.add_argument("--task", choices=_TASKS, required=True,
-                        help="reference: compare opt-125m or opt-350m with the numbers in metaseq's and transformers' "
-                        "tests, in float32; perplexity: perplexity of the text --data; squad: loss, exact match and "
-                        "F1 of generated answers; squad-question: loss and ROUGE of generated questions")  # fmt: skip
-    parser.add_argument("--json", action="store_true", help="write the results as JSON")
-    add_model_arguments(parser, default="required")
-    text = parser.add_argument_group("--task perplexity")
-    text.add_argument(
-        "--data",
-        metavar="FILE",
-        help="a text (.txt, .raw); the lines of a .raw, such as WikiText-2's wiki.test.raw, are joined as "
-        "for published figures",
+@dataclass(frozen=True)
+class Evaluate(Loading):
+    """Measures a model. The task reference compares opt-125m or opt-350m, in float32, with the numbers in the tests of
+    metaseq and transformers; the exit code is 0 if all hold, and 1 otherwise. The task perplexity measures the text
+    --data. The task squad measures loss, exact match and F1 of generated answers, squad-question loss and ROUGE of
+    generated questions. Under torchrun the processes share the examples or the text.
+    """
+
+    summary = "measure a model: published numbers, perplexity, questions"
+    records = (TrainingConfig,)
+    titles: ClassVar = {"data": "--task perplexity", "output": "--task squad, squad-question"}
+    without = tuple(f.name for f in fields(TrainingConfig) if f.name not in (*_SETTINGS, "task", "device"))
+
+    task: str = option(
+        "", "what to measure", choices=("reference", "perplexity", "squad", "squad-question"), required=True
     )
-    text.add_argument("--window", type=int, metavar="N", help="tokens in a window (the model's positions)")
-    text.add_argument(
-        "--stride",
-        type=int,
-        metavar="N",
-        help="tokens from the start of one window to the next: below --window they overlap (--window)",
-    )
-    squad = parser.add_argument_group("--task squad, squad-question", "these, and the groups data and evaluation below")
-    squad.add_argument("--output", metavar="FILE", help="write the generated texts by their ids, in SQuAD's own format")
-    add_force(squad, "an --output file that already exists")
-    add_settings(parser, _SETTINGS)
+    model: str | None = option(None, MODEL)
+    json: bool = option(False, "write the results as JSON")
+    data: str | None = option(None, "a text: .txt, or .raw such as WikiText-2's wiki.test.raw")
+    window: int | None = option(None, "tokens in a window (the model's positions)")
+    stride: int | None = option(None, "tokens from the start of one window to the next (those of the window)")
+    output: str | None = option(None, "write the generated texts by their ids, in SQuAD's own format")
+    force: bool = option(False, "replace an --output file that exists")
 
+    def run(self, given: dict[str, Any]) -> int:
+        self._check_combination(given)
+        if self.task == "reference":
+            return self._reference()
+        return self._perplexity() if self.task == "perplexity" else self._questions(given)
 
-def _evaluate(args: argparse.Namespace) -> int:
-    from minopt.devices import DTYPES, resolve_dtype
-    from minopt.loading import load
+    def _check_combination(self, given: dict[str, Any]) -> None:
+        """Refuses flags that do not go together."""
+        if self.model is None:
+            raise ValueError("--model: expected a checkpoint to measure, got none. Name one.")
+        for name, task in _TASK_OF.items():
+            if name in given and task != self.task.removesuffix("-question"):
+                raise ValueError(f"--{name}: goes with --task {task}, got --task {self.task}. Leave it out.")
+        if self.force and self.output is None:
+            raise ValueError("--force: goes with --output, got none. Leave it out.")
+        if self.task == "reference" and self.dtype not in ("auto", "float32"):
+            raise ValueError(f"--dtype: published numbers are float32's, got {self.dtype}. Leave it out.")
+        if self.task == "reference" and self.quantize is not None:
+            raise ValueError(f"--quantize: published numbers are float32's, got {self.quantize}. Leave it out.")
 
-    settings = {name: value for name, value in settings_of(args).items() if name in _SETTINGS}
-    questions = args.task in ("squad", "squad-question")
-    if args.model is None:
-        raise ValueError("--model: expected a checkpoint to measure, got none. Name one.")
-    if given := [name for name in (*_SETTINGS, "output") if not questions and getattr(args, name, None) is not None]:
-        raise ValueError(f"--{given[0]}: goes with --task squad, got --task {args.task}. Leave it out.")
-    if given := [
-        name for name in ("data", "window", "stride") if args.task != "perplexity" and getattr(args, name) is not None
-    ]:
-        raise ValueError(f"--{given[0]}: goes with --task perplexity, got --task {args.task}. Leave it out.")
-    if args.force and args.output is None:
-        raise ValueError("--force: goes with --output, got none. Leave it out.")
-    if args.task == "reference" and resolve_dtype(args.dtype) not in (None, DTYPES["float32"]):
-        raise ValueError(f"--dtype: published numbers are float32's, got {args.dtype}. Leave it out.")
-    if args.task == "reference" and args.quantize is not None:
-        raise ValueError(f"--quantize: published numbers are float32's, got {args.quantize}. Leave it out.")
-    options = {
-        "dtype": "float32" if args.task == "reference" else args.dtype, "quantize": args.quantize,
-        "revision": args.revision,
-        "local_files_only": args.local_files_only, "model_config": args.model_config,
-        "ignore": args.ignore, "tokenizer": args.tokenizer,
-    }  # fmt: skip
-    if args.task == "reference":
-        return _reference(load(args.model, device=args.device, **options), args.json)
-    if args.task == "perplexity":
-        return _perplexity(args, options)
+    def _load(self, device: Any, **changes: Any) -> LanguageModel:
+        from minopt.loading import load
 
-    from minopt.distributed import processes
-    from minopt.training.data import read_data
-    from minopt.training.prepare import template_of
+        others = {f.name: getattr(self, f.name) for f in fields(Loading) if f.name not in ("model", "device")}
+        return load(str(self.model), device=device, **others | changes)
 
-    config = TrainingConfig(do_eval=True, task=args.task, device=args.device, **settings)
-    template = template_of(config)
-    if args.output is not None:
-        check_output(Path(args.output), args.force)
-    with processes(args.device) as world:
-        data = world.first_then_all(lambda: read_data(config.dev_file, template, split="dev"))
-        if args.output is not None and isinstance(data, str):
-            raise ValueError(f"--output: there are no predictions for a text ({config.dev_file}). Leave it out.")
-        lm = world.first_then_all(lambda: load(args.model, device=world.device, **options))
-        return evaluate_examples(lm, data, config, world, args.json, args.output)
+    def _reference(self) -> int:
+        from minopt.evaluation.harness import compare_with_published, format_table
+
+        lm = self._load(self.device, dtype="float32", optimize=False)
+        comparisons = compare_with_published(lm.model, lm.tokenizer)
+        print(json.dumps([asdict(c) for c in comparisons], indent=2) if self.json else format_table(comparisons))
+        return 0 if all(comparison.passed for comparison in comparisons) else 1
+
+    def _perplexity(self) -> int:
+        from minopt.distributed import processes
+        from minopt.evaluation.perplexity import window_perplexity
+
+        text = _text_of(self.data)
+        with processes(self.device) as world:
+            lm = world.first_then_all(lambda: self._load(world.device))
+            ids = _tokenizer_of(lm).encode(text)
+            result = window_perplexity(lm.decoder, ids, self.window, self.stride, world)
+        if world.is_first:
+            _print(asdict(result), self.json)
+        return 0
+
+    def _questions(self, given: dict[str, Any]) -> int:
+        from minopt.distributed import processes
+        from minopt.training.data import read_data
+        from minopt.training.prepare import template_of
+
+        settings = {f.name: given[f.name] for f in fields(TrainingConfig) if f.name in given}
+        config = TrainingConfig(do_eval=True, **settings)
+        template = template_of(config)
+        if self.output is not None:
+            check_output(Path(self.output), self.force)
+        with processes(self.device) as world:
+            data = world.first_then_all(lambda: read_data(config.dev_file, template, split="dev"))
+            if self.output is not None and isinstance(data, str):
+                raise ValueError(f"--output: there are no predictions for a text ({config.dev_file}). Leave it out.")
+            lm = world.first_then_all(lambda: self._load(world.device))
+            evaluate_examples(lm, data, config, world, self.json, self.output)
+        return 0
 
 
 def evaluate_examples(
     lm: LanguageModel, data: Any, config: TrainingConfig, world: World, as_json: bool = False,
     output: str | None = None,
-) -> int:  # fmt: skip
+) -> None:  # fmt: skip
     """Evaluates on examples in all processes, and writes the result in the first."""
     from minopt.atomic import write_text
     from minopt.training.evaluation import evaluate
     from minopt.training.prepare import check, prepare, warn
 
-    if lm.tokenizer is None:
-        raise ValueError(_NO_TOKENIZER)
+    tokenizer = _tokenizer_of(lm)
     check(lm.model, config, data)
     if not isinstance(data, str):
         data = data[: config.max_eval_samples]
-    tokens = prepare(data, lm.model, lm.tokenizer, config, world, training=False)
+    tokens = prepare(data, lm.model, tokenizer, config, world, training=False)
     warn(config, world, data, tokens)
-    result = evaluate(lm.model, lm.tokenizer, data, tokens, config, world)
+    result = evaluate(lm.model, tokenizer, data, tokens, config, world)
     assert result is not None
     if world.is_first:
         if output is not None:
             text = json.dumps(dict(result.predictions), ensure_ascii=False)
             write_text(Path(output), text + "\n")
         _print(dict(result.metrics), as_json)
-    return 0
 
 
-def _reference(lm: LanguageModel, as_json: bool) -> int:
-    from minopt.evaluation.harness import compare_with_published, format_table
-
-    comparisons = compare_with_published(lm.model, lm.tokenizer)
-    print(json.dumps([asdict(c) for c in comparisons], indent=2) if as_json else format_table(comparisons))
-    return 0 if all(comparison.passed for comparison in comparisons) else 1
+def _tokenizer_of(lm: LanguageModel) -> Any:
+    if lm.tokenizer is None:
+        raise ValueError("--model: expected one with a tokenizer, got one without. Name its folder with --tokenizer.")
+    return lm.tokenizer
 
 
-def _perplexity(args: argparse.Namespace, options: dict[str, Any]) -> int:
-    from minopt.distributed import processes
-    from minopt.evaluation.perplexity import wikitext_text, window_perplexity
-    from minopt.loading import load
+def _text_of(name: str | None) -> str:
+    """The text in ``--data``. The lines of a .raw are joined as for published figures."""
+    from minopt.evaluation.perplexity import wikitext_text
     from minopt.training.data import read_text
 
-    if args.data is None:
+    if name is None:
         raise ValueError("--data: expected a text file, such as WikiText-2's wiki.test.raw, got none. Name one.")
-    path = Path(args.data)
+    path = Path(name)
     if not path.is_file():
         what = "a folder" if path.is_dir() else "nothing of that name"
         raise FileNotFoundError(f"--data: expected a file, got {what} ({path}). Check the path.")
     if path.suffix.lower() not in (".txt", ".raw"):
         raise ValueError(f"--data: expected a text (.txt, .raw), got {path}. Name another.")
     text = read_text(path, "data")
-    if path.suffix == ".raw":
-        text = wikitext_text(io.StringIO(text))
-    with processes(args.device) as world:
-        lm = world.first_then_all(lambda: load(args.model, device=world.device, **options))
-        if lm.tokenizer is None:
-            raise ValueError(_NO_TOKENIZER)
-        ids = lm.tokenizer.encode(text)
-        result = window_perplexity(lm.decoder, ids, args.window, args.stride, world)
-    if world.is_first:
-        _print(asdict(result), args.json)
-    return 0
+    return wikitext_text(io.StringIO(text)) if path.suffix == ".raw" else text
 
 
 def _print(values: dict[str, Any], as_json: bool) -> None:

@@ -2,73 +2,80 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import shlex
 import sys
-from dataclasses import fields
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
 
-from minopt.cli.common import MODEL, tell
 from minopt.cli.evaluate import evaluate_examples
-from minopt.cli.settings import add_settings, settings_of
+from minopt.cli.flags import Command
+from minopt.cli.messages import tell
+from minopt.cli.records import MODEL
 from minopt.progress import counted
+from minopt.settings import option
 from minopt.training.config import TrainingConfig, with_recipe
 
 
-def add_finetune(verbs: Any) -> None:
-    """Adds the command to a parser's."""
-    parser = verbs.add_parser(
-        "finetune", help="fine-tune a model, in one process or under torchrun",
-        description="Fine-tunes a model on SQuAD, on pairs of prompt and completion, or on a text, and writes it to "
-        "--output-dir. Under torchrun it runs in all processes that torchrun starts. Started again with the same "
-        "settings, it continues from its latest checkpoint. Names of flags may be written with _ instead of -.",
-    )  # fmt: skip
-    parser.set_defaults(run=_finetune, when_out_of_memory="a smaller --per-device-train-batch-size, or --recompute")
-    parser.add_argument(
-        "--config",
-        metavar="FILE",
-        help="JSON file of settings, such as the run.json of a run; a flag replaces the file's value",
-    )
-    add_settings(parser, [f.name for f in fields(TrainingConfig)])
+@dataclass(frozen=True)
+class Finetune(Command):
+    """Fine-tunes a model on SQuAD, on pairs of prompt and completion, or on a text, and writes it to --output-dir.
+    Under torchrun it runs in all processes that torchrun starts. Started again with the same settings, it continues
+    from its latest checkpoint. Names of flags may be written with _ instead of -.
+    """
 
+    summary = "fine-tune a model, in one process or under torchrun"
+    records = (TrainingConfig,)
+    titles: ClassVar = {
+        "output_dir": "what to do",
+        "train_file": "data",
+        "num_train_epochs": "optimisation",
+        "fp16": "how to compute",
+        "evaluation_strategy": "evaluation",
+        "logging_steps": "what to write",
+    }
+    when_out_of_memory = "a smaller --per-device-train-batch-size, or --recompute"
 
-def _finetune(args: argparse.Namespace) -> int:
-    settings = TrainingConfig.from_file(args.config) if args.config is not None else {}
-    config = TrainingConfig(**(settings | with_recipe(settings_of(args))))
-    if config.model_name_or_path is None:
-        raise ValueError(f"--model_name_or_path: expected {MODEL}, got none. Name one.")
+    config: str | None = option(None, "JSON file of settings, such as the run.json of a run; flags replace its values")
 
-    from minopt.distributed import processes
-    from minopt.loading import load
-    from minopt.training.data import read_data
-    from minopt.training.prepare import template_of
-    from minopt.training.shares import NO_TOKENIZER
-    from minopt.training.trainer import TrainingStopped, train
+    def run(self, given: dict[str, Any]) -> int:
+        settings = TrainingConfig.from_file(self.config) if self.config is not None else {}
+        typed = {f.name: given[f.name] for f in fields(TrainingConfig) if f.name in given}
+        config = TrainingConfig(**(settings | with_recipe(typed)))
+        if config.model_name_or_path is None:
+            raise ValueError(f"--model_name_or_path: expected {MODEL}, got none. Name one.")
 
-    template = template_of(config)
-    with processes(config.device) as world:
-        train_data: Any = None
-        eval_data: Any = None
-        if config.trains:
-            train_data = world.first_then_all(lambda: read_data(config.train_file, template))
-        if config.evaluates:
-            eval_data = world.first_then_all(lambda: read_data(config.dev_file, template, split="dev"))
-        name = config.model_name_or_path
-        if not config.trains:
-            lm = world.first_then_all(lambda: load(name, device=world.device, dtype="float32", optimize=False))
-            if lm.tokenizer is None:
-                raise ValueError(NO_TOKENIZER.format(name))
-            return evaluate_examples(lm, eval_data, config, world)
-        try:
-            result = train(name, train_data, config, eval_data=eval_data)
-        except TrainingStopped as stopped:
+        from minopt.distributed import processes
+        from minopt.loading import load
+        from minopt.training.data import read_data
+        from minopt.training.prepare import template_of
+        from minopt.training.shares import NO_TOKENIZER
+        from minopt.training.trainer import TrainingStopped, train
+
+        template = template_of(config)
+        with processes(config.device) as world:
+            train_data: Any = None
+            eval_data: Any = None
+            if config.trains:
+                train_data = world.first_then_all(lambda: read_data(config.train_file, template))
+            if config.evaluates:
+                eval_data = world.first_then_all(lambda: read_data(config.dev_file, template, split="dev"))
+            name = config.model_name_or_path
+            if not config.trains:
+                lm = world.first_then_all(lambda: load(name, device=world.device, dtype="float32", optimize=False))
+                if lm.tokenizer is None:
+                    raise ValueError(NO_TOKENIZER.format(name))
+                evaluate_examples(lm, eval_data, config, world)
+                return 0
+            try:
+                result = train(name, train_data, config, eval_data=eval_data)
+            except TrainingStopped as stopped:
+                if world.is_first:
+                    tell(f"{stopped} To go on:\n{_this_command(config)}")
+                return 128 + stopped.signal
             if world.is_first:
-                tell(f"{stopped} To go on:\n{_this_command(config)}")
-            return 128 + stopped.signal
-        if world.is_first:
-            tell(f"{counted(result.steps, 'step')}, loss {result.loss:.4f}. The model is in {result.output_dir}")
-    return 0
+                tell(f"{counted(result.steps, 'step')}, loss {result.loss:.4f}. The model is in {result.output_dir}")
+        return 0
 
 
 def _this_command(config: TrainingConfig) -> str:

@@ -2,139 +2,127 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import shlex
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minopt.cli.common import MODEL, size
+from minopt.cli.flags import Command
+from minopt.cli.records import MODEL
 from minopt.progress import size_of
+from minopt.settings import option
 
 if TYPE_CHECKING:
-    from minopt.inference.plan import Plan
+    from minopt.inference.plan import Plan as Way
 
 
-def add_plan(verbs: Any) -> None:
-    parser = verbs.add_parser(
-        "plan", help="show how much memory a model needs",
-        description="Shows how much memory a model needs to generate: whole, divided among devices, or with its layers "
-        "offloaded; which of these fit, and the command. No weights are needed. The exit code is 1 if nothing fits.",
-    )  # fmt: skip
-    parser.set_defaults(run=_plan, alone=True)
-    parser.add_argument("model", help=f"{MODEL}, or a size such as opt-175b")
-    parser.add_argument("--devices", type=int, default=1, metavar="N", help="how many devices there are (1)")
-    parser.add_argument(
-        "--memory", type=size, metavar="SIZE", help="memory of each device, such as 16GB (what is free on this machine)"
-    )
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="kind of the devices (cuda if there is a GPU)")
-    parser.add_argument("--batch", type=int, default=1, metavar="N", help="texts that run together, or beams (1)")
-    parser.add_argument(
-        "--length", type=int, metavar="N", help="tokens of each text, prompt and new ones (the model's positions)"
-    )
-    parser.add_argument(
-        "--dtype",
-        default="auto",
-        help="float32, bfloat16, float16 or float64 (auto: float32 on a CPU, else the checkpoint's own)",
-    )
-    parser.add_argument("--quantize", choices=("int8",), help="plan for weights of 8 bits")
-    parser.add_argument("--json", action="store_true", help="write the plan as JSON")
+@dataclass(frozen=True)
+class Plan(Command):
+    """Shows how much memory a model needs to generate: whole, divided among devices, or with its layers offloaded;
+    which of these fit, and the command. No weights are needed. The exit code is 1 if nothing fits.
+    """
 
+    summary = "show how much memory a model needs"
+    alone = True
 
-def _plan(args: argparse.Namespace) -> int:
-    import torch
+    model: str = option("", f"{MODEL}, or a size such as opt-175b", is_word=True, required=True)
+    devices: int = option(1, "how many devices there are", least=1)
+    memory: int | None = option(None, "memory of each device, such as 16GB (what is free)", kind="size")
+    device: str | None = option(None, "kind of the devices (cuda if there is a GPU)", choices=("cpu", "cuda"))
+    batch: int = option(1, "texts that run together, or beams", least=1)
+    length: int | None = option(None, "tokens of each text, prompt and new ones (the model's positions)", least=1)
+    dtype: str = option("auto", "float32, bfloat16, float16 or float64 (auto: float32 on a CPU, else the file's own)")
+    quantize: str | None = option(None, "plan for weights of 8 bits", choices=("int8",))
+    json: bool = option(False, "write the plan as JSON")
 
-    from minopt import int8
-    from minopt.devices import resolve_dtype
-    from minopt.inference.plan import device_counts, find_config, plan_generation, rows_that_fit
-    from minopt.memory import available_memory
+    def run(self, given: dict[str, Any]) -> int:
+        import torch
 
-    for name in ("devices", "batch", "length"):
-        if (given := getattr(args, name)) is not None and given < 1:
-            raise ValueError(f"--{name}: expected 1 or more, got {given}.")
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    config, stored = find_config(args.model)
-    longest = config.max_position_embeddings
-    length = args.length or longest
-    if length > longest:
-        raise ValueError(f"--length: expected at most {longest} tokens, the model's positions, got {length}.")
-    dtype = resolve_dtype(args.dtype) or (torch.float32 if device == "cpu" else stored)
-    memory = args.memory
-    if memory is None and (device == "cpu" or torch.cuda.is_available()):
-        memory = available_memory(torch.device(device))
-    if memory is None:
-        raise ValueError("--memory: what is free cannot be read on this machine. Say how much there is.")
-    shared = args.memory is None and device == "cpu"  # by all processes on it
-    options: dict[str, Any] = {"dtype": dtype, "device": device, "length": length}
-    possible = device_counts(config)
-    counts = [n for n in possible if n <= args.devices]
-    quantize = args.quantize or ("int8" if int8.CONFIG_KEY in config.extra else None)
-    ways: list[dict[str, Any]] = [{"devices": n, "quantize": quantize} for n in counts]
-    if args.quantize is None:
-        ways += [{"offload": to} for to in ("cpu", "disk")[device == "cpu" :]]
-    plans = [plan_generation(config, batch=args.batch, **way, **options) for way in ways]
-    each = [memory // way.get("devices", 1) if shared else memory for way in ways]
-    rows = [rows_that_fit(config, free, **way, **options) for way, free in zip(ways, each, strict=True)]
-    fitting = [number for number, plan in enumerate(plans) if plan.total <= each[number]]
-    name = str(dtype).removeprefix("torch.")
-    best = plans[fitting[0]] if fitting else None
-    command = None if best is None else _command(args, best, name, rows[fitting[0]] * length)
-    if args.json:
-        lines = [asdict(p) | {"total": p.total, "rows": most} for p, most in zip(plans, rows, strict=True)]
-        print(json.dumps({"memory": memory, "plans": lines, "command": command}, indent=2))
-        return 0 if fitting else 1
-    kind = "a GPU" if device == "cuda" else "a CPU"
-    print(f"{args.model} as {name}, {args.batch} x {length:,} tokens (prompt and new ones), on {kind} with "
-          f"{size_of(memory)}\n")  # fmt: skip
-    print(f"{'':28}{'weights':>11}{'cache':>11}{'activations':>13}{'runtime':>10}{'together':>12}{'rows that fit':>15}")
-    for plan, most in zip(plans, rows, strict=True):
-        parts = (plan.weights, plan.cache, plan.activations, plan.runtime, plan.total)
-        widths = (11, 11, 13, 10, 12)
-        print(f"{_label(plan):28}" + "".join(f"{size_of(n):>{w}}" for n, w in zip(parts, widths, strict=True))
-              + f"{most:>15,}")  # fmt: skip
-    print()
-    if best is not None and best.host:
-        print(f"Beside it, {size_of(best.host)} of the machine's own memory.")
-    if args.devices not in possible:
-        print(f"The model has {config.num_attention_heads} heads and can be divided among {_listed(possible)} devices, "
-              f"not among {args.devices}.")  # fmt: skip
-    if best is not None and best.offload is None and best.devices < args.devices:
-        print(f"{best.devices} of the {args.devices} devices {'are' if best.devices > 1 else 'is'} enough for "
-              f"{args.batch} x {length:,} tokens.")  # fmt: skip
-    if command is not None:
+        from minopt import int8
+        from minopt.devices import resolve_dtype
+        from minopt.inference.plan import device_counts, find_config, plan_generation, rows_that_fit
+        from minopt.memory import available_memory
+
+        device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        config, stored = find_config(self.model)
+        longest = config.max_position_embeddings
+        length = self.length or longest
+        if length > longest:
+            raise ValueError(f"--length: expected at most {longest} tokens, the model's positions, got {length}.")
+        dtype = resolve_dtype(self.dtype) or (torch.float32 if device == "cpu" else stored)
+        memory = self.memory
+        if memory is None and (device == "cpu" or torch.cuda.is_available()):
+            memory = available_memory(torch.device(device))
+        if memory is None:
+            raise ValueError("--memory: what is free cannot be read on this machine. Say how much there is.")
+        is_shared = self.memory is None and device == "cpu"  # by all processes on it
+        quantize = self.quantize or ("int8" if int8.CONFIG_KEY in config.extra else None)
+        common: dict[str, Any] = {"dtype": dtype, "device": device, "length": length}
+        possible = device_counts(config)
+        ways: list[dict[str, Any]] = [{"devices": n, "quantize": quantize} for n in possible if n <= self.devices]
+        if self.quantize is None:
+            ways += [{"offload": to} for to in ("cpu", "disk")[device == "cpu" :]]
+        plans = [plan_generation(config, batch=self.batch, **way, **common) for way in ways]
+        free = [memory // plan.devices if is_shared else memory for plan in plans]
+        rows = [rows_that_fit(config, most, **way, **common) for way, most in zip(ways, free, strict=True)]
+        best = next((i for i, plan in enumerate(plans) if plan.total <= free[i]), None)
+        name = str(dtype).removeprefix("torch.")
+        command = None if best is None else _command(self, plans[best], name, rows[best] * length)
+        if self.json:
+            lines = [asdict(p) | {"total": p.total, "rows": most} for p, most in zip(plans, rows, strict=True)]
+            print(json.dumps({"memory": memory, "plans": lines, "command": command}, indent=2))
+            return 0 if command else 1
+        print(f"{self.model} as {name}, {self.batch} x {length:,} tokens (prompt and new ones), on "
+              f"{'a GPU' if device == 'cuda' else 'a CPU'} with {size_of(memory)}\n")  # fmt: skip
+        _print_table(plans, rows)
+        if self.devices not in possible:
+            print(f"The model has {config.num_attention_heads} heads and can be divided among {_listed(possible)} "
+                  f"devices, not among {self.devices}.")  # fmt: skip
+        if best is None or command is None:
+            more = () if is_shared else (n for n in possible if n > self.devices and plan_generation(
+                config, batch=self.batch, devices=n, quantize=quantize, **common).total <= memory)  # fmt: skip
+            print(_advice(self, plans, dtype.itemsize, next(iter(more), None)))
+            return 1
+        if plans[best].host:
+            print(f"Beside it, {size_of(plans[best].host)} of the machine's own memory.")
+        if plans[best].offload is None and (count := plans[best].devices) < self.devices:
+            print(f"{count} of the {self.devices} devices {'are' if count > 1 else 'is'} enough for "
+                  f"{self.batch} x {length:,} tokens.")  # fmt: skip
         print(f"Use: {command}")
         return 0
-    more = None
-    if not shared:
-        totals = ((n, plan_generation(config, batch=args.batch, devices=n, quantize=quantize, **options).total)
-                  for n in possible if n > args.devices)  # fmt: skip
-        more = next((n for n, total in totals if total <= memory), None)
-    print(_advice(args, plans, dtype.itemsize, more))
-    return 1
+
+
+def _print_table(plans: list[Way], rows: list[int]) -> None:
+    print(f"{'':28}{'weights':>11}{'cache':>11}{'activations':>13}{'runtime':>10}{'together':>12}{'rows that fit':>15}")
+    for plan, most in zip(plans, rows, strict=True):
+        weights, cache, activations, runtime, total = map(
+            size_of, (plan.weights, plan.cache, plan.activations, plan.runtime, plan.total)
+        )
+        print(f"{_label(plan):28}{weights:>11}{cache:>11}{activations:>13}{runtime:>10}{total:>12}{most:>15,}")
+    print()
 
 
 def _listed(counts: list[int]) -> str:
     return ", ".join(map(str, counts[:-1])) + f" or {counts[-1]}" if len(counts) > 1 else str(counts[0])
 
 
-def _label(plan: Plan) -> str:
+def _label(plan: Way) -> str:
     if plan.offload is not None:
         return f"--offload {plan.offload}"
     return "one device" if plan.devices == 1 else f"each of {plan.devices} devices"
 
 
-def _command(args: argparse.Namespace, plan: Plan, dtype: str, most_tokens: int) -> str:
+def _command(flags: Plan, plan: Way, dtype: str, most_tokens: int) -> str:
     from minopt.generation.batches import MAX_BATCH_TOKENS
     from minopt.inference.plan import published
 
-    start = ["minopt"] if plan.devices == 1 else ["torchrun", "--nproc-per-node", str(plan.devices), "-m", "minopt"]
-    named = args.model
-    if not Path(named).exists() and (name := published(named)) is not None and name.startswith("opt-"):
-        named = f"facebook/{name}"
-    command = [*start, "generate", "--model", named, "--dtype", dtype]
-    if args.quantize is not None:
-        command += ["--quantize", args.quantize]
+    size = None if Path(flags.model).exists() else published(flags.model)
+    model = f"facebook/{size}" if size is not None and size.startswith("opt-") else flags.model
+    command = ["minopt"] if plan.devices == 1 else ["torchrun", "--nproc-per-node", str(plan.devices), "-m", "minopt"]
+    command += ["generate", "--model", model, "--dtype", dtype]
+    if flags.quantize is not None:
+        command += ["--quantize", flags.quantize]
     if plan.offload is not None:
         command += ["--offload", plan.offload]
     if plan.offload is not None or most_tokens < MAX_BATCH_TOKENS:  # where many prompts are to run together
@@ -142,11 +130,11 @@ def _command(args: argparse.Namespace, plan: Plan, dtype: str, most_tokens: int)
     return shlex.join(command)
 
 
-def _advice(args: argparse.Namespace, plans: list[Plan], itemsize: int, more: int | None) -> str:
+def _advice(flags: Plan, plans: list[Way], itemsize: int, more: int | None) -> str:
     least = min(plans, key=lambda plan: plan.total)
     changes = [
-        "--batch 1" if args.batch > 1 else "",
-        "a smaller --length" if args.length != 1 else "",
+        "--batch 1" if flags.batch > 1 else "",
+        "a smaller --length" if flags.length != 1 else "",
         "--dtype bfloat16" if itemsize > 2 else "",
         f"--devices {more}" if more is not None else "",
     ]

@@ -1,4 +1,4 @@
-"""Prompts of ``minopt generate`` from files and standard input, and files of results, which can be gone on with."""
+"""Prompts of ``minopt generate`` from files and standard input, and files of results, which can be continued."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from minopt.cli.common import check_output, tell
+from minopt.cli.messages import tell
+from minopt.cli.records import check_output
+from minopt.settings import option
 
 # The keys of an output line, beside those of the prompt's own.
 _WRITTEN = {
@@ -23,18 +25,33 @@ _WRITTEN = {
 }  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Files:
+    """Flags of ``minopt generate`` for many prompts."""
+
+    input: str | None = option(None, 'a prompt a line (-: of standard input), or, in a .jsonl, {"prompt": ...} a line')
+    output: str | None = option(None, "write JSON lines, in the order of the prompts (stdout)")
+    unordered: bool = option(False, "write each result as soon as it is done, long prompts first")
+    resume: bool = option(False, "continue an unfinished output; its prompts are compared, other flags are not")
+    force: bool = option(False, "replace an output file that exists")
+    batch_size: int | None = option(None, "the most prompts that run together (as --max_batch_tokens allows)")
+    max_batch_tokens: int | None = option(
+        None, "the most tokens that run together, new ones and padding included (8192)"
+    )
+
+
 @dataclass
 class Work:
-    """What is to be done.
+    """The prompts of an input, and what is left to do.
 
     Attributes:
-        prompts: of the input, each an object with a ``"prompt"``.
+        prompts: each an object with a ``"prompt"``.
         todo: the indices of those without a result.
         kept_bytes: of the output that is there.
         sequences: continuations of each prompt in it; ``None`` if there is none.
     """
 
-    prompts: list[dict[str, Any]] = field(default_factory=list)
+    prompts: list[dict[str, Any]]
     todo: list[int] = field(default_factory=list)
     kept_bytes: int = 0
     sequences: int | None = None
@@ -74,23 +91,26 @@ def _decoded(data: bytes, name: object) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def plan_work(source: str, output: str | None, force: bool, resume: bool, sequences: int | None) -> Work:
+def plan_work(files: Files, sequences: int | None) -> Work:
     """Reads prompts, checks where results are to go, and finds those that are there, before a model is loaded."""
-    path = Path(source)
-    prompts = _prompts(read_standard_input() if source == "-" else _decoded(path.read_bytes(), path), path)
+    assert files.input is not None
+    path, output = Path(files.input), None if files.output is None else Path(files.output)
+    prompts = _prompts(read_standard_input() if files.input == "-" else _decoded(path.read_bytes(), path), path)
     work = Work(prompts, list(range(len(prompts))))
     if output is not None:
-        if path.is_file() and Path(output).exists() and path.samefile(output):
+        if path.is_file() and output.exists() and path.samefile(output):
             raise ValueError(f"--output: {output} is the --input too. Name another file.")
-        check_output(Path(output), force or resume, "replace it with --force, or continue it with --resume")
-        if resume and Path(output).is_file():
-            _find_results(work, Path(output), sequences)
+        check_output(output, files.force or files.resume, "replace it with --force, or continue it with --resume")
+        if files.resume and output.is_file():
+            _find_results(work, output, sequences)
+        if not prompts:
+            output.write_text("")
     if not prompts:
-        tell(f"{source}: has no prompts, so there are no results")
+        tell(f"{path}: has no prompts, so there are no results")
     elif not work.todo:
-        tell(f"{output}: has the results of all {len(prompts)} prompts already")
-    if not prompts and output is not None:
-        Path(output).write_text("")
+        tell(
+            f"{output}: has results of all {len(prompts)} prompts. Flags are not compared: --force generates them anew"
+        )
     return work
 
 
@@ -99,32 +119,28 @@ def _prompts(text: str, path: Path) -> list[dict[str, Any]]:
     lines = text.removesuffix("\n").split("\n") if text else []
     if path.suffix.lower() == ".json":
         raise ValueError(f"{path}: expected lines of text, or a .jsonl with an object a line. Rename or convert it.")
-    if path.suffix.lower() not in (".jsonl", ".ndjson"):
-        if blank := [number for number, line in enumerate(lines, 1) if not line.strip()]:
-            tell(
-                f"{path}: {len(blank)} of {len(lines)} lines are blank, line {blank[0]} first: each is an empty prompt"
-            )
-        return [{"prompt": line} for line in lines]
-    prompts = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}: line {number} is no JSON ({getattr(error, 'msg', error)}).") from None
-        if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
-            raise ValueError(f'{path}: line {number}: expected an object with a text "prompt", got {line[:80]!r}.')
-        if taken := sorted(_WRITTEN & record.keys()):
-            raise ValueError(
-                f"{path}: line {number}: the output writes {', '.join(taken)} itself. Rename what is there."
-            )
-        prompts.append(record)
-    return prompts
+    if path.suffix.lower() in (".jsonl", ".ndjson"):
+        return [_record(line, f"{path}: line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+    if blank := [number for number, line in enumerate(lines, 1) if not line.strip()]:
+        tell(f"{path}: {len(blank)} of {len(lines)} lines are blank, line {blank[0]} first: each is an empty prompt")
+    return [{"prompt": line} for line in lines]
+
+
+def _record(line: str, where: str) -> dict[str, Any]:
+    """The object in a line of a .jsonl."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where} is no JSON ({getattr(error, 'msg', error)}).") from None
+    if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
+        raise ValueError(f'{where}: expected an object with a text "prompt", got {line[:80]!r}.')
+    if taken := sorted(_WRITTEN & record.keys()):
+        raise ValueError(f"{where}: the output writes {', '.join(taken)} itself. Rename what is there.")
+    return record
 
 
 def _find_results(work: Work, output: Path, sequences: int | None) -> None:
-    """Which prompts have all their continuations in an output; what is behind the last of those is to be cut."""
+    """Finds which prompts have all their continuations in an output, and where the last of those ends."""
     found: list[tuple[int, int, int]] = []  # a prompt's index, how many continuations, where the last ends
     end = 0
     for number, line in enumerate(output.read_bytes().splitlines(keepends=True), 1):
@@ -161,7 +177,7 @@ def _result(line: bytes, work: Work) -> tuple[int, int] | None:
 
 
 def write_results(results: Iterator[Any], work: Work, output: str | None) -> None:
-    """Lines of JSON for each prompt, written out when they are there; what has been written stays if it breaks."""
+    """Lines of JSON for each prompt, written as soon as they are there; what has been written stays if it breaks."""
     done, empty, file = len(work.prompts) - len(work.todo), 0, None
     with contextlib.ExitStack() as stack:
         try:
@@ -169,9 +185,9 @@ def write_results(results: Iterator[Any], work: Work, output: str | None) -> Non
                 if file is None:  # an old file is kept until there is something new
                     file = stack.enter_context(_open(output, work.kept_bytes))
                 index = work.todo[number]
-                lines = [json.dumps(work.prompts[index] | _fields(index, *pair), ensure_ascii=False) + "\n"
-                         for pair in enumerate(records)]  # fmt: skip
-                file.write("".join(lines))
+                for sequence, record in enumerate(records):
+                    line = {**work.prompts[index], "index": index, "sequence": sequence, **_fields(record)}
+                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
                 file.flush()
                 done, empty = done + 1, empty + sum(not record.text for record in records)
         except KeyboardInterrupt:
@@ -193,16 +209,14 @@ def _open(output: str | None, kept_bytes: int) -> contextlib.AbstractContextMana
     return open(output, "a" if kept_bytes else "w", encoding="utf-8", newline="\n")
 
 
-def _fields(index: int, sequence: int, record: Any) -> dict[str, Any]:
-    """What an output line has beside the prompt's own."""
-    fields: dict[str, Any] = {"index": index, "sequence": sequence, "text": record.text}
-    fields["stop_reason"] = record.stop_reason
+def _fields(record: Any) -> dict[str, Any]:
+    """What an output line has of a continuation."""
+    found = {"text": record.text, "stop_reason": record.stop_reason}
     if record.score is not None:
-        fields["score"] = record.score if math.isfinite(record.score) else None  # JSON has no infinity
-    if record.logprobs:
-        fields |= {"token_ids": record.token_ids, "logprobs": record.logprobs}
-    if record.top_logprobs:
-        fields |= {"token_ids": record.token_ids, "top_logprobs": record.top_logprobs}
-    if record.drafted_tokens is not None:
-        fields |= {"drafted_tokens": record.drafted_tokens, "accepted_tokens": record.accepted_tokens}
-    return fields
+        found["score"] = record.score if math.isfinite(record.score) else None  # JSON has no infinity
+    if record.logprobs or record.top_logprobs:
+        found["token_ids"] = record.token_ids
+    for name in ("logprobs", "top_logprobs", "drafted_tokens", "accepted_tokens"):
+        if getattr(record, name) not in (None, ()):
+            found[name] = getattr(record, name)
+    return found
