@@ -124,7 +124,7 @@ def test_a_model_of_another_tokenizer_is_one_line_too(
         ("evaluate", "--task: expected a value, got none. See minopt evaluate --help."),
         ("evaluate --task=squat", "--task: expected reference or perplexity or squad or squad-question, got 'squat'. "
          "Did you mean squad? See"),
-        ("finetune --lr-scheduler-type steep", "--lr-scheduler-type: expected linear or cosine or constant, got 'steep'"),
+        ("finetune --parallel pipeline", "--parallel: expected ddp or fsdp, got 'pipeline'. See minopt finetune"),
         ("convert", "source, destination: expected a value, got none. See minopt convert --help."),
         ("inspect a b", "b: expected nothing more. A text stands in quotes, and behind -- if it begins with a hyphen."),
         ("generate x --max-new-tokens many", "--max-new-tokens: expected an integer, got 'many'. See"),

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 import minopt
+import minopt.loading
 from minopt import GenerationConfig
 from minopt.cli import COMMANDS, main
 from minopt.cli.flags import fields_of
@@ -334,7 +335,7 @@ def test_an_interrupted_output_is_gone_on_with_wherever_it_was_cut(
     assert sorted(found) == sorted(expected)
     assert found == expected or "--unordered" in flags
     capsys.readouterr()
-    monkeypatch.setattr(minopt.text, "load", lambda *args, **options: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(minopt.loading, "load", lambda *args, **options: pytest.fail("a model was loaded"))
     assert generate(*options, "--output", str(out), "--resume") == 0
     assert capsys.readouterr() == (
         "",

@@ -58,7 +58,8 @@ class _Everywhere:
 def fields_of(command: type[Command]) -> dict[str, Field[Any]]:
     """By name, words without a flag first; of each record its own before those that it inherits."""
     found: dict[str, Field[Any]] = {}
-    for record in (_Everywhere, command, *command.records):
+    records: list[Any] = [_Everywhere, command, *command.records]
+    for record in records:
         known = {f.name: f for f in fields(record) if f.name not in command.without}
         for name in (name for cls in record.__mro__ for name in get_annotations(cls) if name in known):
             found.setdefault(name, known[name])
