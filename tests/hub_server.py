@@ -49,15 +49,18 @@ class Hub:
     Attributes:
         url: for ``HF_ENDPOINT``.
         requests: all that came, in order.
+        repositories: by name.
+        statuses, cuts, faults: what ``answer_only``, ``cut`` and ``misbehave`` have set.
+        stopped: whether connections are refused.
     """
 
     def __init__(self) -> None:
         self.requests: list[Request] = []
         self.repositories: dict[str, _Repository] = {}
-        self._cuts: dict[tuple[str, str], list[bool]] = {}
-        self._statuses: dict[str, int] = {}
-        self._faults: dict[str, tuple[str, str]] = {}
-        self._stopped = Event()
+        self.cuts: dict[tuple[str, str], bool] = {}
+        self.statuses: dict[str, int] = {}
+        self.faults: dict[str, tuple[str, str]] = {}
+        self.stopped = Event()
         self._server = _Server(("127.0.0.1", 0), _Handler)
         self._server.hub = self
         self.url = f"http://127.0.0.1:{self._server.server_port}"
@@ -67,11 +70,7 @@ class Hub:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.stop()
-
-    def stop(self) -> None:
-        """Refuses connections from now on."""
-        self._stopped.set()
+        self.stopped.set()
         self._server.shutdown()
         self._server.server_close()
 
@@ -101,30 +100,21 @@ class Hub:
 
     def cut(self, name: str, file: str, *, reset: bool = False) -> None:
         """Breaks the connection halfway through the next GET of a file: closed too early, or reset."""
-        self._cuts.setdefault((name, file), []).append(reset)
+        self.cuts[name, file] = reset
 
     def answer_only(self, name: str, status: int) -> None:
         """Answers all that concerns a repository with a status, or hangs up without a word if it is 0."""
-        self._statuses[name] = status
+        self.statuses[name] = status
 
     def misbehave(self, name: str, where: str, how: str) -> None:
-        """Answers badly when a repository's "info", "tree" or "HEAD" or "GET" of a file is asked for.
+        """Answers badly when a repository's "info" or "GET" of a file is asked for.
 
         Args:
             name: of the repository.
             where: what is answered badly.
-            how: "hang" says nothing, "stall" stops in mid body, "drip" sends a byte now and then, "endless" a list
-                without end, "page" a web page, "busy" asks to come again in an hour.
+            how: "hang" says nothing, "stall" stops in mid body, "page" sends a web page.
         """
-        self._faults[name] = (where, how)
-
-    def fault_at(self, name: str, where: str) -> str | None:
-        """What ``misbehave`` has set."""
-        return self._faults[name][1] if self._faults.get(name, ("",))[0] == where else None
-
-    def wait(self, seconds: float) -> bool:
-        """Whether the hub was stopped meanwhile."""
-        return self._stopped.wait(seconds)
+        self.faults[name] = (where, how)
 
     def fetched(self, name: str) -> list[str]:
         """The files of a repository that were asked for by GET, in alphabetical order, each as often as it was."""
@@ -135,15 +125,6 @@ class Hub:
         """The Range headers of the GETs of a file, in order."""
         asked = ((_FILE.fullmatch(request.path), request) for request in self.requests if request.method == "GET")
         return [r.byte_range for match, r in asked if match and (match["name"], match["file"]) == (name, file)]
-
-    def next_cut(self, name: str, file: str) -> bool | None:
-        """Whether a GET is to be reset (True), closed too early (False) or left alone (None)."""
-        cuts = self._cuts.get((name, file))
-        return cuts.pop(0) if cuts else None
-
-    def status_of(self, name: str) -> int | None:
-        """What ``answer_only`` has set for a repository."""
-        return self._statuses.get(name)
 
 
 class _Server(ThreadingHTTPServer):
@@ -178,12 +159,13 @@ class _Handler(BaseHTTPRequestHandler):
         if match is None:
             return self._refuse(404, "EntryNotFound", "Not found")
         parts = {key: unquote(value) for key, value in match.groupdict().items() if value is not None}
-        status = self.server.hub.status_of(parts["name"])
+        status = self.server.hub.statuses.get(parts["name"])
         if status is not None:
             return self._refuse(status, None, "Out of order") if status else None
         where = self.command if "file" in parts else "tree" if parts.get("what") == "tree" else "info"
-        if fault := self.server.hub.fault_at(parts["name"], where):
-            return self._misbehave(fault)
+        faulty, how = self.server.hub.faults.get(parts["name"], ("", ""))
+        if where == faulty:
+            return self._misbehave(how)
         repository = self.server.hub.repositories.get(parts["name"])
         if repository is None:
             return self._refuse(404, "RepoNotFound", "Repository not found")
@@ -204,24 +186,12 @@ class _Handler(BaseHTTPRequestHandler):
             return self._refuse(404, "EntryNotFound", "Entry not found")
         self._send_file(parts["name"], parts["file"], commit, files[parts["file"]])
 
-    def _misbehave(self, fault: str) -> None:
-        if fault == "page":
+    def _misbehave(self, how: str) -> None:
+        if how == "page":
             return self._send(200, b"<html>Please log in.</html>", {"Content-Type": "text/html"})
-        if fault == "busy":
-            return self._send(429, b"", {"Retry-After": "3600"})
-        if fault == "hang":
-            self.server.hub.wait(_IDLE_SECONDS)
-        elif fault == "stall":
-            headers = {"ETag": '"0"', "X-Repo-Commit": "0" * 40}
-            self._send(200, bytes(10**6), headers, sent=10)
-            self.server.hub.wait(_IDLE_SECONDS)
-        elif fault == "drip":
-            while not self.server.hub.wait(0.2):
-                self.wfile.write(b"H")
-        elif fault == "endless":
-            self.wfile.write(b"HTTP/1.0 200 OK\r\nContent-Type: application/json\r\n\r\n[")
-            while not self.server.hub.wait(0):
-                self.wfile.write(b"1," * 50_000)
+        if how == "stall":
+            self._send(200, bytes(10**6), {"ETag": '"0"', "X-Repo-Commit": "0" * 40}, sent=10)
+        self.server.hub.stopped.wait(_IDLE_SECONDS)
 
     def _refuse(self, status: int, code: str | None, message: str) -> None:
         headers = {"X-Error-Message": message.splitlines()[0]} | ({"X-Error-Code": code} if code else {})
@@ -237,7 +207,7 @@ class _Handler(BaseHTTPRequestHandler):
             status, start = 206, int(wanted[1])
             stop = min(int(wanted[2]) + 1, stop) if wanted[2] else stop
             headers["Content-Range"] = f"bytes {start}-{stop - 1}/{len(content)}"
-        reset = self.server.hub.next_cut(name, file) if self.command == "GET" else None
+        reset = self.server.hub.cuts.pop((name, file), None) if self.command == "GET" else None
         if reset is None:
             return self._send(status, content[start:stop], headers)
         self._send(status, content[start:stop], headers, sent=(stop - start) // 2)

@@ -222,7 +222,7 @@ def test_tensors_that_share_memory_in_a_file_come_apart(write_checkpoint: Write)
 
 
 def test_a_revision_of_a_local_folder_is_refused(write_checkpoint: Write) -> None:
-    with pytest.raises(ValueError, match="what lies on this machine has no revisions, got 'main'"):
+    with pytest.raises(ValueError, match="a local model has no revisions, got 'main'"):
         load_model(write_checkpoint(), revision="main")
 
 

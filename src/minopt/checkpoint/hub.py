@@ -1,27 +1,24 @@
-"""From a name to a folder on this machine, by way of the Hugging Face hub where it is not one already."""
+"""From a name to a folder on this machine, downloaded from the Hugging Face hub if it is not there yet."""
 
 from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from minopt.checkpoint.divided import METADATA
 from minopt.checkpoint.errors import MissingFileError, first_line, some
 from minopt.checkpoint.find import LAYOUTS, METASEQ, PICKLES, SAFETENSORS, check_link, no_weights, parts_of
-from minopt.checkpoint.hub_watch import HubWatch
 from minopt.config import PRESETS
 from minopt.progress import say_on_terminal
-from minopt.strangers import unfinished_run
+from minopt.strangers import MANIFEST, unfinished_run
+from minopt.tokenizer import TOKENIZER_FILES
 
-if TYPE_CHECKING:
-    from huggingface_hub.errors import HfHubHTTPError
-
-_TEXT_FILES = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json",
-               "merges.txt", "added_tokens.json", "special_tokens_map.json", "gpt2-vocab.json", "gpt2-merges.txt",
-               "gpt2-unified.json", "adapter_config.json"]  # fmt: skip
+_TEXT_FILES = ("config.json", "generation_config.json", "adapter_config.json", *TOKENIZER_FILES)
 
 # "owner/name", or the name alone of one of the hub's oldest models.
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
@@ -41,13 +38,15 @@ def find_model(
     local_files_only: bool = False,
     config_only: bool = False,
 ) -> Path:
-    """Where a model lies: a local folder or file, or the folder of it in the hub's cache, filled first if need be.
+    """Where a model lies: a local folder or file, or its folder in the hub's cache, downloaded if it is not there yet.
+
+    A request that is not answered ends after ``HF_HUB_ETAG_TIMEOUT`` or ``HF_HUB_DOWNLOAD_TIMEOUT`` seconds.
 
     Args:
         name_or_path: see ``minopt.load_model``.
         revision: branch, tag or commit on the hub.
-        local_files_only: ask nobody.
-        config_only: fetch a config.json and nothing else.
+        local_files_only: use only files that are already in the local cache.
+        config_only: download a config.json and nothing else.
 
     Raises:
         FileNotFoundError: if there is no such folder or repository, or no model in it.
@@ -55,6 +54,22 @@ def find_model(
         PermissionError: if the hub wants another login.
         ConnectionError: if the hub cannot be reached and the cache has no copy, or a download breaks off.
     """
+    local = _find_local(name_or_path, revision)
+    if local is not None:
+        return local
+    name = str(name_or_path)
+    folder = _find_on_hub(name, revision, local_files_only, config_only)
+    if config_only:
+        if not (folder / "config.json").is_file():
+            raise MissingFileError(f"{name}: expected a config.json, the hub has none there. Name a size.")
+        return folder
+    if _has_weights(folder) or any(folder.glob(f"*/{METASEQ[0]}")):
+        return _model_folder(folder)
+    raise no_weights(folder, name)
+
+
+def _find_local(name_or_path: str | Path, revision: str | None) -> Path | None:
+    """A folder or file of this machine; ``None`` for a name that may be on the hub."""
     if not isinstance(name_or_path, (str, Path)):
         raise ValueError(
             f"model: expected a folder or a name on the hub, got {type(name_or_path).__name__}. Save a model first: "
@@ -64,16 +79,16 @@ def find_model(
         raise FileNotFoundError("model: no such folder: expected a folder or a name on the hub, got an empty text.")
     try:
         path = Path(name_or_path).expanduser()
-    except RuntimeError:  # ~name of nobody
+    except RuntimeError:  # "~name" of nobody
         path = Path(name_or_path)
     if path.exists() and revision is not None:
-        raise ValueError(f"{path}: what lies on this machine has no revisions, got {revision!r}. Leave revision out.")
+        raise ValueError(f"{path}: a local model has no revisions, got {revision!r}. Leave revision out.")
     if path.is_dir():
         return _model_folder(path)
     check_link(path)
     if path.exists() or parts_of(path) is not None:
-        is_program = path.name in ("program.pt2", "manifest.json")
-        return path.parent if is_program and (path.parent / "manifest.json").is_file() else path
+        is_program = path.name in ("program.pt2", MANIFEST) and (path.parent / MANIFEST).is_file()
+        return path.parent if is_program else path
     if path.suffix.lower() in _FILE_SUFFIXES:
         raise FileNotFoundError(f"{name_or_path}: no such file. Check the path.")
     if isinstance(name_or_path, Path) or not _HUB_NAME.fullmatch(name_or_path):
@@ -81,12 +96,7 @@ def find_model(
     if name_or_path.lower() in PRESETS:
         raise FileNotFoundError(f"{name_or_path}: no such folder, and a name on the hub has an owner."
                                 f"{_meant(name_or_path)}")  # fmt: skip
-    if config_only:
-        folder, _ = _snapshot(name_or_path, revision, local_files_only, ["config.json"])
-        if not (folder / "config.json").is_file():
-            raise MissingFileError(f"{name_or_path}: expected a config.json, the hub has none there. Name a size.")
-        return folder
-    return _download(name_or_path, revision, local_files_only)
+    return None
 
 
 def _meant(name: str) -> str:
@@ -108,115 +118,107 @@ def _model_folder(path: Path) -> Path:
 
 
 def _is_model(folder: Path) -> bool:
-    return (
-        any((folder / name).is_file() for name in ("config.json", METADATA))
-        or _has_weights(folder)
-        or any(folder.glob(METASEQ[0]))
-    )
-
-
-def _download(name: str, revision: str | None, local_files_only: bool) -> Path:
-    """Fetches safetensors if the repository has them, else pickles, else metaseq's files; nothing else's weights."""
-    for patterns in (SAFETENSORS, PICKLES):
-        folder, local_files_only = _snapshot(name, revision, local_files_only, [*_TEXT_FILES, *patterns])
-        if _has_weights(folder):
-            break
-    else:
-        folder, _ = _snapshot(name, revision, local_files_only, [*_TEXT_FILES, *METASEQ, f"*/{METASEQ[0]}"])
-    if _has_weights(folder) or list(folder.glob(METASEQ[0])) or list(folder.glob(f"*/{METASEQ[0]}")):
-        return _model_folder(folder)
-    raise no_weights(folder, name)
+    return any((folder / name).is_file() for name in ("config.json", METADATA)) or _has_weights(folder)
 
 
 def _has_weights(folder: Path) -> bool:
-    return any((folder / layout).is_file() for layout in LAYOUTS)
+    return any((folder / layout).is_file() for layout in LAYOUTS) or any(folder.glob(METASEQ[0]))
 
 
-def _snapshot(name: str, revision: str | None, local_files_only: bool, patterns: list[str]) -> tuple[Path, bool]:
-    """The folder in the cache, filled if the hub can be asked, and whether it is no use to ask it again."""
-    from huggingface_hub import constants  # 190 ms to import, and only needed here
+def _find_on_hub(name: str, revision: str | None, local_files_only: bool, config_only: bool) -> Path:
+    """The folder of a model in the cache, with the weights of one format, or with all that the cache has of it."""
+    from huggingface_hub import HfApi, constants, snapshot_download  # 190 ms to import, and only needed here
+    from huggingface_hub.errors import RevisionNotFoundError
 
     if local_files_only or constants.HF_HUB_OFFLINE:
-        hint = "asking the hub is switched off. Load it once with a connection."
-        return _cached(name, revision, patterns, f"{name}: not in the hub's cache, and {hint}"), True
+        folder = _cached(name, revision)
+        if folder is None:
+            raise ConnectionError(f"{name}: not in the hub's cache, and asking the hub is switched off. Load it once "
+                                  f"with a connection.{_meant(name)}")  # fmt: skip
+        return folder
     say_on_terminal(f"minopt: {name}: contacting the hub ({constants.ENDPOINT})")
-    watch = HubWatch()
+    with _time_limits(constants.HF_HUB_ETAG_TIMEOUT):
+        try:
+            files = [file.rfilename for file in HfApi().model_info(name, revision=revision).siblings or ()]
+        except Exception as error:  # of any kind, if the answer is not a hub's
+            folder = None if isinstance(error, RevisionNotFoundError) else _cached(name, revision)
+            if folder is None:
+                raise _explained(name, revision, error) from None
+            logger.warning("%s: the hub cannot be asked (%s); the copy in its cache is used.", name, first_line(error))
+            return folder
+        try:
+            patterns = ["config.json"] if config_only else [*_TEXT_FILES, *_weights(files)]
+            return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+        except Exception as error:
+            raise _explained(name, revision, error) from None
+
+
+def _weights(files: Sequence[str]) -> Sequence[str]:
+    """Patterns of the weights to download: safetensors if there are any, else pickles, else metaseq's."""
+    for patterns in (SAFETENSORS, PICKLES):
+        if {*patterns[:2]} & {*files}:
+            return patterns
+    return (METASEQ[0], f"*/{METASEQ[0]}")
+
+
+@contextmanager
+def _time_limits(seconds: float) -> Iterator[None]:
+    """Ends requests that are not answered in time, also those that huggingface_hub gives no time limit."""
+    from huggingface_hub import get_session
+
+    def limit(request: Any) -> None:
+        given = request.extensions.get("timeout", {})
+        limits = {kind: given.get(kind) or seconds for kind in ("connect", "read", "write", "pool")}
+        request.extensions = {**request.extensions, "timeout": limits}
+
+    hooks = get_session().event_hooks["request"]
+    hooks.append(limit)
     try:
-        folder = _fetched(name, revision, patterns, watch)
-    except _UnreachableError as error:
-        hint = f"the hub cannot be reached ({error}), and its cache has no copy. Check the name and the connection."
-        folder = _cached(name, revision, patterns, f"{name}: no such folder, {hint}")
-    if watch.asked and not watch.answered:
-        logger.warning("%s: the hub does not answer; the copy in its cache is used.", name)
-    return folder, not watch.answered
+        yield
+    finally:
+        hooks.remove(limit)
 
 
-class _UnreachableError(Exception):
-    """The hub has not described a model."""
-
-
-def _cached(name: str, revision: str | None, patterns: list[str], otherwise: str) -> Path:
+def _cached(name: str, revision: str | None) -> Path | None:
+    """The folder of a model in the cache, which may lack files: that is for the reader of the folder to say."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, local_files_only=True))
+        return Path(snapshot_download(name, revision=revision, local_files_only=True))
     except HFValidationError as error:
-        raise FileNotFoundError(f"{name}: no such folder, and not a name on the hub ({error}).") from None
+        raise _explained(name, revision, error) from None
     except LocalEntryNotFoundError as error:
-        if incomplete := getattr(error, "snapshot_path", None):
-            return Path(incomplete)  # lacks something that was listed: what that is, the reader of the folder says
-        raise ConnectionError(otherwise + _meant(name)) from None
+        incomplete = getattr(error, "snapshot_path", None)
+        return None if incomplete is None else Path(incomplete)
 
 
-def _fetched(name: str, revision: str | None, patterns: list[str], watch: HubWatch) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+def _explained(name: str, revision: str | None, error: Exception) -> Exception:
+    """An error of huggingface_hub's as one line that says what to do."""
+    from huggingface_hub import errors
 
-    try:
-        with watch:
-            return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
-    except GatedRepoError:
-        raise PermissionError(
-            f"{name}: its owners want to be asked first. Accept the terms on its page, then log in: hf auth login."
-        ) from None
-    except RepositoryNotFoundError:
-        raise FileNotFoundError(
-            f"{name}: no such folder, and no such model on the hub (or it is private: log in with hf auth login)."
-            f"{_meant(name)}"
-        ) from None
-    except RevisionNotFoundError:
-        raise FileNotFoundError(
-            f"{name}: no revision {revision!r} on the hub. Use a branch, a tag or a commit."
-        ) from None
-    except HFValidationError as error:
-        raise FileNotFoundError(f"{name}: no such folder, and not a name on the hub ({error}).") from None
-    except Exception as error:  # what an answer that is none of a hub's makes of huggingface_hub is of any kind
-        cause = error.__cause__ if isinstance(error, LocalEntryNotFoundError) else error
-        if isinstance(cause, HfHubHTTPError) and watch.reason is None:
-            raise _refusal(name, cause) from None
-        if isinstance(error, OSError) and error.errno is not None and watch.reason is None:
-            raise  # the disk's: full, or not to be written
-        reason = first_line(cause or error)
-        if not isinstance(error, (OSError, HfHubHTTPError.__bases__[0])):  # the HTTPError of httpx, or of httpx2
-            reason = f"its answer is not a hub's: {reason}"
-        reason = watch.reason or reason
-        if not watch.files_asked:
-            raise _UnreachableError(reason) from None
-        raise ConnectionError(f"{name}: the connection to the hub failed ({reason}). Try again.") from None
-
-
-def _refusal(name: str, error: HfHubHTTPError) -> OSError:
-    """What the hub's "no" means: another login at 401 and 403, its own trouble otherwise."""
-    status = error.response.status_code
-    reason = f"{status}: {(error.server_message or first_line(error)).splitlines()[0]}"
-    if status in (401, 403):
-        return PermissionError(f"{name}: the hub wants another login ({reason}). Log in: hf auth login.")
-    return ConnectionError(f"{name}: the hub refused ({reason}). Try again later.")
+    if isinstance(error, errors.LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
+        error = error.__cause__
+    reason = first_line(error)
+    if isinstance(error, errors.GatedRepoError):
+        return PermissionError(f"{name}: its owners want to be asked first. Accept the terms on its page, then log in: "
+                               "hf auth login.")  # fmt: skip
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return FileNotFoundError(f"{name}: no such folder, and no such model on the hub (or it is private: log in with "
+                                 f"hf auth login).{_meant(name)}")  # fmt: skip
+    if isinstance(error, errors.RevisionNotFoundError):
+        return FileNotFoundError(f"{name}: no revision {revision!r} on the hub. Use a branch, a tag or a commit.")
+    if isinstance(error, errors.HFValidationError):
+        return FileNotFoundError(f"{name}: no such folder, and not a name on the hub ({error}).")
+    if isinstance(error, errors.HfHubHTTPError):
+        status = error.response.status_code
+        reason = f"{status}: {(error.server_message or reason).splitlines()[0]}"
+        if status in (401, 403):
+            return PermissionError(f"{name}: the hub wants another login ({reason}). Log in: hf auth login.")
+        return ConnectionError(f"{name}: the hub refused ({reason}). Try again later.")
+    if isinstance(error, OSError) and error.errno is not None:
+        return error  # the disk's: full, or not to be written
+    if isinstance(error, (ValueError, LookupError, TypeError, AttributeError, AssertionError)):
+        reason = f"its answer is not a hub's: {reason}"
+    return ConnectionError(f"{name}: no such folder, and the connection to the hub failed ({reason}). Check the name "
+                           f"and the connection, then try again.{_meant(name)}")  # fmt: skip
