@@ -17,7 +17,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from minopt import OPT, CheckpointError, OPTConfig, load, load_model
+from minopt import OPT, CheckpointError, generate, load_model
 from minopt.checkpoint.open import open_checkpoint
 from minopt.checkpoint.weights import read_weights
 from tests.conftest import KINDS, build_reference
@@ -90,57 +90,34 @@ def test_each_layout_gives_the_reference_weights_exactly(layout: str, kind: str,
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-@pytest.mark.parametrize("stored", [torch.float32, torch.float16])
-def test_tensors_are_cast_as_they_are_read(
-    layout: str, dtype: str, stored: torch.dtype, write_checkpoint: Write
-) -> None:
-    folder = write_checkpoint("350m", dtype=stored)
-    expected = state_of(folder)
+@pytest.mark.parametrize("stored", ["float32", "float16", "float32 norms beside float16"])
+def test_tensors_are_cast_as_they_are_read(layout: str, stored: str, write_checkpoint: Write) -> None:
+    folder = write_checkpoint("350m", dtype=torch.float32 if stored == "float32" else torch.float16)
+    if "norms" in stored:
+        rewrite_safetensors(folder, lambda ts: {k: t.float() if "norm" in k else t for k, t in ts.items()})
+    expected = load_file(folder / "model.safetensors")
     LAYOUTS[layout](folder)
-    model = load_model(folder, device="cpu", dtype=dtype)
-    for name, parameter in model.named_parameters():
-        assert torch.equal(parameter, expected[f"model.decoder.{name}"].to(getattr(torch, dtype))), name
+    for asked in ("auto", "float32", "float16", "bfloat16", torch.float64):
+        dtype = {"auto": torch.float32}.get(asked) or (asked if asked == torch.float64 else getattr(torch, asked))
+        for name, parameter in load_model(folder, device="cpu", dtype=asked).named_parameters():
+            assert torch.equal(parameter, expected[f"model.decoder.{name}"].to(dtype)), name
+            assert parameter.dtype == dtype
 
 
-def test_auto_is_float32_on_a_cpu_and_a_torch_dtype_works_too(write_checkpoint: Write) -> None:
-    folder = write_checkpoint(dtype=torch.float16)
-    assert load_model(folder, device="cpu").dtype == torch.float32
-    assert load_model(folder, device="cpu", dtype=torch.float64).dtype == torch.float64
-
-
-@pytest.mark.parametrize("layout", ["safetensors", "bin"])
-def test_norms_kept_in_float32_beside_float16_load(layout: str, write_checkpoint: Write) -> None:
-    """Mixed files exist (fp32 norms): each tensor is cast to the one dtype that was asked for."""
-    folder = write_checkpoint(dtype=torch.float16)
-    rewrite_safetensors(folder, lambda ts: {k: t.float() if "norm" in k else t for k, t in ts.items()})
-    LAYOUTS[layout](folder)
-    for dtype in (torch.float16, torch.float32):
-        assert {p.dtype for p in load_model(folder, device="cpu", dtype=dtype).parameters()} == {dtype}
-
-
-@pytest.mark.parametrize("prefix", ["decoder.", "model.decoder."])
-def test_keys_with_and_without_model_in_front(prefix: str, write_checkpoint: Write) -> None:
+def test_keys_without_model_in_front(write_checkpoint: Write) -> None:
     folder = write_checkpoint()
-    expected = load_model(folder, device="cpu").layers[1].fc1.weight.clone()
-    rewrite_safetensors(folder, lambda ts: {prefix + k.removeprefix("model.decoder."): t for k, t in ts.items()})
-    assert torch.equal(load_model(folder, device="cpu").layers[1].fc1.weight, expected)
-
-
-def test_a_stored_head_must_agree_with_the_embeddings(write_checkpoint: Write) -> None:
-    folder = write_checkpoint()
-    rewrite_safetensors(folder, lambda ts: ts | {"lm_head.weight": ts["model.decoder.embed_tokens.weight"]})
-    load_model(folder, device="cpu")
-    rewrite_safetensors(folder, lambda ts: ts | {"lm_head.weight": ts["lm_head.weight"] + 1})
-    with pytest.raises(CheckpointError, match=r"lm_head\.weight differs from the token embeddings"):
-        load_model(folder, device="cpu")
+    expected = load_model(folder, device="cpu").state_dict()
+    rewrite_safetensors(folder, lambda ts: {k.removeprefix("model."): t for k, t in ts.items()})
+    for name, tensor in load_model(folder, device="cpu").state_dict().items():
+        assert torch.equal(tensor, expected[name]), name
 
 
 @pytest.mark.parametrize(("table", "head"), [
-    ([], [torch.float16]), ([], [torch.bfloat16]), ([torch.bfloat16], []), ([torch.float16], [torch.bfloat16]),
-    ([], [torch.float16, torch.bfloat16, torch.float32]), ([torch.bfloat16, torch.float32], [torch.float32]),
+    ([], []), ([], [torch.float16]), ([], [torch.bfloat16]), ([torch.bfloat16], []),
+    ([torch.float16], [torch.bfloat16]), ([], [torch.float16, torch.bfloat16, torch.float32]),
+    ([torch.bfloat16, torch.float32], [torch.float32]),
 ])  # fmt: skip
-def test_a_head_that_differs_by_rounding_is_the_table(
+def test_a_stored_head_is_the_table_or_differs_by_rounding(
     table: list[torch.dtype], head: list[torch.dtype], write_checkpoint: Write, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Whatever the two have been cast to; a difference that training makes is another matter, however small."""
@@ -154,7 +131,7 @@ def test_a_head_that_differs_by_rounding_is_the_table(
     rewrite_safetensors(folder, lambda ts: ts | {key: cast(ts[key], table), "lm_head.weight": cast(ts[key], head)})
     expected = load_file(folder / "model.safetensors")[key].float()
     assert torch.equal(load_model(folder, device="cpu").embed_tokens.weight, expected)
-    assert "lm_head.weight differs from the token embeddings by rounding" in caplog.text
+    assert ("differs from the token embeddings by rounding" in caplog.text) == (table != head)
     rewrite_safetensors(
         folder, lambda ts: ts | {"lm_head.weight": ts["lm_head.weight"].float() + 1e-3 * torch.randn(ts[key].shape)}
     )
@@ -187,21 +164,9 @@ def test_weights_are_mapped_and_training_leaves_the_file_alone(write_checkpoint:
     assert (folder / "model.safetensors").read_bytes() == before
 
 
-def test_a_model_without_tokenizer_files_says_so_when_given_text(write_checkpoint: Write) -> None:
-    lm = load(write_checkpoint(), device="cpu")
-    assert lm.tokenizer is None
-    with pytest.raises(ValueError, match=r"tokenizer: the model's folder has none .* token ids"):
-        lm.generate("hello")
-
-
-def test_unknown_keys_of_config_json_are_kept_when_saved(tmp_path: Path, write_checkpoint: Write) -> None:
-    folder = write_checkpoint()
-    config = json.loads((folder / "config.json").read_text()) | {"prefix": "</s>", "made_up": [1, 2]}
-    (folder / "config.json").write_text(json.dumps(config))
-    load(folder, device="cpu").save(tmp_path / "saved")
-    saved = json.loads((tmp_path / "saved" / "config.json").read_text())
-    assert saved["prefix"] == "</s>"
-    assert saved["made_up"] == [1, 2]
+def test_a_revision_of_a_local_folder_is_refused(write_checkpoint: Write) -> None:
+    with pytest.raises(ValueError, match="a local model has no revisions, got 'main'"):
+        load_model(write_checkpoint(), revision="main")
 
 
 def test_tensors_that_share_memory_in_a_file_come_apart(write_checkpoint: Write) -> None:
@@ -219,26 +184,6 @@ def test_tensors_that_share_memory_in_a_file_come_apart(write_checkpoint: Write)
         model.layers[0].fc1.weight.zero_()
         model.layers[2].fc1.bias.copy_(torch.arange(64))
     assert torch.equal(model.layers[1].fc1.weight, kept)
-
-
-def test_a_revision_of_a_local_folder_is_refused(write_checkpoint: Write) -> None:
-    with pytest.raises(ValueError, match="a local model has no revisions, got 'main'"):
-        load_model(write_checkpoint(), revision="main")
-
-
-@pytest.mark.parametrize("position", range(0, 100, 3))
-def test_a_damaged_pickle_is_one_clear_line(position: int, write_checkpoint: Write) -> None:
-    """Whichever byte of its program is wrong, unless it loads all the same."""
-    folder = write_checkpoint()
-    as_pickle(folder, legacy=True)
-    data = bytearray((folder / "pytorch_model.bin").read_bytes())
-    data[position * 5] ^= 0xFF
-    (folder / "pytorch_model.bin").write_bytes(data)
-    try:
-        load_model(folder, device="cpu")
-    except CheckpointError as error:
-        assert str(folder) in str(error)  # noqa: PT017
-        assert "\n" not in str(error)  # noqa: PT017
 
 
 # --- what can be wrong ---
@@ -425,19 +370,9 @@ def test_the_pickle_of_the_last_test_does_run_code_elsewhere(tmp_path: Path) -> 
     assert (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("./nowhere", "no such folder"),
-        ("/nowhere/at/all", "no such folder"),
-        ("a/b/c", "no such folder, and not the name of a model on the hub"),
-        ("", "no such folder"),
-        ("white space", "no such folder"),
-        ("~nobody-of-this-name/model", "no such folder"),
-    ],
-)
-def test_a_folder_that_is_not_there(name: str, message: str) -> None:
-    with pytest.raises(FileNotFoundError, match=message):
+@pytest.mark.parametrize("name", ["./nowhere", "/nowhere/at/all", "a/b/c", "", "white space", "~nobody-of-this-name/m"])
+def test_a_folder_that_is_not_there(name: str) -> None:
+    with pytest.raises(FileNotFoundError, match="no such folder"):
         load_model(name)
 
 
@@ -467,78 +402,65 @@ def test_a_dtype_that_is_none(dtype: object, write_checkpoint: Write) -> None:
 # --- a real size ---
 
 PEAK = """
-import os, sys, threading, time
+import gc, json, os, sys, threading, time
 import torch
 from minopt import load_model
 
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
-load_model(sys.argv[3], device="cpu", dtype=sys.argv[2])  # imports, allocator: the fixed base
-before, peak, done = resident(), 0, threading.Event()
-
 def watch():
-    global peak
     while not done.is_set():
-        peak = max(peak, resident())
+        peak[0] = max(peak[0], resident())
         time.sleep(0.001)
 
-thread = threading.Thread(target=watch)
-thread.start()
-model = load_model(sys.argv[1], device="cpu", dtype=sys.argv[2])
-for parameter in model.parameters():
-    parameter.sum()  # pages of a mapping count once they are used
-done.set()
-thread.join()
-print(peak - before)
+peaks = []
+for folder, dtype in json.loads(sys.argv[1]):
+    gc.collect()
+    before, peak, done = resident(), [0], threading.Event()
+    thread = threading.Thread(target=watch)
+    thread.start()
+    model = load_model(folder, device="cpu", dtype=dtype)
+    for parameter in model.parameters():
+        parameter.sum()  # pages of a mapping count once they are used
+    done.set()
+    thread.join()
+    peaks.append(peak[0] - before)
+    del model, parameter
+print(json.dumps(peaks))
 """
 
 
-@pytest.fixture(scope="module")
-def full_size(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random model of opt-125m's shape, as transformers writes it, with a float16 .bin of it beside."""
-    folder = tmp_path_factory.mktemp("full") / "opt-125m"
+def test_a_full_size_checkpoint_gives_the_reference_tokens_and_takes_no_more_memory_than_its_weights(
+    tmp_path: Path,
+) -> None:
+    """Of opt-125m's shape: at most 1.15 times the larger of file and weights, mapped pages included, plus 32 MB."""
+    folder, half = tmp_path / "opt-125m", tmp_path / "bin16"
     torch.manual_seed(0)
-    model = transformers.OPTForCausalLM(transformers.OPTConfig())
+    reference = transformers.OPTForCausalLM(transformers.OPTConfig()).eval()
     with torch.no_grad():
-        for parameter in model.parameters():
+        for parameter in reference.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
-    model.save_pretrained(folder)
-    model.half().config.save_pretrained(folder / "bin16")
-    torch.save(model.state_dict(), folder / "bin16" / "pytorch_model.bin")
-    return folder
-
-
-def test_a_full_size_checkpoint_generates_the_reference_tokens(full_size: Path) -> None:
-    reference = transformers.OPTForCausalLM.from_pretrained(full_size, dtype=torch.float32).eval()
+    reference.save_pretrained(folder)
     ids = torch.randint(10, 50000, (2, 12), generator=torch.Generator().manual_seed(3))
     mask = torch.ones_like(ids)
     mask[0, :5] = 0
-    options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
-    expected = reference.generate(ids, attention_mask=mask, **options)
-    from minopt import generate
-
-    model = load_model(full_size, device="cpu")
-    got = generate(model, ids, mask, max_new_tokens=12, eos_token_id=()).sequences
+    expected = reference.generate(ids, attention_mask=mask, max_new_tokens=12, do_sample=False, eos_token_id=None)
+    got = generate(load_model(folder, device="cpu"), ids, mask, max_new_tokens=12, eos_token_id=()).sequences
     assert torch.equal(got, expected)
-    assert OPTConfig.preset("opt-125m").hidden_size == model.config.hidden_size
-
-
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads resident memory from Linux's /proc")
-@pytest.mark.parametrize(
-    ("folder", "dtype"), [(".", "float32"), (".", "bfloat16"), ("bin16", "float16"), ("bin16", "float32")]
-)
-def test_peak_memory_of_a_load(folder: str, dtype: str, full_size: Path, write_checkpoint: Write) -> None:
-    """At most 1.15 times the larger of file and weights, anonymous and file pages together, plus 32 MB."""
-    small = write_checkpoint(dtype=torch.float16 if folder == "bin16" else torch.float32)
-    if folder == "bin16":
-        as_pickle(small)
-    source = full_size / folder
-    program = [sys.executable, "-c", PEAK, str(source), dtype, str(small)]
-    peak = int(subprocess.run(program, check=True, capture_output=True, text=True).stdout)
-    stored = next(p for p in source.iterdir() if p.suffix in (".safetensors", ".bin")).stat().st_size
-    weights = 125_239_296 * getattr(torch, dtype).itemsize
-    assert peak <= 1.15 * max(stored, weights) + 32e6
+    if not Path("/proc/self/statm").exists():
+        pytest.skip("reads resident memory from Linux's /proc")
+    reference.half().config.save_pretrained(half)
+    torch.save(reference.state_dict(), half / "pytorch_model.bin")
+    small = tmp_path / "small"
+    build_reference("125m").save_pretrained(small)  # loaded first: imports and the allocator are no model's
+    loads = [(folder, "float32"), (folder, "bfloat16"), (half, "float16"), (half, "float32")]
+    program = [sys.executable, "-c", PEAK, json.dumps([(str(f), dtype) for f, dtype in [(small, "float32"), *loads]])]
+    peaks = json.loads(subprocess.run(program, check=True, capture_output=True, text=True).stdout)
+    for (source, dtype), peak in zip(loads, peaks[1:], strict=True):
+        stored = next(p for p in source.iterdir() if p.suffix in (".safetensors", ".bin")).stat().st_size
+        weights = 125_239_296 * getattr(torch, dtype).itemsize
+        assert peak <= 1.15 * max(stored, weights) + 32e6, (source, dtype)
 
 
 def test_the_kinds_are_those_of_the_reference() -> None:

@@ -41,11 +41,7 @@ class Checkpoint:
         return f"Checkpoint({str(self.found.folder)!r}, {len(self.tensors)} tensors)"
 
     def check_head(self) -> None:
-        """Compares a stored head with the token table, to which OPT's is tied.
-
-        Raises:
-            CheckpointError: if they differ.
-        """
+        """Refuses a stored head that differs from the token table, to which OPT's is tied."""
         for head, row in self.heads:
             table = self.tensors["embed_tokens.weight"]
             rows_fit = len(head.shape) == 2 and head.shape[1:] == table.shape[1:]
@@ -65,11 +61,7 @@ class Checkpoint:
                            self.found.folder, head.runs[0].key)  # fmt: skip
 
     def matched(self) -> Checkpoint:
-        """The checkpoint with its tensors in the model's order.
-
-        Raises:
-            CheckpointError: naming all that are missing, unexpected or of the wrong shape.
-        """
+        """The checkpoint with its tensors in the model's order; names all that are missing, unexpected or wrong."""
         config, tensors = self.config, self.tensors
         where = self.found.files[0] if self.found.metaseq and len(self.found.files) == 1 else self.found.folder
         source = "the given configuration" if self.config_source == "as given" else self.config_source
@@ -119,12 +111,9 @@ def named_slices(
     """The tensors of a checkpoint, or of one part of it, by minopt's names; fused projections are taken apart.
 
     Args:
-        stored: by their keys in the files.
+        stored: the tensors, by their keys in the files.
         names_of: what a key means: see ``from_metaseq``.
-        ignore, where, say: as of ``own_keys``.
-
-    Raises:
-        CheckpointError: as ``own_keys`` does; if a tensor is stored twice, or is not as many as its key means.
+        ignore, where, say: see ``own_keys``.
     """
     named: dict[str, Slice] = {}
     key_of: dict[str, str] = {}

@@ -34,11 +34,7 @@ def resolve_config(model_config: OPTConfig | str | Path | None) -> OPTConfig | N
 
 
 def read_config(path: Path, key: str | None = None) -> OPTConfig:
-    """The configuration in a JSON file: all that it holds, or what is under a key.
-
-    Raises:
-        CheckpointError: if it is none.
-    """
+    """The configuration in a JSON file: all that it holds, or what is under a key."""
     try:
         values = read_json(path) if key is None else read_json(path).get(key)
         return OPTConfig.from_dict(values if isinstance(values, dict) else {})
@@ -48,11 +44,7 @@ def read_config(path: Path, key: str | None = None) -> OPTConfig:
 
 
 def facts_of(shapes: Mapping[str, tuple[int, ...]], where: object) -> dict[str, Any]:
-    """The fields of a configuration that the shapes of tensors, by minopt's names, give away.
-
-    Raises:
-        CheckpointError: if they are not an OPT's.
-    """
+    """The fields of a configuration that the shapes of tensors, by minopt's names, give away."""
     needed = ("embed_tokens.weight", "embed_positions.weight", "layers.0.fc1.weight",
               "layers.0.self_attn.k_proj.weight")  # fmt: skip
     if absent := [name for name in needed if len(shapes.get(name, ())) != 2]:
@@ -77,11 +69,7 @@ def facts_of(shapes: Mapping[str, tuple[int, ...]], where: object) -> dict[str, 
 
 
 def infer_config(facts: Mapping[str, Any], where: object) -> OPTConfig:
-    """The configuration of the published size that has such tensors; only there are its heads and activation known.
-
-    Raises:
-        CheckpointError: if there is none.
-    """
+    """The configuration of the published size that has such tensors; only there are its heads and activation known."""
     telling = facts.keys() - {"vocab_size", "max_position_embeddings"}
     for preset in map(OPTConfig.preset, PRESETS):
         if all(getattr(preset, field) == facts[field] for field in telling):

@@ -78,11 +78,7 @@ class Found:
 
 
 def group_files(paths: list[Path]) -> list[FileSet]:
-    """Sorts files into metaseq checkpoints by their names.
-
-    Raises:
-        CheckpointError: if two files have the same numbers in their names.
-    """
+    """Sorts files into metaseq checkpoints by their names."""
     groups: dict[tuple[Path, str, bool, bool], dict[tuple[int, int], Path]] = {}
     for path in sorted(paths):
         match = _NAME.fullmatch(path.name)
@@ -254,11 +250,7 @@ def _shard_names(index: Path) -> list[str]:
 
 
 def check_link(path: Path) -> None:
-    """Says of a link that leads to no file where it leads; whoever made a folder may link to whatever file they like.
-
-    Raises:
-        MissingFileError: if there is no file at its end.
-    """
+    """Refuses a link that leads to no file, and says where it leads; links to any file are followed."""
     if path.is_symlink() and not path.is_file():
         why = "is there, but no file" if path.exists() else "is not there, or a link that leads back here"
         raise MissingFileError(f"{path}: a link to {os.readlink(path)}, which {why}. Mend or remove the link.")

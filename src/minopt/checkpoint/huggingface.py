@@ -28,18 +28,9 @@ _PLAIN = "If its weights are plain, take quantization_config out of config.json.
 
 
 def open_huggingface(found: Found, override: OPTConfig | None, ignore: Sequence[str]) -> Checkpoint:
-    """Opens all files of a checkpoint under Hugging Face's names; no numbers are read but scales of int8 weights.
-
-    Args:
-        found: the files, all there.
-        override: a configuration that goes before the one in the folder.
-        ignore: patterns of keys to leave out.
-
-    Raises:
-        CheckpointError: if files cannot be read, or do not belong together.
-    """
+    """``open_checkpoint`` of files under Hugging Face's names; scales of int8 weights are read too."""
     quantization = _quantization_of(found.folder, override)
-    is_divided = not found.opened and (found.folder / METADATA).is_file() and found.kind.startswith("torch.")
+    is_divided = found.kind.startswith("torch.distributed")
     stored = open_divided(found.folder) if is_divided else _stored(found)
     where = found.files[0] if len(found.files) == 1 else found.folder
     named = named_slices(stored, _names_of, ignore, where, say=not is_divided)
@@ -88,11 +79,7 @@ def _config_of(folder: Path, override: OPTConfig | None) -> tuple[OPTConfig | No
 
 
 def _quantization_of(folder: Path, override: OPTConfig | None) -> object:
-    """The ``quantization_config`` of a folder, or of the configuration that takes its place; ``None`` without one.
-
-    Raises:
-        CheckpointError: saying what it describes, if that is not int8 weights as minopt's.
-    """
+    """The ``quantization_config`` of a folder, or of the configuration that takes its place; ``None`` without one."""
     found, path = None if override is None else override.extra.get(int8.CONFIG_KEY), folder / "config.json"
     if found is None and path.is_file():
         try:
@@ -111,19 +98,7 @@ def _quantization_of(folder: Path, override: OPTConfig | None) -> object:
 
 
 def _with_scales(tensors: Mapping[str, SourceTensor], declared: bool, where: Path) -> dict[str, SourceTensor]:
-    """Puts int8 weights and their scales together; nothing but scales is read.
-
-    Args:
-        tensors: by minopt's names, as they are stored; a scale's is its weight's and ``int8.SCALE``.
-        declared: there is a ``quantization_config``.
-        where: for messages.
-
-    Returns:
-        The tensors, without scales.
-
-    Raises:
-        CheckpointError: if a weight or its scale cannot be used, or int8 weights are not what is declared.
-    """
+    """Joins int8 weights and their scales; ``declared``: there is a ``quantization_config``."""
     scales = {name: tensor for name, tensor in tensors.items() if name.endswith(int8.SCALE)}
     weights = [name for name, tensor in tensors.items() if tensor.dtype == torch.int8 and name not in scales]
     if declared and not weights:

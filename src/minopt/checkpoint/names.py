@@ -90,12 +90,8 @@ def _has(config: OPTConfig, name: str) -> bool:
 
 
 def shard_dim(name: str) -> int | None:
-    """The dim along which a model parallel division splits one of minopt's parameters; ``None`` if each has the whole.
-
-    Raises:
-        KeyError: if there is no such parameter.
-    """
-    return PARAMETERS[_LAYER.sub("layers.N.", name)][1]
+    """The dim along which model parallel parts split a tensor; ``None`` if each has the whole, as of no parameter's."""
+    return PARAMETERS.get(_LAYER.sub("layers.N.", name), ("", None))[1]
 
 
 def from_hf(key: str) -> str | None:

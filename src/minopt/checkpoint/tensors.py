@@ -186,25 +186,14 @@ class SourceTensor:
         return self.slices[0].map(apart) if len(self.slices) == 1 else None
 
     def read(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The tensor in memory of its own, on the CPU.
-
-        Args:
-            dtype: to cast to while reading; ``None`` keeps the stored one.
-
-        Raises:
-            CheckpointError: if parts hold different numbers where each should hold the same.
-        """
+        """The tensor in memory of its own, on the CPU, cast to a dtype while reading; ``None`` keeps the stored one."""
         assert self.dtype is not None
         out = empty(self.shape, dtype or self.dtype)
         self.fill(out)
         return out
 
     def read_int8(self) -> tuple[Tensor, Tensor]:
-        """A weight as int8 ``[out, in]`` with its scale: as stored, or made of the stored numbers.
-
-        Raises:
-            CheckpointError: naming a weight whose numbers are not all finite.
-        """
+        """A weight as int8 ``[out, in]`` with its scale: as stored, or made of the stored numbers."""
         if self.scale is not None:
             mapped = self.stored.map()
             return self.stored.read() if mapped is None else mapped.contiguous(), self.scale
@@ -214,11 +203,7 @@ class SourceTensor:
             raise CheckpointError(f"{self.name}: {error}") from None
 
     def fill(self, out: Tensor) -> None:
-        """Reads the tensor into one of its shape, contiguous and on the CPU, casting to its dtype.
-
-        Raises:
-            CheckpointError: as ``read`` does.
-        """
+        """Reads the tensor into one of its shape, contiguous and on the CPU, casting to its dtype."""
         if self.dim == 1:
             self._read_columns(out, 0)
         else:
@@ -270,11 +255,7 @@ class SourceTensor:
                 piece.read_into(out[low - start : high - start], low - begin)
 
     def check_copies(self) -> None:
-        """Compares what every part holds.
-
-        Raises:
-            CheckpointError: if parts hold different numbers where each should hold the same.
-        """
+        """Refuses parts that hold different numbers where each should hold the same."""
         for other in self.slices[1:] if self.dim is None else ():
             if not same_numbers(self.slices[0], other):
                 raise CheckpointError(

@@ -5,72 +5,65 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from minopt.checkpoint.config import build_config, infer_config
+from minopt.checkpoint.config import build_config
 from minopt.checkpoint.errors import CheckpointError
 from minopt.checkpoint.pickles import Placeholder
 from minopt.config import OPTConfig, is_int
 
-# Fields of metaseq's configuration that the tensors confirm or contradict.
-_CONFIRMED = {"hidden_size": "decoder_embed_dim", "ffn_dim": "decoder_ffn_embed_dim",
-              "num_hidden_layers": "decoder_layers", "word_embed_proj_dim": "decoder_input_dim"}  # fmt: skip
+# minopt's names of metaseq's settings (models/transformer_lm.py). What it says of pre-norm is not to be trusted.
+_SIZES = {
+    "hidden_size": "decoder_embed_dim",
+    "ffn_dim": "decoder_ffn_embed_dim",
+    "num_hidden_layers": "decoder_layers",
+    "word_embed_proj_dim": "decoder_input_dim",
+    "num_attention_heads": "decoder_attention_heads",
+    "max_position_embeddings": "max_target_positions",
+}
 _NEGATED = {"enable_bias": "disable_bias", "layer_norm_elementwise_affine": "disable_affine_ln"}
 _COPIED = {"activation_function": "activation_fn", "dropout": "dropout", "attention_dropout": "attention_dropout"}
-_HEADS = {"num_attention_heads": "decoder_attention_heads"}
-
-SIZES = {**_CONFIRMED, **_HEADS, "max_position_embeddings": "max_target_positions"}
-"""The sizes of a model by minopt's names, and by metaseq's."""
+_OTHER_MODELS = {("alibi", True): "its cfg has alibi instead of learned positions, which OPT has",
+                 ("no_scale_embedding", False): "its cfg scales embeddings, which OPT does not"}  # fmt: skip
 
 
-def config_of(settings: Mapping[str, Any], facts: Mapping[str, Any], path: object) -> tuple[OPTConfig, str]:
-    """The configuration, from ``cfg`` and the tensors, or from the tensors alone; and where it comes from, in words.
+def settings_of(content: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """What a file's ``cfg["model"]`` says, or ``args`` in older files, whatever classes these were objects of.
+
+    Returns:
+        Fields of a configuration by minopt's names, and what says that the model is not an OPT.
+    """
+    of_model = _fields(_fields(content.get("cfg")).get("model")) or _fields(content.get("args"))
+    plain = {key: _plain(value) for key, value in of_model.items() if isinstance(key, str)}
+    told = {ours: plain[theirs] for ours, theirs in _SIZES.items()
+            if is_int(plain.get(theirs)) and abs(plain[theirs]) < 2**63}  # fmt: skip
+    told |= {ours: not plain[theirs] for ours, theirs in _NEGATED.items() if isinstance(plain.get(theirs), bool)}
+    told |= {
+        ours: plain[theirs] for ours, theirs in _COPIED.items() if isinstance(plain.get(theirs), (str, float, int))
+    }
+    return told, [what for (name, value), what in _OTHER_MODELS.items() if plain.get(name) is value]
+
+
+def config_of(told: Mapping[str, Any], wrong: list[str], facts: Mapping[str, Any], path: object) -> OPTConfig:
+    """The configuration, from ``settings_of`` and the tensors' ``facts_of``.
 
     Raises:
         CheckpointError: if the two contradict each other, or the model is not an OPT.
     """
-    if not is_int(settings.get("decoder_attention_heads")):
-        return infer_config(facts, path), "its tensors"
-    told = {ours: settings[theirs] for ours, theirs in _CONFIRMED.items() if is_int(settings.get(theirs))}
-    told |= {ours: not settings[theirs] for ours, theirs in _NEGATED.items() if isinstance(settings.get(theirs), bool)}
+    seen = facts.keys() - {"max_position_embeddings"}
     wrong = [f"{name} is {value} in its cfg and {facts[name]} in its tensors"
-             for name, value in told.items() if facts[name] != value]  # fmt: skip
-    if settings.get("alibi") is True:
-        wrong.append("its cfg has alibi instead of learned positions, which OPT has")
-    if settings.get("no_scale_embedding") is False:
-        wrong.append("its cfg scales embeddings, which OPT does not")
+             for name, value in told.items() if name in seen and facts[name] != value] + wrong  # fmt: skip
     if wrong:
         raise CheckpointError(f"{path}: {'; '.join(wrong)}. If the tensors are right, name a config.json with "
                               "--model-config.")  # fmt: skip
-    copied = {ours: settings[theirs] for ours, theirs in {**_COPIED, **_HEADS}.items()
-              if settings.get(theirs) is not None}  # fmt: skip
-    return build_config({**facts, **copied}, path), "its cfg"
+    return build_config({**told, **facts}, path)
 
 
-def check_agreement(config: OPTConfig, settings: Mapping[str, Any], path: object) -> None:
-    """A config.json beside metaseq's files says more than their ``cfg``, but nothing else.
-
-    Raises:
-        CheckpointError: naming the fields in which they differ.
-    """
-    shared = {**_CONFIRMED, **_HEADS, "activation_function": "activation_fn"}
-    wrong = [f"{ours} is {getattr(config, ours)} there and {settings[theirs]} in the cfg of the weights"
-             for ours, theirs in shared.items()
-             if settings.get(theirs) is not None and settings[theirs] != getattr(config, ours)]  # fmt: skip
+def check_agreement(config: OPTConfig, told: Mapping[str, Any], path: object) -> None:
+    """A config.json beside metaseq's files may say more than their ``cfg``, but nothing else."""
+    shared = told.keys() - {"dropout", "attention_dropout", "max_position_embeddings"}
+    wrong = [f"{name} is {getattr(config, name)} there and {value} in the cfg of the weights"
+             for name, value in told.items() if name in shared and value != getattr(config, name)]  # fmt: skip
     if wrong:
         raise CheckpointError(f"{path}: {'; '.join(wrong)}. Name the right one with --model-config.")
-
-
-def settings_of(content: Mapping[str, Any]) -> dict[str, Any]:
-    """The plain values of ``cfg["model"]``, or of ``args`` in older files, whatever classes they were objects of."""
-    of_model = _fields(_fields(content.get("cfg")).get("model")) or _fields(content.get("args"))
-    plain = ((str(key), _plain(value)) for key, value in of_model.items())
-    return {key: value for key, value in plain if _is_setting(value)}
-
-
-def _is_setting(value: Any) -> bool:
-    """Whether a value is a number or a word: what a configuration consists of, and an error can show."""
-    if isinstance(value, str):
-        return len(value) < 100
-    return isinstance(value, (bool, float)) or (is_int(value) and abs(value) < 2**63)
 
 
 def _fields(value: Any) -> Mapping[Any, Any]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,11 @@ from typing import Any
 import torch
 
 from minopt.checkpoint.checkpoint import Checkpoint, named_slices
-from minopt.checkpoint.config import facts_of, read_config
+from minopt.checkpoint.config import facts_of, infer_config, read_config
 from minopt.checkpoint.errors import CheckpointError, MissingFileError, some
 from minopt.checkpoint.files import TensorFile, open_file
 from minopt.checkpoint.find import Found
-from minopt.checkpoint.metaseq.config import SIZES, check_agreement, config_of, settings_of
+from minopt.checkpoint.metaseq.config import check_agreement, config_of, settings_of
 from minopt.checkpoint.names import (
     HF_HEAD,
     MOST_LAYERS,
@@ -39,44 +40,33 @@ _TOKENS = "decoder.embed_tokens.weight"
 
 
 def open_metaseq(found: Found, override: OPTConfig | None, ignore: Sequence[str]) -> Checkpoint:
-    """Opens all files of metaseq's, and puts together what they hold; no numbers are read but a sample of each file.
-
-    Args:
-        found: the files, all there.
-        override: a configuration that goes before the one in the files.
-        ignore: patterns of keys to leave out.
-
-    Raises:
-        CheckpointError: if files do not belong together or do not add up.
-    """
-    opened = [found.opened.get(path) or open_file(path) for path in found.files]
-    parts = [opened[i : i + found.shards] for i in range(0, len(opened), found.shards)]
-    first, path = opened[0], found.folder / "config.json"
-    settings = settings_of(first.content)
+    """``open_checkpoint`` of metaseq's files; a sample of each file's numbers is read too."""
+    files = [found.opened.get(path) or open_file(path) for path in found.files]
+    parts = [files[i : i + found.shards] for i in range(0, len(files), found.shards)]
+    paths, path = [shards[0].path for shards in parts], found.folder / "config.json"
+    told, wrong = settings_of(files[0].content)
     beside = read_config(path) if override is None and path.is_file() else None
-    named = []
-    for number, shards in enumerate(parts):
-        stored = _unflattened(shards, settings, override or beside, len(parts))
-        named.append(named_slices(stored, from_metaseq, ignore, shards[0].path, say=number == 0))
+    named: list[dict[str, Slice]] = []
+    for shards in parts:
+        stored = _unflattened(shards, told, override or beside, len(parts))
+        named.append(named_slices(stored, from_metaseq, ignore, shards[0].path, say=not named))
     heads = [part.pop(HF_HEAD, None) for part in named]
-    _check_alike(named, [shards[0].path for shards in parts])
     _check_distinct(parts, named)
-    tensors = {name: _joined(name, [part[name] for part in named]) for name in named[0]}
+    tensors = _joined(named, paths)
     _check_count(tensors, found)
-    facts = facts_of({name: tensor.shape for name, tensor in tensors.items()}, first.path)
+    facts = facts_of({name: tensor.shape for name, tensor in tensors.items()}, paths[0])
     if override is not None:
         config, source = override, "as given"
     elif beside is not None:
-        check_agreement(beside, settings, path)
+        check_agreement(beside, told, path)
         config, source = beside, "config.json"
+    elif "num_attention_heads" in told:
+        config, source = config_of(told, wrong, facts, paths[0]), "its cfg"
     else:
-        config, source = config_of(settings, facts, first.path)
-    row, placed = 0, []
-    for head, part in zip(heads, named, strict=True):
-        if head is not None:
-            is_whole = head.shape[:1] == tensors["embed_tokens.weight"].shape[:1]
-            placed.append((head, 0 if is_whole else row))
-        row += part["embed_tokens.weight"].shape[0]
+        config, source = infer_config(facts, paths[0]), "its tensors"
+    tables = [part["embed_tokens.weight"].shape[0] for part in named]
+    placed = [(head, 0 if head.shape[:1] == (sum(tables),) else sum(tables[:number]))  # each has all rows, or its own
+              for number, head in enumerate(heads) if head is not None]  # fmt: skip
     return Checkpoint(found, config, source, tensors, tuple(placed))
 
 
@@ -89,7 +79,7 @@ class _Flat:
 
 
 def _unflattened(
-    files: list[TensorFile], settings: Mapping[str, Any], known: OPTConfig | None, parts: int
+    files: list[TensorFile], told: Mapping[str, Any], known: OPTConfig | None, parts: int
 ) -> dict[str, Slice]:
     """One part's tensors under metaseq's keys, from its shards."""
     first = files[0]
@@ -101,7 +91,7 @@ def _unflattened(
         return stored
     metadata = [file.content.get("shard_metadata") for file in files]
     if all(data is None for data in metadata):
-        described = _guessed(files, settings, known, parts)
+        described = _guessed(files, told, known, parts)
     else:
         described = [_described(data, file.path) for data, file in zip(metadata, files, strict=True)]
     for file, own in zip(files, described, strict=True):
@@ -160,7 +150,7 @@ def _unpadded(key: str, files: list[TensorFile], described: list[_Flat]) -> Slic
 
 
 def _guessed(
-    files: list[TensorFile], settings: Mapping[str, Any], known: OPTConfig | None, parts: int
+    files: list[TensorFile], told: Mapping[str, Any], known: OPTConfig | None, parts: int
 ) -> list[dict[str, _Flat]]:
     """What flat tensors hold, shard by shard, where no ``shard_metadata`` says so.
 
@@ -169,7 +159,7 @@ def _guessed(
     sizes = {key: [math.prod(file.shapes.get(key, ())) for file in files]
              for key in files[0].shapes if _FLAT.fullmatch(key)}  # fmt: skip
     count = len(files)
-    for config, slack in _candidates(settings, known):
+    for config, slack in _candidates(told, known):
         layout = _layout(config, slack, parts, sizes)
         numels = {key: sum(map(math.prod, inner.values())) for key, inner in layout.items()}
         chunks = {key: -(-numel // count) for key, numel in numels.items()}  # fairscale: torch.chunk, then padded
@@ -185,16 +175,13 @@ def _guessed(
     )
 
 
-def _candidates(settings: Mapping[str, Any], known: OPTConfig | None) -> Iterator[tuple[OPTConfig, int]]:
+def _candidates(told: Mapping[str, Any], known: OPTConfig | None) -> Iterator[tuple[OPTConfig, int]]:
     """Configurations to try, each with how far its vocabulary may be off."""
     if known is not None:
         yield known, 0
         return
-    try:
-        values = {ours: settings[theirs] for ours, theirs in SIZES.items() if is_int(settings.get(theirs))}
-        yield OPTConfig(**values), 2**31  # metaseq's cfg says nothing of the vocabulary
-    except ValueError:
-        pass
+    with suppress(ValueError):
+        yield OPTConfig(**told), 2**31  # metaseq's cfg says nothing of the vocabulary
     yield from ((OPTConfig.preset(name), 1024) for name in PRESETS)
 
 
@@ -228,25 +215,12 @@ def _layout(
     return layout
 
 
-def _check_alike(named: list[dict[str, Slice]], paths: list[Path]) -> None:
-    """Each part must hold the same tensors, in the same shapes and dtypes."""
-    first = paths[0].name
-    for part, path in zip(named[1:], paths[1:], strict=True):
-        if differing := sorted(part.keys() ^ named[0].keys()):
-            raise CheckpointError(f"{path}: {first} and this do not hold the same tensors: {some(differing)}.")
-        for name, piece in part.items():
-            one = named[0][name]
-            if (one.shape, one.dtype) != (piece.shape, piece.dtype):
-                raise CheckpointError(f"{path}: {name} is {list(piece.shape)} {piece.dtype}, and {list(one.shape)} "
-                                      f"{one.dtype} in {first}. Are the parts of one model?")  # fmt: skip
-
-
 def _check_distinct(parts: list[list[TensorFile]], named: list[dict[str, Slice]]) -> None:
     """Compares samples of what each file alone should hold, so that one copied over another is found."""
     for shards in parts:
         _compare(Run(file, key, 0, math.prod(file.shapes[key])) for file in shards for key in file.shapes
                  if _FLAT.fullmatch(key) and file.dtypes[key] is not None)  # fmt: skip
-    split = (piece for part in named for name, piece in part.items() if _split_dim(name) is not None)
+    split = (piece for part in named for name, piece in part.items() if shard_dim(name) is not None)
     _compare(run for piece in split if piece.dtype is not None for run in piece.runs)
 
 
@@ -268,24 +242,25 @@ def _compare(runs: Iterable[Run]) -> None:
             raise CheckpointError(f"{path}: holds the same numbers as {first.name}. Was one copied over the other?")
 
 
-def _split_dim(name: str) -> int | None:
-    """``shard_dim``; ``None`` for what is no parameter, which is refused later."""
-    try:
-        return shard_dim(name)
-    except KeyError:
-        return None
-
-
-def _joined(name: str, slices: list[Slice]) -> SourceTensor:
-    first, dim = slices[0], _split_dim(name)
-    if len(slices) == 1:
-        return SourceTensor(name, first.shape, first.dtype, tuple(slices))
-    if dim is not None and dim >= len(first.shape):
-        raise CheckpointError(f"{first}: {name} has shape {list(first.shape)}, expected {dim + 1} dims.")
-    shape = list(first.shape)
-    if dim is not None:
-        shape[dim] *= len(slices)
-    return SourceTensor(name, tuple(shape), first.dtype, tuple(slices), dim)
+def _joined(named: list[dict[str, Slice]], paths: list[Path]) -> dict[str, SourceTensor]:
+    """The model's tensors, from those of its parts, which must hold the same ones in the same shapes and dtypes."""
+    for part, path in zip(named, paths, strict=True):
+        if differing := sorted(part.keys() ^ named[0].keys()):
+            raise CheckpointError(f"{path}: {paths[0].name} and this do not hold the same tensors: {some(differing)}.")
+        for name, piece in part.items():
+            one = named[0][name]
+            if (one.shape, one.dtype) != (piece.shape, piece.dtype):
+                raise CheckpointError(f"{path}: {name} is {list(piece.shape)} {piece.dtype}, and {list(one.shape)} "
+                                      f"{one.dtype} in {paths[0].name}. Are the parts of one model?")  # fmt: skip
+    tensors = {}
+    for name, first in named[0].items():
+        shape, dim = list(first.shape), shard_dim(name) if len(named) > 1 else None
+        if dim is not None and dim >= len(shape):
+            raise CheckpointError(f"{first}: {name} has shape {shape}, expected {dim + 1} dims.")
+        if dim is not None:
+            shape[dim] *= len(named)
+        tensors[name] = SourceTensor(name, tuple(shape), first.dtype, tuple(part[name] for part in named), dim)
+    return tensors
 
 
 def _check_count(tensors: Mapping[str, SourceTensor], found: Found) -> None:
