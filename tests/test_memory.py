@@ -1,4 +1,4 @@
-"""Memory that others allocate, in large pages."""
+"""How tensors get their memory, and how much there is."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from minopt import memory
 from minopt.memory import in_large_pages
 
 SIZE = 2**26
@@ -45,3 +46,39 @@ def test_what_is_allocated_within_lies_in_large_pages_and_is_the_same() -> None:
     assert in_pages_of_2_mb(numbers) >= SIZE - 2**22
     with pytest.raises(KeyError), in_large_pages():
         raise KeyError
+
+
+def test_what_a_container_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both versions of Linux' control groups, with page cache that gives way, and no limit at all."""
+    free = memory.available_memory(torch.device("cpu"))
+    assert free is None or free > 2**28
+    for version, names in ((1, ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache")),
+                           (2, ("memory.max", "memory.current", "file"))):  # fmt: skip
+        group = tmp_path / str(version) / ("memory" if version == 1 else "") / "box"
+        group.mkdir(parents=True)
+        for name, text in zip(names[:2], ("5000000", "3000000"), strict=True):
+            (group / name).write_text(text)
+        (group / "memory.stat").write_text(f"anon 1\n{names[2]} 1000000\n")
+        groups = tmp_path / f"{version}.groups"
+        groups.write_text("9:cpu:/box\n4:memory:/box\n" if version == 1 else "0::/box\n")
+        monkeypatch.setattr(memory, "_GROUPS", groups)
+        monkeypatch.setattr(memory, "_GROUP_ROOT", tmp_path / str(version))
+        assert list(memory._free_in_cgroup()) == [3_000_000]
+        (group / "memory.stat").write_text(f"{names[2]} 1000000\n{'total_' if version == 1 else ''}shmem 400000\n")
+        assert list(memory._free_in_cgroup()) == [2_600_000]  # files in memory stay
+        for name, text in zip(names[:2], ("4000000", "3500000"), strict=True):  # of the group around it
+            (group.parent / name).write_text(text)
+        (group.parent / "memory.stat").write_text(f"{names[2]} 0\n")
+        assert list(memory._free_in_cgroup()) == [2_600_000, 500_000]
+        for folder in (group, group.parent):
+            (folder / names[0]).write_text("max")
+        assert list(memory._free_in_cgroup()) == []
+
+
+def test_large_tensors_have_pages_of_their_own() -> None:
+    for shape, dtype in (((3, 5), torch.int8), ((700, 1000), torch.float32), ((3_000_001,), torch.int8)):
+        tensor = memory.empty(shape, dtype)
+        assert (tensor.shape, tensor.dtype, tensor.is_contiguous()) == (shape, dtype, True)
+        tensor.fill_(1)
+        assert tensor.sum() == tensor.numel()
+        assert tensor.numel() < 10**5 or tensor.data_ptr() % 2**21 == 0

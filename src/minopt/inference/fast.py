@@ -15,11 +15,12 @@ from torch import Tensor
 from minopt import int8
 from minopt.cache import KVCache
 from minopt.checkpoint.checkpoint import Checkpoint
+from minopt.checkpoint.tensors import Share
 from minopt.checkpoint.weights import read_weights
 from minopt.config import OPTConfig
 from minopt.inference.frozen import Frozen, InferenceOPT, norm, refuse
 from minopt.inference.linear import OUTLIERS_FROM, Product, build_product, packs
-from minopt.inference.plan import shortage
+from minopt.inference.plan import check_fits
 from minopt.load_options import LoadOptions
 from minopt.memory import empty
 from minopt.model import Packed, attend
@@ -29,19 +30,18 @@ _NORMS = ("self_attn_layer_norm", "final_layer_norm")
 
 
 class FastOPT(InferenceOPT):
-    """An OPT for inference that is fast.
+    """An OPT for inference that is fast. It has all methods of ``OPT``.
 
-    It has all methods of ``OPT``. ``state_dict`` gives the plain weights, to the bit; beside them no copy is kept but
-    the head's, which the token table cannot serve in another layout.
+    ``state_dict`` gives the plain weights, to the bit. The only weight held twice is the head's, for the token table
+    cannot serve it in another layout.
 
     Args:
         config: shape and options.
-        weights: an OPT's, with their names; taken one after the other, so that one that nobody else holds is freed as
-            soon as it is packed. Those of the layers may be int8, with scales under ``minopt.int8``'s names; the head
+        weights: of an OPT, with their names. Each is taken when its turn comes and freed as soon as it is packed, if
+            nobody else holds it. Those of the layers may be int8, with scales under ``minopt.int8``'s names; the head
             becomes int8 then too.
-        lookup: see ``InferenceOPT``; of the token table.
-        summed: what the products become that write to the residual stream (``out_proj``, ``fc2``); ``None`` leaves
-            them as they are.
+        lookup: makes a lookup of tokens of the token table; ``None`` looks into it.
+        summed: wraps the products that write to the residual stream (``out_proj``, ``fc2``).
     """
 
     def __init__(
@@ -50,9 +50,9 @@ class FastOPT(InferenceOPT):
         weights: Iterable[tuple[str, Tensor]],
         *,
         lookup: Callable[[Tensor], Callable[[Tensor], Tensor]] | None = None,
-        summed: Callable[[Product], Product] | None = None,
+        summed: Callable[[Product], Product] = lambda product: product,
     ) -> None:
-        build = _Builder(weights, config, summed or (lambda product: product))
+        build = _Builder(weights, config, summed)
         table = build.take("embed_tokens.weight").detach()
         layers = [FastLayer(config, index, build) for index in range(config.num_hidden_layers)]
         weight, scale = int8.quantize(table) if build.in_int8 else (table, None)
@@ -97,13 +97,14 @@ def build(checkpoint: Checkpoint, options: LoadOptions) -> FastOPT:
     Raises:
         ValueError: if it does not fit into memory.
     """
+    check_fits(checkpoint, options)
     return FastOPT(checkpoint.config, weights_of(checkpoint, options))
 
 
-def weights_of(checkpoint: Checkpoint, options: LoadOptions) -> Iterator[tuple[str, Tensor]]:
-    """The weights that a ``FastOPT`` is built of, if they fit into memory."""
-    if reason := shortage(checkpoint, options.device, options.dtype, quantize=options.quantize):
-        raise ValueError(reason)
+def weights_of(
+    checkpoint: Checkpoint, options: LoadOptions, share: Share | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """The weights that a ``FastOPT`` is built of, or one process' share of them."""
     return read_weights(
         checkpoint,
         options.device,
@@ -111,22 +112,19 @@ def weights_of(checkpoint: Checkpoint, options: LoadOptions) -> Iterator[tuple[s
         apart=packs(options.dtype),
         keep_int8=True,
         quantize=options.quantize is not None,
+        share=share,
     )
 
 
 class _Builder:
-    """Takes weights as they come, and makes products of them.
-
-    Attributes:
-        in_int8: whether layers' weights are.
-    """
+    """Takes weights as they come, and makes products and norms of them."""
 
     def __init__(
         self, weights: Iterable[tuple[str, Tensor]], config: OPTConfig, summed: Callable[[Product], Product]
     ) -> None:
         self._coming, self._waiting = iter(weights), dict[str, Tensor]()
-        self.in_int8, self.outliers, self._config = False, config.hidden_size >= OUTLIERS_FROM, config
-        self.summed = summed
+        self._config, self.summed, self.outliers = config, summed, config.hidden_size >= OUTLIERS_FROM
+        self.in_int8 = False  # whether the layers' weights are
 
     def take(self, name: str) -> Tensor:
         while name not in self._waiting:
@@ -138,7 +136,7 @@ class _Builder:
         return self._waiting | dict(self._coming)
 
     def __call__(self, prefix: str, names: tuple[str, ...], activation: str = "none") -> Product:
-        """Of one linear layer, or of several that read the same, side by side."""
+        """The product of one linear layer, or of several side by side that have the same input."""
         weight = self._joined(f"{prefix}{name}.weight" for name in names)
         scale = bias = None
         if weight.dtype == torch.int8:
@@ -163,8 +161,8 @@ class _Builder:
 class FastLayer(Frozen):
     """``DecoderLayer`` with four products: query, key and value are one.
 
-    Between two products everything is in cold caches, for the weights have gone through them: a lookup or a call that
-    takes a microsecond elsewhere takes five here.
+    Products and norms are plain callables in attributes, not modules: the weights have just gone through all caches, so
+    that a call or a lookup that takes a microsecond elsewhere takes five here.
     """
 
     def __init__(self, config: OPTConfig, index: int, build: _Builder) -> None:

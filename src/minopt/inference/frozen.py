@@ -31,12 +31,9 @@ def refuse(what: str) -> NoReturn:
 
 
 class Weight(Tensor):
-    """A weight of a model for inference, which may be in another layout: it is read when its numbers are needed.
+    """A weight of a model for inference, which may be in another layout: ``read`` gives it when numbers are needed.
 
-    Args:
-        read: gives the tensor.
-        like: a tensor of its shape and dtype.
-        device: of the weight; ``None`` is that of ``like``.
+    ``like`` has its shape and dtype.
     """
 
     _is_param = True  # isinstance(weight, nn.Parameter)
@@ -53,8 +50,7 @@ class Weight(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Calls of Python's interface."""
-        kwargs = kwargs or {}
-        if func == _IS_LEAF or (func in _SET_GRADIENTS and all([*args[1:], *kwargs.values()])):
+        if func == _IS_LEAF or (func in _SET_GRADIENTS and all([*args[1:], *(kwargs or {}).values()])):
             refuse("its weights cannot be trained")
         if func == _SET_DATA:
             refuse("its weights cannot be changed")
@@ -64,7 +60,7 @@ class Weight(Tensor):
                 if func in _ADDRESSES:  # an address has to hold as long as the weight does
                     args[0].read = lambda: whole
                 args = (whole, *args[1:])
-            return func(*args, **kwargs)
+            return func(*args, **(kwargs or {}))
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
@@ -138,12 +134,7 @@ class Frozen(nn.Module):
 
 
 class Part(Frozen):
-    """A part of a model outside of its layers.
-
-    Args:
-        run: maps the input to the output.
-        weights: by their names in the module that this stands for.
-    """
+    """A part of a model outside of its layers: what it computes, and its weights by name."""
 
     def __init__(self, run: Callable[[Tensor], Tensor], **weights: Tensor | None) -> None:
         super().__init__()

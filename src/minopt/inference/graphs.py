@@ -15,6 +15,7 @@ from torch import Tensor
 from minopt.cache import KVCache
 from minopt.checkpoint.checkpoint import Checkpoint
 from minopt.inference.fast import FastOPT, weights_of
+from minopt.inference.plan import check_fits
 from minopt.load_options import LoadOptions
 
 # Capacities are rounded up to it, so that texts of like lengths share a graph; attention wants a multiple of 8.
@@ -93,6 +94,7 @@ def build(checkpoint: Checkpoint, options: LoadOptions) -> GraphedOPT:
     Raises:
         ValueError: if it does not fit into memory.
     """
+    check_fits(checkpoint, options)
     model = GraphedOPT(checkpoint.config, weights_of(checkpoint, options))
     model.compile_step = options.optimize == "compile"
     return model

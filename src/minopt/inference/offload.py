@@ -23,7 +23,7 @@ from minopt.checkpoint.tensors import main_dtype
 from minopt.checkpoint.weights import read_weights
 from minopt.inference.frozen import Frozen, InferenceOPT, refuse
 from minopt.inference.linear import Plain
-from minopt.inference.plan import shortage
+from minopt.inference.plan import check_fits
 from minopt.load_options import LoadOptions
 from minopt.model import DecoderLayer, Packed
 
@@ -89,8 +89,7 @@ def build(checkpoint: Checkpoint, options: LoadOptions) -> StreamedOPT:
     Raises:
         ValueError: if what has to stay in memory does not fit.
     """
-    if reason := shortage(checkpoint, options.device, options.dtype, offload=options.offload):
-        raise ValueError(reason)
+    check_fits(checkpoint, options)
     return StreamedOPT(checkpoint, options.device, options.dtype, in_memory=options.offload == "cpu")
 
 

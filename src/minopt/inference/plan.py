@@ -22,6 +22,7 @@ from minopt.checkpoint.tensors import Share, main_dtype
 from minopt.config import PRESETS, OPTConfig
 from minopt.devices import DTYPES
 from minopt.inference.linear import Blocked, OneDNN, Plain, kind_on_cpu
+from minopt.load_options import LoadOptions
 from minopt.memory import available_memory
 from minopt.progress import size_of
 from minopt.strangers import is_exported
@@ -161,26 +162,16 @@ def rows_that_fit(config: OPTConfig, memory: int, **options: Any) -> int:
     return 2 + (memory - two) // (three - two)
 
 
-def shortage(
-    checkpoint: Checkpoint,
-    device: torch.device,
-    dtype: torch.dtype | None,
-    *,
-    devices: int = 1,
-    offload: str | None = None,
-    quantize: str | None = None,
-) -> str | None:
-    """Why a checkpoint does not fit into the memory that is free, and what would; ``None`` if it fits.
+def check_fits(checkpoint: Checkpoint, options: LoadOptions, devices: int = 1) -> None:
+    """Refuses a checkpoint that does not fit into the memory that is free, divided among so many devices.
 
-    Args:
-        checkpoint: an open one.
-        device: of this process.
-        dtype: ``None`` is ``"auto"``.
-        devices, offload, quantize: see ``plan_generation``.
+    Raises:
+        ValueError: saying what would fit.
     """
+    device, dtype, offload, quantize = options.device, options.dtype, options.offload, options.quantize
     free, host = available_memory(device), available_memory(torch.device("cpu"))
     if free is None:
-        return None
+        return
     dtype = dtype or (torch.float32 if device.type == "cpu" else main_dtype(checkpoint.tensors.values()))
     if any(tensor.scale is not None for tensor in checkpoint.tensors.values()):
         quantize = "int8"
@@ -196,12 +187,12 @@ def shortage(
 
     where, waiting = checkpoint.found.folder, plan().host if offload == "cpu" else 0
     if host is not None and waiting > host:
-        return (
+        raise ValueError(
             f"memory: the layers of {where} take {size_of(waiting)} of the machine's memory, and "
             f"{size_of(host)} are free. What fits: offload disk."
         )
     if needed() <= free:
-        return None
+        return
     fitting = [
         f"{name} (without torchrun)" if devices > 1 and "devices" in changes else name
         for name, changes in _WAYS.items()
@@ -209,7 +200,7 @@ def shortage(
     ]
     name = str(dtype).removeprefix("torch.") if quantize is None else "int8"
     among = f", divided among {devices}" if devices > 1 else ""
-    return (
+    raise ValueError(
         f"memory: {where} takes {size_of(needed())} as {name}{among}, and "
         f"{size_of(free)} are free on this {'GPU' if device.type == 'cuda' else 'machine'}. "
         + (f"What fits: {'; '.join(fitting)}." if fitting else "See minopt plan.")

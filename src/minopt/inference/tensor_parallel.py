@@ -1,8 +1,8 @@
 """A model divided among processes: each has some heads, some inner units of the feed-forward, some of the vocabulary.
 
-The division is Megatron's (arXiv 1909.08053), and that of metaseq's model parallel parts: what a process reads is in
-``checkpoint.names.shard_dim``. Here is what the processes tell each other: two sums a layer, one of the tokens'
-embeddings, and the logits. Tensors are local and collectives plain: DTensor's dispatch takes longer than a small layer.
+The division is Megatron's (arXiv 1909.08053), and that of metaseq's parts: ``checkpoint.names.shard_dim``
+says what a process reads. The processes exchange two sums a layer, one sum of the tokens' embeddings, and the logits.
+Tensors are local and collectives plain: DTensor's dispatch takes longer than a small layer.
 
 Shapes: V vocabulary, N processes, W = V / N rounded up.
 """
@@ -23,12 +23,11 @@ from minopt.cache import KVCache
 from minopt.checkpoint.checkpoint import Checkpoint
 from minopt.checkpoint.inspect import check_same_seen, fingerprint
 from minopt.checkpoint.tensors import Share
-from minopt.checkpoint.weights import read_weights
 from minopt.config import OPTConfig
 from minopt.distributed import end_well, watch_group
-from minopt.inference.fast import FastOPT
-from minopt.inference.linear import Product, packs
-from minopt.inference.plan import check_divides, shortage
+from minopt.inference.fast import FastOPT, weights_of
+from minopt.inference.linear import Product
+from minopt.inference.plan import check_divides, check_fits
 from minopt.load_options import LoadOptions
 
 # Biases of the layers of which each process has some inputs, so that their outputs are sums over all processes.
@@ -101,39 +100,34 @@ def check(options: LoadOptions) -> None:
 
 
 def build(checkpoint: Checkpoint, options: LoadOptions) -> ParallelOPT:
-    """This process' share of a checkpoint, and nothing else of it but what all processes hold.
+    """This process' share of a checkpoint, for ``minopt.load``; it reads nothing else but what all processes hold.
 
     Raises:
         ValueError: as ``ParallelOPT`` does, or if it does not fit into memory; ``CheckpointError`` if processes see
             different checkpoints.
     """
-    assert options.mesh is not None
-    share = share_of(checkpoint.config, options.mesh)
+    mesh = options.mesh
+    assert mesh is not None
+    share = share_of(checkpoint.config, mesh)
     end_well()
-    watch = watch_group(options.mesh.get_group())
+    watch = watch_group(mesh.get_group())
     try:
-        model = _load_share(checkpoint, options, options.mesh, share)
+        shortage = ""
+        try:
+            check_fits(checkpoint, options, share.count)
+        except ValueError as error:
+            shortage = str(error)
+        seen = [("", "")] * share.count
+        dist.all_gather_object(seen, (fingerprint(checkpoint), shortage), group=mesh.get_group())
+        check_same_seen(checkpoint.found.folder, [other for other, _ in seen])
+        if shortages := [reason for _, reason in seen if reason]:
+            raise ValueError(shortages[0])
+        model = ParallelOPT(checkpoint.config, weights_of(checkpoint, options, share), mesh)
     except BaseException:
         watch.stop(well=False)
         raise
     weakref.finalize(model, watch.stop)
     return model
-
-
-def _load_share(checkpoint: Checkpoint, options: LoadOptions, mesh: DeviceMesh, share: Share) -> ParallelOPT:
-    device, dtype = options.device, options.dtype
-    reason = shortage(checkpoint, device, dtype, devices=share.count, quantize=options.quantize)
-    seen: list[tuple[str, str | None]] = [("", None)] * share.count
-    dist.all_gather_object(seen, (fingerprint(checkpoint), reason), group=mesh.get_group())
-    check_same_seen(checkpoint.found.folder, [other for other, _ in seen])
-    for _, reason in seen:
-        if reason is not None:
-            raise ValueError(reason)
-    quantize = options.quantize is not None
-    weights = read_weights(
-        checkpoint, device, dtype, apart=packs(dtype), keep_int8=True, quantize=quantize, share=share
-    )
-    return ParallelOPT(checkpoint.config, weights, mesh)
 
 
 def share_of(config: OPTConfig, mesh: DeviceMesh) -> Share:
