@@ -49,8 +49,8 @@ class Finetune(Command):
         from minopt.loading import load
         from minopt.training.data import read_data
         from minopt.training.prepare import template_of
-        from minopt.training.shares import NO_TOKENIZER
         from minopt.training.trainer import TrainingStopped, train
+        from minopt.training.weights import NO_TOKENIZER
 
         template = template_of(config)
         with processes(config.device) as world:

@@ -54,9 +54,9 @@ from minopt.training.run_folder import (
     remove_leftovers,
     set_aside,
 )
-from minopt.training.shares import fill, find, save
 from minopt.training.signals import StopSignal
 from minopt.training.tokens import Tokens
+from minopt.training.weights import fill, find, save
 
 logger = logging.getLogger(__name__)
 

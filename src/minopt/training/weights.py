@@ -1,4 +1,4 @@
-"""A model on its way from files to the processes that train it, and back: under FSDP share by share, never whole."""
+"""The weights of a model that is trained: read from a checkpoint, and saved. Under FSDP no process has all of them."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ from collections import deque
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
-from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from minopt.checkpoint.checkpoint import Checkpoint
@@ -24,8 +22,7 @@ from minopt.tokenizer import Tokenizer
 
 NO_TOKENIZER = "--model_name_or_path: expected a model with a tokenizer, {} has none. Add its files."
 
-# The first process holds so much beside its share while it writes.
-FILE_BYTES = 1_000_000_000
+FILE_BYTES = 1_000_000_000  # of one file of weights
 
 
 def find(name_or_path: str | Path, tokenizer: Tokenizer | None, world: World) -> tuple[Checkpoint, Tokenizer]:
@@ -74,7 +71,7 @@ def fill(model: OPT, checkpoint: Checkpoint, world: World) -> None:
         ValueError: (``CheckpointError``) if the files do not hold what they should.
         OSError: if they cannot be read.
     """
-    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+    if _is_sharded(model):
         world.first(checkpoint.check_head)
         world.each(lambda: _read_shares(model, checkpoint, Share(world.rank, world.size)))
     else:
@@ -100,7 +97,8 @@ def _read_shares(model: OPT, checkpoint: Checkpoint, share: Share) -> None:
 def save(model: OPT, folder: Path, tokenizer: Tokenizer, world: World) -> None:
     """Writes a model as ``save_model`` does, in the first process; every process has to call it.
 
-    The others send their shares of a parameter when its turn comes; the first process holds those of one file.
+    Under FSDP each process gathers one parameter at a time, on its device (docs/decisions.md says why not with
+    torch.distributed.checkpoint).
 
     Args:
         model: sharded or not.
@@ -110,32 +108,18 @@ def save(model: OPT, folder: Path, tokenizer: Tokenizer, world: World) -> None:
     Raises:
         FileExistsError, ValueError, OSError: as ``save_model`` does, in all processes.
     """
-    numbers = (_in_first(parameter, world) for parameter in model.parameters())
+    whole = (p.full_tensor() if isinstance(p, DTensor) else p for p in model.parameters())
 
     def write() -> None:
         try:
             if world.is_first:
-                save_model(model, folder, tokenizer, max_shard_bytes=FILE_BYTES, numbers=numbers, force=True)
+                save_model(model, folder, tokenizer, max_shard_bytes=FILE_BYTES, numbers=whole, force=True)
         finally:
-            if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
-                deque(numbers, maxlen=0)  # what the others have to send, even where the first cannot go on
+            if _is_sharded(model):
+                deque(whole, maxlen=0)  # the other processes gather with the first, which gathers on after an error
 
     world.each(write)
 
 
-def _in_first(parameter: Tensor, world: World) -> Tensor:
-    """A parameter on the CPU: whole in the first process; in the others what they have of it."""
-    if not isinstance(parameter, DTensor):
-        return parameter.cpu()
-    own = parameter.to_local().cpu()
-    if not world.is_first:
-        if len(own):
-            dist.send(own, 0)
-        return own
-    whole = own.new_empty(parameter.shape)
-    whole[: len(own)] = own
-    for rank in range(1, world.size):
-        start, stop = Share(rank, world.size).of(len(whole))
-        if start < stop:
-            dist.recv(whole[start:stop], rank)
-    return whole
+def _is_sharded(model: OPT) -> bool:
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())

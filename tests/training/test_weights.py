@@ -26,7 +26,7 @@ from minopt.checkpoint import save, tensors
 from minopt.checkpoint.open import open_checkpoint
 from minopt.checkpoint.tensors import Share, SourceTensor
 from minopt.distributed import World
-from minopt.training import shares
+from minopt.training import weights
 from minopt.training.config import TrainingConfig
 from minopt.training.loss import ModelWithLoss
 from minopt.training.parallel import apply_fsdp
@@ -80,8 +80,8 @@ def read(folder: Path, world: World, saved: str = "{} of {}") -> Read:
     model = OPT(checkpoint.config, device="meta")
     apply_fsdp(ModelWithLoss(model), model, None, world.device)
     with counted() as numbers:
-        shares.fill(model, checkpoint, world)
-    shares.save(model, folder.parent / saved.format(folder.name, world.size), tokenizer(), world)
+        weights.fill(model, checkpoint, world)
+    weights.save(model, folder.parent / saved.format(folder.name, world.size), tokenizer(), world)
     named = dict(model.named_parameters())
     with torch.no_grad():
         local = {name: p.to_local().clone() for name, p in named.items()}  # type: ignore[operator]
@@ -193,11 +193,11 @@ def work(rank: int, size: int, folder: Path) -> None:
     world, found = World(rank, size, torch.device("cpu")), dict[str, Any]()
     try:
         found |= {name: read(folder / name, world) for name in READ}
-        mirrored = mock.patch.object(shares, "Share", lambda index, count: Share(count - 1 - index, count))
+        mirrored = mock.patch.object(weights, "Share", lambda index, count: Share(count - 1 - index, count))
         if size == 2:
             with mirrored:
                 found["mirrored"] = read(folder / "safetensors", world, "mirrored")
-            with mock.patch.object(shares, "FILE_BYTES", FILE_BYTES):
+            with mock.patch.object(weights, "FILE_BYTES", FILE_BYTES):
                 for kind, way in RUNS:
                     for by_name in (True, False):
                         fine_tune(folder, kind, way, by_name=by_name)
@@ -210,7 +210,7 @@ def work(rank: int, size: int, folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = tmp_path_factory.mktemp("shares")
+    made = tmp_path_factory.mktemp("weights")
     write_models(made)
     return made
 
