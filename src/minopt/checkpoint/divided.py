@@ -18,9 +18,7 @@ METADATA = ".metadata"
 
 _OTHERS = ("optimizer.", "optim.")  # what training keeps beside the model
 
-_Piece = tuple[
-    tuple[int, ...], str, int, int
-]  # where it begins in the tensor; its file; its first byte there, and bytes
+_Piece = tuple[tuple[int, ...], str, int, int]  # its beginning in the tensor; file, first byte there, and length
 
 
 def open_divided(folder: Path) -> dict[str, Slice]:
@@ -33,19 +31,16 @@ def open_divided(folder: Path) -> dict[str, Slice]:
     path = folder / METADATA
     try:
         shapes, pieces = _read_metadata(path)
-    except (UnpickleError, AttributeError, LookupError, TypeError, ValueError) as error:
+    except (UnpickleError, AttributeError, LookupError, TypeError) as error:
         raise CheckpointError(f"{path}: cut short or no checkpoint's ({error}). Use another checkpoint.") from None
     places: dict[str, dict[str, tuple[int, int]]] = {}
     for key, own in pieces.items():
-        for offset, name, start, length in own:
+        for _, name, start, length in own:
             if Path(name).name != name:
                 raise CheckpointError(f"{path}: files must lie in the folder itself, got {name[:80]}.")
-            places.setdefault(name, {})[_name(key, offset)] = (start, length)
-    for name in places:
-        if not (folder / name).is_file():
-            raise MissingFileError(
-                f"{folder / name}: expected this file of the checkpoint, found none. Fetch it again."
-            )
+            places.setdefault(name, {})[key] = (start, length)
+    if missing := [folder / name for name in places if not (folder / name).is_file()]:
+        raise MissingFileError(f"{missing[0]}: expected this file of the checkpoint, found none. Fetch it again.")
     files = {name: open_pieces(folder / name, own) for name, own in places.items()}
     front = "model." if all(key.startswith("model.") for key in pieces) else ""  # beside which training has others
     return {
@@ -63,9 +58,8 @@ def _read_metadata(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, li
     for index, place in metadata["storage_data"].items():
         key, offset = index.state["fqn"], tuple(index.state.get("offset") or ())
         name, start, length = (place.state[field] for field in ("relative_path", "offset", "length"))
-        if not all(is_int(n) and 0 <= n < 2**48 for n in (*offset, start, length)) or place.state.get(
-            "transform_descriptors"
-        ):
+        are_sizes = all(is_int(n) and 0 <= n < 2**48 for n in (*offset, start, length))
+        if not are_sizes or place.state.get("transform_descriptors"):
             raise UnpickleError(f"a place that is none, of {str(key)[:80]}")
         about = metadata["state_dict_metadata"][key].state or {}
         if not key.startswith(_OTHERS) and "size" in about:
@@ -74,25 +68,19 @@ def _read_metadata(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, li
     return shapes, pieces
 
 
-def _name(key: str, offset: tuple[int, ...]) -> str:
-    """What a piece is called in its file: by its tensor's key, and where it begins unless that is the beginning."""
-    return f"{key} from {list(offset)}" if any(offset) else key
-
-
 def _joined(
     folder: Path, key: str, shape: tuple[int, ...], pieces: list[_Piece], files: dict[str, TensorFile]
 ) -> Slice:
-    """A tensor from its pieces, which must follow one another along dim 0."""
-    runs: list[Run] = []
-    rows, dtype = 0, files[pieces[0][1]].dtypes[_name(key, pieces[0][0])]
+    """A tensor from its pieces, which must follow one another along dim 0, each in a file of its own."""
+    rows, dtype = 0, files[pieces[0][1]].dtypes[key]
     for offset, name, _, _ in pieces:
-        file, own_key = files[name], _name(key, offset)
-        own = file.shapes[own_key]
-        if own[1:] != shape[1:] or (offset or (0,)) != (rows, *(0 for _ in shape[1:])) or file.dtypes[own_key] != dtype:
+        own = files[name].shapes[key]
+        is_next = own[1:] == shape[1:] and (offset or (0,)) == (rows, *(0 for _ in shape[1:]))
+        if not is_next or files[name].dtypes[key] != dtype or len({piece[1] for piece in pieces}) < len(pieces):
             raise CheckpointError(f"{folder}: {key}: expected pieces that follow one another by rows, got one of shape "
                                   f"{list(own)} at {list(offset)} of {list(shape)}.")  # fmt: skip
         rows += own[0] if own else 1
-        runs.append(Run(file, own_key, 0, math.prod(own)))
     if rows != (shape[0] if shape else 1):
         raise CheckpointError(f"{folder}: {key}: expected {shape[0]} rows, got {rows}. Is a process' file missing?")
+    runs = [Run(files[name], key, 0, math.prod(files[name].shapes[key])) for _, name, _, _ in pieces]
     return Slice(shape, dtype, tuple(runs))

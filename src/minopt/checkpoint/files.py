@@ -60,32 +60,25 @@ class TensorFile:
         tensor = self._tensors[key]
         return tensor.begin if tensor.is_contiguous else None
 
-    def map(self, key: str) -> Tensor:
-        """A tensor in the file's own pages: nothing is read until it is used. Writing to it leaves the file alone."""
+    def map(self, key: str, *, apart: bool = False) -> Tensor:
+        """A tensor in the file's own pages: nothing is read until it is used. Writing to it leaves the file alone.
+
+        Args:
+            key: one of ``shapes``.
+            apart: in pages that are freed with it. Such a tensor holds an open file.
+        """
         tensor = self._tensors[key]
-        if self._mapping is None:
+        if apart or tensor.span == 0 or tensor.begin % tensor.dtype.itemsize:
             with self._open() as file:
-                self._mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        end = tensor.begin + tensor.span * tensor.dtype.itemsize
-        if end > len(self._mapping):
-            raise CheckpointError(self._cut_short)
-        if tensor.span == 0 or tensor.begin % tensor.dtype.itemsize:  # processors want numbers aligned
-            numbers = torch.empty(tensor.span, dtype=tensor.dtype)
-            numbers.view(torch.uint8).numpy()[:] = memoryview(self._mapping)[tensor.begin : end]
+                numbers = self._pages(file, tensor.begin, tensor.span, tensor.dtype)
         else:
+            if self._mapping is None:
+                with self._open() as file:
+                    self._mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            if tensor.begin + tensor.span * tensor.dtype.itemsize > len(self._mapping):
+                raise CheckpointError(self._cut_short)
             numbers = torch.frombuffer(self._mapping, dtype=tensor.dtype, count=tensor.span, offset=tensor.begin)
         return numbers.as_strided(tensor.shape, tensor.stride)
-
-    def map_apart(self, key: str, start: int, count: int) -> Tensor | None:
-        """Some numbers of a tensor in pages of their own, which go with it; ``None`` if they cannot be mapped.
-
-        Each holds an open file: use it for what is soon freed.
-        """
-        stored, begin = self.dtypes[key], self.begins_at(key)
-        if stored is None or begin is None or begin % stored.itemsize or count == 0:
-            return None
-        with self._open() as file:
-            return self._pages(file, begin + start * stored.itemsize, count, stored)
 
     def read_into(self, out: Tensor, key: str, start: int = 0) -> None:
         """Fills ``out`` with numbers of a tensor, cast to its dtype.
@@ -100,7 +93,7 @@ class TensorFile:
         """
         stored, begin = self.dtypes[key], self.begins_at(key)
         assert stored is not None
-        if begin is None or (begin % stored.itemsize and stored != out.dtype):
+        if begin is None:
             out.copy_(self.map(key).reshape(-1)[start : start + out.numel()])
             return
         begin += start * stored.itemsize
@@ -130,13 +123,18 @@ class TensorFile:
         return file
 
     def _pages(self, file: Any, begin: int, count: int, dtype: torch.dtype) -> Tensor:
-        """Numbers from a byte on, which is a multiple of their size, in a mapping of their own."""
+        """Numbers from a byte on, in a mapping of their own."""
+        if count == 0:
+            return torch.empty(0, dtype=dtype)
         page = begin - begin % mmap.ALLOCATIONGRANULARITY
         length = begin - page + count * dtype.itemsize
         if page + length > os.fstat(file.fileno()).st_size:
             raise CheckpointError(self._cut_short)
         pages = mmap.mmap(file.fileno(), length, access=mmap.ACCESS_COPY, offset=page)
-        return torch.frombuffer(pages, dtype=dtype, count=count, offset=begin - page)
+        if begin % dtype.itemsize == 0:
+            return torch.frombuffer(pages, dtype=dtype, count=count, offset=begin - page)
+        numbers = torch.frombuffer(pages, dtype=torch.uint8, count=count * dtype.itemsize, offset=begin - page)
+        return numbers.clone().view(dtype)  # processors want numbers aligned
 
     def _fill(self, file: Any, begin: int, out: Tensor) -> None:
         file.seek(begin)

@@ -30,6 +30,7 @@ _MOST_DIMS = 8
 # What begins a file from before torch 1.6: torch.serialization's magic number, and the only version that there was.
 _LEGACY_MAGIC, _LEGACY_VERSION = 0x1950A86A20F9469CFC6C, 1001
 
+# torch.save names dtypes by classes of storages.
 _DTYPES = {
     "DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
     "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32,
@@ -106,9 +107,8 @@ def read_pickle(file: BinaryIO | mmap.mmap) -> tuple[Any, dict[str, Storage]]:
     """Reads one pickle from where the file stands, and leaves the file behind the pickle's last byte.
 
     Returns:
-        What the pickle holds, and the storages that it names, by their keys. It holds None, booleans, numbers, strings,
-        bytes, tuples, lists (also for sets), ``StoredTensor``, ``Storage``, ``Global``, ``Placeholder``, and dicts of
-        them, whose keys are strings and placeholders (also for keys of other types).
+        What the pickle holds, and the storages that it names, by their keys. A set becomes a list. A key of a dict that
+        is no text becomes a ``Placeholder``.
 
     Raises:
         UnpickleError: if it is damaged, or describes a tensor that does not lie within its storage.
@@ -153,17 +153,12 @@ class _Machine:
         return [self.stack.pop() for _ in range(count)][::-1]
 
     def extend(self, values: list[Any]) -> None:
-        target = self.stack[-1]
-        if isinstance(target, list):
-            target.extend(values)
-        elif not isinstance(target, Placeholder):
-            raise UnpickleError(f"damaged pickle, values appended to a {type(target).__name__}")
+        if not isinstance(self.stack[-1], Placeholder):
+            self.stack[-1].extend(values)
 
     def set_items(self, pairs: list[Any]) -> None:
         target = self.stack[-1]
         entries = target.items if isinstance(target, Placeholder) else target
-        if not isinstance(entries, dict):
-            raise UnpickleError(f"damaged pickle, items set on a {type(target).__name__}")
         for key, value in zip(pairs[::2], pairs[1::2], strict=True):
             # A file can choose numbers that collide in a dict, and tuples so deep that hashing them ends the process.
             entries[key if isinstance(key, str | Placeholder) else Placeholder(type(key).__name__)] = value
@@ -237,11 +232,10 @@ def _called(function: Any, arguments: Any) -> Any:
 
 def _tensor(storage: Any, offset: Any, shape: Any, stride: Any) -> StoredTensor:
     if not isinstance(storage, Storage):
-        raise UnpickleError(f"a tensor of something that is no storage ({type(storage).__name__})")
-    if not (isinstance(shape, tuple) and isinstance(stride, tuple) and len(shape) == len(stride) <= _MOST_DIMS):
-        raise UnpickleError("a tensor whose shape and strides do not belong together")
-    if not all(is_int(n) and 0 <= n <= _MOST_NUMBERS for n in (offset, *shape, *stride)):
-        raise UnpickleError("a tensor whose shape, strides or offset are out of range")
+        raise UnpickleError(f"a tensor without a storage, with a {type(storage).__name__} in its place")
+    is_form = isinstance(shape, tuple) and isinstance(stride, tuple) and len(shape) == len(stride) <= _MOST_DIMS
+    if not is_form or not all(is_int(n) and 0 <= n <= _MOST_NUMBERS for n in (offset, *shape, *stride)):
+        raise UnpickleError("a tensor whose shape, strides or offset are not numbers in range")
     tensor = StoredTensor(storage, offset, shape, stride)
     if max(tensor.span + offset, math.prod(shape)) > storage.numel:
         raise UnpickleError(f"a tensor of shape {list(shape)}, strides {list(stride)} and offset {offset} does not fit "

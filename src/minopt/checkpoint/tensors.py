@@ -89,10 +89,7 @@ class Slice:
         if len(self.runs) != 1 or self.scale is not None:
             return None
         run = self.runs[0]
-        if apart:
-            numbers = run.file.map_apart(run.key, run.start, run.stop - run.start)
-            return None if numbers is None else numbers.view(self.shape)
-        tensor = run.file.map(run.key)
+        tensor = run.file.map(run.key, apart=apart)
         if tensor.shape == self.shape:
             return tensor
         return tensor.reshape(-1)[run.start : run.stop].view(self.shape)
