@@ -12,7 +12,7 @@ from torch import Tensor
 
 import minopt.model as model_module
 from minopt import OPT
-from minopt.model import Packed
+from minopt.masks import Packed
 from minopt.training.parallel import wrapped_layers
 from tests.conftest import SIZE, build_ours, lively
 

@@ -10,8 +10,6 @@ parameter: the head is the token table, so that the two cannot come apart.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +17,7 @@ from torch import Tensor, nn
 
 from minopt.cache import KVCache
 from minopt.config import OPTConfig
+from minopt.masks import Packed, causal_mask, positions
 
 # Rows 0 and 1 of the position table belong to no token: fairseq, where OPT was trained, counts positions
 # from padding_idx + 1 = 2 and gives padding row 1 (metaseq, utils.make_positions).
@@ -49,17 +48,6 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "leaky_relu": F.leaky_relu, "hardswish": F.hardswish, "mish": F.mish, "tanh": torch.tanh,
     "sigmoid": torch.sigmoid, "linear": _linear,
 }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Packed:
-    """Texts one behind another in a single row, each of which attends to itself alone: rows without padding.
-
-    Attributes:
-        lengths: of the texts, in tokens; their sum is the row's.
-    """
-
-    lengths: tuple[int, ...]
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -120,7 +108,7 @@ class Attention(nn.Module):
 def attend(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | Packed | None, dropout: float = 0.0, scale: float = 1.0
 ) -> Tensor:
-    """Causal attention of ``q`` ``[B, H, T, D]`` to ``k`` and ``v`` ``[B, H, S, D]``; ``mask`` is ``causal_mask``'s."""
+    """Causal attention of ``q`` ``[B, H, T, D]`` to ``k`` and ``v`` ``[B, H, S, D]``, under ``DecoderLayer``'s mask."""
     if isinstance(mask, Packed):
         return _attend_apart(q * scale, k, v, mask, dropout)
     if mask is None and q.shape[2] > 1:  # a branch and no argument: T may be symbolic, which is_causal may not
@@ -309,9 +297,11 @@ class OPT(nn.Module):
         self._check_shapes(input_ids, attention_mask, position_ids, cache)
         T = input_ids.shape[1]
         if position_ids is None:
-            position_ids = _positions(attention_mask, past, T, input_ids.device)
+            position_ids = positions(attention_mask, past, T, input_ids.device)
         S = cache.capacity if cache is not None and isinstance(past, Tensor) else int(past) + T
-        mask = causal_mask(attention_mask, past, T, S, input_ids.device)
+        mask = attention_mask
+        if not (isinstance(mask, Packed) or (mask is not None and mask.ndim == 4)):
+            mask = causal_mask(mask, past, T, S, input_ids.device)
         x = self.embed_tokens(input_ids)
         if self.project_in is not None:
             x = self.project_in(x)
@@ -341,27 +331,16 @@ class OPT(nn.Module):
         """An empty cache for ``batch_size`` rows of up to ``capacity`` tokens, in the model's dtype and place."""
         return KVCache(self.config, batch_size, capacity, dtype=self.dtype, device=self.device)
 
-    def prefill(self, input_ids: Tensor, attention_mask: Tensor | None, cache: KVCache) -> Tensor:
-        """Reads prompts ``[B, T]`` into the cache. Returns the logits behind the last token, ``[B, V]``."""
-        return self(input_ids, attention_mask, cache=cache, logits_to_keep=1)[:, -1]
+    def read(
+        self, input_ids: Tensor, position_ids: Tensor, mask: Tensor | None, wanted: Tensor | None, cache: KVCache
+    ) -> Tensor:
+        """See ``Decoder.read``."""
+        h = self.hidden_states(input_ids, mask, position_ids, cache).flatten(0, 1)  # [B * T, E]
+        return self.head(h if wanted is None else h[wanted])
 
-    def decode_step(self, input_ids: Tensor, attention_mask: Tensor | None, cache: KVCache) -> Tensor:
-        """Reads one more token a row, ``[B, 1]``. Returns the logits behind it, ``[B, V]``."""
-        return self(input_ids, attention_mask, cache=cache)[:, -1]
-
-    def decode_beams(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, cache: KVCache) -> Tensor:
-        """Reads one more token of each of K beams, ``[B, K]``, into one row of the cache each prompt.
-
-        Args:
-            input_ids: ``[B, K]``.
-            attention_mask: boolean ``[B, K, S]``: which of the row's S tokens are a beam's own past.
-            position_ids: ``[B, K]``.
-            cache: of B rows, whatever the number of beams.
-
-        Returns:
-            The logits behind the tokens, ``[B, K, V]``.
-        """
-        return self(input_ids, attention_mask[:, None], position_ids, cache)
+    def agreed(self, decision: Tensor) -> Tensor:
+        """See ``Decoder.agreed``."""
+        return decision
 
     def _check_shapes(
         self, input_ids: Tensor, mask: Tensor | Packed | None, position_ids: Tensor | None, cache: KVCache | None
@@ -404,44 +383,3 @@ class OPT(nn.Module):
                     f"input_ids: {length} tokens cached + {T} new = {longest} positions, the model has {limit}. "
                     "Shorten the input."
                 )
-
-
-@lru_cache(16)
-def _positions(attention_mask: Tensor | Packed | None, past: int | Tensor, T: int, device: torch.device) -> Tensor:
-    """Position of each new token among the real tokens of its row, -1 for padding: ``[B, T]``, or ``[T]``."""
-    if isinstance(attention_mask, Packed):
-        return torch.cat([torch.arange(length, device=device) for length in attention_mask.lengths])
-    new = torch.arange(T, device=device) + past
-    if attention_mask is None or attention_mask.ndim == 4:
-        return new
-    real = attention_mask.long()
-    return (real.cumsum(1) * real - 1).index_select(1, new)
-
-
-def causal_mask(
-    attention_mask: Tensor | Packed | None, past: int | Tensor, T: int, S: int, device: torch.device
-) -> Tensor | Packed | None:
-    """Who attends to whom, for ``DecoderLayer``.
-
-    Args:
-        attention_mask: ``None``, ``[B, S]``, ``[B, 1, T, S]`` or ``Packed``, as ``OPT.hidden_states`` takes it.
-        past: tokens before the new ones; a tensor where S is the whole capacity of a cache.
-        T: new tokens.
-        S: keys to attend.
-        device: of the result.
-
-    Returns:
-        ``None`` where plain causal attention over all keys is meant (T == S, or T == 1 at the end); else boolean
-        ``[B or 1, 1, T, S]``, True = attend, or the ``Packed``. Every row attends at least to itself, padding too, so
-        that no kernel divides by zero.
-    """
-    if isinstance(attention_mask, Packed) or (attention_mask is not None and attention_mask.ndim == 4):
-        return attention_mask
-    if attention_mask is None and not isinstance(past, Tensor) and (T in (1, S)):
-        return None
-    query = (torch.arange(T, device=device) + past)[:, None]  # [T, 1]
-    key = torch.arange(S, device=device)
-    mask = (key <= query)[None, None]
-    if attention_mask is not None:
-        mask = mask & attention_mask[:, None, None, :].bool() | (key == query)
-    return mask

@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from minopt.cache import KVCache
 from minopt.generation.options import GenerationConfig
 from minopt.generation.request import EXHAUSTED, RUNNING, STOP_REASONS, GenerationOutput, Request, refuse
+from minopt.masks import mask_of_beams
 
 # Steps between two looks for slots that no running beam needs any more.
 COMPACT_EVERY = 16
@@ -79,7 +80,8 @@ def _search(request: Request) -> tuple[History, Finished]:
     (B, T), K, device = request.input_ids.shape, config.num_beams, decoder.device
     stopper, history = request.stopper(), History()
     cache = decoder.new_cache(B, T + K * (config.max_new_tokens - 1))
-    logits = decoder.prefill(request.input_ids, request.attention_mask, cache)[:, None].expand(-1, K, -1)  # [B, K, V]
+    logits = request.read_prompts(cache)[:, None].expand(-1, K, -1)  # [B, K, V]
+    position_ids = (T - request.padding(1))[:, None].expand(-1, K)
     sequences = request.input_ids[:, None].expand(-1, K, -1)  # [B, K, S]
     sums = torch.full((B, K), -torch.inf, dtype=torch.float32, device=device)  # scores, in falling order
     sums[:, 0] = 0.0  # K equal beams would find each continuation K times
@@ -116,7 +118,9 @@ def _search(request: Request) -> tuple[History, Finished]:
         if step % COMPACT_EVERY == COMPACT_EVERY - 1:
             visible = _compact(cache, T, visible)
         visible = torch.cat([visible, own], 2)
-        logits = decoder.decode_beams(chosen.token, *_mask_and_positions(request, visible, step), cache)
+        mask = mask_of_beams(request.attention_mask, T, visible)
+        logits = decoder.read(chosen.token, position_ids, mask, None, cache).view(B, K, -1)
+        position_ids = position_ids + 1
     return history, finished
 
 
@@ -148,7 +152,9 @@ def _candidates(request: Request, scores: Tensor, sums: Tensor, logprobs: Tensor
         # their best score, which is no number, stands for what they drew.
         top = flat.amax(1, keepdim=True)
         probabilities = flat.softmax(-1).masked_fill(~top.isfinite(), 1.0)
-        index = request.agreed(torch.multinomial(probabilities, min(M, flat.shape[1]), generator=request.generator))
+        index = request.decoder.agreed(
+            torch.multinomial(probabilities, min(M, flat.shape[1]), generator=request.generator)
+        )
         values, order = torch.where(top.isfinite(), flat.gather(1, index), top).sort(descending=True)
         index = index.gather(1, order)  # the best come first here too: only the first K may end
     else:
@@ -210,15 +216,7 @@ def _extend(sequences: Tensor, candidates: Candidates) -> Tensor:
     return torch.cat([past, candidates.token[..., None]], 2)
 
 
-def _mask_and_positions(request: Request, visible: Tensor, step: int) -> tuple[Tensor, Tensor]:
-    """Mask ``[B, K, T + C]`` and positions ``[B, K]`` of tokens that were chosen in ``step``."""
-    (B, T), K, mask = request.input_ids.shape, visible.shape[1], request.attention_mask
-    prompt = visible.new_ones(B, T) if mask is None else mask
-    positions = (prompt.sum(1) + step)[:, None].expand(B, K)
-    return torch.cat([prompt[:, None].expand(B, K, T), visible], 2), positions
-
-
-def _compact(cache: Any, prompt_length: int, visible: Tensor) -> Tensor:
+def _compact(cache: KVCache, prompt_length: int, visible: Tensor) -> Tensor:
     """Frees slots that no running beam sees, if those are the most. Returns ``visible`` of the slots that stay."""
     alive = visible.any(1)  # [B, C]
     count = int(alive.sum(1).max())

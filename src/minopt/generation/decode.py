@@ -29,6 +29,7 @@ from minopt.generation.request import (
     refuse,
 )
 from minopt.generation.rules import Rule
+from minopt.masks import masks_of_steps
 
 # Steps from one look of the host at what came out to the next, on devices that would have to wait for it.
 LOOK_EVERY = 8
@@ -145,13 +146,13 @@ def decode_steps(request: Request, look_every: int = 1) -> Iterator[Step]:
     (B, T), N = request.input_ids.shape, config.max_new_tokens
     rules, stopper = request.rules(copies), request.stopper()
     cache = decoder.new_cache(B, T + N)
-    logits = decoder.prefill(request.input_ids, request.attention_mask, cache)
+    logits = request.read_prompts(cache)
     sequences = torch.nn.functional.pad(request.input_ids, (0, N), value=request.pad_token_id)
-    mask = None if request.attention_mask is None else torch.nn.functional.pad(request.attention_mask, (0, N), value=1)
+    masks, position_ids = masks_of_steps(request.attention_mask, N), T - request.padding(copies)[:, None]
     if copies > 1:
         cache.expand(copies)
         logits, sequences = (t.repeat_interleave(copies, dim=0) for t in (logits, sequences))
-        mask = None if mask is None else mask.repeat_interleave(copies, dim=0)
+        masks = None if masks is None else masks.repeat_interleave(copies, dim=0)
     reasons = torch.zeros(B * copies, dtype=torch.int8, device=decoder.device)
     running = is_new = reasons == RUNNING
     broken_at = torch.full_like(running, N, dtype=torch.long)  # the step in which a row's scores were no numbers
@@ -188,7 +189,9 @@ def decode_steps(request: Request, look_every: int = 1) -> Iterator[Step]:
         if lookup is not None:
             logits = lookup.read(tokens, running)
         else:
-            logits = decoder.decode_step(tokens[:, None], None if mask is None else mask[:, : length + 1], cache)
+            mask = None if masks is None else masks[..., : length + 1]
+            logits = decoder.read(tokens[:, None], position_ids, mask, None, cache)
+            position_ids = position_ids + 1
 
 
 def _asked_for(config: GenerationConfig, logits: Tensor, scores: Tensor, tokens: Tensor) -> dict[str, Any]:
@@ -213,7 +216,7 @@ def _all_go_on(best: Tensor, ends: Tensor) -> bool:
 def _random_numbers(steps: int, rows: int, request: Request) -> Tensor:
     """All that sampling may need, ``[steps, rows, 1]``: a generator moves on by as much, whenever the rows end."""
     device, generator = request.decoder.device, request.generator
-    return request.agreed(torch.rand(steps, rows, 1, dtype=torch.float64, device=device, generator=generator))
+    return request.decoder.agreed(torch.rand(steps, rows, 1, dtype=torch.float64, device=device, generator=generator))
 
 
 def _draw(scores: Tensor, at: Tensor) -> Tensor:

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from minopt.cache import KVCache
 from minopt.generation.request import Request
+from minopt.masks import causal_mask, masks_of_steps, positions
 
 
 class Text:
@@ -69,15 +70,14 @@ class PromptLookup:
         drafted, accepted: of each row, how many tokens were drafted, and how many of them spared a pass.
     """
 
-    def __init__(self, request: Request, cache: Any) -> None:
+    def __init__(self, request: Request, cache: KVCache) -> None:
         (B, T), config = request.input_ids.shape, request.config
         assert config.prompt_lookup_num_tokens is not None
         self.request, self.cache = request, cache
         self.most, self.ngram_size = config.prompt_lookup_num_tokens, config.max_matching_ngram_size
         self.length, self.end = T, T + config.max_new_tokens
-        self.padding = request.padding(1)
-        self.real = torch.arange(self.end, device=self.padding.device) >= self.padding[:, None]  # [B, T + N]
-        rows = zip(request.input_ids.tolist(), self.padding.tolist(), strict=True)
+        self.masks = masks_of_steps(request.attention_mask, config.max_new_tokens)
+        rows = zip(request.input_ids.tolist(), request.padding(1).tolist(), strict=True)
         self.texts = [Text(ids[padding:]) for ids, padding in rows]
         # What is yet to come true, from the last to the next: a token of each row, and the logits [B, V] behind it.
         self.ahead: list[tuple[tuple[int, ...], Tensor]] = []
@@ -111,17 +111,18 @@ class PromptLookup:
 
     def _read_with_drafts(self, tokens: Tensor, rows: list[int]) -> Tensor:
         """Logits behind the newest tokens; those behind drafts are kept for later."""
-        drafts, decoder = self._drafts(rows), self.request.decoder
+        drafts = self._drafts(rows)
         if not drafts:
-            mask = None if self.request.attention_mask is None else self.real[:, : self.length]
-            return decoder.decode_step(tokens[:, None], mask, self.cache)
-        K, S = 1 + len(drafts), self.length + len(drafts)
-        _count(self.drafted, rows, len(drafts))
-        self.came_true = 0
-        ids = torch.cat([tokens[:, None], torch.tensor(drafts, device=tokens.device).T], 1)  # [B, K]
-        past = torch.ones(K, S, dtype=torch.bool, device=tokens.device).tril(S - K)
-        positions = torch.arange(S - K, S, device=tokens.device) - self.padding[:, None]
-        logits = decoder.decode_beams(ids, past & self.real[:, None, :S], positions, self.cache)
+            ids = tokens[:, None]
+        else:
+            _count(self.drafted, rows, len(drafts))
+            self.came_true = 0
+            ids = torch.cat([tokens[:, None], torch.tensor(drafts, device=tokens.device).T], 1)  # [B, K]
+        (B, K), past, S = ids.shape, self.length - 1, self.length + len(drafts)
+        real = None if self.masks is None else self.masks[:, 0, 0, :S]
+        mask = None if real is None else causal_mask(real, past, K, S, ids.device)
+        position_ids = positions(real, past, K, ids.device).expand(B, K)
+        logits = self.request.decoder.read(ids, position_ids, mask, None, self.cache).view(B, K, -1)
         first, *behind = logits.unbind(1)
         self.ahead = [*zip(drafts, behind, strict=True)][::-1]
         return first

@@ -14,9 +14,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from minopt.cache import KVCache
 from minopt.config import OPTConfig
 from minopt.generation.options import GenerationConfig
 from minopt.generation.rules import Rule, build_rules
+from minopt.masks import causal_mask, positions
 from minopt.model import OPT
 from minopt.wrapped import decoder_of
 
@@ -27,21 +29,8 @@ STOP_REASONS = ("", "eos", "stop", "time", "length", "exhausted")
 RUNNING, EOS, STOP, TIME, LENGTH, EXHAUSTED = range(6)
 
 
-class Cache(Protocol):
-    """What a decoder remembers of the tokens it has read."""
-
-    def expand(self, copies: int) -> None:
-        """Repeats each row ``copies`` times, copies side by side."""
-
-    def compact(self, start: int, slots: Tensor) -> None:
-        """Keeps of each row what lies before ``start``, and behind it the ``slots [B, M]`` counted from there."""
-
-    def truncate(self, length: int) -> None:
-        """Keeps the first ``length`` tokens of each row."""
-
-
 class Decoder(Protocol):
-    """What generation drives: an ``OPT``, or a program that does the same."""
+    """What generation and scoring drive. Every form of the model gives this: plain, fast, divided, a program."""
 
     config: OPTConfig
     max_batch: int | None
@@ -54,21 +43,32 @@ class Decoder(Protocol):
     def as_opt(self) -> OPT:
         """The model with its weights; ``ValueError`` where there are none."""
 
-    def new_cache(self, batch_size: int, capacity: int) -> Any:
-        """A ``Cache`` for ``batch_size`` rows of up to ``capacity`` tokens."""
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of weights and cache."""
 
-    def prefill(self, input_ids: Tensor, attention_mask: Tensor | None, cache: Any) -> Tensor:
-        """Reads prompts ``[B, T]``; returns the logits ``[B, V]`` behind their last token."""
+    def new_cache(self, batch_size: int, capacity: int) -> KVCache:
+        """An empty cache for ``batch_size`` rows of up to ``capacity`` tokens."""
 
-    def decode_step(self, input_ids: Tensor, attention_mask: Tensor | None, cache: Any) -> Tensor:
-        """Reads one more token a row, ``[B, 1]``; returns the logits ``[B, V]`` behind it."""
+    def read(
+        self, input_ids: Tensor, position_ids: Tensor, mask: Tensor | None, wanted: Tensor | None, cache: KVCache
+    ) -> Tensor:
+        """Reads tokens into the cache.
 
-    def decode_beams(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, cache: Any) -> Tensor:
-        """Reads one more token of each beam, or several of a draft, ``[B, K]``, into one row of the cache.
+        Args:
+            input_ids, position_ids: int64 ``[B, T]``. Nothing but padding has a position below 0.
+            mask: boolean ``[B or 1, 1, T, S]``, True = attend; S is the number of cached tokens, new ones included.
+                ``None``: a token attends to all cached ones, to itself, and to those before it in this call.
+            wanted: int64 ``[N]``, the tokens behind which logits are wanted, counted through all rows: 0 to
+                ``B * T - 1``. ``None`` is all of them.
+            cache: of B rows.
 
-        ``attention_mask [B, K, S]`` (boolean) says which of the row's S tokens, new ones included, are a token's own
-        past, and ``position_ids [B, K]`` where the new ones stand. Returns the logits ``[B, K, V]`` behind them.
+        Returns:
+            Logits ``[N, V]``. They hold until the next call.
         """
+
+    def agreed(self, decision: Tensor) -> Tensor:
+        """The first process' decision where a model is divided among processes; else the tensor itself."""
 
 
 @dataclass(frozen=True)
@@ -138,11 +138,6 @@ class Request:
             self, input_ids=self.input_ids.to(device), attention_mask=None if mask is None else mask.to(device)
         )
 
-    def agreed(self, decision: Tensor) -> Tensor:
-        """What the first of several processes has decided, if a model is divided among them."""
-        agree = getattr(self.decoder, "agreed", None)
-        return decision if agree is None else agree(decision)
-
     def padding(self, copies: int) -> Tensor:
         """How many tokens at the left of each row are padding, ``[B * copies]``."""
         if self.attention_mask is None:
@@ -156,6 +151,13 @@ class Request:
         T, padding = self.input_ids.shape[1], self.padding(copies)
         return build_rules(self.config, T, padding, self.eos_token_ids, self.logits_processor)
 
+    def read_prompts(self, cache: KVCache) -> Tensor:
+        """Reads the prompts into an empty cache; returns the logits ``[B, V]`` behind them."""
+        (B, T), mask, device = self.input_ids.shape, self.attention_mask, self.input_ids.device
+        position_ids = positions(mask, 0, T, device).expand(B, T)
+        last = torch.arange(T - 1, B * T, T, device=device)
+        return self.decoder.read(self.input_ids, position_ids, causal_mask(mask, 0, T, T, device), last, cache)
+
     def stopper(self) -> Stopper:
         """What ends rows; the clock of ``max_time`` runs from now on."""
         return Stopper(
@@ -164,7 +166,7 @@ class Request:
             self.config.min_new_tokens,
             self.config.max_new_tokens,
             None if self.config.max_time is None else time.monotonic() + self.config.max_time,
-            self.agreed,
+            self.decoder.agreed,
         )
 
 
@@ -297,11 +299,10 @@ def _check_prompt(vocab_size: int, input_ids: Tensor, attention_mask: Tensor | N
 
 
 def _check_rows(decoder: Decoder, rows: int) -> None:
-    most = decoder.max_batch
-    if most is not None and rows > most:
+    if decoder.max_batch is not None and rows > decoder.max_batch:
         raise ValueError(
-            f"batch: the program was exported for at most {most} rows, got {rows}. Run fewer prompts or continuations "
-            "at once (batch_size), or export it with a larger --max-batch."
+            f"batch: the program was exported for at most {decoder.max_batch} rows, got {rows}. Run fewer prompts "
+            "or continuations at once (batch_size), or export it with a larger --max-batch."
         )
 
 

@@ -1,23 +1,25 @@
-"""Log-probabilities of given text: for ranking answers, and for perplexity.
+"""Log-probabilities of given texts: for ranking answers, and for perplexity.
 
-Shapes: B rows, P tokens that all rows begin with, L tokens of the longest row, E word_embed_proj_dim, V vocabulary.
+Shapes: B rows, P tokens that all rows begin with, L tokens of the longest row, N tokens scored in a pass, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from minopt.cache import KVCache
 from minopt.generation.request import Decoder
-from minopt.model import OPT
+from minopt.masks import positions
 from minopt.wrapped import decoder_of
 
-# Positions whose logits are in memory at once: 51 MB of OPT's vocabulary in float32.
-CHUNK = 256
+# Tokens scored in one pass, whose logits are in memory together: 51 MB of OPT's vocabulary in float32. On a CPU longer
+# passes are slower; a GPU is busy only in long ones.
+CHUNK, CHUNK_ON_GPU = 256, 2048
 
-# From how many tokens on it pays to read a common beginning once: about what a pass over the weights costs.
+# The least number of tokens that reading a common beginning once must save: about what one more pass costs.
 SHARED = 32
 
 
@@ -25,7 +27,7 @@ SHARED = 32
 def token_logprobs(model: Decoder, rows: Sequence[Sequence[int]], starts: Sequence[int]) -> list[Tensor]:
     """Natural log-probabilities of tokens, each after those before it in its row. Rows are read as one batch.
 
-    What all rows begin with is read once. A model in ``train()`` mode drops out here too.
+    What all rows begin with is read once. Dropout is active if the model is in training mode: call ``eval()`` first.
 
     Args:
         model: on any device; or another decoder, such as an exported program.
@@ -43,22 +45,55 @@ def token_logprobs(model: Decoder, rows: Sequence[Sequence[int]], starts: Sequen
         return []
     model = decoder_of(model)
     _check(model, rows, starts)
-    if not isinstance(model, OPT):
-        return _in_chunks(model, rows, starts)
-    P = _common(rows)
-    P = P if (len(rows) - 1) * P >= SHARED else 0
-    hidden = _hidden(model, rows, P, min(starts))  # [B, L - min(starts), E]
-    lengths = [len(row) - start for row, start in zip(rows, starts, strict=True)]
-    # Which of those stand before a token that is asked for, one row after the other.
-    row_of = torch.repeat_interleave(torch.arange(len(rows)), torch.tensor(lengths))
-    at = torch.cat([torch.arange(start, len(row)) for row, start in zip(rows, starts, strict=True)]) - min(starts)
-    wanted = torch.tensor([i for row, start in zip(rows, starts, strict=True) for i in row[start:]])
-    found = []
-    for chunk in torch.split(torch.arange(len(at)), CHUNK):
-        logits = model.head(hidden[row_of[chunk], at[chunk]]).float()  # [CHUNK, V]
-        target = wanted[chunk].to(logits.device)
-        found.append(logits.gather(1, target[:, None])[:, 0] - logits.logsumexp(1))
-    return list(torch.split(torch.cat(found).cpu(), lengths))
+    B, L, P = len(rows), max(map(len, rows)), _common(rows)
+    # Padded on the right, where causal attention needs no mask.
+    ids = torch.tensor([[*row, *[0] * (L - len(row))] for row in rows])
+    ends, at = torch.tensor([[len(row)] for row in rows]), torch.arange(L)
+    is_scored = (at >= torch.tensor(starts)[:, None]) & (at < ends)  # [B, L]
+    last = int((at * is_scored).max())
+    logprobs = torch.zeros(B, L)
+    if (B - 1) * P >= SHARED and last > 0:
+        cache = model.new_cache(1, last)
+        _score(model, cache, ids, is_scored, logprobs, 0, min(P, last))
+        cache.expand(B)
+    else:
+        P, cache = 0, model.new_cache(B, max(1, last))
+    _score(model, cache, ids, is_scored, logprobs, P, last)
+    return [logprobs[i, start : len(row)] for i, (row, start) in enumerate(zip(rows, starts, strict=True))]
+
+
+def _score(
+    model: Decoder, cache: KVCache, ids: Tensor, is_scored: Tensor, logprobs: Tensor, begin: int, end: int
+) -> None:
+    """Reads tokens ``begin`` to ``end``, and fills in the log-probabilities of what follows each of them.
+
+    ``ids``, ``is_scored`` and ``logprobs`` are ``[B, L]``. A cache of one row reads what all B rows begin with.
+    """
+    R, L = cache.batch_size, ids.shape[1]
+    ids, is_scored, logprobs = (t.view(R, -1, L) for t in (ids, is_scored, logprobs))  # of a read row, C scored ones
+    wanted = is_scored.any(1)  # [R, L]
+    chunk = CHUNK if model.device.type == "cpu" else CHUNK_ON_GPU
+    for first, stop in _passes(wanted.sum(0).tolist(), begin, end, chunk):
+        wanted[-1, stop] = True  # a pass gives the logits of one token at least
+        row, at = wanted[:, first + 1 : stop + 1].nonzero().unbind(1)
+        read = ids[:, 0, first:stop].to(model.device)
+        position_ids = positions(None, first, stop - first, model.device).expand(R, -1)
+        logits = model.read(read, position_ids, None, (row * (stop - first) + at).to(model.device), cache).float()
+        target = ids[row, :, first + 1 + at]  # [N, C]
+        found = logits.gather(1, target.to(model.device)) - logits.logsumexp(1, keepdim=True)
+        logprobs[row, :, first + 1 + at] = found.cpu()
+
+
+def _passes(scored: list[int], begin: int, end: int, chunk: int) -> Iterator[tuple[int, int]]:
+    """Cuts tokens ``begin`` to ``end`` of all rows where ``chunk`` of those that follow are scored."""
+    count = 0
+    for at in range(begin, end):
+        if at > begin and count + scored[at + 1] > chunk:
+            yield begin, at
+            begin, count = at, 0
+        count += scored[at + 1]
+    if begin < end:
+        yield begin, end
 
 
 def _check(model: Decoder, rows: Sequence[Sequence[int]], starts: Sequence[int]) -> None:
@@ -80,36 +115,3 @@ def _common(rows: Sequence[Sequence[int]]) -> int:
     first, last = min(map(list, rows)), max(map(list, rows))  # in lexicographic order: all others lie between
     limit = min(map(len, rows)) - 1
     return next((i for i in range(limit) if first[i] != last[i]), limit)
-
-
-def _in_chunks(decoder: Decoder, rows: Sequence[Sequence[int]], starts: Sequence[int]) -> list[Tensor]:
-    """Reads a few tokens of all rows at a time, as beams are read, which gives the logits behind each of them."""
-    B, L, device = len(rows), max(len(row) for row in rows), decoder.device
-    ids = torch.tensor([[*row, *[0] * (L - len(row))] for row in rows], device=device)
-    cache = decoder.new_cache(B, L)
-    found = [torch.zeros(B, 0)]
-    for begin in range(0, L - 1, max(1, CHUNK // B)):
-        chunk = ids[:, begin : min(begin + max(1, CHUNK // B), L - 1)]
-        T, end = chunk.shape[1], begin + chunk.shape[1]
-        mask = torch.ones(T, end, dtype=torch.bool, device=device).tril(begin).expand(B, -1, -1)
-        positions = torch.arange(begin, end, device=device).expand(B, -1)
-        logits = decoder.decode_beams(chunk, mask, positions, cache).float()  # [B, T, V]
-        target = ids[:, begin + 1 : end + 1, None]
-        found.append((logits.gather(2, target)[..., 0] - logits.logsumexp(2)).cpu())
-    logprobs = torch.cat(found, 1)  # [B, L - 1]
-    return [logprobs[i, start - 1 : len(row) - 1] for i, (row, start) in enumerate(zip(rows, starts, strict=True))]
-
-
-def _hidden(model: OPT, rows: Sequence[Sequence[int]], P: int, first: int) -> Tensor:
-    """Hidden states behind tokens ``first - 1`` to ``L - 2`` at least, ``[B, L - first or one more, E]``."""
-    L = max(len(row) for row in rows)
-    # Padded on the right, where causal attention has nothing to be hidden from.
-    rest = torch.tensor([[*row[P:], *[0] * (L - len(row))] for row in rows], device=model.device)
-    if P == 0:
-        return model.hidden_states(rest[:, : max(1, L - 1)])[:, first - 1 :]
-    cache = model.new_cache(1, L)
-    shared = model.hidden_states(torch.tensor([list(rows[0][:P])], device=model.device), cache=cache)
-    cache.expand(len(rows))
-    own = model.hidden_states(rest, cache=cache)
-    shared = shared[:, first - 1 :].expand(len(rows), -1, -1)
-    return torch.cat([shared, own[:, max(0, first - 1 - P) :]], dim=1)

@@ -153,8 +153,7 @@ class Program(nn.Module):
         S = mask.shape[3]
         past = torch.full((), S - input_ids.shape[1], device=mask.device)  # a number would be fixed for all calls
         cache = KVCache.of(keys, values, past, window=S)
-        hidden = self.model.hidden_states(input_ids, mask, position_ids, cache)
-        return self.model.head(hidden.flatten(0, 1)[wanted])
+        return self.model.read(input_ids, position_ids, mask, wanted, cache)
 
 
 def export_model(

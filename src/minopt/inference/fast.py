@@ -22,8 +22,9 @@ from minopt.inference.frozen import Frozen, InferenceOPT, norm, refuse
 from minopt.inference.linear import OUTLIERS_FROM, Product, build_product, packs
 from minopt.inference.plan import check_fits
 from minopt.load_options import LoadOptions
+from minopt.masks import Packed
 from minopt.memory import empty
-from minopt.model import Packed, attend
+from minopt.model import attend
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 _NORMS = ("self_attn_layer_norm", "final_layer_norm")

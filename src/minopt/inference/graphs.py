@@ -1,6 +1,6 @@
 """Decoding on a GPU as CUDA graphs: a step is one launch, whatever number of kernels it has.
 
-Shapes: B batch, Q tokens of a row this step (beams, or 1), S capacity of the cache, V vocabulary.
+Shapes: B batch, Q tokens of a row this step (beams, a draft, or 1), S capacity of the cache, V vocabulary.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from minopt.checkpoint.checkpoint import Checkpoint
 from minopt.inference.fast import FastOPT, weights_of
 from minopt.inference.plan import check_fits
 from minopt.load_options import LoadOptions
+from minopt.masks import plain_causal_mask
 
 # Capacities are rounded up to it, so that texts of like lengths share a graph; attention wants a multiple of 8.
 ROUND = 256
@@ -55,31 +56,20 @@ class GraphedOPT(FastOPT):
         return cache
 
     @torch.inference_mode()
-    def decode_step(self, input_ids: Tensor, attention_mask: Tensor | None, cache: KVCache) -> Tensor:
-        """See ``OPT.decode_step``. The logits hold until the next step."""
+    def read(
+        self, input_ids: Tensor, position_ids: Tensor, mask: Tensor | None, wanted: Tensor | None, cache: KVCache
+    ) -> Tensor:
+        """See ``Decoder.read``. A call that wants all logits is a step; its logits hold until the next step."""
         assert isinstance(cache, GraphCache)
-        length = cache.move_length_to(self.device)
-        slots = torch.arange(cache.capacity, device=self.device)
-        if attention_mask is None:
-            mask, positions = slots <= length, length
-        else:
-            real = torch.nn.functional.pad(attention_mask, (0, cache.capacity - attention_mask.shape[1])).bool()
-            mask, positions = real | (slots == length), real.sum(1, keepdim=True) - 1
-        return self._replay(input_ids, mask[..., None, :], positions, cache)[:, -1]
-
-    @torch.inference_mode()
-    def decode_beams(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, cache: KVCache) -> Tensor:
-        """See ``OPT.decode_beams``. The logits hold until the next step."""
-        assert isinstance(cache, GraphCache)
-        cache.move_length_to(self.device)
-        mask = torch.nn.functional.pad(attention_mask, (0, cache.capacity - attention_mask.shape[2]))
-        return self._replay(input_ids, mask, position_ids, cache)
-
-    def _replay(self, input_ids: Tensor, mask: Tensor, position_ids: Tensor, cache: GraphCache) -> Tensor:
+        if wanted is not None:  # prompts and scored texts, whose shapes hardly come again
+            cache.length = int(cache.length)
+            return super().read(input_ids, position_ids, mask, wanted, cache)
+        if not isinstance(cache.length, Tensor):
+            cache.length = torch.tensor(cache.length, device=self.device)  # which the graph reads and moves
         Q = input_ids.shape[1]
         if Q not in cache.graphs:
             cache.graphs[Q] = Graph(self, cache, Q)
-        return cache.graphs[Q](input_ids, mask, position_ids, cache)
+        return cache.graphs[Q](input_ids, position_ids, mask, cache)
 
 
 def check(options: LoadOptions) -> None:
@@ -107,12 +97,6 @@ class GraphCache(KVCache):
         super().__init__(*args, **options)
         self.graphs: dict[int, Graph] = {}
 
-    def move_length_to(self, device: torch.device) -> Tensor:
-        """Makes the length a tensor, which a graph can count on; returns it."""
-        if not isinstance(self.length, Tensor):
-            self.length = torch.tensor(self.length, device=device)
-        return self.length
-
     def expand(self, copies: int) -> None:
         """See ``KVCache.expand``."""
         super().expand(copies)
@@ -127,18 +111,31 @@ class Graph:
         self.input_ids = torch.zeros(B, Q, dtype=torch.long, device=device)
         self.position_ids = torch.zeros(B, Q, dtype=torch.long, device=device)
         self.mask = torch.ones(B, 1, Q, S, dtype=torch.bool, device=device)
+        self.is_masked = False
         self.cache = KVCache.__new__(KVCache)  # of the same memory: it outlives the caller's, which is given anew
         self.cache.keys, self.cache.values = cache.keys, cache.values
         self.cache.length = self.length = torch.zeros((), dtype=torch.long, device=device)
-        step = torch.compile(model.forward) if model.compile_step else model.forward
-        self.run = capture(lambda: step(self.input_ids, self.mask, self.position_ids, self.cache), self.length, S - Q)
+        read = super(GraphedOPT, model).read
+        if model.compile_step:
+            read = torch.compile(read)
 
-    def __call__(self, input_ids: Tensor, mask: Tensor, position_ids: Tensor, cache: GraphCache) -> Tensor:
-        """Reads tokens ``[B, Q]`` under a mask ``[B or 1, Q, S]``; returns their logits ``[B, Q, V]``."""
+        def step() -> Tensor:
+            # No token attends to slots behind its own, whatever the buffer holds there.
+            mask = self.mask & plain_causal_mask(self.length, Q, S, device)
+            return read(self.input_ids, self.position_ids, mask, None, self.cache)
+
+        self.run = capture(step, self.length, S - Q)
+
+    def __call__(self, input_ids: Tensor, position_ids: Tensor, mask: Tensor | None, cache: GraphCache) -> Tensor:
+        """Reads tokens as ``Decoder.read`` says; the logits ``[B * Q, V]`` hold until the next call."""
         assert isinstance(cache.length, Tensor)
         self.input_ids.copy_(input_ids)
         self.position_ids.copy_(position_ids)
-        self.mask.copy_(mask.unsqueeze(1) if mask.ndim == 3 else mask)
+        if mask is not None:
+            self.mask[..., : mask.shape[3]] = mask
+        elif self.is_masked:
+            self.mask.fill_(True)
+        self.is_masked = mask is not None
         self.length.copy_(cache.length)
         logits = self.run()
         cache.length.copy_(self.length)

@@ -25,7 +25,8 @@ from minopt.inference.frozen import Frozen, InferenceOPT, refuse
 from minopt.inference.linear import Plain
 from minopt.inference.plan import check_fits
 from minopt.load_options import LoadOptions
-from minopt.model import DecoderLayer, Packed
+from minopt.masks import Packed
+from minopt.model import DecoderLayer
 
 
 class StreamedOPT(InferenceOPT):

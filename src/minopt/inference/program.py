@@ -1,6 +1,6 @@
 """Runs the program of an exported model: a ``Decoder`` without the Python model.
 
-Shapes: B rows, T tokens this call, S cached + T, K beams, N tokens whose logits are wanted, V vocabulary, L layers.
+Shapes: B rows, T tokens this call, S cached + T.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from minopt.checkpoint.checkpoint import Checkpoint
 from minopt.checkpoint.find import Found
 from minopt.config import OPTConfig, read_json
 from minopt.load_options import LoadOptions
+from minopt.masks import plain_causal_mask
 from minopt.memory import in_large_pages
-from minopt.model import OPT, causal_mask
+from minopt.model import OPT
 from minopt.strangers import MANIFEST, NO_WEIGHTS
 
 PROGRAM = "program.pt2"
@@ -146,43 +147,29 @@ class ExportedModel:
         """An empty cache for ``batch_size`` rows of up to ``capacity`` tokens, in the program's dtype and place."""
         return KVCache(self.config, batch_size, capacity, dtype=self.dtype, device=self.device)
 
-    def prefill(self, input_ids: Tensor, attention_mask: Tensor | None, cache: KVCache) -> Tensor:
-        """Reads prompts ``[B, T]`` into the cache. Returns the logits behind the last token, ``[B, V]``."""
+    def read(
+        self, input_ids: Tensor, position_ids: Tensor, mask: Tensor | None, wanted: Tensor | None, cache: KVCache
+    ) -> Tensor:
+        """See ``Decoder.read``."""
         (B, T), past = input_ids.shape, int(cache.length)
         S = past + T
-        mask = causal_mask(attention_mask, past, T, S, self.device)
-        if mask is None:  # plain causal attention
-            mask = torch.ones(1, 1, T, S, dtype=torch.bool, device=self.device).tril(past)
-        assert isinstance(mask, Tensor)
-        if attention_mask is None:
-            positions = torch.arange(past, S, device=self.device).expand(B, -1)
-        else:  # among the real tokens of a row; -1 for padding on the left
-            positions = attention_mask.long().cumsum(1)[:, past:] - 1
-        last = torch.arange(1, B + 1, device=self.device) * T - 1
-        return self._run(input_ids, positions, mask.expand(B, -1, -1, -1), last, cache)
-
-    def decode_step(self, input_ids: Tensor, attention_mask: Tensor | None, cache: KVCache) -> Tensor:
-        """Reads one more token a row, ``[B, 1]``. Returns the logits behind it, ``[B, V]``."""
-        return self.prefill(input_ids, attention_mask, cache)
-
-    def decode_beams(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, cache: KVCache) -> Tensor:
-        """Reads K more tokens a row; see ``Decoder``. Returns the logits behind them, ``[B, K, V]``."""
-        B, K = input_ids.shape
-        every = torch.arange(B * K, device=self.device)
-        return self._run(input_ids, position_ids, attention_mask[:, None], every, cache).view(B, K, -1)
-
-    def _run(self, input_ids: Tensor, position_ids: Tensor, mask: Tensor, wanted: Tensor, cache: KVCache) -> Tensor:
-        """Calls the program (``compile.Program`` describes its arguments) and moves the cache's length on."""
-        S = mask.shape[3]
-        if cache.batch_size != len(input_ids) or cache.capacity < S or int(cache.length) + input_ids.shape[1] != S:
+        if mask is None:
+            mask = plain_causal_mask(past, T, S, self.device)
+        if cache.batch_size != B or cache.capacity < S or mask.shape[3] != S:
             raise ValueError(  # the program would write beyond it
                 f"cache: made for {cache.batch_size} rows of {cache.capacity} tokens, {cache.length} filled, got ids "
-                f"{list(input_ids.shape)} and a mask of {S} tokens. Make it larger, or feed less."
+                f"{list(input_ids.shape)} and a mask of {mask.shape[3]} tokens. Make it larger, or feed less."
             )
-        inputs = [x.contiguous() for x in (input_ids, position_ids, mask, wanted)]
+        if wanted is None:
+            wanted = torch.arange(B * T, device=self.device)
+        inputs = [x.contiguous() for x in (input_ids, position_ids, mask.expand(B, -1, -1, -1), wanted)]
         (logits,) = self._program.boxed_run(inputs + cache.keys + cache.values)
         cache.length = S
         return logits
+
+    def agreed(self, decision: Tensor) -> Tensor:
+        """See ``Decoder.agreed``."""
+        return decision
 
 
 def load_exported(

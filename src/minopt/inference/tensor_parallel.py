@@ -85,7 +85,7 @@ class ParallelOPT(FastOPT):
         self.read_weight("")
 
     def agreed(self, decision: Tensor) -> Tensor:
-        """The first process' decision, in all of them."""
+        """See ``Decoder.agreed``."""
         decision = decision.contiguous()
         dist.broadcast(decision, group=self.group, group_src=0)
         return decision

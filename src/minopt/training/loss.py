@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minopt.model import OPT, Packed
+from minopt.masks import Packed
+from minopt.model import OPT
 
 # Positions whose logits are in memory at once: 103 MB of OPT's vocabulary in float32.
 CHUNK = 512

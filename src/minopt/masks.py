@@ -1,0 +1,98 @@
+"""Which tokens a token attends to, and the positions of tokens. All masks and positions of the package are made here.
+
+Shapes: B rows, T tokens this call, S cached + T, N tokens to be generated, K beams. Masks are boolean, True = attend.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Several texts in one row, without padding. Each text attends only to itself.
+
+    Attributes:
+        lengths: of the texts, in tokens. Their sum is the length of the row.
+    """
+
+    lengths: tuple[int, ...]
+
+
+def positions(attention_mask: Tensor | Packed | None, past: int | Tensor, T: int, device: torch.device) -> Tensor:
+    """The position of each new token among the real tokens of its row, -1 for padding on the left.
+
+    Args:
+        attention_mask: ``[B, past + T]``, which tokens are real; ``None`` if all are; or the ``Packed`` texts. A mask
+            of 4 dims says nothing of padding.
+        past: tokens before the new ones.
+        T: new tokens.
+        device: of the result.
+
+    Returns:
+        int64 ``[B, T]``, or ``[T]`` if all rows are alike.
+    """
+    if isinstance(attention_mask, Packed):
+        return torch.cat([torch.arange(length, device=device) for length in attention_mask.lengths])
+    new = torch.arange(T, device=device) + past
+    if attention_mask is None or attention_mask.ndim == 4:
+        return new
+    real = attention_mask.long()
+    return (real.cumsum(1) * real - 1).index_select(1, new)
+
+
+def plain_causal_mask(past: int | Tensor, T: int, S: int, device: torch.device) -> Tensor:
+    """``[1, 1, T, S]``: each new token attends to all tokens up to itself; ``past`` is the first one's slot."""
+    new = torch.arange(T, device=device)[:, None] + past
+    return (torch.arange(S, device=device) <= new)[None, None]
+
+
+def causal_mask(
+    attention_mask: Tensor | None, past: int | Tensor, T: int, S: int, device: torch.device
+) -> Tensor | None:
+    """The mask of new tokens of which some may be padding.
+
+    Args:
+        attention_mask: ``[B, S]``, which tokens are real; ``None`` if all are.
+        past: tokens before the new ones; a tensor where S is the whole capacity of a cache.
+        T: new tokens.
+        S: keys to attend to.
+        device: of the result.
+
+    Returns:
+        ``None`` where causal attention needs no mask (T == S, or T == 1 at the end). Else ``[B or 1, 1, T, S]``. Every
+        token attends at least to itself, padding too, so that no kernel divides by zero.
+    """
+    if attention_mask is None and not isinstance(past, Tensor) and T in (1, S):
+        return None
+    mask = plain_causal_mask(past, T, S, device)
+    if attention_mask is None:
+        return mask
+    itself = mask & ~plain_causal_mask(past - 1, T, S, device)
+    return mask & attention_mask[:, None, None].bool() | itself
+
+
+def masks_of_steps(attention_mask: Tensor | None, N: int) -> Tensor | None:
+    """The masks of N single tokens behind prompts ``[B, T]``, as one tensor ``[B, 1, 1, T + N]``.
+
+    The mask of a step is its first S columns. ``None`` without padding.
+    """
+    if attention_mask is None:
+        return None
+    return torch.nn.functional.pad(attention_mask.bool(), (0, N), value=True)[:, None, None]
+
+
+def mask_of_beams(attention_mask: Tensor | None, T: int, visible: Tensor) -> Tensor:
+    """The mask of the newest tokens of K beams, ``[B, 1, K, T + C]``.
+
+    Args:
+        attention_mask: ``[B, T]`` of the prompts; ``None`` without padding.
+        T: tokens of the prompts, which all beams of a row share.
+        visible: ``[B, K, C]``, which of the C tokens behind the prompt belong to a beam.
+    """
+    B, K, _ = visible.shape
+    prompts = visible.new_ones(B, T) if attention_mask is None else attention_mask
+    return torch.cat([prompts[:, None].expand(B, K, T), visible], 2)[:, None]
