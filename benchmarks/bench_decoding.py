@@ -42,7 +42,7 @@ STRATEGIES = {"beams": {"num_beams": 5}, "greedy": {}}
 PARTS = {
     "choosing": [(beams, "_candidates"), (beams, "_going_on"), (beams, "_ended"), (beams.Finished, "best_with"),
                  (beams, "_may_improve"), (request.Stopper, "__call__")],
-    "reordering": [(beams, "_extend"), (beams, "_mask_and_positions"), (beams, "_compact")],
+    "reordering": [(beams, "_extend"), (beams, "beam_mask"), (beams, "_compact")],
 }  # fmt: skip
 
 

@@ -112,21 +112,22 @@ class Minopt:
         self.model, self.device = minopt.load(folder, device=device, **options).decoder, device
 
     def __call__(self, ids: Tensor, new_tokens: int, **options: Any) -> Generation:
-        prefill, read = self.model.prefill, []
+        read, ends = self.model.read, []
 
         def timed(*args: Any) -> Tensor:
-            logits = prefill(*args)
-            common.synchronize(self.device)
-            read.append(time.perf_counter())
+            logits = read(*args)
+            if not ends:  # the prompt
+                common.synchronize(self.device)
+                ends.append(time.perf_counter())
             return logits
 
         ids = ids.to(self.device)
-        with mock.patch.object(self.model, "prefill", timed):
+        with mock.patch.object(self.model, "read", timed):
             begin = time.perf_counter()
             output = minopt.generate(self.model, ids, max_new_tokens=new_tokens, eos_token_id=(), **options)
             common.synchronize(self.device)
             end = time.perf_counter()
-        return Generation(read[0] - begin, end - begin, output.sequences[:, ids.shape[1] :].tolist())
+        return Generation(ends[0] - begin, end - begin, output.sequences[:, ids.shape[1] :].tolist())
 
 
 def _loaded_as(precision: str) -> dict[str, str]:

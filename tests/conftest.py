@@ -15,6 +15,7 @@ from torch import Tensor
 
 from minopt import OPT, OPTConfig, int8
 from minopt.checkpoint.names import HF_HEAD, from_hf
+from minopt.masks import causal_mask, positions
 
 torch.set_num_threads(1)  # small models lose time by sharing, most of all on a busy machine
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background jobs with it ignored
@@ -83,6 +84,18 @@ def build_ours(reference: Any) -> OPT:
     model = OPT(config, dtype=reference.dtype).eval()
     model.load_state_dict({from_hf(key): t for key, t in reference.state_dict().items() if key != HF_HEAD})
     return model
+
+
+def read_next(decoder: Any, input_ids: Tensor, attention_mask: Tensor | None, cache: Any) -> Tensor:
+    """Reads tokens behind those in a cache; returns the logits ``[B, V]`` behind the last of each row.
+
+    ``attention_mask`` says which tokens are real, cached ones included.
+    """
+    (B, T), past, device = input_ids.shape, int(cache.length), input_ids.device
+    mask = None if attention_mask is None else causal_mask(attention_mask, past, T, past + T, device)
+    position_ids = positions(attention_mask, past, T, device).expand(B, T)
+    logits: Tensor = decoder.read(input_ids, position_ids, mask, torch.arange(T - 1, B * T, T, device=device), cache)
+    return logits
 
 
 @pytest.fixture(params=list(KINDS))

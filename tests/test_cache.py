@@ -113,7 +113,7 @@ def test_repeated_rows_decode_as_if_they_had_been_read_there(model: OPT, copies:
         model(ids[index], cache=fresh)
         for step in range(2):
             token = ids_of(3 * copies, 1, seed=step + 1)
-            assert error(model.decode_step(token, None, cache), model.decode_step(token, None, fresh)) <= 1e-12
+            assert error(model(token, cache=cache)[:, -1], model(token, cache=fresh)[:, -1]) <= 1e-12
     assert cache.batch_size == 3 * copies
 
 
@@ -162,12 +162,12 @@ def test_a_compacted_cache_goes_on_like_one_that_never_read_the_rest(model: OPT)
         model(ids, mask, cache=cache)
         cache.compact(3, slots)
         model(ids[mask.bool()].view(B, 5), cache=fresh)
-        expected = model.decode_step(token, None, fresh)
-        found = model.decode_step(token, None, cache)
+        expected = model(token, cache=fresh)[:, -1]
+        found = model(token, cache=cache)[:, -1]
         assert error(found, expected) <= 1e-12
         cache.truncate(5)
         cache.compact(3, torch.tensor([[1, 0], [0, 0]]))  # their order says nothing, which they are does
-        other = model.decode_step(token, None, cache)
+        other = model(token, cache=cache)[:, -1]
         assert error(other[:1], expected[:1]) <= 1e-12
         assert error(other[1:], expected[1:]) > 1e-3
 

@@ -25,7 +25,7 @@ ORDER = (
     ("atomic", "devices", "errors", "memory", "progress", "strangers", "watch"),
     ("config",),
     ("settings",),
-    ("cache", "distributed", "int8", "load_options"),
+    ("cache", "distributed", "int8", "load_options", "masks"),
     ("model",),
     ("tokenizer", "wrapped"),
     ("generation",),
@@ -153,6 +153,55 @@ def test_a_break_of_the_rules_is_found(module: str, source: str, message: str) -
 )
 def test_what_the_rules_allow_is_let_be(module: str, source: str) -> None:
     assert problems(module, source) == []
+
+
+def of_a_decoder(source: str) -> list[str]:
+    """The calls in a source that ask what kind of decoder it drives, or what it has."""
+    calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call) and node.args]
+    asks = [call for call in calls if ast.unparse(call.func) in ("isinstance", "getattr", "hasattr", "type")]
+    return [ast.unparse(call) for call in asks if {"decoder", "model"} & names(call.args[0])]
+
+
+def names(tree: ast.AST) -> set[str]:
+    found = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    return found | {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+
+
+def test_generation_drives_any_decoder_and_asks_none_what_it_is() -> None:
+    for module, path in FILES.items():
+        if module.startswith("minopt.generation"):
+            assert of_a_decoder(path.read_text(encoding="utf-8")) == [], module
+    in_text = of_a_decoder(FILES["minopt.text"].read_text(encoding="utf-8"))
+    # The repr names the form.
+    assert {call for call in in_text if "self.decoder" in call} == {"type(self.decoder)"}
+    assert of_a_decoder("most = getattr(request.decoder, 'max_batch', None)") != []
+    assert of_a_decoder("def f(model):\n    return isinstance(model, OPT)") != []
+
+
+def handmade_masks(source: str) -> list[str]:
+    """Assignments of masks and positions that come from no function of ``masks.py``."""
+    tree = ast.parse(source)
+    made = {alias.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module == "minopt.masks"
+            for alias in node.names}  # fmt: skip
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            name = node.targets[0].id
+            is_one = name in ("mask", "position_ids")
+            if is_one and not names(node.value) & {*made, name} and ast.unparse(node.value) != "attention_mask":
+                found.append(ast.unparse(node))
+    return found
+
+
+def test_masks_and_positions_are_made_in_one_module() -> None:
+    where = [m for m in FILES if m.startswith(("minopt.generation", "minopt.inference")) or m == "minopt.model"]
+    for module in where:
+        source = FILES[module].read_text(encoding="utf-8")
+        assert not names(ast.parse(source)) & {"tril", "triu"}, module
+        if module != "minopt.inference.compile":  # which draws prompts
+            assert handmade_masks(source) == [], module
+    assert handmade_masks("from minopt.masks import causal_mask\nmask = torch.ones(3, 3).tril()") != []
+    assert handmade_masks("position_ids = torch.arange(3) + past") != []
 
 
 def test_no_module_imports_itself_by_way_of_others() -> None:

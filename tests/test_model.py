@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from minopt import OPT, KVCache, OPTConfig
-from minopt.model import POSITION_OFFSET, causal_mask
+from minopt.masks import beam_mask, causal_mask
+from minopt.model import POSITION_OFFSET
 from tests.conftest import KINDS, SIZE, build_ours, build_reference
 
 B, T = 3, 12
@@ -340,12 +341,18 @@ def test_cached_is_uncached_in_float32_too(kind: str, chunks: tuple[int, ...]) -
 
 
 @torch.no_grad()
-def test_prefill_and_decode_step_give_the_last_logits(kind: str) -> None:
+def test_read_gives_the_logits_that_are_wanted(kind: str) -> None:
+    """In the order in which they are asked for; without a mask each token attends to all before it, cached ones too."""
     model, ids = build(kind), ids_of(2, 6)
     cache, whole = model.new_cache(2, 6), model(ids)
-    assert error(model.prefill(ids[:, :4], None, cache), whole[:, 3]) <= 1e-10
-    assert error(model.decode_step(ids[:, 4:5], None, cache), whole[:, 4]) <= 1e-10
-    assert error(model.decode_step(ids[:, 5:], None, cache), whole[:, 5]) <= 1e-10
+    at = torch.arange(6).expand(2, 6)
+    for begin, end, wanted in ((0, 3, [5, 0, 2]), (3, 5, None), (5, 6, [1])):
+        found = model.read(
+            ids[:, begin:end], at[:, begin:end], None, None if wanted is None else torch.tensor(wanted), cache
+        )
+        expected = whole[:, begin:end].flatten(0, 1)
+        assert error(found, expected if wanted is None else expected[wanted]) <= 1e-10
+    assert cache.length == 6
 
 
 # --- beams of a prompt in one row of the cache
@@ -385,7 +392,7 @@ def read_beams(
     ids, mask = pad_left(prompts)
     slots = slots_of_beams(parents)
     cache = model.new_cache(2, ids.shape[1] + slots[-1].shape[2])
-    model.prefill(ids, mask, cache)
+    model(ids, mask, cache=cache)
     found = []
     for n, (tokens, visible) in enumerate(zip(steps, slots, strict=True)):
         K = tokens.shape[1]
@@ -396,8 +403,8 @@ def read_beams(
             cache.compact(ids.shape[1], kept[:, :-K])
             visible = visible.gather(2, kept[:, None].expand(-1, K, -1))
         positions = (mask.sum(1) + n)[:, None].expand(-1, K)
-        seen = torch.cat([mask[:, None].expand(-1, K, -1), visible], 2)
-        found.append(model.decode_beams(tokens, seen, positions, cache))
+        seen = beam_mask(mask.bool(), ids.shape[1], visible)
+        found.append(model.read(tokens, positions, seen, None, cache).view(2, K, -1))
     assert cache.length == cache.capacity - 2 * compacted
     return found
 

@@ -508,13 +508,14 @@ def test_many_prompts_give_what_each_gives_alone_in_their_order(
 
 def prefills(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """A list that fills with the shapes of prompts that models begin with."""
-    shapes, prefill = [], minopt.OPT.prefill
+    shapes, read = [], minopt.OPT.read
 
-    def spied(model: minopt.OPT, input_ids: Tensor, *args: Any) -> Tensor:
-        shapes.append(tuple(input_ids.shape))
-        return prefill(model, input_ids, *args)
+    def spied(model: minopt.OPT, input_ids: Tensor, position_ids: Tensor, mask: Any, wanted: Any, cache: Any) -> Tensor:
+        if wanted is not None:
+            shapes.append(tuple(input_ids.shape))
+        return read(model, input_ids, position_ids, mask, wanted, cache)
 
-    monkeypatch.setattr(minopt.OPT, "prefill", spied)
+    monkeypatch.setattr(minopt.OPT, "read", spied)
     return shapes
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import minopt
 from minopt import OPT, LanguageModel
 from minopt.generation.scoring import token_logprobs
-from tests.conftest import build_ours, build_reference
+from tests.conftest import build_ours, build_reference, read_next
 
 IDS = torch.tensor([[2, 5, 60, 7]])
 
@@ -45,7 +45,7 @@ def model() -> OPT:
 USES: dict[str, Callable[[Any, Path], Any]] = {
     "generate": lambda m, _: minopt.generate(m, IDS, max_new_tokens=3).sequences,
     "score": lambda m, _: token_logprobs(m, [[2, 3, 4]], [1])[0],
-    "LanguageModel": lambda m, _: LanguageModel(m, None).decoder.prefill(IDS, None, m.new_cache(1, 4)),
+    "LanguageModel": lambda m, _: read_next(LanguageModel(m, None).decoder, IDS, None, m.new_cache(1, 4)),
 }
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -75,17 +76,17 @@ def causal_mask(
     return mask & attention_mask[:, None, None].bool() | itself
 
 
-def masks_of_steps(attention_mask: Tensor | None, N: int) -> Tensor | None:
-    """The masks of N single tokens behind prompts ``[B, T]``, as one tensor ``[B, 1, 1, T + N]``.
-
-    The mask of a step is its first S columns. ``None`` without padding.
-    """
-    if attention_mask is None:
-        return None
-    return torch.nn.functional.pad(attention_mask.bool(), (0, N), value=True)[:, None, None]
+def with_new_tokens(attention_mask: Tensor | None, N: int) -> Tensor | None:
+    """Which tokens are real, N new tokens behind each prompt included: ``[B, T + N]``, or ``None`` for all."""
+    return None if attention_mask is None else F.pad(attention_mask, (0, N), value=True)
 
 
-def mask_of_beams(attention_mask: Tensor | None, T: int, visible: Tensor) -> Tensor:
+def step_mask(real: Tensor | None, S: int) -> Tensor | None:
+    """The mask ``[B, 1, 1, S]`` of a single token in slot S - 1; ``real`` is ``[B, S or more]``."""
+    return None if real is None else real[:, None, None, :S]
+
+
+def beam_mask(attention_mask: Tensor | None, T: int, visible: Tensor) -> Tensor:
     """The mask of the newest tokens of K beams, ``[B, 1, K, T + C]``.
 
     Args:

@@ -8,7 +8,6 @@ import random
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,10 +15,11 @@ import torch
 import transformers
 from torch import Tensor
 
-from minopt import OPT, GenerationOutput, KVCache, OPTConfig, generate
-from tests.conftest import SIZE, build_ours, build_reference, lively
+from minopt import OPT, GenerationOutput, KVCache, generate
+from tests.conftest import build_ours, build_reference, lively
+from tests.generation.decoders import Table, V, Watched
 
-PAD, V = 1, SIZE["vocab_size"]
+PAD = 1
 Prompts = list[list[int]]
 
 
@@ -326,30 +326,6 @@ def test_sampled_beams_are_those_of_transformers(kind: str, falling: bool, monke
     assert min(seen[name] for name in ("by eos", "padded", "filtered")) >= 8, seen
 
 
-class Table:
-    """A decoder whose logits depend on the last token only: row ``token`` of a ``[V, V]``."""
-
-    def __init__(self, logits: Tensor, **config: Any) -> None:
-        self.logits = logits
-        self.config = OPTConfig(**(SIZE | {"vocab_size": len(logits), "eos_token_id": None} | config))
-
-    @property
-    def device(self) -> torch.device:
-        return torch.device("cpu")
-
-    def new_cache(self, batch_size: int, capacity: int) -> Any:
-        return SimpleNamespace(compact=lambda start, slots: None)
-
-    def prefill(self, input_ids: Tensor, attention_mask: Tensor | None, cache: Any) -> Tensor:
-        return self.logits[input_ids[:, -1]]
-
-    def decode_step(self, input_ids: Tensor, attention_mask: Tensor | None, cache: Any) -> Tensor:
-        return self.logits[input_ids[:, -1]]
-
-    def decode_beams(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, cache: Any) -> Tensor:
-        return self.logits[input_ids]
-
-
 def random_table(vocab_size: int, seed: int = 0, scale: float = 1.0) -> Tensor:
     return scale * torch.randn(vocab_size, vocab_size, generator=torch.Generator().manual_seed(seed))
 
@@ -598,47 +574,36 @@ def test_only_what_was_asked_for_comes(asked: dict[str, Any], wanted: tuple[str,
 # --- the cache
 
 
-class Watched:
-    """A model that writes down what it is asked, and looks whether the prompt's keys and values stay as they are."""
+class Beams(Watched):
+    """A model whose prompt's keys and values have to stay as they are, and where."""
 
     def __init__(self, model: OPT) -> None:
-        self.model, self.config = model, model.config
-        self.calls: list[tuple[Any, ...]] = []
-        self.slots: list[
-            tuple[int, int]
-        ] = []  # behind the prompt in each step: those there are, those that a beam sees
-
-    @property
-    def device(self) -> torch.device:
-        return self.model.device
+        super().__init__(model)
+        # Behind the prompt in each step: slots that there are, and those that a beam sees.
+        self.slots: list[tuple[int, int]] = []
 
     def new_cache(self, batch_size: int, capacity: int) -> KVCache:
-        self.calls.append(("new_cache", batch_size, capacity))
-        self.cache = self.model.new_cache(batch_size, capacity)
+        self.cache = self.decoder.new_cache(batch_size, capacity)
         return self.cache
 
-    def prefill(self, input_ids: Tensor, attention_mask: Tensor | None, cache: KVCache) -> Tensor:
-        self.calls.append(("prefill", *input_ids.shape))
-        logits = self.model.prefill(input_ids, attention_mask, cache)
-        self.prompt = [t[:, :, : input_ids.shape[1]].clone() for t in (*cache.keys, *cache.values)]
-        self.places = [t.data_ptr() for t in (*cache.keys, *cache.values)]
-        return logits
-
-    def decode_step(self, input_ids: Tensor, attention_mask: Tensor | None, cache: KVCache) -> Tensor:
-        raise AssertionError("beams are not decoded row by row")
-
-    def decode_beams(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, cache: KVCache) -> Tensor:
-        self.calls.append(("decode_beams", *input_ids.shape))
-        self.check_prompt()
-        logits = self.model.decode_beams(input_ids, attention_mask, position_ids, cache)
-        assert attention_mask.shape == (*input_ids.shape, cache.length)
-        visible = attention_mask[:, :, self.prompt[0].shape[2] :].any(1)
-        self.slots.append((visible.shape[1], int(visible.sum(1).max())))
+    def read(
+        self, input_ids: Tensor, position_ids: Tensor, mask: Tensor | None, wanted: Tensor | None, cache: KVCache
+    ) -> Tensor:
+        is_step = bool(self.reads)
+        logits = super().read(input_ids, position_ids, mask, wanted, cache)
+        tensors, T = (*cache.keys, *cache.values), self.reads[0].input_ids.shape[1]
+        if is_step:
+            self.check_prompt()
+            assert mask is not None
+            visible = mask[:, 0, :, T:].any(1)
+            self.slots.append((visible.shape[1], int(visible.sum(1).max())))
+        else:
+            self.prompt = [(t[:, :, :T].clone(), t.data_ptr()) for t in tensors]
         return logits
 
     def check_prompt(self) -> None:
-        assert [t.data_ptr() for t in (*self.cache.keys, *self.cache.values)] == self.places
-        for before, now in zip(self.prompt, (*self.cache.keys, *self.cache.values), strict=True):
+        for (before, place), now in zip(self.prompt, (*self.cache.keys, *self.cache.values), strict=True):
+            assert now.data_ptr() == place
             assert torch.equal(now[:, :, : before.shape[2]], before)
 
 
@@ -654,15 +619,14 @@ def test_slots_out_of_use_go_and_nothing_else_changes(
     slots: dict[int, list[tuple[int, int]]] = {}
     for every in (1, 3, 16, 10**9):
         monkeypatch.setattr("minopt.generation.beams.COMPACT_EVERY", every)
-        watched = Watched(model)
+        watched = Beams(model)
         found[every] = generate(
             watched, ids, mask, num_beams=K, num_return_sequences=K, max_new_tokens=steps, output_scores=True,
             repetition_penalty=penalty,
         )  # fmt: skip
         watched.check_prompt()
-        assert watched.calls == [
-            ("new_cache", 2, 11 + K * (steps - 1)), ("prefill", 2, 11), *[("decode_beams", 2, K)] * (steps - 1),
-        ]  # fmt: skip
+        assert [tuple(read.input_ids.shape) for read in watched.reads] == [(2, 11), *[(2, K)] * (steps - 1)]
+        assert (watched.cache.batch_size, watched.cache.capacity) == (2, 11 + K * (steps - 1))
         slots[every] = watched.slots
     assert [there for there, _ in slots[10**9]] == [K * (n + 1) for n in range(steps - 1)]
     for every in (1, 3, 16):
@@ -684,15 +648,16 @@ def test_slots_out_of_use_go_and_nothing_else_changes(
 def test_beams_that_end_are_not_read_again_and_the_first_step_reads_as_many_as_there_are() -> None:
     """Two tokens make two beams of one, then four; no step follows the last."""
     model = build_ours(lively("125m"))
-    watched = Watched(model)
+    watched = Beams(model)
     allowed = [i for i in range(V) if i not in (7, 8)]
     generate(watched, torch.tensor([[5, 6]]), num_beams=5, max_new_tokens=4, suppress_tokens=allowed)
-    reads = [shape[1] for name, *shape in watched.calls if name == "decode_beams"]
+    reads = [read.input_ids.shape[1] for read in watched.reads[1:]]
     assert len(reads) == 3
     assert watched.cache.length <= 2 + sum(reads)
-    watched = Watched(model)
+    watched = Beams(model)
     generate(watched, torch.tensor([[5, 6]]), num_beams=5, max_new_tokens=1)
-    assert watched.calls == [("new_cache", 1, 2), ("prefill", 1, 2)]
+    assert [tuple(read.input_ids.shape) for read in watched.reads] == [(1, 2)]
+    assert watched.cache.capacity == 2
 
 
 # --- rows do not see each other
@@ -813,7 +778,7 @@ def test_more_beams_than_there_are_texts_give_each_once_and_then_empty_ones(leng
     found = generate(table, torch.tensor([[0], [2]]), num_beams=11, num_return_sequences=11, max_new_tokens=length,
                      pad_token_id=1, output_scores=True)  # fmt: skip
     rows, real = hypotheses(found, 1), 3**length
-    logprobs = table.logits.log_softmax(-1)
+    logprobs = table.table.log_softmax(-1)
     for row, first in ((0, 0), (1, 2)):
         texts = {
             text: sum(logprobs[a, b].item() for a, b in itertools.pairwise((first, *text))) / length
@@ -829,7 +794,7 @@ def test_more_beams_than_there_are_texts_give_each_once_and_then_empty_ones(leng
 
 def test_one_new_token_gives_the_most_probable_ones() -> None:
     found = generate(ODD, torch.tensor([[3], [7]]), **BEAMS, max_new_tokens=1)
-    best = ODD.logits[[3, 7]].log_softmax(-1).topk(3)
+    best = ODD.table[[3, 7]].log_softmax(-1).topk(3)
     assert found.sequences[:, 1:].view(2, 3).tolist() == best.indices.tolist()
     assert are_close(scores_of(found).view(2, 3), best.values)
     assert found.stop_reasons == ("length",) * 6

@@ -17,8 +17,9 @@ from minopt import OPT, GenerationConfig, GenerationOutput, OPTConfig, generate
 from minopt.generation.decode import decode_steps
 from minopt.generation.request import STOP_REASONS, prepare
 from tests.conftest import SIZE, build_ours, build_reference, lively
+from tests.generation.decoders import Script, V, say
 
-NEW, PAD, V = 30, 1, SIZE["vocab_size"]
+NEW, PAD = 30, 1
 
 
 def random_prompts(count: int = 20, longest: int = 20, seed: int = 0) -> list[Tensor]:
@@ -58,52 +59,6 @@ def error(ours: Tensor, theirs: Tensor) -> float:
     finite = theirs.isfinite()
     assert torch.equal(finite, ours.isfinite())
     return ((ours - theirs)[finite].abs().max() / theirs[finite].abs().max()).item()
-
-
-class Cache:
-    """Counts what has been read, and how often each row has been copied."""
-
-    def __init__(self, calls: list[tuple[Any, ...]]) -> None:
-        self.calls, self.read, self.copies = calls, 0, 1
-
-    def expand(self, copies: int) -> None:
-        self.calls.append(("expand", copies))
-        self.copies *= copies
-
-
-class Script:
-    """A decoder that says what is written, ``[N, B, V]``, and writes down what it is told."""
-
-    def __init__(self, logits: Tensor, **config: Any) -> None:
-        self.logits = logits
-        self.config = OPTConfig(**(SIZE | {"vocab_size": logits.shape[-1]} | config))
-        self.calls: list[tuple[Any, ...]] = []
-
-    @property
-    def device(self) -> torch.device:
-        return torch.device("cpu")
-
-    def new_cache(self, batch_size: int, capacity: int) -> Cache:
-        self.calls.append(("new_cache", batch_size, capacity))
-        return Cache(self.calls)
-
-    def prefill(self, input_ids: Tensor, attention_mask: Tensor | None, cache: Cache) -> Tensor:
-        return self._say("prefill", input_ids, attention_mask, cache)
-
-    def decode_step(self, input_ids: Tensor, attention_mask: Tensor | None, cache: Cache) -> Tensor:
-        return self._say("decode_step", input_ids, attention_mask, cache)
-
-    def _say(self, name: str, input_ids: Tensor, attention_mask: Tensor | None, cache: Cache) -> Tensor:
-        mask = None if attention_mask is None else attention_mask.long().tolist()
-        self.calls.append((name, input_ids.tolist(), mask))
-        cache.read += 1
-        return self.logits[cache.read - 1].repeat_interleave(cache.copies, dim=0)
-
-
-def say(rows: list[list[int]], vocab_size: int = V, **config: Any) -> Script:
-    """A decoder whose most probable tokens are those of ``rows``."""
-    tokens = torch.tensor(rows).T  # [N, B]
-    return Script(5.0 * torch.nn.functional.one_hot(tokens, vocab_size), **config)
 
 
 # --- greedy decoding is transformers'
@@ -399,13 +354,8 @@ def test_a_prompt_is_read_once_for_all_its_continuations() -> None:
     assert len({tuple(row) for row in found.sequences[:, 2:].tolist()}) == 6
     new = found.sequences[:, 2:, None].tolist()
     first, second = [row[0] for row in new], [row[1] for row in new]
-    assert decoder.calls == [
-        ("new_cache", 2, 5),
-        ("prefill", [[1, 5], [6, 7]], [[0, 1], [1, 1]]),
-        ("expand", 3),
-        ("decode_step", first, [[0, 1, 1]] * 3 + [[1, 1, 1]] * 3),
-        ("decode_step", second, [[0, 1, 1, 1]] * 3 + [[1, 1, 1, 1]] * 3),
-    ]
+    assert [read.input_ids.tolist() for read in decoder.reads] == [ids.tolist(), first, second]
+    assert [(cache.capacity, cache.copies) for cache in decoder.caches] == [(5, 3)]
 
 
 def test_continuations_are_those_of_as_many_equal_prompts(kind: str) -> None:
@@ -516,7 +466,7 @@ def test_what_cannot_be_called_is_refused(name: str, given: Any) -> None:
         ValueError, match=rf"{name}: expected a function of \(input_ids, scores\) or a list of them, got "
     ):
         generate(decoder, torch.ones(2, 1).long(), max_new_tokens=1, **{name: given})
-    assert decoder.calls == []
+    assert decoder.calls == 0
 
 
 # --- what ends rows beside an eos
@@ -590,11 +540,11 @@ def test_no_step_begins_after_max_time(
     clock = iter(range(1000))
     monkeypatch.setattr("minopt.generation.request.time.monotonic", lambda: float(next(clock)))
     decoder = say([[10, 11, 12, 13, 14], [2, 20, 21, 22, 23]])
-    decoder.logits = decoder.logits * 100
+    decoder.written *= 100
     found = generate(decoder, torch.ones(2, 1).long(), max_new_tokens=5, max_time=seconds, do_sample=do_sample)
     assert found.lengths == (length, 1)
     assert found.stop_reasons == ("time" if length < 5 else "length", "eos")
-    assert len(decoder.calls) == 1 + length
+    assert decoder.calls == 1 + length
 
 
 # --- rows that are left without any token
@@ -620,7 +570,7 @@ def test_a_row_without_any_token_left_ends_and_the_others_go_on(
 ) -> None:
     rows = [[10, 11, 12, 13], [20, 21, 22, 23], [30, 31, 2, 33]]
     decoder = say(rows)
-    decoder.logits = decoder.logits * 100
+    decoder.written *= 100
     found = generate(
         decoder, torch.tensor([[4, 5], [4, 6], [4, 7]]), max_new_tokens=4, logits_processor=nothing_behind(*last),
         do_sample=do_sample, output_scores=True, output_logprobs=True, top_logprobs=2,
@@ -655,7 +605,7 @@ def test_options_alone_may_leave_nothing() -> None:
 @pytest.mark.parametrize("step", [0, 1, 2])
 def test_scores_that_are_no_numbers_are_refused(do_sample: bool, step: int) -> None:
     decoder = say([[10, 11, 12], [20, 21, 22]])
-    decoder.logits[step, 1, 50] = torch.nan
+    decoder.written[step, 1, 50] = torch.nan
     message = rf"scores: expected numbers, got NaN or infinity at new token {step}\. In float16 a model may "
     with pytest.raises(ValueError, match=message):
         generate(decoder, torch.ones(2, 1).long(), max_new_tokens=3, do_sample=do_sample)
@@ -664,8 +614,8 @@ def test_scores_that_are_no_numbers_are_refused(do_sample: bool, step: int) -> N
 @pytest.mark.parametrize("do_sample", [False, True], ids=["greedy", "sampling"])
 def test_scores_of_a_row_that_has_ended_may_be_anything(do_sample: bool) -> None:
     decoder = say([[10, 11, 12], [20, 2, 22]])
-    decoder.logits = decoder.logits * 100
-    decoder.logits[2, 1] = torch.nan
+    decoder.written *= 100
+    decoder.written[2, 1] = torch.nan
     found = generate(decoder, torch.ones(2, 1).long(), max_new_tokens=3, do_sample=do_sample)
     assert found.lengths == (3, 2)
 
@@ -674,20 +624,20 @@ def test_scores_of_a_row_that_has_ended_may_be_anything(do_sample: bool) -> None
 
 
 def test_any_decoder_can_be_driven() -> None:
-    """What it is told: a prompt, then a token a row, with the mask of all tokens so far; nothing after the last one."""
+    """What it is told: a prompt, then a token a row; masks where there is padding; nothing after the last one."""
     decoder = say([[10, 11, 12], [20, 21, 22]])
     ids, mask = torch.tensor([[1, 5], [6, 7]]), torch.tensor([[0, 1], [1, 1]])
     found = generate(decoder, ids, mask, max_new_tokens=3)
     assert found.sequences.tolist() == [[1, 5, 10, 11, 12], [6, 7, 20, 21, 22]]
-    assert decoder.calls == [
-        ("new_cache", 2, 5),
-        ("prefill", [[1, 5], [6, 7]], [[0, 1], [1, 1]]),
-        ("decode_step", [[10], [20]], [[0, 1, 1], [1, 1, 1]]),
-        ("decode_step", [[11], [21]], [[0, 1, 1, 1], [1, 1, 1, 1]]),
-    ]
-    decoder.calls.clear()
+    told = [(read.input_ids.tolist(), read.position_ids.tolist()) for read in decoder.reads]
+    assert told == [([[1, 5], [6, 7]], [[-1, 0], [0, 1]]), ([[10], [20]], [[1], [2]]), ([[11], [21]], [[2], [3]])]
+    masks = [read.mask[:, 0, -1].long().tolist() for read in decoder.reads if read.mask is not None]
+    assert masks == [[[0, 1], [1, 1]], [[0, 1, 1], [1, 1, 1]], [[0, 1, 1, 1], [1, 1, 1, 1]]]
+    assert [None if read.wanted is None else read.wanted.tolist() for read in decoder.reads] == [[1, 3], None, None]
+    assert [cache.capacity for cache in decoder.caches] == [5]
+    decoder.reads.clear()
     generate(decoder, ids, max_new_tokens=3)
-    assert [call[2] for call in decoder.calls[1:]] == [None] * 3
+    assert [read.mask for read in decoder.reads] == [None] * 3
 
 
 def test_rows_end_alone_and_all_together_stop() -> None:
@@ -695,7 +645,11 @@ def test_rows_end_alone_and_all_together_stop() -> None:
     found = generate(decoder, torch.ones(3, 1).long(), max_new_tokens=5)
     assert found.sequences.tolist() == [[1, 10, 2, 1, 1], [1, 20, 21, 22, 2], [1, 2, 1, 1, 1]]
     assert (found.lengths, found.stop_reasons) == ((2, 4, 1), ("eos", "eos", "eos"))
-    assert [call[1] for call in decoder.calls[2:]] == [[[10], [20], [2]], [[2], [21], [1]], [[1], [22], [1]]]
+    assert [read.input_ids.tolist() for read in decoder.reads[1:]] == [
+        [[10], [20], [2]],
+        [[2], [21], [1]],
+        [[1], [22], [1]],
+    ]
 
 
 def test_an_eos_at_the_last_step_is_an_end_and_not_a_length() -> None:
@@ -737,7 +691,7 @@ def test_a_config_and_single_options_go_together() -> None:
 def test_steps_come_as_they_are_made() -> None:
     decoder, config = say([[10, 2, 30], [20, 21, 22]]), GenerationConfig(max_new_tokens=3)
     steps = decode_steps(prepare(decoder, torch.ones(2, 1).int(), None, config))
-    assert decoder.calls == []
+    assert decoder.calls == 0
     going_on = [
         ([10, 20], [True, True], ["", ""]),
         ([2, 21], [True, True], ["eos", ""]),
@@ -747,7 +701,7 @@ def test_steps_come_as_they_are_made() -> None:
         step = next(steps)
         assert (step.tokens.tolist(), step.is_new.tolist()) == (tokens, is_new)
         assert [STOP_REASONS[reason] for reason in step.reasons] == reasons
-        assert len(decoder.calls) == 2 + count
+        assert decoder.calls == 2 + count
     assert list(steps) == []
 
 
@@ -840,7 +794,7 @@ def test_what_cannot_work_is_refused_before_anything_runs(
     keep = request.node.callspec.id in ("float ids", "bool ids")
     with pytest.raises(ValueError, match=message):
         generate(decoder, ids if keep else ids.long(), mask, **options)
-    assert decoder.calls == []
+    assert decoder.calls == 0
 
 
 @pytest.mark.parametrize(("width", "new"), [(44, 20), (63, 1), (1, 63)])
@@ -858,7 +812,7 @@ def test_a_model_is_a_decoder_of_its_own_device() -> None:
 def test_a_mask_without_padding_is_no_mask() -> None:
     decoder = say([[10, 11], [20, 21]])
     generate(decoder, torch.ones(2, 3).long(), torch.ones(2, 3), max_new_tokens=2)
-    assert [call[2] for call in decoder.calls[1:]] == [None, None]
+    assert [read.mask for read in decoder.reads] == [None, None]
 
 
 def test_a_generator_of_another_device_is_refused_before_anything_runs() -> None:
@@ -866,7 +820,7 @@ def test_a_generator_of_another_device_is_refused_before_anything_runs() -> None
     generator = mock.Mock(spec=torch.Generator, device=torch.device("cuda"))
     with pytest.raises(ValueError, match=r"generator: expected one on cpu, got one on cuda\. Make it with"):
         generate(decoder, torch.ones(2, 1).long(), max_new_tokens=1, do_sample=True, generator=generator)
-    assert decoder.calls == []
+    assert decoder.calls == 0
 
 
 def test_rules_that_can_be_read_once_only_are_refused() -> None:
@@ -905,4 +859,4 @@ def test_what_is_no_tensor_or_no_config_is_told() -> None:
             generate(decoder, ids, mask)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"config: expected a minopt\.GenerationConfig, got dict"):
         generate(decoder, torch.ones(2, 1).long(), config={"max_new_tokens": 1})  # type: ignore[arg-type]
-    assert decoder.calls == []
+    assert decoder.calls == 0

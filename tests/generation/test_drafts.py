@@ -21,8 +21,8 @@ from minopt.generation.decode import decode_steps
 from minopt.generation.drafts import PromptLookup, Text
 from minopt.generation.request import prepare
 from tests.conftest import build_ours, build_reference, lively
+from tests.generation.decoders import Watched
 from tests.generation.test_decode import pad_left, random_prompts
-from tests.generation.test_late_look import Elsewhere
 from tests.generation.test_properties import (
     SHAPE,
     Case,
@@ -60,24 +60,8 @@ def test_a_draft_follows_the_latest_of_the_longest_earlier_matches(ids: list[int
 class Repeating(Hashing):
     """Logits that the last two tokens decide, so that a text soon runs in a circle."""
 
-    def logits(self, past: Sequence[int]) -> Tensor:
-        return super().logits(past[-2:]) if len(past) > 1 else super().logits(past)
-
-
-class Counting:
-    """A decoder, and how often it has been called for what."""
-
-    def __init__(self, decoder: Any) -> None:
-        self.decoder, self.config, self.device, self.calls = decoder, decoder.config, decoder.device, Counter[str]()
-
-    def __getattr__(self, name: str) -> Any:
-        found = getattr(self.decoder, name)
-        self.calls[name] += 1
-        return found
-
-    @property
-    def passes(self) -> int:
-        return self.calls["prefill"] + self.calls["decode_step"] + self.calls["decode_beams"]
+    def hashed(self, past: Sequence[int]) -> Tensor:
+        return super().hashed(past[-2:]) if len(past) > 1 else super().hashed(past)
 
 
 def repeating(vocab_size: int, positions: int, style: str, seed: int, eos: Any, pad: int | None) -> Repeating:
@@ -124,10 +108,10 @@ def test_every_call_gives_what_it_gives_without_in_as_many_fewer_passes() -> Non
         case.decoder = (case.decoder[0], case.decoder[1] + 15, *case.decoder[2:])
         case.processors = [nothing_now_and_then if rule is nothing_behind_even else rule for rule in case.processors]
         case.criteria = [now_and_then if criterion is ends_with_odd else criterion for criterion in case.criteria]
-        decoder = Counting(repeating(*case.decoder))
+        decoder = Watched(repeating(*case.decoder))
         plain = case.run(decoder)
         assert (plain.drafted_tokens, plain.accepted_tokens) == (None, None)
-        before = decoder.passes
+        before = len(decoder.reads)
         lookup = {"prompt_lookup_num_tokens": most, "max_matching_ngram_size": size}
         found = dataclasses.replace(case, options=case.options | lookup).run(decoder)
         assert_same(found, plain)
@@ -135,7 +119,7 @@ def test_every_call_gives_what_it_gives_without_in_as_many_fewer_passes() -> Non
         assert found.drafted_tokens is not None
         assert found.accepted_tokens is not None
         assert all(0 <= a <= d for a, d in zip(found.accepted_tokens, found.drafted_tokens, strict=True))
-        passes, spared = decoder.passes - before, max(found.accepted_tokens)
+        passes, spared = len(decoder.reads) - before, max(found.accepted_tokens)
         assert passes + spared == before
         met["spared"] += spared > 0
         met["spared by all of a batch"] += min(found.accepted_tokens) > 0 and len(found.lengths) > 1
@@ -184,18 +168,18 @@ def test_models_of_each_kind_give_what_they_give_without(kind: str, name: str, b
     """On prompts that repeat themselves and on random ones; prompts and new tokens fill all positions."""
     accepted = []
     for reference in (circling(kind), lively(kind, torch.float32)):
-        ours = Counting(build_ours(reference))
+        ours = Watched(build_ours(reference))
         repeated = [prompt.repeat(9)[:29] for prompt in random_prompts(3, longest=6, seed=1)]
         for prompts in (repeated[:batch_size], random_prompts(batch_size, seed=2)):
             ids, mask = pad_left(prompts)
             new = {"max_new_tokens": 64 - ids.shape[1]}
             plain = generate(ours, ids, mask, **new, **OPTIONS[name])
-            before = ours.passes
+            before = len(ours.reads)
             found = generate(ours, ids, mask, **new, **OPTIONS[name], prompt_lookup_num_tokens=8)
             assert_same(found, plain, 1e-5)
             assert found.accepted_tokens is not None
-            assert ours.passes == 2 * before - max(found.accepted_tokens)
-            ours.calls.clear()
+            assert len(ours.reads) == 2 * before - max(found.accepted_tokens)
+            ours.reads.clear()
             accepted.append(max(found.accepted_tokens) / before)
     assert name not in ("plain", "outputs") or accepted[0] > 0.6
     assert min(accepted) < 0.3
@@ -215,7 +199,7 @@ def circle(*ids: int, vocab_size: int = 60) -> Repeating:
 @pytest.mark.parametrize("new", range(1, 40))
 def test_a_draft_ends_with_the_new_tokens(new: int) -> None:
     """A circle of three from the first token on: drafts of 2, 6, 14, 15, ... tokens, all of them right."""
-    decoder = Counting(circle(4, 5, 6))
+    decoder = Watched(circle(4, 5, 6))
     ids = torch.tensor([[4, 5, 6, 4]])
     found = generate(decoder, ids, max_new_tokens=new, prompt_lookup_num_tokens=15)
     assert_same(found, generate(circle(4, 5, 6), ids, max_new_tokens=new))
@@ -224,50 +208,50 @@ def test_a_draft_ends_with_the_new_tokens(new: int) -> None:
         count = min(draft, left - 1)
         left, passes, drafted, draft = left - count - 1, passes + 1, drafted + count, min(15, 2 * count + 2)
     assert (found.drafted_tokens, found.accepted_tokens) == ((drafted,), (drafted,))
-    assert decoder.passes == passes
+    assert len(decoder.reads) == passes
 
 
 def test_drafts_are_full_where_a_long_pass_takes_no_longer() -> None:
-    for decoder, count in ((circle(4, 5), 2), (Elsewhere(circle(4, 5)), 7)):
+    for decoder, count in ((circle(4, 5), 2), (Watched(circle(4, 5), "cuda"), 7)):
         config = GenerationConfig(max_new_tokens=12, prompt_lookup_num_tokens=7)
         request = prepare(decoder, torch.tensor([[4, 5, 4]]), None, config)
         cache = decoder.new_cache(1, 15)
-        decoder.prefill(request.input_ids, None, cache)
+        request.read_prompts(cache)
         lookup = PromptLookup(dataclasses.replace(request, decoder=decoder), cache)
         lookup.read(torch.tensor([5]), torch.tensor([True]))
         assert lookup.drafted == [count]
 
 
 def test_where_nothing_repeats_the_decoder_is_told_what_it_is_told_without() -> None:
-    decoder = Counting(circle(*range(2, 50)))
+    decoder = Watched(circle(*range(2, 50)))
     found = generate(decoder, torch.tensor([[2, 3, 4]]), max_new_tokens=40, prompt_lookup_num_tokens=10)
     assert (found.drafted_tokens, found.accepted_tokens) == ((0,), (0,))
-    assert decoder.calls == {"new_cache": 1, "prefill": 1, "decode_step": 39}
+    assert [read.input_ids.shape[1] for read in decoder.reads] == [3] + [1] * 39
 
 
 def test_a_wrong_draft_costs_no_token_and_makes_the_next_one_short() -> None:
     """2 3 4 5 2 stands for 6 the second time: the draft 3 4 is wrong, as is the next one."""
-    decoder = Counting(circle(*range(2, 50)))
+    decoder = Watched(circle(*range(2, 50)))
     ids = torch.tensor([[2, 3, 40, 41, 42, 2, 3, 43, 44, 45, 2]])
     found = generate(decoder, ids, max_new_tokens=4, prompt_lookup_num_tokens=10)
     assert found.sequences[0, -4:].tolist() == [3, 4, 5, 6]
     assert (found.drafted_tokens, found.accepted_tokens) == ((2,), (0,))  # 43 44; behind 4, nothing is known
-    assert decoder.calls == {"new_cache": 1, "prefill": 1, "decode_step": 2, "decode_beams": 1}
+    assert [read.input_ids.shape[1] for read in decoder.reads] == [11, 3, 1, 1]
 
 
 def test_rows_of_a_batch_read_ahead_together_and_alone_once_others_have_ended() -> None:
     """The second row is in a circle at once, the first is new until its end; padding is no text of either."""
-    decoder, options = Counting(circle(*range(2, 12))), {"eos_token_id": 9, "max_new_tokens": 20}
+    decoder, options = Watched(circle(*range(2, 12))), {"eos_token_id": 9, "max_new_tokens": 20}
     decoder.decoder.logits = lambda past: torch.eye(60)[{30: 31, 31: 30}.get(past[-1], past[-1] + 1)]
     ids, mask = torch.tensor([[6, 5, 6, 4], [30, 31, 30, 31]]), torch.tensor([[0, 0, 0, 1], [1, 1, 1, 1]])
     found = generate(decoder, ids, mask, prompt_lookup_num_tokens=10, **options)
     assert (found.lengths, found.stop_reasons) == ((5, 20), ("eos", "length"))
     assert found.drafted_tokens == found.accepted_tokens == (0, 2 + 6 + 4)
-    assert decoder.passes == 20 - 12
+    assert len(decoder.reads) == 20 - 12
 
 
 def test_a_row_that_ends_within_a_draft_lets_the_others_go_on_along_theirs() -> None:
-    decoder, ids = Counting(circle(4, 5)), torch.tensor([[4, 5, 4, 5], [14, 15, 14, 15]])
+    decoder, ids = Watched(circle(4, 5)), torch.tensor([[4, 5, 4, 5], [14, 15, 14, 15]])
     follows = {4: 5, 5: 4, 14: 15, 15: 14}
     decoder.decoder.logits = lambda past: torch.eye(60)[
         9 if len(past) == 9 and past[0] == 4 else follows.get(past[-1], 1)
@@ -276,7 +260,7 @@ def test_a_row_that_ends_within_a_draft_lets_the_others_go_on_along_theirs() -> 
     assert (found.lengths, found.stop_reasons) == ((6, 12), ("eos", "length"))
     assert found.drafted_tokens == (2 + 6, 2 + 6)
     assert found.accepted_tokens == (2 + 1, 2 + 6)
-    assert decoder.passes == 12 - 8
+    assert len(decoder.reads) == 12 - 8
 
 
 # --- whoever looks on sees what it sees without
@@ -320,9 +304,9 @@ def test_the_clock_is_looked_at_for_each_token(seconds: float, monkeypatch: pyte
 
 
 def test_steps_come_one_by_one_and_say_what_has_been_accepted_so_far() -> None:
-    decoder, config = Counting(circle(4, 5, 6)), GenerationConfig(max_new_tokens=9, prompt_lookup_num_tokens=3)
+    decoder, config = Watched(circle(4, 5, 6)), GenerationConfig(max_new_tokens=9, prompt_lookup_num_tokens=3)
     seen = [
-        (int(step.tokens), step.drafted_tokens, step.accepted_tokens, decoder.passes)
+        (int(step.tokens), step.drafted_tokens, step.accepted_tokens, len(decoder.reads))
         for step in decode_steps(prepare(decoder, torch.tensor([[4, 5, 6]]), None, config))
     ]
     assert seen == [
@@ -406,10 +390,14 @@ def test_in_16_bits_tokens_are_the_same_up_to_a_near_tie() -> None:
 
 def test_prompts_of_a_list_run_alone_unless_a_limit_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
     rows: list[int] = []
-    prefill = minopt.OPT.prefill
-    monkeypatch.setattr(
-        minopt.OPT, "prefill", lambda self, ids, *rest: rows.append(len(ids)) or prefill(self, ids, *rest)
-    )
+    read = minopt.OPT.read
+
+    def spied(model: Any, input_ids: Tensor, position_ids: Tensor, mask: Any, wanted: Any, cache: Any) -> Tensor:
+        if wanted is not None:
+            rows.append(len(input_ids))
+        return read(model, input_ids, position_ids, mask, wanted, cache)
+
+    monkeypatch.setattr(minopt.OPT, "read", spied)
     for limits in ({}, {"batch_size": 2}, {"max_batch_tokens": 4096}):
         demo().generate(["One"] * 3, max_new_tokens=2, prompt_lookup_num_tokens=2, show_progress=False, **limits)
     assert rows == [1, 1, 1, 2, 1, 3]
@@ -417,8 +405,8 @@ def test_prompts_of_a_list_run_alone_unless_a_limit_says_otherwise(monkeypatch: 
 
 @pytest.mark.parametrize("options", [{"do_sample": True}, {"num_beams": 2}, {"num_return_sequences": 2}], ids=str)
 def test_what_is_not_greedy_is_refused_before_anything_runs(options: dict[str, Any]) -> None:
-    decoder = Counting(circle(4, 5))
+    decoder = Watched(circle(4, 5))
     with pytest.raises(ValueError, match=r"^generation: .*only greedy|one answer") as error:
         generate(decoder, torch.tensor([[4]]), prompt_lookup_num_tokens=3, **options)
     assert re.fullmatch(r"[^\n]+\.", str(error.value))
-    assert not decoder.calls
+    assert not decoder.reads

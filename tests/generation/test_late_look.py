@@ -19,21 +19,9 @@ from minopt.generation import decode
 from minopt.generation.request import prepare
 from minopt.generation.rules import block_ngrams
 from tests.conftest import SIZE
-from tests.generation.test_decode import say
+from tests.generation.decoders import Watched, say
 from tests.generation.test_properties import Case, build_decoder, check, sensible
 from tests.generation.test_properties import search as of_examples
-
-
-class Elsewhere:
-    """A decoder that says it is on a GPU."""
-
-    device = torch.device("cuda")
-
-    def __init__(self, decoder: Any) -> None:
-        self.decoder = decoder
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.decoder, name)
 
 
 @contextmanager
@@ -42,7 +30,7 @@ def late(steps: int) -> Iterator[None]:
     rarely = decode._look_every
 
     def as_on_a_gpu(request: Any) -> int:
-        return rarely(dataclasses.replace(request, decoder=Elsewhere(request.decoder)))
+        return rarely(dataclasses.replace(request, decoder=Watched(request.decoder, "cuda")))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(decode, "LOOK_EVERY", steps)
@@ -123,14 +111,15 @@ def test_nothing_is_read_between_two_looks(options: dict[str, Any], is_padded: b
 @pytest.mark.parametrize("step", [0, 3, 4, 9])
 def test_scores_that_are_no_numbers_are_refused_a_few_steps_late(step: int, do_sample: bool) -> None:
     decoder = say([[*range(10, 20)], [*range(20, 30)]])
-    decoder.logits = decoder.logits * 100
-    decoder.logits[step:, 1] = torch.nan
+    decoder.written *= 100
+    decoder.written[step:, 1] = torch.nan
     with late(4), pytest.raises(ValueError, match=f"expected numbers, got NaN or infinity at new token {step}\\."):
         generate(decoder, torch.ones(2, 1).long(), max_new_tokens=10, do_sample=do_sample)
-    assert len(decoder.calls) == 1 + min(10, step // 4 * 4 + 4)  # a cache, and up to the next look
-    decoder.calls.clear()
+    assert decoder.calls == 1 + min(10, step // 4 * 4 + 4)  # a cache, and up to the next look
+    decoder.reads.clear()
+    decoder.caches.clear()
     with late(4):  # a row that had ended by then
-        decoder.logits[:, 1, 2] = torch.where(torch.arange(10) == step - 1, 1e6, decoder.logits[:, 1, 2])
+        decoder.written[:, 1, 2] = torch.where(torch.arange(10) == step - 1, 1e6, decoder.written[:, 1, 2])
         if step > 0:
             found = generate(decoder, torch.ones(2, 1).long(), max_new_tokens=10, do_sample=do_sample)
             assert found.lengths == (10, step)
@@ -144,7 +133,7 @@ def test_the_host_looks_each_step_where_it_costs_nothing_or_somebody_sees_the_st
         request = prepare(say([[10, 11]]), ids, None, config, processor, criterion)
         return decode._look_every(dataclasses.replace(request, decoder=decoder))
 
-    gpu = Elsewhere(decoder)
+    gpu = Watched(decoder, "cuda")
     assert every(gpu) == every(gpu, do_sample=True) == every(gpu, no_repeat_ngram_size=2) == decode.LOOK_EVERY == 8
     assert every(decoder) == 1
     assert every(gpu, processor=lambda ids, scores: scores) == every(gpu, criterion=lambda ids, scores: False) == 1
@@ -155,4 +144,4 @@ def test_steps_that_are_streamed_come_as_they_are_made() -> None:
     decoder = say([[10, 11, 2, 12, 13]])
     with late(8):
         steps = decode.decode_steps(prepare(decoder, torch.ones(1, 1).long(), None, GenerationConfig(max_new_tokens=5)))
-        assert [(int(step.tokens), len(decoder.calls)) for step in steps] == [(10, 2), (11, 3), (2, 4)]
+        assert [(int(step.tokens), decoder.calls) for step in steps] == [(10, 2), (11, 3), (2, 4)]

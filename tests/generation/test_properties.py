@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from minopt import OPT, GenerationConfig, GenerationOutput, OPTConfig, generate
+from tests.generation.decoders import Fake, Watched
 
 SHAPE = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "ffn_dim": 8}
 
@@ -32,100 +33,27 @@ def search(max_examples: int) -> settings:
 # --- decoders whose logits follow from a row's own tokens
 
 
-@dataclass
-class Slots:
-    """A cache that keeps tokens themselves, ``[rows, slots]``, and which of them the mask has let through."""
-
-    tokens: Tensor
-    real: Tensor
-    capacity: int
-    compacted: int = 0
-
-    def append(self, tokens: Tensor, real: Tensor) -> None:
-        self.tokens, self.real = torch.cat([self.tokens, tokens], 1), torch.cat([self.real, real], 1)
-        assert self.tokens.shape[1] <= self.capacity
-
-    def expand(self, copies: int) -> None:
-        self.tokens, self.real = (t.repeat_interleave(copies, 0) for t in (self.tokens, self.real))
-
-    def compact(self, start: int, slots: Tensor) -> None:
-        self.compacted += 1
-        assert slots.shape[1] < self.tokens.shape[1] - start
-        self.tokens, self.real = (
-            torch.cat([t[:, :start], t[:, start:].gather(1, slots)], 1) for t in (self.tokens, self.real)
-        )
-
-    def truncate(self, length: int) -> None:
-        assert length < self.tokens.shape[1]
-        self.tokens, self.real = self.tokens[:, :length], self.real[:, :length]
-
-
-class Hashing:
-    """Logits from a table, at a row that all of the real tokens so far decide; and a check of what it is told."""
+class Hashing(Fake):
+    """Logits from a table, at a row that all of the real tokens so far decide."""
 
     def __init__(self, table: Tensor, config: OPTConfig) -> None:
-        self.table, self.config, self.calls, self.caches = table, config, 0, list[Slots]()
+        super().__init__(self.hashed)
+        self.table, self.config = table, config
 
-    @property
-    def device(self) -> torch.device:
-        return torch.device("cpu")
-
-    def logits(self, past: Sequence[int]) -> Tensor:
+    def hashed(self, past: Sequence[int]) -> Tensor:
         return self.table[functools.reduce(lambda a, b: (31 * a + b + 7) % len(self.table), past, len(past))]
 
-    def logprobs(self, past: Sequence[int]) -> Tensor:
-        return self.logits(past).log_softmax(0)
 
-    def new_cache(self, batch_size: int, capacity: int) -> Slots:
-        self.calls += 1
-        nothing = torch.zeros(batch_size, 0, dtype=torch.long)
-        self.caches.append(Slots(nothing, nothing.bool(), capacity))
-        return self.caches[-1]
-
-    def prefill(self, input_ids: Tensor, attention_mask: Tensor | None, cache: Slots) -> Tensor:
-        self.calls += 1
-        real = torch.ones_like(input_ids).bool() if attention_mask is None else attention_mask.bool()
-        cache.append(input_ids, real)
-        return self._say(cache, cache.real)
-
-    def decode_step(self, input_ids: Tensor, attention_mask: Tensor | None, cache: Slots) -> Tensor:
-        self.calls += 1
-        cache.append(input_ids, torch.ones_like(input_ids).bool())
-        assert attention_mask is None or torch.equal(attention_mask.bool(), cache.real)
-        return self._say(cache, cache.real)
-
-    def decode_beams(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, cache: Slots) -> Tensor:
-        self.calls += 1
-        B, K = input_ids.shape
-        cache.append(input_ids, torch.ones_like(input_ids).bool())
-        assert attention_mask.shape == (B, K, cache.tokens.shape[1])
-        own = torch.ones(K, K).bool()  # of the new tokens, each sees itself; or, in a draft, those before it too
-        assert any(
-            torch.equal(attention_mask[..., -K:], new.expand(B, K, K)) for new in (own.diag().diag(), own.tril())
-        )
-        assert not (attention_mask & ~cache.real[:, None]).any()
-        assert torch.equal(position_ids, attention_mask.sum(-1) - 1)
-        rows = cache.tokens[:, None].expand_as(attention_mask).flatten(0, 1)
-        return self._say(dataclasses.replace(cache, tokens=rows), attention_mask.flatten(0, 1)).view(B, K, -1)
-
-    def _say(self, cache: Slots, seen: Tensor) -> Tensor:
-        rows = zip(cache.tokens.tolist(), seen.tolist(), strict=True)
-        return torch.stack([self.logits([*itertools.compress(row, mask)]) for row, mask in rows])
-
-
-class Model:
+class Model(Watched):
     """A small OPT in float64; what it said is taken from one pass over the whole text, without a cache."""
 
-    def __init__(self, model: OPT) -> None:
-        self.model, self.config, self.device, self.calls = model, model.config, model.device, 0
+    @property
+    def calls(self) -> int:
+        return len(self.reads)
 
     def logprobs(self, past: Sequence[int]) -> Tensor:
         with torch.no_grad():
-            return self.model(torch.tensor([past]))[0, -1].float().log_softmax(0)
-
-    def __getattr__(self, name: str) -> Any:
-        self.calls += 1
-        return getattr(self.model, name)
+            return self.decoder(torch.tensor([past]))[0, -1].float().log_softmax(0)
 
 
 def build_table(vocab_size: int, style: str, seed: int) -> Tensor:

@@ -11,9 +11,10 @@ import torch
 import transformers
 from torch import Tensor
 
-from minopt import GenerationConfig, OPTConfig, generate
+from minopt import GenerationConfig, generate
 from minopt.generation.rules import NUCLEUS, Rule, build_rules, keep_min_p, keep_top_p
-from tests.conftest import SIZE, build_reference
+from tests.conftest import build_reference
+from tests.generation.decoders import Fake
 
 V, PAD, EOS = 24, 1, (2, 9)
 INF = torch.inf
@@ -531,26 +532,11 @@ def test_users_rules_act_behind_the_others_and_before_the_filters(reference: Any
     assert differ(outcomes(build(4, EOS, built_in | filters), 4), outcomes(other, 4))  # the negative control
 
 
-class Fixed:
-    """A decoder that says the same to every prompt: ``logits [V]``."""
-
-    def __init__(self, logits: Tensor) -> None:
-        self.logits = logits
-        self.config = OPTConfig(**(SIZE | {"vocab_size": len(logits)}))
-        self.device = logits.device
-
-    def new_cache(self, batch_size: int, capacity: int) -> None:
-        return None
-
-    def prefill(self, input_ids: Tensor, attention_mask: Tensor | None, cache: None) -> Tensor:
-        self.said = self.logits.repeat(len(input_ids), 1)
-        return self.said
-
-
 @pytest.mark.parametrize("num_beams", [1, 2])
 def test_a_rule_that_writes_into_its_scores_leaves_the_log_probabilities_alone(num_beams: int) -> None:
     """They are the model's own, before any rule; many of transformers' users write such rules."""
-    decoder, best = Fixed(random_scores(1)[0]), int(random_scores(1)[0].argmax())
+    logits = random_scores(1)[0]
+    decoder, best = Fake(lambda past: logits, vocab_size=len(logits)), int(logits.argmax())
 
     def exclude(ids: Tensor, scores: Tensor) -> Tensor:
         scores[:, best] = -INF
@@ -560,12 +546,12 @@ def test_a_rule_that_writes_into_its_scores_leaves_the_log_probabilities_alone(n
         decoder, torch.tensor([[5], [6]]), logits_processor=exclude, max_new_tokens=1, num_beams=num_beams,
         output_logprobs=True, top_logprobs=2,
     )  # fmt: skip
-    expected = decoder.logits.log_softmax(0)
+    expected = random_scores(1)[0].log_softmax(0)
     tokens = found.sequences[:, 1]
     assert best not in tokens.tolist()
     assert found.logprobs is not None
     assert found.top_token_ids is not None
-    assert torch.equal(decoder.said, decoder.logits.repeat(2, 1))
+    assert torch.equal(logits, random_scores(1)[0])
     assert found.top_token_ids[:, 0].tolist() == [expected.topk(2).indices.tolist()] * 2
     torch.testing.assert_close(found.logprobs[:, 0], expected[tokens], rtol=1e-6, atol=1e-6)
 
@@ -637,7 +623,9 @@ def test_draws_follow_the_distribution_of_transformers(reference: Any, name: str
     options, mistaken = DISTRIBUTIONS[name]
     logits = fixed_logits()
     ids = torch.full((DRAWS, 1), 3)
-    found = generate(Fixed(logits), ids, max_new_tokens=1, eos_token_id=(), seed=7, **options)
+    found = generate(
+        Fake(lambda past: logits, vocab_size=len(logits)), ids, max_new_tokens=1, eos_token_id=(), seed=7, **options
+    )
     counts = found.sequences[:, 1].bincount(minlength=len(logits))
 
     def probabilities(**options: Any) -> Tensor:

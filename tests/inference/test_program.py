@@ -24,7 +24,7 @@ from minopt import OPT, LanguageModel, TrainingConfig, export_model, inspect_che
 from minopt.cli import main
 from minopt.inference import compile as export
 from minopt.inference.program import ExportedModel, load_exported
-from tests.conftest import build_ours, build_reference, copy_of, quantized_state
+from tests.conftest import build_ours, build_reference, copy_of, quantized_state, read_next
 from tests.inference.test_linear import SIZES, check_single_rows, draw
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "infer_exported.py"
@@ -185,7 +185,7 @@ def test_rounded_programs_decode_as_their_models_but_for_near_ties(
     with torch.inference_mode():
         for T in (1, 4, 28):
             cache = found.new_cache(3, T + 1)
-            steps = [found.prefill(ids[:, :T], None, cache), found.decode_step(ids[:, T : T + 1], None, cache)]
+            steps = [read_next(found, ids[:, :T], None, cache), read_next(found, ids[:, T : T + 1], None, cache)]
             right = exact(ids[:, : T + 1])[:, -2:]
             errors = [(x - right).abs().max() for x in (torch.stack(steps, 1), model(ids[:, : T + 1])[:, -2:])]
             assert 0 < errors[0] < 1.5 * errors[1] < 0.15 * right.abs().max()
@@ -292,11 +292,8 @@ class Leaning:
     def lean(self, logits: torch.Tensor) -> torch.Tensor:
         return logits.double() + torch.arange(logits.shape[-1]) % 2 * 0.01
 
-    def prefill(self, *args: Any) -> torch.Tensor:
-        return self.lean(self.model.prefill(*args))
-
-    def decode_step(self, *args: Any) -> torch.Tensor:
-        return self.lean(self.model.decode_step(*args))
+    def read(self, *args: Any) -> torch.Tensor:
+        return self.lean(self.model.read(*args))
 
 
 @pytest.mark.parametrize(
@@ -455,11 +452,11 @@ def test_its_limits_are_told_before_anything_runs(exported: LanguageModel, monke
 def test_a_full_cache_is_not_written_beyond(exported: LanguageModel) -> None:
     program, ids = exported.decoder, torch.tensor([[5, 6]])
     cache = program.new_cache(1, 2)
-    program.prefill(ids, None, cache)
+    read_next(program, ids, None, cache)
     for shape in ((1, 1), (2, 1)):
         message = rf"^cache: made for 1 rows of 2 tokens, 2 filled, got ids \[{shape[0]}, 1\] and a mask of 3 tokens\. "
         with pytest.raises(ValueError, match=message):
-            program.decode_step(ids.view(2, 1)[: shape[0]], None, cache)
+            read_next(program, ids.view(2, 1)[: shape[0]], None, cache)
 
 
 @pytest.mark.parametrize("verb", ["save", "finetune"])

@@ -30,7 +30,7 @@ from minopt.checkpoint.tensors import Share
 from minopt.checkpoint.weights import read_weights
 from minopt.inference import plan, tensor_parallel
 from tests.checkpoint.sources import SOURCES, write_source
-from tests.conftest import build_ours, build_reference
+from tests.conftest import build_ours, build_reference, read_next
 
 KINDS = ("125m", "350m", "galactica")
 IDS = torch.tensor([[0, 0, 0, 9, 30, 41, 7], [2, 8, 8, 50, 60, 4, 11]])
@@ -49,8 +49,8 @@ def results(lm: LanguageModel) -> dict[str, Any]:
     decoder = lm.decoder
     with torch.inference_mode():
         cache = decoder.new_cache(2, 9)
-        logits = [decoder.prefill(IDS, MASK.bool(), cache)]
-        logits.append(decoder.decode_step(IDS[:, :1], torch.nn.functional.pad(MASK, (0, 1), value=1).bool(), cache))
+        logits = [read_next(decoder, IDS, MASK, cache)]
+        logits.append(read_next(decoder, IDS[:, :1], torch.nn.functional.pad(MASK, (0, 1), value=1), cache))
     found: dict[str, Any] = {"logits": torch.stack(logits)}
     for name, options in WAYS.items():
         ids, mask = (IDS[1:], None) if "prompt_lookup_num_tokens" in options else (IDS, MASK)

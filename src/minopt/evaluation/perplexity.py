@@ -72,7 +72,7 @@ def window_perplexity(
         count += 1
     mine = range(count) if world is None else range(world.rank, count, world.size)
     # Few at a time: a window of 2048 fills any device, and memory does not depend on the text.
-    at_once = min(max(1, 2048 // window), getattr(model, "max_batch", None) or 2048)
+    at_once = min(max(1, 2048 // window), model.max_batch or 2048)
     total, tokens = 0.0, 0
     for at in range(0, len(mine), at_once):
         batch = mine[at : at + at_once]

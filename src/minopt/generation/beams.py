@@ -20,7 +20,7 @@ from torch import Tensor
 from minopt.cache import KVCache
 from minopt.generation.options import GenerationConfig
 from minopt.generation.request import EXHAUSTED, RUNNING, STOP_REASONS, GenerationOutput, Request, refuse
-from minopt.masks import mask_of_beams
+from minopt.masks import beam_mask, positions, with_new_tokens
 
 # Steps between two looks for slots that no running beam needs any more.
 COMPACT_EVERY = 16
@@ -81,7 +81,7 @@ def _search(request: Request) -> tuple[History, Finished]:
     stopper, history = request.stopper(), History()
     cache = decoder.new_cache(B, T + K * (config.max_new_tokens - 1))
     logits = request.read_prompts(cache)[:, None].expand(-1, K, -1)  # [B, K, V]
-    position_ids = (T - request.padding(1))[:, None].expand(-1, K)
+    position_ids = positions(with_new_tokens(request.attention_mask, 1), T, 1, device).expand(B, K)
     sequences = request.input_ids[:, None].expand(-1, K, -1)  # [B, K, S]
     sums = torch.full((B, K), -torch.inf, dtype=torch.float32, device=device)  # scores, in falling order
     sums[:, 0] = 0.0  # K equal beams would find each continuation K times
@@ -118,7 +118,7 @@ def _search(request: Request) -> tuple[History, Finished]:
         if step % COMPACT_EVERY == COMPACT_EVERY - 1:
             visible = _compact(cache, T, visible)
         visible = torch.cat([visible, own], 2)
-        mask = mask_of_beams(request.attention_mask, T, visible)
+        mask = beam_mask(request.attention_mask, T, visible)
         logits = decoder.read(chosen.token, position_ids, mask, None, cache).view(B, K, -1)
         position_ids = position_ids + 1
     return history, finished

@@ -29,7 +29,7 @@ from minopt.generation.request import (
     refuse,
 )
 from minopt.generation.rules import Rule
-from minopt.masks import masks_of_steps
+from minopt.masks import positions, step_mask, with_new_tokens
 
 # Steps from one look of the host at what came out to the next, on devices that would have to wait for it.
 LOOK_EVERY = 8
@@ -148,11 +148,14 @@ def decode_steps(request: Request, look_every: int = 1) -> Iterator[Step]:
     cache = decoder.new_cache(B, T + N)
     logits = request.read_prompts(cache)
     sequences = torch.nn.functional.pad(request.input_ids, (0, N), value=request.pad_token_id)
-    masks, position_ids = masks_of_steps(request.attention_mask, N), T - request.padding(copies)[:, None]
+    real = with_new_tokens(request.attention_mask, N)
+    position_ids = positions(real, T, 1, decoder.device).expand(B, 1)
     if copies > 1:
         cache.expand(copies)
-        logits, sequences = (t.repeat_interleave(copies, dim=0) for t in (logits, sequences))
-        masks = None if masks is None else masks.repeat_interleave(copies, dim=0)
+        logits, sequences, position_ids = (
+            t.repeat_interleave(copies, dim=0) for t in (logits, sequences, position_ids)
+        )
+        real = None if real is None else real.repeat_interleave(copies, dim=0)
     reasons = torch.zeros(B * copies, dtype=torch.int8, device=decoder.device)
     running = is_new = reasons == RUNNING
     broken_at = torch.full_like(running, N, dtype=torch.long)  # the step in which a row's scores were no numbers
@@ -189,8 +192,7 @@ def decode_steps(request: Request, look_every: int = 1) -> Iterator[Step]:
         if lookup is not None:
             logits = lookup.read(tokens, running)
         else:
-            mask = None if masks is None else masks[..., : length + 1]
-            logits = decoder.read(tokens[:, None], position_ids, mask, None, cache)
+            logits = decoder.read(tokens[:, None], position_ids, step_mask(real, length + 1), None, cache)
             position_ids = position_ids + 1
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from minopt.cache import KVCache
 from minopt.generation.request import Request
-from minopt.masks import causal_mask, masks_of_steps, positions
+from minopt.masks import causal_mask, positions, with_new_tokens
 
 
 class Text:
@@ -76,7 +76,7 @@ class PromptLookup:
         self.request, self.cache = request, cache
         self.most, self.ngram_size = config.prompt_lookup_num_tokens, config.max_matching_ngram_size
         self.length, self.end = T, T + config.max_new_tokens
-        self.masks = masks_of_steps(request.attention_mask, config.max_new_tokens)
+        self.real = with_new_tokens(request.attention_mask, config.max_new_tokens)
         rows = zip(request.input_ids.tolist(), request.padding(1).tolist(), strict=True)
         self.texts = [Text(ids[padding:]) for ids, padding in rows]
         # What is yet to come true, from the last to the next: a token of each row, and the logits [B, V] behind it.
@@ -119,7 +119,7 @@ class PromptLookup:
             self.came_true = 0
             ids = torch.cat([tokens[:, None], torch.tensor(drafts, device=tokens.device).T], 1)  # [B, K]
         (B, K), past, S = ids.shape, self.length - 1, self.length + len(drafts)
-        real = None if self.masks is None else self.masks[:, 0, 0, :S]
+        real = None if self.real is None else self.real[:, :S]
         mask = None if real is None else causal_mask(real, past, K, S, ids.device)
         position_ids = positions(real, past, K, ids.device).expand(B, K)
         logits = self.request.decoder.read(ids, position_ids, mask, None, self.cache).view(B, K, -1)

@@ -325,8 +325,7 @@ def _fit(
     limit: int, input_ids: Tensor, attention_mask: Tensor | None, config: GenerationConfig, bos: int | None
 ) -> tuple[Tensor, Tensor | None]:
     """Prompts that leave room for the new tokens: as they are, or their ends, behind the bos if they began with it."""
-    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.bool()
-    lengths = mask.sum(1)
+    lengths = (torch.ones_like(input_ids) if attention_mask is None else attention_mask.bool()).sum(1)
     longest, room = int(lengths.max()), limit - config.max_new_tokens
     check_room(limit, longest, config)
     if longest <= room:

@@ -74,7 +74,7 @@ def _score(
     wanted = is_scored.any(1)  # [R, L]
     chunk = CHUNK if model.device.type == "cpu" else CHUNK_ON_GPU
     for first, stop in _passes(wanted.sum(0).tolist(), begin, end, chunk):
-        wanted[-1, stop] = True  # a pass gives the logits of one token at least
+        wanted[-1, stop] |= not wanted[:, first + 1 : stop + 1].any()  # not every kernel takes no rows
         row, at = wanted[:, first + 1 : stop + 1].nonzero().unbind(1)
         read = ids[:, 0, first:stop].to(model.device)
         position_ids = positions(None, first, stop - first, model.device).expand(R, -1)
