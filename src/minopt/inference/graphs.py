@@ -45,8 +45,8 @@ class GraphedOPT(FastOPT):
         capacity = min(-(-capacity // ROUND) * ROUND, max(capacity, self.config.max_position_embeddings))
         last, self._last = self._last, None
         if last is not None and last[0]() is None and last[1][0].shape[::2] == (batch_size, capacity):
-            cache = GraphCache.__new__(GraphCache)
-            cache.keys, cache.values, cache.graphs, cache.length = last[1], last[2], last[3], 0
+            cache = GraphCache.of(last[1], last[2])
+            cache.graphs = last[3]
             for tensor in (*cache.keys, *cache.values):
                 tensor.zero_()  # a text with NaN must not reach the next
         else:
@@ -112,9 +112,8 @@ class Graph:
         self.position_ids = torch.zeros(B, Q, dtype=torch.long, device=device)
         self.mask = torch.ones(B, 1, Q, S, dtype=torch.bool, device=device)
         self.is_masked = False
-        self.cache = KVCache.__new__(KVCache)  # of the same memory: it outlives the caller's, which is given anew
-        self.cache.keys, self.cache.values = cache.keys, cache.values
-        self.cache.length = self.length = torch.zeros((), dtype=torch.long, device=device)
+        self.length = torch.zeros((), dtype=torch.long, device=device)
+        self.cache = KVCache.of(cache.keys, cache.values, self.length)  # outlives the caller's cache
         read = super(GraphedOPT, model).read
         if model.compile_step:
             read = torch.compile(read)
