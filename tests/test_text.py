@@ -25,7 +25,7 @@ from minopt import GenerationConfig, Tokenizer
 from minopt.checkpoint.open import open_checkpoint
 from minopt.cli import main
 from minopt.text import SCORES_IN_TOKENS
-from minopt.tokenizer import TokenBytes
+from minopt.tokenizer import Pieces
 from tests.test_tokenizer import STOP_ALPHABET, STOP_TEXTS, first_stop, stop_ids, write_marked
 
 PROMPTS = ["It was a dark night", "The captain", "“I will go,” said the old man, and he", ""]
@@ -365,9 +365,9 @@ def test_a_stream_holds_back_what_may_begin_a_stop_string_and_nothing_else(
         assert piece
         given_by[rule.steps] = given_by.get(rule.steps, "") + piece
     text, token_ids, _ = by_definition(tokenizer, script, strings, min_new_tokens)
-    token_bytes, whole = TokenBytes(tokenizer, skip_special_tokens=True), b""
+    token_bytes, whole = Pieces(tokenizer, True), b""
     for count, token_id in enumerate(token_ids[:-1], start=1):
-        whole += token_bytes[token_id]
+        whole += token_bytes.shown(token_bytes[token_id]).encode("latin-1")
         beginnings = [s.encode()[:n] for s in strings for n in range(len(s.encode()))]
         held = max((len(beginning) for beginning in beginnings if whole.endswith(beginning)), default=0)
         so_far = "".join(piece for step, piece in given_by.items() if step <= count)
@@ -754,12 +754,12 @@ def test_a_continuation_has_the_scores_of_its_tokens_in_the_whole_text(
     """A token over the border is the continuation's; the first of a text without a beginning token has no score."""
     assert lm.tokenizer is not None
     found = lm.score(prompt, CONTINUATIONS, add_bos=add_bos, batch_size=3, show_progress=False)
-    token_bytes = TokenBytes(lm.tokenizer, skip_special_tokens=True)
+    token_bytes = Pieces(lm.tokenizer, True)
     for text, scored in zip(CONTINUATIONS, found, strict=True):
         ids = lm.tokenizer.encode(prompt + text, add_bos)
-        spelled, start = b"", 0
-        while len(spelled + token_bytes[ids[start]]) <= len(prompt.encode()):
-            spelled, start = spelled + token_bytes[ids[start]], start + 1
+        spelled, start = "", 0
+        while len(spelled + token_bytes.shown(token_bytes[ids[start]])) <= len(prompt.encode()):
+            spelled, start = spelled + token_bytes.shown(token_bytes[ids[start]]), start + 1
         assert (scored.text, list(scored.token_ids)) == (text, ids[start:])
         expected = [None, *expected_logprobs(reference, ids)][start:]
         assert [value is None for value in scored.logprobs] == [value is None for value in expected]

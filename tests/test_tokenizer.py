@@ -22,7 +22,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 import minopt
 from minopt import Tokenizer
-from minopt.tokenizer import _BYTE_OF_CHARACTER, TokenBytes, pad_left
+from minopt.tokenizer import _BYTE_OF_CHARACTER, Pieces, pad_left
 from tests.conftest import SHARED_DATA
 from tests.texts import EMOJI, SPECIAL_TOKENS, varied_texts
 
@@ -861,12 +861,12 @@ def test_a_continuation_begins_with_the_first_token_that_reaches_into_it(
 ) -> None:
     """Counted in the bytes of the tokens; the ids are those of the whole text."""
     ours, _ = pair
-    token_bytes = TokenBytes(ours, skip_special_tokens=True)
+    token_bytes = Pieces(ours, True)
     found = ours.encode_continuations(prompt, texts, add_bos)
     assert len(found) == len(texts)
     for text, (ids, start) in zip(texts, found, strict=True):
         assert ids == ours.encode(prompt + text, add_bos)
-        ends = list(itertools.accumulate(len(token_bytes[i]) for i in ids))
+        ends = list(itertools.accumulate(len(token_bytes.shown(token_bytes[i])) for i in ids))
         expected = next((n for n, end in enumerate(ends) if end > len(prompt.encode())), len(ids))
         assert start == expected
 

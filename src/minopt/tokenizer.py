@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import json
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,6 @@ from minopt.strangers import what_it_is
 
 logger = logging.getLogger(__name__)
 
-# What OPT's own files declare (bos, eos and unk are one token), for a folder with vocab.json and merges.txt alone.
-_OPT_TOKENS = {"bos_token": "</s>", "eos_token": "</s>", "unk_token": "</s>", "pad_token": "<pad>"}
-
-# Every name that transformers knows, in the order in which it numbers those that are new to the vocabulary.
-_SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-
-
 # The files that a tokenizer is read from, in the order of preference; the last two are metaseq's names.
 _FORMS = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("gpt2-unified.json",),
           ("gpt2-vocab.json", "gpt2-merges.txt"))  # fmt: skip
@@ -33,6 +27,13 @@ _FORMS = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("gpt2-unified.json
 TOKENIZER_FILES = (*(name for form in _FORMS for name in form), "tokenizer_config.json", "special_tokens_map.json",
                    "added_tokens.json")  # fmt: skip
 """All names that a tokenizer's files have."""
+
+# The settings of OPT's own files, for a folder without settings.
+_OPT_SETTINGS = {"bos_token": "</s>", "eos_token": "</s>", "unk_token": "</s>", "pad_token": "<pad>",
+                 "add_bos_token": True}  # fmt: skip
+
+# The names of special tokens in transformers, in the order in which it numbers those that are new to the vocabulary.
+_SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 class Tokenizer:
@@ -42,8 +43,8 @@ class Tokenizer:
 
     Args:
         backend: the tokenizer of the ``tokenizers`` library.
-        settings: the content of a tokenizer_config.json: ``bos_token``, ``eos_token``, ``pad_token`` (each a
-            string), and whatever else is to be saved again.
+        settings: the content of a tokenizer_config.json: ``bos_token``, ``eos_token``, ``pad_token`` (each a string),
+            and all else that is to be saved again.
 
     Attributes:
         bos_token_id, eos_token_id, pad_token_id: ids, or ``None`` where the files name none.
@@ -55,73 +56,63 @@ class Tokenizer:
     def __init__(self, backend: tokenizers.Tokenizer, settings: Mapping[str, Any]) -> None:
         if not isinstance(backend.decoder, decoders.ByteLevel):
             raise ValueError(f"tokenizer: expected byte-level BPE, got the decoder {type(backend.decoder).__name__}.")
-        self.backend = backend
-        self.settings = dict(settings)
-        self.bos_token_id = self._id("bos_token")
-        self.eos_token_id = self._id("eos_token")
-        self.pad_token_id = self._id("pad_token")
+        self.backend, self.settings = backend, dict(settings)
+        self.bos_token_id, self.eos_token_id, self.pad_token_id = (
+            None if (token := _content(settings.get(name))) is None else backend.token_to_id(token)
+            for name in ("bos_token", "eos_token", "pad_token")
+        )
 
     def __repr__(self) -> str:
         ids = ", ".join(f"{name}={getattr(self, name)}" for name in ("bos_token_id", "eos_token_id", "pad_token_id"))
         return f"Tokenizer({len(self)} tokens, {ids})"
 
-    def _id(self, name: str) -> int | None:
-        token = _content(self.settings.get(name))
-        return None if token is None else self.backend.token_to_id(token)
-
     @classmethod
     def load(cls, folder: str | Path) -> Tokenizer:
-        """Reads ``tokenizer.json``, or ``vocab.json`` and ``merges.txt``, with the files beside them.
+        """Reads ``tokenizer.json``, or ``vocab.json`` and ``merges.txt``, with the settings beside them.
 
-        Those are ``tokenizer_config.json``, ``special_tokens_map.json`` and ``added_tokens.json``, all optional; as in
-        transformers, a config with ``added_tokens_decoder`` stands alone, else the other two add to it. metaseq's names
-        are known too: ``gpt2-unified.json``, and ``gpt2-vocab.json`` with ``gpt2-merges.txt``.
+        Settings are in ``tokenizer_config.json``, ``special_tokens_map.json`` and ``added_tokens.json``, all optional.
+        As in transformers, the last two count only if the first has no ``added_tokens_decoder``. metaseq's names are
+        known too: ``gpt2-unified.json``, and ``gpt2-vocab.json`` with ``gpt2-merges.txt``.
+
+        Args:
+            folder: of the files, or any one of them.
 
         Raises:
-            FileNotFoundError: if no form is there (any one of the files leads to all).
+            FileNotFoundError: if the files are not there.
             ValueError: if a file cannot be read, or the vocabulary is GPT-2's.
         """
         folder = Path(folder)
         folder = folder.parent if folder.is_file() else folder
-        files = next((form for form in _FORMS if all((folder / name).is_file() for name in form)), ())
-        settings, added = _read_json(folder / "tokenizer_config.json"), {}
-        if "added_tokens_decoder" not in settings:
-            settings |= _read_json(folder / "special_tokens_map.json")
-            added = _read_json(folder / "added_tokens.json")
-        if len(files) == 2 or (files == ("gpt2-unified.json",) and not (folder / "tokenizer_config.json").is_file()):
-            settings = _OPT_TOKENS | {"add_bos_token": True} | settings
-        eos = None
-        if len(files) == 1:
-            backend = _open(folder / files[0], lambda path: tokenizers.Tokenizer.from_file(path))
-            backend.no_truncation()  # transformers writes those of its last call into the file
-            backend.no_padding()
-        elif files:
-            eos = _content(settings.get("eos_token")) if settings.get("add_eos_token") else None
-            vocab = str(folder / files[0])
-            _read_json(folder / files[0])  # an error names it; what is left then lies in the other file
-            backend = tokenizers.Tokenizer(_open(folder / files[1], lambda path: models.BPE.from_file(vocab, path)))
-            prefix_space = bool(settings.get("add_prefix_space", False))
-            backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix_space)
-            backend.decoder = decoders.ByteLevel()
-        else:
+        files = _files_in(folder)
+        if not files:
             found = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else "no such folder"
             raise FileNotFoundError(
                 f"{folder}: expected tokenizer.json, or vocab.json and merges.txt, found {found}. "
                 "Copy the tokenizer's files there."
             )
-        _refuse_gpt2(backend, folder)
+        settings, added = _read_json(folder / "tokenizer_config.json"), {}
+        is_silent = len(files) == 2 or (files == ("gpt2-unified.json",) and not settings)
+        if "added_tokens_decoder" not in settings:
+            settings |= _read_json(folder / "special_tokens_map.json")
+            added = _read_json(folder / "added_tokens.json")
+        if is_silent:
+            settings = _OPT_SETTINGS | settings
+        backend = _read_backend([folder / name for name in files], bool(settings.get("add_prefix_space", False)))
+        # The same merges under other ids: GPT-2 numbers "<|endoftext|>" 50256, OPT 50260, with its specials from 0.
+        if backend.token_to_id("<|endoftext|>") == 50256 and backend.token_to_id("</s>") is None:
+            raise ValueError(
+                f"{folder}: this is GPT-2's vocabulary (<|endoftext|> is 50256, there is no </s>); OPT numbers the "
+                "same tokens differently, so its output would be garbage. Use the vocab.json of a facebook/opt-* "
+                "repository."
+            )
         try:
             _add_tokens(backend, settings, added, folder)
         except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(
-                f"{folder}: its tokenizer's settings name tokens in a form that is none ({error}). "
+                f"{folder}: the tokenizer's settings name tokens in an unknown form ({error}). "
                 "Fetch tokenizer_config.json, special_tokens_map.json and added_tokens.json again."
             ) from None
-        bos = _content(settings.get("bos_token")) if settings.get("add_bos_token") else None
-        if bos is not None and backend.encode("a").ids[:1] == [backend.token_to_id(bos)]:
-            bos = None  # the tokenizer.json puts it there itself, and maybe more
-        if bos is not None or eos is not None:
-            backend.post_processor = _frame(backend, bos, eos)
+        _add_frame(backend, settings, with_eos=len(files) == 2)
         return cls(backend, settings)
 
     @staticmethod
@@ -131,20 +122,13 @@ class Tokenizer:
             for path in (place / name for form in _FORMS for name in form):
                 if path.is_symlink() and not path.exists():
                     raise FileNotFoundError(f"{path}: a link to a file that is not there. Mend or remove the link.")
-            if any(all((place / name).is_file() for name in form) for form in _FORMS):
+            if _files_in(place):
                 return place
         return None
 
     @classmethod
     def beside(cls, weights: Path, folder: str | Path | None = None) -> Tokenizer | None:
-        """The tokenizer of a model.
-
-        Args:
-            weights: the folder that holds the model's.
-            folder: of the tokenizer's files; ``None`` is the one that ``find`` gives.
-
-        Returns:
-            ``None`` where ``find`` gives none.
+        """The tokenizer in ``folder``; if that is ``None``, the one that ``find`` gives for ``weights``, if any.
 
         Raises:
             FileNotFoundError, ValueError: as ``load`` does.
@@ -157,20 +141,12 @@ class Tokenizer:
         return config.bos_token_id if self.bos_token_id is None else self.bos_token_id
 
     def warn_of_conflicts(self, config: OPTConfig, folder: Path) -> None:
-        """Says where a model's config.json in ``folder`` names other tokens than the tokenizer does.
-
-        Such files have been published (transformers issue 17431).
-        """
+        """Warns if the config.json in ``folder`` and the tokenizer name other tokens (transformers issue 17431)."""
         if len(self) > config.vocab_size:
-            logger.warning(
-                "%s: the tokenizer has %d tokens, the model %d rows for them. Is it this model's?",
-                folder, len(self), config.vocab_size,
-            )  # fmt: skip
-        for name, known in (
-            ("bos", (config.bos_token_id,)),
-            ("eos", config.eos_token_ids),
-            ("pad", (config.pad_token_id,)),
-        ):
+            logger.warning("%s: the tokenizer has %d tokens, the model %d rows for them. Is it this model's?",
+                           folder, len(self), config.vocab_size)  # fmt: skip
+        own = {"bos": (config.bos_token_id,), "eos": config.eos_token_ids, "pad": (config.pad_token_id,)}
+        for name, known in own.items():
             token_id = getattr(self, f"{name}_token_id")
             if token_id is not None and known not in ((), (None,)) and token_id not in known:
                 logger.warning(
@@ -184,8 +160,7 @@ class Tokenizer:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.backend.save(str(folder / "tokenizer.json"))
-        settings = {name: _as_written(value) for name, value in self.settings.items()}
-        text = json.dumps(settings, indent=2, ensure_ascii=False)
+        text = json.dumps({name: _plain(value) for name, value in self.settings.items()}, indent=2, ensure_ascii=False)
         (folder / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
 
     def __len__(self) -> int:
@@ -202,8 +177,8 @@ class Tokenizer:
 
         Args:
             text: special tokens written in it (``"</s>"``) become their ids, as in transformers.
-            add_bos: ``None`` as the files say; ``True`` puts ``bos`` before a text that does not begin with it, and
-                nothing else; ``False`` adds nothing.
+            add_bos: ``None`` adds what the files say; ``True`` puts ``bos`` before a text that does not begin with it,
+                and nothing else; ``False`` adds nothing.
 
         Raises:
             ValueError: if the text is not valid Unicode, or ``add_bos`` asks for a token that there is not.
@@ -214,7 +189,7 @@ class Tokenizer:
         """Ids of several texts, together and so faster than one by one; see ``encode``, also for what it raises."""
         self.check(texts, add_bos)
         encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=add_bos is None)
-        return [self._with_bos(encoding.ids) if add_bos else encoding.ids for encoding in encodings]
+        return [self._with_bos(encoding.ids, add_bos) for encoding in encodings]
 
     def check(self, texts: Sequence[str], add_bos: bool | None = None) -> None:
         """Raises what ``encode`` would raise."""
@@ -226,9 +201,9 @@ class Tokenizer:
             except UnicodeEncodeError as error:
                 raise ValueError(f"text: not valid Unicode at character {error.start} ({error.reason}).") from None
 
-    def _with_bos(self, ids: list[int]) -> list[int]:
-        assert self.bos_token_id is not None
-        return ids if ids[:1] == [self.bos_token_id] else [self.bos_token_id, *ids]
+    def _with_bos(self, ids: list[int], add_bos: bool | None) -> list[int]:
+        bos = self.bos_token_id
+        return [bos, *ids] if add_bos and bos is not None and ids[:1] != [bos] else ids
 
     def encode_continuations(
         self, prompt: str, continuations: Sequence[str], add_bos: bool | None = None
@@ -246,17 +221,13 @@ class Tokenizer:
         self.check(texts, add_bos)
         pairs = []
         for encoding in self.backend.encode_batch(texts, add_special_tokens=add_bos is None):
-            ids, offsets = self._with_bos(encoding.ids) if add_bos else encoding.ids, encoding.offsets
+            ids, offsets = self._with_bos(encoding.ids, add_bos), encoding.offsets
             start = next((i for i, (_, end) in enumerate(offsets) if end > len(prompt)), len(offsets))
             pairs.append((ids, start + len(ids) - len(offsets)))  # one more with a bos that was added here
         return pairs
 
     def encode_batch(self, texts: Sequence[str], add_bos: bool | None = None) -> tuple[Tensor, Tensor | None]:
-        """Ids of several texts, padded on the left to one length.
-
-        Returns:
-            ``input_ids [B, T]`` and ``attention_mask [B, T]``, int64 on the CPU, 1 = real; the mask is ``None``
-            where nothing had to be padded. See ``pad_left``.
+        """Ids of several texts, padded on the left to one length; returns what ``pad_left`` does.
 
         Raises:
             ValueError: as ``encode`` does, or if there is no text, or one without any token.
@@ -274,158 +245,137 @@ class Tokenizer:
 
         With ``stops`` it holds back what may be the beginning of one of their strings.
         """
-        return StreamDecoder(TokenBytes(self, skip_special_tokens), stops)
+        return StreamDecoder(Pieces(self, skip_special_tokens), stops)
 
     def stop_strings(self, strings: Sequence[str], prompt_length: int, skip_special_tokens: bool = True) -> StopStrings:
         """A criterion for ``minopt.generate``: ends rows whose new text, behind ``prompt_length`` ids, has a string.
 
-        Strings may be special tokens, or hold some: they end a text whether it shows them or not.
+        Strings may be special tokens, or hold some. They end a text even if it does not show them.
         """
-        shown, written = TokenBytes(self, skip_special_tokens), TokenBytes(self, False, written=True)
-        # Some added tokens take the spaces beside them: a model that has read encoded texts does not write those.
-        encoded = [
-            b"".join(written[i] for i in ids).decode(errors="replace") for ids in self.encode_each(strings, False)
-        ]
-        pairs = [(text, string) for text, string in zip(encoded, strings, strict=True) if len(text) < len(string)]
-        bare = [text for text, string in pairs if text and "".join(text.split()) == "".join(string.split())]
-        return StopStrings(shown, written, [*strings, *bare], prompt_length)
+        return StopStrings(Pieces(self, skip_special_tokens), strings, prompt_length)
 
 
-class TokenBytes:
-    """The bytes that each id stands for; none for ids without a token, and for special ones if those are skipped.
+class Pieces(dict[int, str]):
+    """What each id stands for: a string with one character for each byte (Latin-1).
 
-    Args:
-        tokenizer: whose ids they are.
-        skip_special_tokens: special tokens stand for nothing.
-        written: added tokens stand for what is written in a text to get them, which a decoder may show otherwise.
+    An added token that is not shown as it is written, such as a special token that is skipped, is a single character,
+    from U+10000 on.
     """
 
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool, *, written: bool = False) -> None:
-        self._backend = tokenizer.backend
-        added = self._backend.get_added_tokens_decoder()
-        self._known = {i: token.content.encode() for i, token in added.items()} if written else {}
-        if skip_special_tokens:
-            self._known |= {i: b"" for i, token in added.items() if token.special}
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool) -> None:
+        self._backend, self._shown = tokenizer.backend, dict[str, str]()
+        self._added = self._backend.get_added_tokens_decoder()
+        for i, token in self._added.items():
+            shown = "" if skip_special_tokens and token.special else self._read(i)
+            self[i] = shown if shown == _latin(token.content) else chr(0x10000 + i)
+            self._shown[self[i]] = shown
 
-    def __getitem__(self, token_id: int) -> bytes:
-        if token_id not in self._known:
-            token = self._backend.id_to_token(token_id) or ""
-            try:
-                self._known[token_id] = bytes(_BYTE_OF_CHARACTER[character] for character in token)
-            except KeyError:  # an added token outside the byte alphabet stands for itself
-                self._known[token_id] = token.encode()
-        return self._known[token_id]
+    def __missing__(self, token_id: int) -> str:
+        return self.setdefault(token_id, self._read(token_id))
+
+    def _read(self, token_id: int) -> str:
+        token = self._backend.id_to_token(token_id) or ""
+        if all(character in _BYTE_OF_CHARACTER for character in token):
+            return "".join(chr(_BYTE_OF_CHARACTER[character]) for character in token)
+        return _latin(token)  # an added token outside the byte alphabet stands for itself
+
+    def shown(self, pieces: str) -> str:
+        """The bytes that the text shows of pieces."""
+        return re.sub("[\U00010000-\U0010ffff]", lambda token: self._shown[token[0]], pieces)
+
+    def written(self, text: str) -> str:
+        """The pieces of a text in which added tokens are written out."""
+        pieces = _latin(text)
+        for i, token in sorted(self._added.items(), key=lambda item: -len(item[1].content)):
+            # Some tokens take the spaces beside them: a model that has read encoded texts does not write those.
+            spelling = r"\s*" * token.lstrip + re.escape(_latin(token.content)) + r"\s*" * token.rstrip
+            pieces = self[i].join(re.split(spelling, pieces, flags=re.ASCII))
+        return pieces
 
 
 class StreamDecoder:
-    """Decodes ids one by one; holds back what the next ids may change.
+    """Decodes ids one by one; holds back an unfinished character, and what may begin one of ``stops``."""
 
-    That is the bytes of an unfinished character, and with ``stops`` what may be the beginning of a stop string.
-    """
-
-    def __init__(self, token_bytes: TokenBytes, stops: StopStrings | None = None) -> None:
-        self._token_bytes, self._stops = token_bytes, stops
-        self._ids: list[int] = []
-        self._held = b""
+    def __init__(self, pieces: Pieces, stops: StopStrings | None = None) -> None:
+        self._pieces, self._stops = pieces, stops
+        self._ids, self._held = list[int](), ""
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, token_id: int) -> str:
         """The text that this id completes, often ``""`` within a character of several tokens."""
-        self._held += self._token_bytes[token_id]
-        ready = len(self._held)
-        if self._stops is not None:
-            self._ids.append(token_id)
-            ready -= self._stops.may_begin(self._ids)
-        text, self._held = self._utf8.decode(self._held[:ready]), self._held[ready:]
+        self._ids.append(token_id)
+        self._held += self._pieces.shown(self._pieces[token_id])
+        ready = len(self._held) - (0 if self._stops is None else self._stops.may_begin(self._ids))
+        text, self._held = self._utf8.decode(self._held[:ready].encode("latin-1")), self._held[ready:]
         return text
 
     def finish(self) -> str:
         """What was held back, U+FFFD for a last character that never came whole; mostly ``""``."""
-        held, self._held = self._held, b""
-        return self._utf8.decode(held, final=True)
+        held, self._held = self._held, ""
+        return self._utf8.decode(held.encode("latin-1"), final=True)
 
 
 class StopStrings:
     """Ends rows in which the newest token completes one of some strings.
 
-    Strings are sought in bytes: a token may begin or end within one, and within a character. They are sought in the
-    text as it is shown, and with its special tokens, of which they may hold some: each whole, if they are not shown.
+    A string is sought in the bytes that the text shows: a token may begin or end within it. A string that holds added
+    tokens is also sought among the ids, of which the text may not show all.
 
     Args:
-        shown: what ids stand for in the text that is shown.
-        written: what they stand for in a text that is encoded.
+        pieces: of the ids.
         strings: at least one, none empty.
         prompt_length: ids at the beginning of each row in which nothing is sought.
     """
 
-    def __init__(self, shown: TokenBytes, written: TokenBytes, strings: Sequence[str], prompt_length: int) -> None:
-        self._shown, self._written = shown, written
-        self._strings = [string.encode() for string in strings]
-        self._longest = max(map(len, self._strings))
-        self._prompt_length = prompt_length
+    def __init__(self, pieces: Pieces, strings: Sequence[str], prompt_length: int) -> None:
+        self._pieces, self._prompt_length = pieces, prompt_length
+        self._shown = [_latin(string) for string in strings]
+        self._written = [pieces.written(string) for string in strings if pieces.written(string) != _latin(string)]
 
     def __call__(self, input_ids: Tensor, scores: object = None) -> Tensor:
         """Whether each row ``[R, S]`` ends with its last token; ``[R]`` booleans."""
         rows = input_ids[:, self._prompt_length :].tolist()
-        return torch.tensor([self._find(row) is not None for row in rows], device=input_ids.device)
+        return torch.tensor([self.cut(self._newest(row)) is not None for row in rows], device=input_ids.device)
 
     def cut(self, ids: Sequence[int]) -> str | None:
         """Text of new ids before the string that the last of them completes; ``None`` if it completes none."""
-        place = self._find(ids)
-        if place is None:
-            return None
-        at, offset = place
-        text = b"".join(self._shown[i] for i in ids[:at]) + self._shown[ids[at]][:offset]
-        return text.decode(errors="replace")
+        before, text = ("".join(map(self._pieces.__getitem__, part)) for part in (ids[:-1], ids))
+        begins = [len(self._pieces.shown(text[:at])) for at in _completed(self._written, before, text)]
+        before, text = self._pieces.shown(before), self._pieces.shown(text)
+        begins += _completed(self._shown, before, text)
+        return text[: min(begins)].encode("latin-1").decode(errors="replace") if begins else None
 
     def may_begin(self, ids: Sequence[int]) -> int:
         """How many bytes at the end of the shown text of ids may belong to a string that begins there."""
-        places = [
-            _place(view, ids, n)
-            for view in (self._shown, self._written)
-            for tail, borders in [self._tail(view, ids, self._longest)]
-            for s in self._strings
-            for n in range(1, min(len(s), len(tail) + 1))
-            if n in borders and tail.endswith(s[:n])
-        ]
-        if not places:
-            return 0
-        at, offset = min(places)
-        return len(self._shown[ids[at]][offset:]) + sum(len(self._shown[i]) for i in ids[at + 1 :])
+        text = "".join(map(self._pieces.__getitem__, self._newest(ids)))
+        held = [_begun(string, text) for string in self._written]
+        held += [_begun(string, self._pieces.shown(text)) for string in self._shown]
+        return max(len(self._pieces.shown(end)) for end in held)
 
-    def _find(self, ids: Sequence[int]) -> tuple[int, int] | None:
-        """The token, and the byte in it, at which a string begins that the last id completes; the first of several."""
-        places = []
-        for view in (self._shown, self._written) if ids else ():
-            newest = len(view[ids[-1]])
-            tail, borders = self._tail(view, ids, newest + self._longest if newest else 0)
-            for s in self._strings:
-                for end in range(min(newest, len(tail) - len(s) + 1)):
-                    begin = end + len(s)
-                    if tail.startswith(s, len(tail) - begin) and begin in borders and end in borders:
-                        places.append(_place(view, ids, begin))
-        return min(places, default=None)
-
-    def _tail(self, view: TokenBytes, ids: Sequence[int], least: int) -> tuple[bytes, set[int]]:
-        """The last bytes of ids, at least so many, and the distances from the end where a string may begin or end."""
-        tail, borders = b"", {0}
-        for i in reversed(ids):
-            if len(tail) >= least:
-                break
-            # A token that is not shown as it is written may be in a string whole, or not at all.
-            step = 1 if view[i] == self._shown[i] else len(view[i])
-            borders.update(range(len(tail) + step, len(tail) + len(view[i]) + 1, step))
-            tail = view[i] + tail
-        return tail, borders
+    def _newest(self, ids: Sequence[int]) -> Sequence[int]:
+        """The last ids, as many as can hold a string that ends in the last one."""
+        count, shown = 1, 0
+        while count < len(ids) and shown < max(map(len, self._shown)):
+            count += 1
+            shown += len(self._pieces.shown(self._pieces[ids[-count]]))
+        return ids[-count:]
 
 
-def _place(view: TokenBytes, ids: Sequence[int], back: int) -> tuple[int, int]:
-    """The token, and the byte in it, so many bytes before the end of ids."""
-    at = len(ids)
-    while back > 0:
-        at -= 1
-        back -= len(view[ids[at]])
-    return at, -back
+def _completed(strings: Sequence[str], before: str, text: str) -> list[int]:
+    """Where those strings begin in a text that were not whole in the text before its newest token."""
+    places = (text.find(string, max(0, len(before) - len(string) + 1)) for string in strings)
+    return [at for at in places if at >= 0]
+
+
+def _begun(string: str, text: str) -> str:
+    """The longest end of a text with which a string begins, but the whole string."""
+    lengths = range(min(len(string) - 1, len(text)), 0, -1)
+    return next((string[:n] for n in lengths if text.endswith(string[:n])), "")
+
+
+def _latin(text: str) -> str:
+    """One character for each byte of a text's UTF-8."""
+    return text.encode().decode("latin-1")
 
 
 def pad_left(rows: Sequence[Sequence[int]], pad_token_id: int | None) -> tuple[Tensor, Tensor | None]:
@@ -436,7 +386,8 @@ def pad_left(rows: Sequence[Sequence[int]], pad_token_id: int | None) -> tuple[T
         pad_token_id: what to pad with; ``None`` pads with 0. Padding is masked, so its id changes nothing.
 
     Returns:
-        ``input_ids [B, T]`` and ``attention_mask [B, T]``, int64, 1 = real; ``None`` for a mask without padding.
+        ``input_ids [B, T]`` and ``attention_mask [B, T]``, int64 on the CPU, 1 = real; ``None`` for a mask without
+        padding.
 
     Raises:
         ValueError: if there is no row, or an empty one.
@@ -444,11 +395,10 @@ def pad_left(rows: Sequence[Sequence[int]], pad_token_id: int | None) -> tuple[T
     if not all(rows) or not rows:
         raise ValueError("texts: expected at least one, each of at least one token.")
     width = max(map(len, rows))
-    pad = 0 if pad_token_id is None else pad_token_id
-    input_ids = torch.tensor([[pad] * (width - len(row)) + list(row) for row in rows], dtype=torch.long)
-    if all(len(row) == width for row in rows):
-        return input_ids, None
-    return input_ids, torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    paddings = [width - len(row) for row in rows]
+    input_ids = torch.tensor([[pad_token_id or 0] * n + list(row) for n, row in zip(paddings, rows, strict=True)])
+    mask = torch.tensor([[0] * n + [1] * (width - n) for n in paddings])
+    return input_ids, mask if any(paddings) else None
 
 
 def _byte_alphabet() -> dict[str, int]:
@@ -464,41 +414,48 @@ def _byte_alphabet() -> dict[str, int]:
 _BYTE_OF_CHARACTER = _byte_alphabet()
 
 
-def _frame(backend: tokenizers.Tokenizer, bos: str | None, eos: str | None) -> processors.TemplateProcessing:
-    """Puts ``bos`` before a text and ``eos`` after it, each where given."""
-    tokens = [token for token in (bos, eos) if token is not None]
-    single = [token for token in (bos, "$A", eos) if token is not None]
-    pair = single + [token for token in (bos, "$B:1", eos) if token is not None]
-    return processors.TemplateProcessing(single, pair, [(token, backend.token_to_id(token)) for token in tokens])
+def _files_in(folder: Path) -> tuple[str, ...]:
+    """The first of ``_FORMS`` whose files are all there."""
+    return next((form for form in _FORMS if all((folder / name).is_file() for name in form)), ())
 
 
-def _content(token: Any) -> str | None:
-    """The text of a special token, which files give as a string or as an object."""
-    return token.get("content") if isinstance(token, dict) else token
+def _read_json(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.is_file() else {}
 
 
-def _as_written(value: Any) -> Any:
-    """A setting with special tokens as strings: transformers reads no bare objects, tokenizer.json has their flags."""
-    if isinstance(value, list):
-        return [_as_written(item) for item in value]
-    return value["content"] if isinstance(value, dict) and "content" in value else value
+def _read_backend(paths: Sequence[Path], add_prefix_space: bool) -> tokenizers.Tokenizer:
+    """The library's tokenizer of a tokenizer.json, or of a vocabulary and its merges."""
+    if len(paths) == 2:
+        read_json(paths[0])  # an error names it; if there is none, the next one is about the other file
+    check_text_size(paths[-1])
+    try:
+        if len(paths) == 1:
+            backend = tokenizers.Tokenizer.from_file(str(paths[0]))
+            backend.no_truncation()  # transformers writes those of its last call into the file
+            backend.no_padding()
+            return backend
+        backend = tokenizers.Tokenizer(models.BPE.from_file(*map(str, paths)))
+    except Exception as error:  # the library raises bare Exception
+        what = what_it_is(paths[-1])
+        raise ValueError(
+            f"{paths[-1]}: not a tokenizer file, {f'but {what}' if what else f'{error}. Fetch the file again.'}"
+        ) from None
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)
+    backend.decoder = decoders.ByteLevel()
+    return backend
 
 
-def _added_token(token: Any) -> AddedToken:
-    if isinstance(token, str):
-        return AddedToken(token, special=True, normalized=False)
-    flags = {name: bool(token.get(name, False)) for name in ("single_word", "lstrip", "rstrip")}
-    special, normalized = bool(token.get("special", True)), bool(token.get("normalized", True))
-    return AddedToken(token["content"], special=special, normalized=normalized, **flags)
-
-
-def _special_tokens(settings: Mapping[str, Any]) -> list[Any]:
-    """The special tokens that the settings name, under transformers' names, then under their own, then in a list."""
-    own = [name for name in settings if name.endswith("_token") and name not in _SPECIAL_TOKENS]
-    named = [settings.get(name) for name in (*_SPECIAL_TOKENS, *own)]
-    extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
-    named += extra if isinstance(extra, list) else extra.values()
-    return [token for token in named if isinstance(token, (str, dict))]  # "add_bos_token" is True, and no token
+def _add_frame(backend: tokenizers.Tokenizer, settings: Mapping[str, Any], with_eos: bool) -> None:
+    """Has bos put before each text and eos after it if the settings ask for them and the backend does not do it yet."""
+    bos = _content(settings.get("bos_token")) if settings.get("add_bos_token") else None
+    eos = _content(settings.get("eos_token")) if settings.get("add_eos_token") and with_eos else None
+    if bos is not None and backend.encode("a").ids[:1] == [backend.token_to_id(bos)]:
+        bos = None  # the tokenizer.json puts it there itself, and maybe more
+    if tokens := [token for token in (bos, eos) if token is not None]:
+        single = [token for token in (bos, "$A", eos) if token is not None]
+        pair = single + [token for token in (bos, "$B:1", eos) if token is not None]
+        ids = [(token, backend.token_to_id(token)) for token in tokens]
+        backend.post_processor = processors.TemplateProcessing(single, pair, ids)
 
 
 def _add_tokens(
@@ -514,34 +471,39 @@ def _add_tokens(
         token.special = token.special or token.content in names
         add = backend.add_special_tokens if token.special else backend.add_tokens
         add([token])
-        if backend.token_to_id(token.content) != token_id:
+        if (found := backend.token_to_id(token.content)) != token_id:
             raise ValueError(
-                f"{folder}: added token {token.content!r} should have id {token_id}, but got "
-                f"{backend.token_to_id(token.content)}. Its vocabulary and its added tokens are of different models."
+                f"{folder}: added token {token.content!r} should have id {token_id}, but got {found}. Its vocabulary "
+                "and its added tokens are of different models."
             )
     known = {token.content for token in numbered.values()}  # a name alone must not undo their lstrip, rstrip, ...
     backend.add_special_tokens([_added_token(token) for token in special if _content(token) not in known])
 
 
-def _refuse_gpt2(backend: tokenizers.Tokenizer, folder: Path) -> None:
-    # The same merges under other ids: GPT-2 numbers "<|endoftext|>" 50256, OPT 50260, with its specials from 0.
-    if backend.token_to_id("<|endoftext|>") == 50256 and backend.token_to_id("</s>") is None:
-        raise ValueError(
-            f"{folder}: this is GPT-2's vocabulary (<|endoftext|> is 50256, there is no </s>); OPT numbers the same "
-            "tokens differently, so its output would be garbage. Use the vocab.json of a facebook/opt-* repository."
-        )
+def _special_tokens(settings: Mapping[str, Any]) -> list[Any]:
+    """The special tokens that the settings name, under transformers' names, then under their own, then in a list."""
+    own = [name for name in settings if name.endswith("_token") and name not in _SPECIAL_TOKENS]
+    named = [settings.get(name) for name in (*_SPECIAL_TOKENS, *own)]
+    extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
+    named += extra if isinstance(extra, list) else extra.values()
+    return [token for token in named if isinstance(token, (str, dict))]  # "add_bos_token" is True, and no token
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.is_file() else {}
+def _added_token(token: Any) -> AddedToken:
+    if isinstance(token, str):
+        return AddedToken(token, special=True, normalized=False)
+    names = ("single_word", "lstrip", "rstrip", "special", "normalized")
+    flags = {"special": True} | {name: bool(token[name]) for name in names if name in token}
+    return AddedToken(token["content"], **flags)
 
 
-def _open(path: Path, read: Any) -> Any:
-    check_text_size(path)
-    try:
-        return read(str(path))
-    except Exception as error:  # the library raises bare Exception
-        what = what_it_is(path)
-        raise ValueError(
-            f"{path}: not a tokenizer file, {f'but {what}' if what else f'{error}. Fetch the file again.'}"
-        ) from None
+def _content(token: Any) -> str | None:
+    """The text of a special token, which files give as a string or as an object."""
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _plain(value: Any) -> Any:
+    """A setting with special tokens as strings: transformers reads no bare objects, tokenizer.json has their flags."""
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return value["content"] if isinstance(value, dict) and "content" in value else value
