@@ -152,8 +152,8 @@ def data_for(model: str, train_file: str, batch_size: int, steps: int, seed: int
     import random
 
     from minopt import Tokenizer
+    from minopt.training.batches import tokenise
     from minopt.training.data import read_data
-    from minopt.training.tokens import tokenise
 
     tokenizer = Tokenizer.load(model)
     examples = read_data(train_file)
@@ -187,9 +187,9 @@ def train_minopt(
     )  # fmt: skip
     trainer.train(load_model(model, device=device, dtype="float32"), examples, config, tokenizer=tokenizer)
     lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
-    lengths = tokens.lengths()
-    order = Order(tuple(lengths.tolist()), batch_size, seed, grouped=batching == "grouped")
-    counts = [int(lengths[list(order.examples(step))].sum()) for step in range(steps)]
+    lengths = [len(ids) for ids, _ in tokens.rows]
+    order = Order(tuple(lengths), batch_size, seed, grouped=batching == "grouped")
+    counts = [sum(lengths[i] for i in order.examples(step)) for step in range(steps)]
     return [line["time"] for line in lines], counts, peaks[0]
 
 
@@ -205,8 +205,8 @@ def train_transformers(
     from minopt.training.batches import Order
 
     _, _, tokens = data_for(model, train_file, batch_size, steps, seed)
-    order = Order(tuple(tokens.lengths().tolist()), batch_size, seed, grouped=False)
-    rows = [tokens.row(i) for step in range(steps) for i in order.examples(step)]
+    order = Order(tuple(len(ids) for ids, _ in tokens.rows), batch_size, seed, grouped=False)
+    rows = [tokens.rows[i] for step in range(steps) for i in order.examples(step)]
     data = [
         {"input_ids": ids.tolist(), "labels": [-100] * start + ids[start:].tolist(), "length": len(ids)}
         for ids, start in rows

@@ -23,8 +23,10 @@ import minopt
 from minopt import DEMO
 from minopt.cli import COMMANDS, main
 from minopt.cli.flags import parse
+from minopt.distributed import World
+from minopt.evaluation.tasks import EvaluationConfig
 from minopt.training.config import TrainingConfig
-from minopt.training.run_folder import locked
+from minopt.training.run import RunFolder
 
 Capture = pytest.CaptureFixture[str]
 
@@ -228,12 +230,14 @@ def test_each_field_has_a_flag_with_help_and_no_other_flags_are_there(capsys: Ca
         main(["finetune", "--help"])
     assert caught.value.code == 0
     text = capsys.readouterr().out
+    own = fields(TrainingConfig)[len(fields(EvaluationConfig)) :]
     flags = re.findall(r"^  (?:-h, )?--([\w-]+)(.*(?:\n {20,}\S.*)*)", text, re.MULTILINE)
     assert [name.replace("-", "_") for name, _ in flags] == [
         "help",
         "debug",
         "config",
-        *(f.name.removesuffix("_name_or_path") for f in fields(TrainingConfig)),
+        *(f.name.removesuffix("_name_or_path") for f in own),
+        *(f.name for f in fields(EvaluationConfig)),
     ]
     for name, said in flags:
         assert re.search(r"  [a-zA-Z]\w+", said) or "\n" in said, f"--{name} has no help"
@@ -404,7 +408,7 @@ def test_a_model_without_a_tokenizer_is_one_line(
 
 def test_what_is_in_the_folder_is_not_touched(data: Path, tmp_path: Path, capsys: Capture) -> None:
     out = tmp_path / "run"
-    with locked(out):
+    with RunFolder(out, World(0, 1, torch.device("cpu"))).locked():
         line = error_of(finetune(data, out), capsys)
     assert f"--output-dir: {out} is in use by a run that is alive (process {os.getpid()}). Wait for it" in line
     (out / "notes").write_text("mine")

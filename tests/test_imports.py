@@ -110,7 +110,7 @@ def test_imports_run_one_way(module: str) -> None:
         ("minopt.model", "from minopt import Tokenizer", "minopt.tokenizer, which does not come before it"),
         ("minopt.model", "from minopt.checkpoint import names", "does not come before it"),
         ("minopt.checkpoint.weights", "from minopt.loading import load", "does not come before it"),
-        ("minopt.checkpoint.names", "from minopt.training.parallel import fully_shard", "does not come before it"),
+        ("minopt.checkpoint.names", "from minopt.training.fsdp import fully_shard", "does not come before it"),
         ("minopt.generation.decode", "def f():\n    import numpy", "inside a function"),
         ("minopt.model", "class A:\n    def f(self):\n        from minopt.cache import KVCache", "inside a function"),
         ("minopt.checkpoint.weights", "def f():\n    import huggingface_hub", "inside a function"),
@@ -120,7 +120,7 @@ def test_imports_run_one_way(module: str) -> None:
             "does not come",
         ),
         ("minopt.evaluation.squad", "from minopt.training.data import Example", "does not come before it"),
-        ("minopt.generation.decode", "from minopt.training.parallel import apply_fsdp", "does not come before it"),
+        ("minopt.generation.decode", "from minopt.training.fsdp import apply_fsdp", "does not come before it"),
         ("minopt.text", "from minopt.cli.messages import tell", "does not come before it"),
         ("minopt.cli.finetune", "def f():\n    import torch", "inside a function"),
         ("minopt.cli", "def f():\n    from minopt.loading import load", "inside a function"),
@@ -142,7 +142,7 @@ def test_a_break_of_the_rules_is_found(module: str, source: str, message: str) -
         ("minopt.checkpoint.hub", "def f():\n    from huggingface_hub.errors import HfHubHTTPError"),
         (
             "minopt.training.trainer",
-            "from minopt.evaluation.squad import score\nfrom minopt.training.parallel import apply_fsdp",
+            "from minopt.evaluation.squad import score\nfrom minopt.training.fsdp import apply_fsdp",
         ),
         ("minopt.cli.generate", "from minopt import DEMO\ndef f():\n    from minopt.loading import load"),
         (

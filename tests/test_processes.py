@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from minopt.watch import limit_seconds
-from tests.training.test_resume import Runs, free_port, rank, signal_at
+from tests.training.runs import Runs, free_port, rank, signal_at
 
 SECONDS = 5  # a process says twenty times in it that it runs
 
@@ -86,7 +86,7 @@ def test_a_process_that_is_stopped_is_named_and_the_run_goes_on_from_its_checkpo
 @pytest.mark.parametrize(
     ("verb", "module", "function"),
     [
-        ("evaluate", "minopt.training.evaluation", "token_logprobs"),
+        ("evaluate", "minopt.evaluation.answers", "token_logprobs"),
         ("generate", "minopt.inference.tensor_parallel", "fingerprint"),  # while it loads
         ("generate", "minopt.text", "cut_batches"),
     ],
@@ -116,7 +116,7 @@ def test_so_is_one_that_is_stopped_while_it_evaluates_loads_or_generates(
 
 def test_a_process_that_works_for_longer_than_the_limit_is_waited_for(runs: Runs, monkeypatch: Any) -> None:
     monkeypatch.setenv("MINOPT_TIMEOUT_SECONDS", str(SECONDS))
-    patch = partial(at_first_call, "minopt.training.prepare", "tokenise", 0, partial(time.sleep, 1.5 * SECONDS))
+    patch = partial(at_first_call, "minopt.training.checks", "tokenise", 0, partial(time.sleep, 1.5 * SECONDS))
     ended = runs("patient", patch, size=2, max_steps=2)
     assert ended.codes == [0, 0], ended.said
 

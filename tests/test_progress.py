@@ -18,10 +18,9 @@ import pytest
 
 from minopt import load_model
 from minopt.progress import bar, on_terminal
-from minopt.training.report import Reporter
+from minopt.training.trainer import train
 from tests.checkpoint.sources import write_source
-
-METRICS = {"loss": 1.0, "learning_rate": 1e-3, "tokens_per_second": 10.0, "skipped_steps": 0.0}
+from tests.training.small import examples, model_of, settings, tokenizer
 
 
 @pytest.fixture
@@ -75,14 +74,13 @@ def test_many_fast_steps_are_few_frames(terminal: Callable[[int], Callable[[], s
     assert shown().count("step/s]") <= 3 + 10 * (time.perf_counter() - began)
 
 
-def test_a_terminal_of_no_columns_shows_a_line_for_each_step(terminal: Callable[[int], Callable[[], str]]) -> None:
+def test_a_terminal_of_no_columns_shows_a_line_for_each_step(
+    terminal: Callable[[int], Callable[[], str]], tmp_path: Path
+) -> None:
     shown = terminal(0)
-    reporter = Reporter(True, 0, 2)
-    reporter.step(METRICS, 1)
-    reporter.step(METRICS, 2)
-    reporter.close()
-    assert [line.split("  ")[:2] for line in shown().splitlines()] == [
-        ["step 1/2", "loss 1.0000"], ["step 2/2", "loss 1.0000"]]  # fmt: skip
+    train(model_of(), examples(4), settings(tmp_path, max_steps=2), tokenizer=tokenizer())
+    steps = [line.split("  ") for line in shown().splitlines() if line.startswith("step ")]
+    assert [(first, loss[:5]) for first, loss, *_ in steps] == [("step 1/2", "loss "), ("step 2/2", "loss ")]
 
 
 def test_loading_shows_a_bar_once_it_takes_a_second(

@@ -74,16 +74,14 @@ class World:
                 common = _unpacked(packed, process, error if process == self.rank else None)
                 raise common from (error.__cause__ if common is error else error)
 
-    def first(self, run: Callable[[], _T]) -> _T | None:
-        """Runs something in the first process alone, while the others wait; its error is everyone's."""
-        return self.each(lambda: run() if self.is_first else None)
+    def first(self, run: Callable[[], _T]) -> _T:
+        """Runs something in the first process alone; its result, which can be pickled, or its error is everyone's."""
+        return self.gather(self.each(lambda: run() if self.is_first else None))[0]  # type: ignore[return-value]
 
     def first_then_all(self, run: Callable[[], _T]) -> _T:
         """Runs something in the first process, then in the others, which find what it has left in a cache."""
-        result = self.first(run)
-        result = self.each(lambda: result if self.is_first else run())
-        assert result is not None
-        return result
+        result = self.each(lambda: run() if self.is_first else None)
+        return self.each(lambda: cast(_T, result) if self.is_first else run())
 
     def each(self, run: Callable[[], _T]) -> _T:
         """Runs something in every process; the first error is everyone's."""

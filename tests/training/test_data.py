@@ -17,8 +17,10 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from minopt.evaluation.squad import UNANSWERABLE
+from minopt.evaluation.tasks import TASKS, Task
 from minopt.training import data as module
-from minopt.training.data import TASKS, UNANSWERABLE, Example, Template, cache_folder, read_data
+from minopt.training.data import Example, cache_folder, read_data
 
 Write = Callable[..., Path]
 
@@ -65,10 +67,10 @@ def test_a_question_becomes_the_prompt_completion_and_references_of_each_task(wr
     assert read_data(path, TASKS["squad-question"]) == [
         Example("answer: Bob context: Ann met Bob. question:", " Who?", ("Who?",), "q", (21, 33), (29, 32))
     ]
-    assert read_data(path, Template("{{{question}}} {question}", "{answer}"), split="dev") == [
+    assert read_data(path, Task("{{{question}}} {question}", "{answer}"), split="dev") == [
         Example("{Who?} Who?", "Bob", ("Bob", "Ann"), "q")
     ]
-    assert read_data(path, Template("{question}", "{context}!")) == [
+    assert read_data(path, Task("{question}", "{context}!")) == [
         Example("Who?", "Ann met Bob.!", ("Ann met Bob.",), "q")
     ]
 
@@ -83,7 +85,7 @@ def test_a_question_without_an_answer_trains_to_a_word_or_is_left_out_where_the_
     assert first == Example("unanswerable Bob\nQuestion: Why?\nAnswer:", f" {UNANSWERABLE}", ("",), "1", (0, 16))
     assert second.id == "2"
     assert [e.id for e in read_data(path, TASKS["squad-question"])] == ["2"]
-    asked = read_data(path, Template("{context}", "{question}"))
+    asked = read_data(path, Task("{context}", "{question}"))
     assert [(e.references, kept(e)) for e in asked] == [(("Why?",), ""), (("Who?",), "Bob")]
     path = write("v2.json", squad("Ann met Bob.", qa("Why?", **told)))
     with pytest.raises(ValueError, match=r"^train_file: expected examples, got none for the template \(.*v2.json\)\. "):
@@ -311,7 +313,7 @@ def test_a_template_with_anything_but_plain_fields_is_an_error_that_names_them(
 ) -> None:
     message = f"--{option}_template: expected no fields but {{context}}, {{question}}, {{answer}}, got {got}"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}") as caught:
-        Template(**{"prompt": "{question}", "completion": "{answer}"} | {option: text})
+        Task(**{"prompt": "{question}", "completion": "{answer}"} | {option: text})
     assert repr(text) in str(caught.value)
     assert str(caught.value).endswith("Write {{ and }} for braces.")
 
@@ -332,7 +334,7 @@ def test_a_template_with_anything_but_plain_fields_is_an_error_that_names_them(
 )  # fmt: skip
 def test_a_template_that_breaks_a_rule_is_an_error_that_names_it(prompt: str, completion: str, message: str) -> None:
     with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
-        Template(prompt, completion)
+        Task(prompt, completion)
 
 
 class Server(ThreadingHTTPServer):

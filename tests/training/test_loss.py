@@ -11,11 +11,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from minopt.model import OPT
 from minopt.training import loss as module
-from minopt.training.batches import collate
+from minopt.training.batches import Row, collate
 from minopt.training.loss import ModelWithLoss, cross_entropy_sum
-from minopt.training.tokens import Tokens
 from tests.conftest import SIZE, build_ours, lively
 
 CHUNK, E, V = 8, 4, 50
@@ -76,28 +74,6 @@ def test_what_is_frozen_gets_no_gradient_and_the_rest_the_same(frozen: set[str],
         assert gradient is None or close(gradient, expected[name])
 
 
-class _Again(torch.autograd.Function):
-    """The loss, made anew for each backward pass: gradcheck takes several, and the loss gives one."""
-
-    @staticmethod
-    def forward(ctx: Any, *args: Any) -> Tensor:
-        ctx.args = args
-        return cross_entropy_sum(*args)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        h, weight, targets, smoothing = ctx.args
-        leaves = h.detach().requires_grad_(), weight.detach().requires_grad_()
-        with torch.enable_grad():
-            return (*torch.autograd.grad(cross_entropy_sum(*leaves, targets, smoothing), leaves, grad), None, None)
-
-
-@pytest.mark.parametrize("smoothing", [0.0, 0.3])
-def test_gradients_are_those_of_finite_differences(smoothing: float) -> None:
-    h, weight, targets = inputs(CHUNK + 3)
-    assert torch.autograd.gradcheck(_Again.apply, (h, weight, targets, smoothing))
-
-
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_under_autocast_the_products_are_in_bfloat16_and_the_rest_in_float32(smoothing: float) -> None:
     h, weight, targets = inputs(5 * CHUNK, torch.float32)
@@ -148,29 +124,24 @@ def test_no_more_than_a_chunk_of_logits_is_ever_in_memory(smoothing: float) -> N
     assert largest == {cross_entropy_sum: CHUNK * V, plain: 5 * CHUNK * V}
 
 
-def examples(lengths: list[int], starts: list[int]) -> Tokens:
-    ids = torch.randint(3, SIZE["vocab_size"], (sum(lengths),), generator=torch.Generator().manual_seed(3))
-    return Tokens(ids.int(), torch.tensor(lengths).cumsum(0), torch.tensor(starts), 0, 0, 0, "")
-
-
-def with_loss(reference: Any) -> tuple[OPT, ModelWithLoss]:
-    model = build_ours(reference)
-    return model, ModelWithLoss(model)
+def made_of(lengths: list[int], starts: list[int]) -> list[Row]:
+    generator = torch.Generator().manual_seed(3)
+    ids = [torch.randint(3, SIZE["vocab_size"], (length,), generator=generator).int() for length in lengths]
+    return [Row(row, start) for row, start in zip(ids, starts, strict=True)]
 
 
 @pytest.mark.parametrize("packed", [True, False])
 def test_a_batch_gives_the_loss_of_transformers_over_its_labels(kind: str, packed: bool) -> None:
-    tokens = examples([9, 2, 14, 30], [4, 1, 13, 2])
-    batch = collate(tokens, range(4), packed=packed)
+    rows = made_of([9, 2, 14, 30], [4, 1, 13, 2])
+    batch = collate(rows, torch.device("cpu"), packed=packed)
     assert (batch.lengths is not None) == packed
     reference = lively(kind)
-    model, module = with_loss(reference)
-    loss, count = module(batch.input_ids, batch.lengths, batch.at, batch.targets)
-    assert count == tokens.learned() == 5 + 1 + 1 + 28
+    model = build_ours(reference)
+    loss = ModelWithLoss(model)(batch)
     loss.backward()
 
     total, rounded = torch.zeros((), dtype=torch.float64), 0.0
-    for ids, start in map(tokens.row, range(4)):
+    for ids, start in ((row.ids.long(), row.start) for row in rows):
         labels = torch.where(torch.arange(len(ids)) < start, -100, ids)
         output = reference(ids[None], labels=labels[None])
         rounded += output.loss.item() * (len(ids) - start)  # a mean, in float32
@@ -185,10 +156,9 @@ def test_a_batch_gives_the_loss_of_transformers_over_its_labels(kind: str, packe
 
 
 def test_a_batch_of_nothing_gives_no_loss_and_gradients_of_0() -> None:
-    model, module = with_loss(lively("125m"))
-    batch = collate(examples([3], [1]), [], packed=True)
-    loss, count = module(batch.input_ids, batch.lengths, batch.at, batch.targets, label_smoothing=0.1)
-    assert (loss.item(), count) == (0, 0)
+    model = build_ours(lively("125m"))
+    loss = ModelWithLoss(model)(collate([], torch.device("cpu"), packed=True), label_smoothing=0.1)
+    assert loss.item() == 0
     loss.backward()  # as all processes must, or those that have examples would wait
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
 

@@ -46,17 +46,6 @@ def test_every_parameter_that_learns_is_in_one_group_and_matrices_alone_decay(ki
     assert {group["weight_decay"] for group in groups} == ({0.5} if kind == "galactica" else {0.0, 0.5})
 
 
-def test_where_all_gradients_are_0_matrices_shrink_and_nothing_else_moves(kind: str) -> None:
-    model = build(kind)
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    build_optimizer(model, CONFIG).step()
-    for name, parameter in model.named_parameters():
-        shrunk = before[name] * (1 - 0.1 * 0.5) if parameter.ndim == 2 else before[name]
-        assert torch.allclose(parameter, shrunk, rtol=1e-12, atol=0), name
-
-
 def test_steps_are_those_of_adamw_as_published(kind: str) -> None:
     """Arxiv 1711.05101, algorithm 2, with the settings of the configuration."""
     model, steps = build(kind), 3
@@ -105,11 +94,14 @@ def theirs(name: str, total: int, warmup: int) -> list[float]:
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.06, 0.5, 0.999])
-@pytest.mark.parametrize("total", [1, 2, 3, 10, 157])
+@pytest.mark.parametrize("total", [1, 3, 157])
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_rates_of_all_steps_are_those_of_transformers(name: str, total: int, ratio: float) -> None:
     warmup = math.ceil(ratio * total)  # as TrainingArguments.get_warmup_steps has it
     assert rates(total, lr_scheduler_type=name, warmup_ratio=ratio) == pytest.approx(theirs(name, total, warmup))
+    for steps in (1, 7, 200):  # which come before a ratio
+        found = rates(total, lr_scheduler_type=name, warmup_steps=steps, warmup_ratio=0.3)
+        assert found == pytest.approx(theirs(name, total, steps))
 
 
 @pytest.mark.parametrize("floor", [0.1, 0.9])
@@ -127,13 +119,6 @@ def test_a_floor_lifts_what_falls_and_not_what_rises(name: str, ratio: float, fl
     assert learning_rate(total, total, end) == pytest.approx(0.1 * floor)
 
 
-@pytest.mark.parametrize("warmup", [0, 1, 7, 50, 60])
-@pytest.mark.parametrize("name", SCHEDULES)
-def test_a_warm_up_in_steps_is_that_of_transformers_and_comes_before_a_ratio(name: str, warmup: int) -> None:
-    found = rates(50, lr_scheduler_type=name, warmup_steps=warmup, warmup_ratio=0.3 if warmup else 0.0)
-    assert found == pytest.approx(theirs(name, 50, warmup))
-
-
 def test_paddlenlps_rate_rises_over_the_first_6_percent_and_falls_to_a_tenth() -> None:
     config = TrainingConfig(output_dir="x", recipe="paddlenlp")
     lr, total = 3e-5, 100
@@ -141,17 +126,10 @@ def test_paddlenlps_rate_rises_over_the_first_6_percent_and_falls_to_a_tenth() -
     assert [learning_rate(step, total, config) for step in range(total + 1)] == pytest.approx(expected)
 
 
-def test_the_shape_of_a_schedule_is_as_drawn() -> None:
-    linear = rates(10, lr_scheduler_type="linear", warmup_ratio=0.2)
-    assert linear == pytest.approx([0, 0.05, 0.1, 0.0875, 0.075, 0.0625, 0.05, 0.0375, 0.025, 0.0125])
-    assert rates(4, lr_scheduler_type="cosine")[2] == pytest.approx(0.05)
-    assert rates(3, lr_scheduler_type="constant") == [0.1] * 3
-
-
 # --- clipping
 
 
-@pytest.mark.parametrize("max_norm", [0.01, 1.0, 1e9])
+@pytest.mark.parametrize("max_norm", [0.0, 0.01, 1e9])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_clipping_is_that_of_torch(max_norm: float, dtype: torch.dtype) -> None:
     ours, reference = build("125m", dtype), build("125m", dtype)
@@ -159,21 +137,13 @@ def test_clipping_is_that_of_torch(max_norm: float, dtype: torch.dtype) -> None:
         draw_gradients(model)
         model.embed_positions.weight.grad = None
     norm = clip_gradients(ours.parameters(), max_norm)
-    assert torch.equal(norm, nn.utils.clip_grad_norm_(reference.parameters(), max_norm))
+    # A limit of 0 measures, and changes nothing.
+    assert torch.equal(norm, nn.utils.clip_grad_norm_(reference.parameters(), max_norm or math.inf))
     total = torch.stack([p.grad.pow(2).sum() for p in ours.parameters() if p.grad is not None]).sum().sqrt()
-    assert total.item() == pytest.approx(min(norm.item(), max_norm), rel=1e-4)
+    assert total.item() == pytest.approx(min(norm.item(), max_norm or math.inf), rel=1e-4)
     for mine, other in zip(ours.parameters(), reference.parameters(), strict=True):
         assert (mine.grad is None) == (other.grad is None)
         assert mine.grad is None or torch.equal(mine.grad, other.grad)
-
-
-def test_a_limit_of_0_measures_and_changes_nothing() -> None:
-    model = build("125m")
-    draw_gradients(model)
-    before = [p.grad.clone() for p in model.parameters() if p.grad is not None]
-    norm = clip_gradients(model.parameters(), 0.0)
-    assert norm.item() == pytest.approx(torch.cat([g.flatten() for g in before]).norm().item())
-    assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), before, strict=True) if p.grad is not None)
 
 
 @pytest.mark.parametrize("max_norm", [0.0, 1.0])

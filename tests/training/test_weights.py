@@ -28,13 +28,13 @@ from minopt.checkpoint.tensors import Share, SourceTensor
 from minopt.distributed import World
 from minopt.training import weights
 from minopt.training.config import TrainingConfig
+from minopt.training.fsdp import apply_fsdp
 from minopt.training.loss import ModelWithLoss
-from minopt.training.parallel import apply_fsdp
 from minopt.training.trainer import train
 from tests.checkpoint.sources import SOURCES, write_source
 from tests.conftest import KINDS, build_reference
-from tests.training.test_resume import Runs
-from tests.training.test_trainer import EOS, VOCAB, examples, losses, settings, tokenizer
+from tests.training.runs import Runs
+from tests.training.small import EOS, VOCAB, examples, losses, settings, tokenizer
 
 READ = ("float16", "350m", "galactica", "int8", "narrow", *SOURCES)
 FILE_BYTES = 30_000  # small models in several files

@@ -9,16 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from minopt.cli.records import MODEL, Loading, check_output
+from minopt.evaluation.tasks import TASKS, EvaluationConfig
 from minopt.settings import option
-from minopt.training.config import TrainingConfig
 
 if TYPE_CHECKING:
     from minopt.distributed import World
     from minopt.text import LanguageModel
 
-_SETTINGS = ("dev_file", "prompt_template", "completion_template", "src_length", "tgt_length", "max_eval_samples",
-             "per_device_eval_batch_size", "num_beams", "min_tgt_length", "length_penalty", "no_repeat_ngram_size",
-             "select_topk", "top_k", "top_p")  # fmt: skip
+_SETTINGS = tuple(f.name for f in fields(EvaluationConfig) if f.name != "task")
 _TASK_OF = dict.fromkeys(("data", "window", "stride"), "perplexity") | dict.fromkeys((*_SETTINGS, "output"), "squad")
 
 
@@ -31,13 +29,10 @@ class Evaluate(Loading):
     """
 
     summary = "measure a model: published numbers, perplexity, questions"
-    records = (TrainingConfig,)
+    records = (EvaluationConfig,)
     titles: ClassVar = {"data": "--task perplexity", "output": "--task squad, squad-question"}
-    without = tuple(f.name for f in fields(TrainingConfig) if f.name not in (*_SETTINGS, "task", "device"))
 
-    task: str = option(
-        "", "what to measure", choices=("reference", "perplexity", "squad", "squad-question"), required=True
-    )
+    task: str = option("", "what to measure", choices=("reference", "perplexity", *TASKS), required=True)
     model: str | None = option(None, MODEL)
     json: bool = option(False, "write the results as JSON")
     data: str | None = option(None, "a text: .txt, or .raw such as WikiText-2's wiki.test.raw")
@@ -96,15 +91,13 @@ class Evaluate(Loading):
     def _questions(self, given: dict[str, Any]) -> int:
         from minopt.distributed import processes
         from minopt.training.data import read_data
-        from minopt.training.prepare import template_of
 
-        settings = {f.name: given[f.name] for f in fields(TrainingConfig) if f.name in given}
-        config = TrainingConfig(do_eval=True, **settings)
-        template = template_of(config)
+        config = EvaluationConfig(**{f.name: given[f.name] for f in fields(EvaluationConfig) if f.name in given})
+        task = config.resolved_task()
         if self.output is not None:
             check_output(Path(self.output), self.force)
         with processes(self.device) as world:
-            data = world.first_then_all(lambda: read_data(config.dev_file, template, split="dev"))
+            data = world.first_then_all(lambda: read_data(config.dev_file, task, split="dev"))
             if self.output is not None and isinstance(data, str):
                 raise ValueError(f"--output: there are no predictions for a text ({config.dev_file}). Leave it out.")
             lm = world.first_then_all(lambda: self._load(world.device))
@@ -113,21 +106,25 @@ class Evaluate(Loading):
 
 
 def evaluate_examples(
-    lm: LanguageModel, data: Any, config: TrainingConfig, world: World, as_json: bool = False,
+    lm: LanguageModel, data: Any, config: EvaluationConfig, world: World, as_json: bool = False,
     output: str | None = None,
 ) -> None:  # fmt: skip
     """Evaluates on examples in all processes, and writes the result in the first."""
     from minopt.atomic import write_text
-    from minopt.training.evaluation import evaluate
-    from minopt.training.prepare import check, prepare, warn
+    from minopt.evaluation.answers import evaluate
+    from minopt.training.checks import check_fit, tokens_of, warn
+    from minopt.training.data import references_of
 
     tokenizer = _tokenizer_of(lm)
-    check(lm.model, config, data)
+    check_fit(lm.model, config, data)
     if not isinstance(data, str):
         data = data[: config.max_eval_samples]
-    tokens = prepare(data, lm.model, tokenizer, config, world, training=False)
+    tokens = tokens_of(data, lm.model, tokenizer, config, world)
     warn(config, world, data, tokens)
-    result = evaluate(lm.model, tokenizer, data, tokens, config, world)
+    result = evaluate(
+        lm.model, tokenizer, tokens.rows, references_of(data), config.resolved_task().scores, config.generation, world,
+        batch_size=config.per_device_eval_batch_size,
+    )  # fmt: skip
     assert result is not None
     if world.is_first:
         if output is not None:

@@ -28,11 +28,11 @@ class Finetune(Command):
     records = (TrainingConfig,)
     titles: ClassVar = {
         "output_dir": "what to do",
-        "train_file": "data",
         "num_train_epochs": "optimisation",
         "fp16": "how to compute",
-        "evaluation_strategy": "evaluation",
+        "evaluation_strategy": "evaluation while training",
         "logging_steps": "what to write",
+        "task": "task, data and generated texts",
     }
     when_out_of_memory = "a smaller --per-device-train-batch-size, or --recompute"
 
@@ -48,18 +48,17 @@ class Finetune(Command):
         from minopt.distributed import processes
         from minopt.loading import load
         from minopt.training.data import read_data
-        from minopt.training.prepare import template_of
         from minopt.training.trainer import TrainingStopped, train
         from minopt.training.weights import NO_TOKENIZER
 
-        template = template_of(config)
+        task = config.resolved_task()
         with processes(config.device) as world:
             train_data: Any = None
             eval_data: Any = None
             if config.trains:
-                train_data = world.first_then_all(lambda: read_data(config.train_file, template))
+                train_data = world.first_then_all(lambda: read_data(config.train_file, task))
             if config.evaluates:
-                eval_data = world.first_then_all(lambda: read_data(config.dev_file, template, split="dev"))
+                eval_data = world.first_then_all(lambda: read_data(config.dev_file, task, split="dev"))
             name = config.model_name_or_path
             if not config.trains:
                 lm = world.first_then_all(lambda: load(name, device=world.device, dtype="float32", optimize=False))

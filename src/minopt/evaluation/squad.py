@@ -10,9 +10,15 @@ from __future__ import annotations
 import re
 import string
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from minopt.checkpoint.errors import some
+
+UNANSWERABLE = "unanswerable"
+"""What a model is trained to write where a question has no answer."""
+
+Scores = Callable[[Mapping[str, str], Mapping[str, Sequence[str]]], dict[str, float]]
+"""What scores generated texts: predictions and references, both by id -> metrics by name."""
 
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
@@ -82,6 +88,14 @@ def rouge_n(prediction: str, references: Sequence[str], n: int) -> float:
     rows = (_ROUGE_TOKEN.findall(text.lower()) for text in (prediction, *_checked(references)))
     own, *others = ([tuple(row[i : i + n]) for i in range(len(row) - n + 1)] for row in rows)
     return max(_overlap(own, other) for other in others)
+
+
+def rouge_scores(predictions: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> dict[str, float]:
+    """``rouge_1``, ``rouge_2`` and ``rouge_l``, 0 to 1: means over all ids in ``references``. See ``score``."""
+    texts = [(predictions[key], right) for key, right in references.items()]
+    found = [(rouge_n(*pair, 1), rouge_n(*pair, 2), rouge_l(*pair)) for pair in texts]
+    means = (sum(values) / len(values) for values in zip(*found, strict=True))
+    return dict(zip(("rouge_1", "rouge_2", "rouge_l"), means, strict=True))
 
 
 def _checked(references: Sequence[str]) -> Sequence[str]:

@@ -1,6 +1,6 @@
-"""Fine-tuning data: records of SQuAD or of JSON lines as pairs of prompt and completion, and plain text.
+"""Fine-tuning data: records of SQuAD or of JSON lines as pairs of prompt and completion, or plain text.
 
-Knows nothing of tokens: each example says which characters of its prompt may be cut where it is too long.
+No tokens here: each example says which characters of its prompt may be cut if it is too long.
 """
 
 from __future__ import annotations
@@ -8,21 +8,19 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
-from string import Formatter
 from typing import Any, Literal, TypeVar
 
 import torch.hub
 
 from minopt.atomic import replacing
 from minopt.checkpoint.errors import first_line, some
+from minopt.evaluation.squad import UNANSWERABLE
+from minopt.evaluation.tasks import TASKS, Task, fill
 from minopt.progress import on_terminal
-
-UNANSWERABLE = "unanswerable"
-"""What questions without an answer train to."""
 
 SQUAD_URL = "https://rajpurkar.github.io/SQuAD-explorer/dataset/"
 
@@ -42,9 +40,6 @@ _FORMATS = (
     "A .json holds SQuAD (v1.1 or v2.0), a .jsonl or .ndjson one object a line with the texts prompt and completion, "
     "a .txt or .raw plain text."
 )
-
-_FIELDS = ("context", "question", "answer")  # of templates
-
 _KINDS = {str: "a text", list: "a list", dict: "an object", int: "a whole number", float: "a number",
           bool: "true or false", type(None): "null", type(...): "nothing"}  # fmt: skip
 _T = TypeVar("_T")
@@ -57,13 +52,12 @@ class Example:
     Attributes:
         prompt: what the model is given.
         completion: what it learns to write after that, with the space or newline between the two.
-        references: all right answers, for scoring, without the template around them; ``""`` says that there is no
-            answer. Never empty in what ``read_data`` gives.
+        references: all right texts, for scoring; ``""`` says that there is no answer. None: the completion.
         id: differs between the examples of a file.
-        context: start and end of the characters of the prompt that may be cut where it is too long; empty where the
-            prompt has no such part.
-        answer: start and end of the characters inside ``context`` that must not be cut in training, because the
-            completion repeats or asks for them; empty where there are none.
+        context: start and end of the characters of the prompt that may be cut if it is too long; empty if it has no
+            such part.
+        answer: start and end of the characters inside ``context`` that training must not cut, because the completion
+            repeats or asks for them; empty if there are none.
     """
 
     prompt: str
@@ -74,71 +68,9 @@ class Example:
     answer: tuple[int, int] = (0, 0)
 
 
-def _fields(option: str, template: str) -> list[str]:
-    """The names of a template's fields, in order."""
-    names = []
-    try:
-        for _, name, spec, conversion in Formatter().parse(template):
-            if name is None:
-                continue
-            names.append(name)
-            if name not in _FIELDS or spec or conversion:
-                inside = name + (f"!{conversion}" if conversion else "") + (f":{spec}" if spec else "")
-                raise ValueError(f"{{{inside}}}")
-    except ValueError as error:
-        raise ValueError(
-            f"--{option}: expected no fields but {_named(_FIELDS)}, got {error} (in {template!r}). "
-            "Write {{ and }} for braces."
-        ) from None
-    return names
-
-
-def _named(fields: tuple[str, ...] | list[str]) -> str:
-    return ", ".join(f"{{{name}}}" for name in fields) or "none"
-
-
-@dataclass(frozen=True)
-class Template:
-    """How a question on a text becomes a prompt and a completion.
-
-    Both are texts with the fields ``{context}``, ``{question}`` and ``{answer}``; ``{{`` and ``}}`` are braces.
-
-    Attributes:
-        prompt: has one field or more, the context and the answer at most once each.
-        completion: has one field, which the prompt does not have.
-
-    Raises:
-        ValueError: naming the option and the rule that is broken.
-    """
-
-    prompt: str
-    completion: str
-
-    def __post_init__(self) -> None:
-        prompt, completion = _fields("prompt_template", self.prompt), _fields("completion_template", self.completion)
-        if not prompt or prompt.count("context") > 1 or prompt.count("answer") > 1:
-            raise ValueError(
-                "--prompt_template: expected one field or more, {context} and {answer} at most once each, got "
-                f"{_named(prompt)} (in {self.prompt!r}). The fields are {_named(_FIELDS)}."
-            )
-        if len(completion) != 1:
-            raise ValueError(
-                f"--completion_template: expected one field, got {_named(completion)} (in {self.completion!r}). "
-                f"The fields are {_named(_FIELDS)}."
-            )
-        if completion[0] in prompt:
-            raise ValueError(
-                f"--completion_template: expected a field that --prompt_template does not give away, got "
-                f"{_named(completion)} (in {self.completion!r} and {self.prompt!r}). Take it out of one of the two."
-            )
-
-
-TASKS: Mapping[str, Template] = {
-    "squad": Template("{context}\nQuestion: {question}\nAnswer:", " {answer}"),
-    # The words that PaddleNLP's OPT example trains on: a question is asked for, from its answer and the text.
-    "squad-question": Template("answer: {answer} context: {context} question:", " {question}"),
-}
-"""The templates that have a name."""
+def references_of(data: Sequence[Example] | str) -> dict[str, tuple[str, ...]]:
+    """The right texts by the examples' ids; none for a text."""
+    return {} if isinstance(data, str) else {e.id: e.references or (e.completion.strip(),) for e in data}
 
 
 def cache_folder() -> Path:
@@ -148,7 +80,7 @@ def cache_folder() -> Path:
 
 
 def read_data(
-    source: str | Path, template: Template = TASKS["squad"], *, split: Literal["train", "dev"] = "train",
+    source: str | Path, task: Task = TASKS["squad"], *, split: Literal["train", "dev"] = "train",
     show_progress: bool = True,
 ) -> list[Example] | str:  # fmt: skip
     """Reads examples, or a text for language modelling, from a file or from the published SQuAD.
@@ -158,7 +90,7 @@ def read_data(
             ``.jsonl`` or ``.ndjson`` an object a line with the texts ``prompt`` and ``completion`` and perhaps ``id``;
             ``.txt`` or ``.raw`` plain text. ``"squad"`` and ``"squad-v2"``, where no file is called that, are the
             published files, downloaded once into ``cache_folder() / "squad"``.
-        template: how questions of SQuAD become examples. A prompt with ``{answer}`` leaves out questions that have
+        task: how questions of SQuAD become examples. A prompt with ``{answer}`` leaves out questions that have
             none; with other prompts, the answer to those is ``UNANSWERABLE`` and their reference ``""``.
         split: which published file, and which option a message names: ``train_file`` or ``dev_file``.
         show_progress: draw a bar on stderr while downloading, if that is a terminal.
@@ -181,7 +113,7 @@ def read_data(
     ending = path.suffix.lower()
     if ending in _TEXTS:
         return text
-    examples = list(_read_lines(text, path) if ending in _LINES else _read_squad(text, template, path))
+    examples = list(_read_lines(text, path) if ending in _LINES else _read_squad(text, task, path))
     if not examples:
         raise ValueError(f"{split}_file: expected examples, got none for the template ({path}). {_FORMATS}")
     if repeated := [repr(key) for key, count in Counter(e.id for e in examples).items() if count > 1]:
@@ -243,25 +175,25 @@ def _read_lines(text: str, path: Path) -> Iterator[Example]:
         count += 1
 
 
-def _read_squad(text: str, template: Template, path: Path) -> Iterator[Example]:
+def _read_squad(text: str, task: Task, path: Path) -> Iterator[Example]:
     content = _typed(_parse(text, f"{path}: "), dict, f"{path}: all of it")
     for article, in_article in _objects(content, "data", f"{path}: "):
         for paragraph, in_paragraph in _objects(article, "paragraphs", in_article):
             context = _field(paragraph, "context", str, in_paragraph)
             for question, at in _objects(paragraph, "qas", in_paragraph):
-                yield from _squad_examples(question, context, template, at)
+                yield from _squad_examples(question, context, task, at)
 
 
-def _squad_examples(record: dict[str, Any], context: str, template: Template, at: str) -> Iterator[Example]:
+def _squad_examples(record: dict[str, Any], context: str, task: Task, at: str) -> Iterator[Example]:
     """The example that a question gives, or none if the template wants an answer and there is none."""
     key, question = _field(record, "id", str, at), _field(record, "question", str, at).strip()
     answers = _answers(record, at)
     text, start = answers[0] if answers else (UNANSWERABLE, 0)
     values = {"context": context, "question": question, "answer": text}
-    prompt, starts = _fill(template.prompt, values)
+    prompt, starts = fill(task.prompt, values)
     if not answers and "answer" in starts:
         return
-    completion, (asked,) = _fill(template.completion, values)
+    completion, (asked,) = fill(task.completion, values)
     right = tuple(dict.fromkeys(t for t, _ in answers)) or ("",)
     references = right if asked == "answer" else (values[asked],)
     cut, kept = (0, 0), (0, 0)
@@ -294,17 +226,6 @@ def _nearest(context: str, text: str, start: int) -> int | None:
     after = max(start, 0)
     places = (context.rfind(text, 0, after + len(text)), context.find(text, after))
     return min((p for p in places if p >= 0), key=lambda p: abs(p - start), default=None)
-
-
-def _fill(template: str, values: Mapping[str, str]) -> tuple[str, dict[str, int]]:
-    """A template with its values, which are taken literally, and where each begins (the last time)."""
-    text, starts = "", dict[str, int]()
-    for literal, name, _, _ in Formatter().parse(template):
-        text += literal
-        if name is not None:
-            starts[name] = len(text)
-            text += values[name]
-    return text, starts
 
 
 def _parse(text: str, at: str) -> object:

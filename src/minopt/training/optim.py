@@ -1,14 +1,19 @@
-"""The optimizer, and the learning rate as a function of the step."""
+"""The optimizer, the learning rate as a function of the step, and how layers run while they are trained."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
 
+from minopt.model import OPT
 from minopt.training.config import TrainingConfig
 
 
@@ -31,13 +36,8 @@ def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Ada
 def learning_rate(step: int, total_steps: int, config: TrainingConfig) -> float:
     """The learning rate of a step, counted from 0.
 
-    It rises linearly from 0 over the warm-up, and falls from its highest to ``lr_decay_ratio`` of that, which it would
-    reach one step after the last: as transformers' schedules do, whose floor is 0.
-
-    Args:
-        step: from 0 to ``total_steps - 1``.
-        total_steps: of the whole run.
-        config: names the schedule.
+    It rises linearly from 0 over the warm-up. Then it falls from its highest to ``lr_decay_ratio`` of that, which it
+    would reach one step after the last: as transformers' schedules do, whose floor is 0.
     """
     warmup = config.warmup_steps or math.ceil(config.warmup_ratio * total_steps)
     if step < warmup:
@@ -62,3 +62,32 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
     if max_norm > 0:
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     return norm
+
+
+@contextmanager
+def training_layers(
+    model: OPT, *, dropout: float | None = None, recompute: bool = False, compile: bool = False
+) -> Iterator[None]:
+    """Lets the layers of a model run in another way until the block ends.
+
+    Args:
+        model: whose layers.
+        dropout: instead of that of the model's configuration.
+        recompute: keep only the inputs of a layer, and compute the rest again in the backward pass.
+        compile: each layer apart; they share one program, and texts of any lengths use it.
+    """
+    layers: list[Any] = [*model.layers]
+    for layer in layers:
+        forward: Any = layer.forward
+        if compile:
+            forward = torch.compile(forward)
+        if recompute:
+            forward = partial(checkpoint, forward, use_reentrant=False)
+        layer.forward = forward
+        layer.dropout = model.config.dropout if dropout is None else dropout
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward  # the class' own shows again
+            layer.dropout = model.config.dropout

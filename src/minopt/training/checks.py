@@ -1,4 +1,4 @@
-"""What comes before the first step: settings against model and data, and data as tokens."""
+"""Before the first step: do the settings fit the model and the data, and the data as tokens."""
 
 from __future__ import annotations
 
@@ -7,23 +7,17 @@ from collections.abc import Sequence
 
 from minopt.checkpoint.save import named_tensors
 from minopt.distributed import World
+from minopt.evaluation.tasks import EvaluationConfig
 from minopt.model import OPT
 from minopt.tokenizer import Tokenizer
+from minopt.training.batches import Tokens, tokenise
 from minopt.training.config import TrainingConfig
-from minopt.training.data import TASKS, Example, Template
-from minopt.training.tokens import Tokens, tokenise
+from minopt.training.data import Example
 
 logger = logging.getLogger(__name__)
 
 
-def template_of(config: TrainingConfig) -> Template:
-    """The templates that settings name, by a task or in full."""
-    if config.prompt_template is None or config.completion_template is None:
-        return TASKS[config.task]
-    return Template(config.prompt_template, config.completion_template)
-
-
-def check(model: OPT, config: TrainingConfig, eval_data: Sequence[Example] | str | None) -> None:
+def check_fit(model: OPT, config: EvaluationConfig, eval_data: Sequence[Example] | str | None) -> None:
     """Refuses settings that do not fit the model or the data, and a model that cannot be saved.
 
     Raises:
@@ -50,68 +44,58 @@ def check(model: OPT, config: TrainingConfig, eval_data: Sequence[Example] | str
         raise ValueError("eval_data: expected examples with ids of their own, got some more than once.")
 
 
-def prepare(
-    data: Sequence[Example] | str, model: OPT, tokenizer: Tokenizer, config: TrainingConfig, world: World,
-    *, training: bool,
+def tokens_of(
+    data: Sequence[Example] | str, model: OPT, tokenizer: Tokenizer, config: EvaluationConfig, world: World,
+    *, training: bool = False,
 ) -> Tokens:  # fmt: skip
-    """Tokenises data, in the first process before the others, and says what did not fit.
-
-    Args:
-        data: to train on, or to evaluate on.
-        model: says which token ends a completion.
-        tokenizer: the model's.
-        config: says how long.
-        world: the processes; each has to call it.
-        training: whether answers may be looked at to cut their contexts.
+    """Tokenises data in every process, and says in the first one what was cut.
 
     Raises:
         ValueError: if nothing is left.
     """
     option = "--train_file" if training else "--dev_file"
     eos = model.config.eos_token_ids[0] if model.config.eos_token_ids else tokenizer.eos_token_id
-    tokens = world.first_then_all(lambda: tokenise(
+    tokens = world.each(lambda: tokenise(
         data, tokenizer, config.src_length, config.tgt_length, eos_token_id=eos,
         bos_token_id=tokenizer.beginning(model.config), around_answer=training,
     ))  # fmt: skip
-    if len(tokens) == 0:
+    if not tokens.rows:
         raise ValueError(
             f"{option}: expected at least one example, got none ({tokens.dropped} cannot be cut to --src_length "
             f"{config.src_length} without losing their answer). Raise it, or name another file."
         )
-    happened = [
-        (tokens.cut_prompts, f"have their prompt cut to --src_length {config.src_length}"),
-        (tokens.cut_completions, f"have their completion cut to --tgt_length {config.tgt_length}"),
-        (tokens.dropped, "are left out, for their prompt is too long and cannot be cut without its answer"),
-    ]
-    if world.is_first and any(count for count, _ in happened):
-        said = "; ".join(f"{count} {what}" for count, what in happened if count)
+    happened = {
+        f"have their prompt cut to --src_length {config.src_length}": tokens.cut_prompts,
+        f"have their completion cut to --tgt_length {config.tgt_length}": tokens.cut_completions,
+        "are left out, for their prompt is too long and cannot be cut without its answer": tokens.dropped,
+    }
+    if world.is_first and any(happened.values()):
+        said = "; ".join(f"{count} {what}" for what, count in happened.items() if count)
         logger.warning("%s: of %d examples, %s.", option, len(data), said)
     return tokens
 
 
 def warn(
-    config: TrainingConfig, world: World, eval_data: Sequence[Example] | str | None, eval_tokens: Tokens | None
+    config: EvaluationConfig, world: World, eval_data: Sequence[Example] | str | None, eval_tokens: Tokens | None
 ) -> None:
-    """Says what is ignored, and what is likely not meant, once."""
+    """Says once which settings are ignored, and which are likely a mistake."""
     if not world.is_first:
         return
     for sentence in config.ignored(processes=world.size, eval_is_text=isinstance(eval_data, str)):
         logger.warning("%s.", sentence)
-    if config.fp16 and world.device.type == "cpu":
+    if isinstance(config, TrainingConfig) and config.fp16 and world.device.type == "cpu":
         logger.warning("--fp16: float16 is slow on a CPU. --bf16 is several times faster, and scales no loss.")
     if eval_tokens is None or not config.evaluates:
         return
-    completions = [ids[start:].tolist() for ids, start in map(eval_tokens.row, range(len(eval_tokens)))]
-    longest = max(map(len, completions))
+    completions = [ids[start:].tolist() for ids, start in eval_tokens.rows]
+    longest, n = max(map(len, completions)), config.no_repeat_ngram_size
     if config.min_tgt_length > longest:
         logger.warning(
             "--min_tgt_length %d: no completion of --dev_file has more than %d tokens, so no generated one can be "
             "exact. Leave it out.",
             config.min_tgt_length, longest,
         )  # fmt: skip
-    n = config.no_repeat_ngram_size
-    banned = sum(_repeats(ids, n) for ids in completions) if n else 0
-    if banned:
+    if banned := sum(_repeats(ids, n) for ids in completions) if n else 0:
         logger.warning(
             "--no_repeat_ngram_size %d: %d of %d completions of --dev_file repeat an n-gram themselves and cannot be "
             "generated. Leave it out.",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,15 +14,16 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, NoRepeatNGramLogitsProcessor
 
 from minopt.distributed import World
+from minopt.evaluation import answers as module
+from minopt.evaluation.answers import EvaluationResult, evaluate
 from minopt.evaluation.squad import exact_match, f1, rouge_l, rouge_n
-from minopt.training import evaluation
-from minopt.training.config import TrainingConfig
-from minopt.training.data import Example
-from minopt.training.evaluation import EvaluationResult, evaluate
-from minopt.training.prepare import warn
-from minopt.training.tokens import tokenise
+from minopt.evaluation.tasks import EvaluationConfig
+from minopt.model import OPT
+from minopt.training.batches import tokenise
+from minopt.training.checks import warn
+from minopt.training.data import Example, references_of
 from tests.conftest import build_ours, lively
-from tests.training.test_trainer import EOS, VOCAB, examples, rows_of, settings, tokenizer
+from tests.training.small import EOS, VOCAB, examples, rows_of, tokenizer
 
 ALONE = World(0, 1, torch.device("cpu"))
 WITHOUT_TOKEN = [100, 101, 102, 103]
@@ -47,11 +47,18 @@ def reference_of(kind: str) -> Any:
     return reference
 
 
-def result_of(reference: Any, data: list[Example] | str, config: TrainingConfig) -> EvaluationResult:
+def settings(**changes: Any) -> EvaluationConfig:
+    return EvaluationConfig(src_length=32, tgt_length=16, **changes)
+
+
+def result_of(
+    reference: Any, data: list[Example] | str, config: EvaluationConfig, model: OPT | None = None, **options: Any
+) -> EvaluationResult | None:
     tokens = tokenise(data, tokenizer(), config.src_length, config.tgt_length, eos_token_id=EOS, around_answer=False)
-    result = evaluate(build_ours(reference), tokenizer(), data, tokens, config, ALONE)
-    assert result is not None
-    return result
+    return evaluate(
+        model or build_ours(reference), tokenizer(), tokens.rows, references_of(data), config.resolved_task().scores,
+        config.generation, ALONE, batch_size=config.per_device_eval_batch_size, **options,
+    )  # fmt: skip
 
 
 @torch.no_grad()
@@ -88,7 +95,8 @@ def answers_of(reference: Any, data: list[Example], ngram: int = 0, **options: A
 @pytest.mark.parametrize("size", [1, 3, 8])
 def test_loss_is_transformers_mean_over_all_completions(kind: str, size: int) -> None:
     reference, data = reference_of(kind), examples(7)
-    result = result_of(reference, data, settings(Path("unused"), per_device_eval_batch_size=size))
+    result = result_of(reference, data, settings(per_device_eval_batch_size=size))
+    assert result is not None
     expected = loss_of(reference, rows_of(data))
     assert result.metrics["loss"] == pytest.approx(expected, rel=1e-5)
     assert result.metrics["perplexity"] == pytest.approx(math.exp(expected), rel=1e-4)
@@ -119,13 +127,13 @@ def test_answers_are_those_of_transformers_on_each_prompt_alone(
 ) -> None:
     reference, data = reference_of(kind), examples(8)
     expected, _ = answers_of(reference, data, **theirs)
-    result = result_of(reference, data, settings(Path("unused"), per_device_eval_batch_size=3, **ours))
+    result = result_of(reference, data, settings(per_device_eval_batch_size=3, **ours))
+    assert result is not None
     assert result.predictions == expected
     references = {example.id: example.references for example in data}
     for name, metric in (("exact_match", exact_match), ("f1", f1)):
         mean = sum(metric(expected[id], references[id]) for id in expected) / len(expected)
         assert result.metrics[name] == pytest.approx(100 * mean)
-    assert result.score == result.metrics["f1"]
 
 
 def test_the_options_above_change_answers_and_some_end_early(kind: str) -> None:
@@ -160,8 +168,9 @@ def made_of(answers: list[str], references: list[tuple[str, ...]]) -> list[Examp
 def test_unanswerable_is_no_answer_however_it_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
     answers = [" unanswerable", "The Unanswerable.", "unanswerable", " unanswerable x"]
     data = made_of(answers, [("",), ("",), ("dog",), ("x unanswerable",)])
-    monkeypatch.setattr(evaluation, "generate", says(answers))
-    result = result_of(reference_of("125m"), data, settings(Path("unused"), per_device_eval_batch_size=1))
+    monkeypatch.setattr(module, "generate", says(answers))
+    result = result_of(reference_of("125m"), data, settings(per_device_eval_batch_size=1))
+    assert result is not None
     assert sorted(result.predictions.values()) == ["", "", "", "unanswerable x"]
     assert result.predictions["q3"] == "unanswerable x"
     assert result.metrics["exact_match"] == 50
@@ -171,16 +180,17 @@ def test_unanswerable_is_no_answer_however_it_is_written(monkeypatch: pytest.Mon
 def test_questions_are_scored_by_rouge(monkeypatch: pytest.MonkeyPatch) -> None:
     answers = ["what is it?", "who came"]
     data = made_of(answers, [("What is this?",), ("who came home",)])
-    monkeypatch.setattr(evaluation, "generate", says(answers))
-    config = settings(Path("unused"), task="squad-question", per_device_eval_batch_size=1)
+    monkeypatch.setattr(module, "generate", says(answers))
+    config = settings(task="squad-question", per_device_eval_batch_size=1)
     result = result_of(reference_of("125m"), data, config)
+    assert result is not None
     expected = sum(rouge_l(a, e.references) for a, e in zip(answers, data, strict=True)) / 2
     assert set(result.metrics) == {"loss", "perplexity", "examples", "rouge_1", "rouge_2", "rouge_l"}
     for n in (1, 2):
         mean = sum(rouge_n(a, e.references, n) for a, e in zip(answers, data, strict=True)) / 2
         assert result.metrics[f"rouge_{n}"] == pytest.approx(mean)
     assert result.metrics["rouge_1"] != result.metrics["rouge_2"]
-    assert result.metrics["rouge_l"] == result.score == pytest.approx(expected)
+    assert result.metrics["rouge_l"] == pytest.approx(expected)
     assert expected == pytest.approx((2 / 3 + 0.8) / 2)
 
 
@@ -189,7 +199,7 @@ def test_drawn_answers_follow_from_the_seed_and_are_of_the_tokens_that_are_allow
     reference, data = reference_of("125m"), examples(8)
 
     def answers(**changes: Any) -> Any:
-        config = settings(Path("unused"), per_device_eval_batch_size=3, num_beams=beams, **changes)
+        config = settings(per_device_eval_batch_size=3, num_beams=beams, **changes)
         return result_of(reference, data, config).predictions
 
     drawn = answers(select_topk=False)
@@ -203,49 +213,41 @@ def test_drawn_answers_follow_from_the_seed_and_are_of_the_tokens_that_are_allow
 
 def test_batches_do_not_repeat_each_others_draws() -> None:
     data = [Example("a b c", " d", ("d",), f"q{i}") for i in range(4)]
-    config = settings(Path("unused"), per_device_eval_batch_size=1, select_topk=False)
+    config = settings(per_device_eval_batch_size=1, select_topk=False)
     assert len(set(result_of(reference_of("125m"), data, config).predictions.values())) > 1
 
 
 @torch.no_grad()
 def test_a_text_gives_the_perplexity_of_all_its_tokens(kind: str) -> None:
     reference, text = reference_of(kind), "abc def gh " * 11
-    result = result_of(reference, text, settings(Path("unused")))
+    result = result_of(reference, text, settings())
+    assert result is not None
     ids, nll = tokenizer().encode(text), 0.0
     for at in range(0, len(ids) - 1, 48):
         window = torch.tensor(ids[at : at + 49])
         nll += F.cross_entropy(reference(window[None, :-1]).logits[0], window[1:], reduction="sum").item()
     assert result.metrics["loss"] == pytest.approx(nll / (len(ids) - 1), rel=1e-5)
     assert set(result.metrics) == {"loss", "perplexity", "examples"}
-    assert result.score == -result.metrics["loss"]
     assert result.predictions == {}
 
 
 @pytest.mark.parametrize("training", [False, True])
 def test_a_model_is_evaluated_without_dropout_and_left_as_it_was(training: bool) -> None:
-    reference, data = lively("125m", torch.float32, vocab_size=VOCAB, eos_token_id=EOS, dropout=0.5), examples(4)
-    model = build_ours(reference).train(training)
-    tokens = tokenise(data, tokenizer(), 32, 16, eos_token_id=EOS, around_answer=False)
-    result = evaluate(model, tokenizer(), data, tokens, settings(Path("unused")), ALONE)
+    reference, data = lively("125m", torch.float32, vocab_size=VOCAB, eos_token_id=EOS, dropout=0.5), examples(6)
+    model, asked = build_ours(reference).train(training), list[bool]()
+    result = result_of(reference, data, settings(), model)
     assert result is not None
     assert result.metrics["loss"] == pytest.approx(loss_of(reference, rows_of(data)), rel=1e-5)
     assert model.training is training
     assert all(p.grad is None for p in model.parameters())
 
-
-def test_asked_to_stop_between_batches_there_is_no_result() -> None:
-    data, asked = examples(6), list[bool]()
-    tokens = tokenise(data, tokenizer(), 32, 16, eos_token_id=EOS, around_answer=False)
-    config = settings(Path("unused"), per_device_eval_batch_size=2)
-
     def stop() -> bool:
         asked.append(True)
         return len(asked) > 1
 
-    model = build_ours(reference_of("125m")).train()
-    assert evaluate(model, tokenizer(), data, tokens, config, ALONE, stop=stop) is None
-    assert len(asked) <= 3
-    assert model.training
+    assert result_of(reference, data, settings(per_device_eval_batch_size=2), model, stop=stop) is None
+    assert len(asked) <= 3  # between batches
+    assert model.training is training
 
 
 @pytest.mark.parametrize(
@@ -264,8 +266,8 @@ def test_settings_with_which_no_answer_can_be_right_are_warned_of(
     data = [Example("ab", " aaa", ("aaa",), "x"), Example("ab", "aba", ("aba",), "y")]  # 5 and 4 tokens with an eos
     tokens = tokenise(data, tokenizer(), 32, 16, eos_token_id=EOS, around_answer=False)
     with caplog.at_level(logging.WARNING, "minopt"):
-        warn(settings(Path("unused"), do_train=True, do_eval=True, **changes), ALONE, data, tokens)
-        warn(settings(Path("unused"), do_train=True, do_eval=True, **changes), World(1, 2, ALONE.device), data, tokens)
+        warn(settings(**changes), ALONE, data, tokens)
+        warn(settings(**changes), World(1, 2, ALONE.device), data, tokens)
     messages = [record.getMessage() for record in caplog.records]
     assert len(messages) == bool(message)  # of the first process alone
     assert all(m.startswith(message) and m.endswith("Leave it out.") for m in messages)

@@ -1,0 +1,353 @@
+"""The folder of a run: who uses it, its settings, its metrics, and the checkpoints from which it goes on."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import os
+import re
+import shutil
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+
+from minopt.atomic import flush, replacing, write_text
+from minopt.checkpoint.errors import first_line, some
+from minopt.config import read_json
+from minopt.distributed import World
+from minopt.training.config import differences
+
+try:
+    import fcntl
+except ImportError:  # Windows: two runs in one folder are not noticed there
+    fcntl = None  # type: ignore[assignment]
+
+logger = logging.getLogger(__name__)
+
+SETTINGS, METRICS, PREDICTIONS, CHECKPOINTS, BEST = (
+    "run.json", "metrics.jsonl", "predictions.json", "checkpoints", "best"
+)  # fmt: skip
+_MODEL = ".model.saving"  # where the model is written before it takes its place in the run's folder
+_STATE = "state.json"  # of a checkpoint; written last
+
+
+class RunFolder:
+    """The folder of a run. All processes of the run use the same one.
+
+    Args:
+        path: of the folder, which need not be there yet.
+        world: the processes.
+    """
+
+    def __init__(self, path: str | Path, world: World) -> None:
+        self.path, self.world = Path(path).expanduser().resolve(), world
+        self.checkpoints = self.path / CHECKPOINTS
+
+    # Taking the folder: by the first process alone
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Makes the folder, and holds it against other runs until the block ends or the process dies.
+
+        Raises:
+            OSError: if it cannot be made, or a run holds it.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise FileExistsError(f"--output_dir: expected a folder, got {self.path}, a file. Name another.")
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / ".lock").open("a+") as file:
+            if fcntl is not None:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    file.seek(0)
+                    raise OSError(
+                        f"--output_dir: {self.path} is in use by a run that is alive (process {file.read().strip()}). "
+                        "Wait for it, or name another folder."
+                    ) from None
+            file.truncate(0)
+            file.write(f"{os.getpid()}\n")
+            file.flush()
+            yield
+
+    def claim(self, record: Mapping[str, Any], resume: str, *, overwrite: bool) -> Path | None:
+        """Makes the folder ready for a run.
+
+        Args:
+            record: ``settings`` as ``TrainingConfig.to_dict`` gives them, and ``data``, a digest.
+            resume, overwrite: see ``TrainingConfig.resume`` and ``overwrite_output_dir``.
+
+        Returns:
+            The checkpoint from which the run goes on, if there is one.
+
+        Raises:
+            ValueError: if the folder or the checkpoint is of a run with other settings.
+            FileExistsError: if the folder holds files that are no run's, or a finished run without a checkpoint.
+        """
+        restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # by torchrun, after a process died
+        self._remove_leftovers()
+        if overwrite and not restarted:
+            self._remove_run()
+        elif resume == "never" and not restarted:
+            self._set_aside()
+        if (self.path / SETTINGS).is_file():
+            check_same(self.path, read_json(self.path / SETTINGS), record)
+        elif not overwrite and (others := sorted(path.name for path in self._content())):
+            raise FileExistsError(
+                f"--output_dir: {self.path} holds files that are no run's: {some(others)}. Name another folder."
+            )
+        found = self._start(resume, restarted)
+        if found is not None:
+            check_same(found, read_state(found), record)
+        elif (self.path / SETTINGS).is_file() and (done := read_json(self.path / SETTINGS).get("finished")) is not None:
+            raise FileExistsError(
+                f"--output_dir: {self.path} holds a run that has finished after step {done} and kept no checkpoint to "
+                "go on from. Name another folder, or use --resume never to put that run aside."
+            )
+        return found
+
+    def _start(self, resume: str, restarted: bool) -> Path | None:
+        """The checkpoint to go on from: that of another run only until this one has its own."""
+        own = self.latest()
+        if resume in ("auto", "never") or (restarted and own is not None):
+            return own
+        path = Path(resume).expanduser()
+        path = RunFolder(path, self.world).latest() or path
+        read_state(path)
+        if path.resolve().parent == self.checkpoints:  # the run writes the later ones again
+            for step in self.steps():
+                if self.checkpoint(step) > path.resolve():
+                    _remove(self.checkpoint(step))
+            return path
+        if own is not None:
+            logger.warning("--resume %s: this run goes on from %s, its own.", path, own)
+        return own or path
+
+    def _content(self) -> list[Path]:
+        """All but the lock, and runs that were put aside."""
+        return [path for path in self.path.iterdir() if path.name != ".lock" and not path.name.startswith("before-")]
+
+    def _set_aside(self) -> None:
+        """Moves all that a run has left into a folder of its own within."""
+        if not (self.path / SETTINGS).is_file():
+            return
+        number = 1
+        while (self.path / f"before-{number}").exists():
+            number += 1
+        aside = self.path / f"before-{number}"
+        aside.mkdir()
+        for path in sorted(self._content(), key=lambda path: path.name == SETTINGS):  # last, so that it can be repeated
+            path.rename(aside / path.name)
+        logger.warning("--resume never: the run that was in %s is now in %s.", self.path, aside)
+
+    def _remove_run(self) -> None:
+        """Removes what a run, or a model, has left, and nothing else."""
+        for name in (CHECKPOINTS, BEST, "config.json", "model*.safetensors*", PREDICTIONS, METRICS, SETTINGS):
+            for path in self.path.glob(name):
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
+
+    def _remove_leftovers(self) -> None:
+        """Removes what a process that was killed while writing has left."""
+        for pattern in (_MODEL, ".*.saving", f"{BEST}/.*.saving", f"{CHECKPOINTS}/.*.*ing"):
+            for path in self.path.glob(pattern):
+                shutil.rmtree(path, ignore_errors=True)
+
+    # What is written: by the first process alone
+
+    def write_settings(self, record: Mapping[str, Any]) -> None:
+        write_text(self.path / SETTINGS, json.dumps(record, indent=1) + "\n")
+
+    def write_predictions(self, predictions: Mapping[str, str]) -> None:
+        write_text(self.path / PREDICTIONS, json.dumps(predictions, ensure_ascii=False, indent=0) + "\n")
+
+    def trim_metrics(self, step: int, evaluated: int) -> None:
+        """Drops the lines that a run will write again: those after ``step``, or after the ``evaluated`` one."""
+
+        def is_kept(line: str) -> bool:
+            try:
+                record = json.loads(line)
+                return record["step"] <= (evaluated if "eval_loss" in record else step)
+            except (ValueError, KeyError, TypeError):  # the last line of a process that was killed
+                return False
+
+        path = self.path / METRICS
+        if path.is_file():
+            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+            write_text(path, "".join(filter(is_kept, lines)))
+
+    def add_metrics(self, record: Mapping[str, float]) -> None:
+        """Adds a line; what is no finite number is null there, as JSON has it."""
+        written = {name: value if math.isfinite(value) else None for name, value in record.items()}
+        path = self.path / METRICS
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({**written, "time": round(time.time(), 6)}) + "\n")
+        except OSError as error:
+            raise OSError(f"{path}: cannot be written ({error.strerror}). Is the disk full?") from None
+
+    @property
+    def unpublished(self) -> Path:
+        """Where to write the model before ``publish``."""
+        return self.path / _MODEL
+
+    def publish(self, *, is_best: bool) -> None:
+        """Moves the model beside what the folder holds; config.json comes last, and makes it a model's folder.
+
+        Args:
+            is_best: whether ``best`` holds the same model, whose files then become second names of these.
+        """
+        for path in sorted(self.unpublished.iterdir(), key=lambda path: path.name == "config.json"):
+            twin = self.path / BEST / path.name
+            if is_best and twin.is_file():
+                with contextlib.suppress(OSError), replacing(twin) as new:  # where the disk has no links, a copy stays
+                    os.link(path, new)
+            path.replace(self.path / path.name)
+        self.unpublished.rmdir()
+
+    # Checkpoints, ``checkpoints/step-00000120`` and the like
+
+    def checkpoint(self, step: int) -> Path:
+        """Where the checkpoint after some steps is, or would be."""
+        return self.checkpoints / f"step-{step:08}"
+
+    def steps(self) -> list[int]:
+        """After how many steps there are checkpoints."""
+        found = (re.fullmatch(r"step-(\d{8})", path.parent.name) for path in self.checkpoints.glob(f"step-*/{_STATE}"))
+        return sorted(int(match[1]) for match in found if match)
+
+    def latest(self) -> Path | None:
+        """The checkpoint of the most steps."""
+        steps = self.steps()
+        return self.checkpoint(steps[-1]) if steps else None
+
+    def save(self, step: int, module: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+        """Writes a checkpoint, or the state alone of one that is there; every process has to call it.
+
+        It holds model and optimizer as torch.distributed.checkpoint writes them, a file a process, and a state.json. It
+        is written under a hidden name and renamed when all of it is on the disk.
+
+        Args:
+            step: how many steps are done.
+            module: the model, wrapped or not.
+            optimizer: its.
+            state: what else there is, as JSON takes it.
+
+        Raises:
+            OSError: if it cannot be written; earlier checkpoints are as they were.
+        """
+        path, text = self.checkpoint(step), json.dumps(state, indent=1) + "\n"
+        if self.world.first(path.exists):
+            self.world.first(lambda: write_text(path / _STATE, text))
+            return
+        new = path.with_name(f".{path.name}.saving")
+
+        def write() -> None:
+            with _one_line(OSError, "{}"):
+                save(_tensors(module, optimizer), checkpoint_id=new, no_dist=self.world.size == 1)
+
+        def publish() -> None:
+            write_text(new / _STATE, text)
+            new.rename(path)
+            flush(path.parent)
+
+        try:
+            self.world.first(lambda: new.mkdir(parents=True))
+            self.world.each(write)
+            self.world.first(publish)
+        except OSError as error:
+            self.world.first(lambda: shutil.rmtree(new, ignore_errors=True))
+            raise OSError(
+                f"{path}: cannot be written ({error}). Is the disk full? Earlier checkpoints are whole."
+            ) from None
+
+    def load(self, path: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Fills a model and its optimizer, in place; every process has to call it.
+
+        Raises:
+            ValueError: if the checkpoint is not of such a model, or damaged.
+        """
+        tensors = _tensors(module, optimizer)
+
+        def read() -> None:
+            with _one_line(ValueError, f"{path}: cannot be read into this model ({{}}). Use another checkpoint."):
+                if not (path / ".metadata").is_file():  # the library would write pages about it
+                    raise ValueError("there is no .metadata in it")
+                load(tensors, checkpoint_id=path, no_dist=self.world.size == 1)
+
+        self.world.each(read)
+        set_state_dict(module, optimizer, model_state_dict=tensors["model"], optim_state_dict=tensors["optimizer"])
+
+    def remove_old(self, keep_last: int, best_step: int | None) -> None:
+        """Removes all checkpoints but the last few and the best; a run that goes on needs one."""
+        for step in self.steps()[: -max(1, keep_last)]:
+            if step != best_step:
+                _remove(self.checkpoint(step))
+
+
+def check_same(where: Path, theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
+    """Refuses to take two runs for one. For both records see ``RunFolder.claim``.
+
+    Raises:
+        ValueError: naming the settings that differ.
+    """
+    found = differences(mine["settings"], theirs.get("settings", {}))
+    if not found and theirs.get("data") != mine["data"]:
+        found = ["the training data or the tokenizer are others"]
+    if found:
+        raise ValueError(
+            f"--output_dir: {where} holds a run with other settings: {'; '.join(found)}. Name another folder, or use "
+            "--resume never to put that run aside."
+        )
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """The ``state.json`` of a checkpoint.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    if not (path / _STATE).is_file():
+        raise ValueError(f"--resume: expected auto, never or the folder of a checkpoint, got {path}. Name another.")
+    return read_json(path / _STATE)
+
+
+def _tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    if not optimizer.state:  # the library fills it by a step that changes nothing, but counts
+        get_state_dict(module, optimizer)
+        for values in optimizer.state.values():
+            values["step"].zero_()
+    model, optim = get_state_dict(module, optimizer)
+    return {"model": model, "optimizer": optim}
+
+
+@contextmanager
+def _one_line(kind: type[Exception], message: str) -> Iterator[None]:
+    """Makes one line of what torch.distributed.checkpoint says; its own messages are pages long."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # a single process is alone
+            yield
+    except (CheckpointException, OSError, RuntimeError, ValueError, KeyError) as error:
+        causes = error.failures.values() if isinstance(error, CheckpointException) else ()  # of each process
+        reason = first_line(next((cause for cause, _ in causes), error))
+        raise kind(message.format(reason[:200])) from None
+
+
+def _remove(path: Path) -> None:
+    # Renamed first: what a crash leaves half removed must not be taken for a checkpoint.
+    shutil.rmtree(path.rename(path.with_name(f".{path.name}.removing")), ignore_errors=True)
