@@ -14,7 +14,7 @@ import torch
 
 import minopt
 from minopt.cli import COMMANDS, main
-from minopt.cli.flags import parse
+from minopt.cli.flags import fields_of, flag_of, parse
 
 Write = Callable[..., Path]
 
@@ -38,32 +38,6 @@ def test_the_installed_script_is_the_same_program() -> None:
         pytest.skip("minopt is on the path, not installed")
     result = subprocess.run([script, "--version"], capture_output=True, text=True, check=False)
     assert result.stdout == f"minopt {minopt.__version__}\n"
-
-
-@pytest.mark.parametrize("flag", ["--max-new-tokens=4", "--max_new_tokens=4"])
-def test_hyphens_and_underscores_are_alike(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["generate", "The old house", flag, "--local_files_only", "--device", "cpu"]) == 0
-    expected = minopt.load(minopt.DEMO, device="cpu").generate("The old house", max_new_tokens=4)
-    assert capsys.readouterr().out == expected + "\n"
-
-
-@pytest.mark.parametrize("arguments", [["a_b"], ["--", "--a_b=c_d"]])
-def test_an_underscore_in_the_prompt_stays(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["generate", "--echo", "--max_new_tokens", "1", *arguments]) == 0
-    assert capsys.readouterr().out.startswith(arguments[-1])
-
-
-def test_each_option_reaches_the_library(capsys: pytest.CaptureFixture[str]) -> None:
-    flags = "--do-sample --temperature 0.7 --top-k 20 --top-p 0.9 --seed 5 --max-new-tokens 9 --min-new-tokens 2"
-    assert (
-        main(["generate", "The sea", "--model", minopt.DEMO, "--dtype", "bfloat16", "--device", "cpu", *flags.split()])
-        == 0
-    )
-    lm = minopt.load(minopt.DEMO, dtype=torch.bfloat16, device="cpu")
-    options = {"temperature": 0.7, "top_k": 20, "top_p": 0.9, "seed": 5, "max_new_tokens": 9, "min_new_tokens": 2}
-    captured = capsys.readouterr()
-    assert captured.out == lm.generate("The sea", do_sample=True, **options) + "\n"
-    assert captured.err == ""
 
 
 @pytest.mark.parametrize(
@@ -144,21 +118,33 @@ def test_a_wrong_word_is_named_in_one_line_with_the_nearest_right_one(
     assert line.startswith(f"minopt: error: {message}")
 
 
-@pytest.mark.parametrize("words", [[], ["help"], ["--help"]])
-def test_without_a_command_all_are_shown(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("words", "code", "shown"),
+    [([], 2, "generate  continue a text"), (["help"], 0, "generate  continue a text"),
+     (["--help"], 0, "generate  continue a text"), (["help", "plan"], 0, "usage: minopt plan model [flags]\n"),
+     (["plan", "--help"], 0, "usage: minopt plan model [flags]\n"), (["plan", "-h"], 0, "--devices N")],
+)  # fmt: skip
+def test_help_is_asked_for_in_either_order(
+    words: list[str], code: int, shown: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as caught:
         main(words)
-    assert caught.value.code == (0 if words else 2)
-    shown = capsys.readouterr()
-    assert "generate  continue a text" in (shown.out if words else shown.err)
+    assert caught.value.code == code
+    out, err = capsys.readouterr()
+    assert shown in (err if code else out)
 
 
-@pytest.mark.parametrize("words", [["help", "plan"], ["plan", "--help"]])
-def test_help_of_a_command_is_asked_for_in_either_order(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as caught:
-        main(words)
-    assert caught.value.code == 0
-    assert capsys.readouterr().out.startswith("usage: minopt plan ")
+@pytest.mark.parametrize("columns", ["80", "0", "20"])
+def test_each_flag_is_explained_in_a_few_words(
+    columns: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    for name, command in COMMANDS.items():
+        with pytest.raises(SystemExit):
+            main([name, "--help"])
+        page = capsys.readouterr().out
+        assert columns != "80" or max(map(len, page.splitlines())) <= 80
+        assert all(f"  {flag_of(f)}" in page for f in fields_of(command).values())
 
 
 @pytest.mark.parametrize(
@@ -187,6 +173,11 @@ def test_a_model_is_named_alike_everywhere(command: str, tmp_path: Path, capsys:
         ("finetune --label_smoothing_factor 0.1", "finetune --label-smoothing 0.1"),
         ("export --output_path=o --model_dir m --dtype fp32", "export m o --dtype fp32"),
         ("generate --prompt= --seed 1", "generate  --seed 1"),
+        ("generate --max_new_tokens=4 a_b --local_files_only", "generate --max-new-tokens 4 --local-files-only -- a_b"),
+        ("generate -- --a_b=c_d", "generate --prompt=--a_b=c_d"),
+        ("generate --echo --do-sample x --no-skip-special-tokens",
+         "generate x --echo true --do_sample=True --skip_special_tokens false"),
+        ("generate --length-penalty -1e-1 --stop-strings --- x", "generate --length-penalty=-0.1 x --stop-strings=---"),
     ],
 )  # fmt: skip
 def test_flags_of_other_programs_that_mean_the_same_are_taken(theirs: str, ours: str) -> None:
@@ -200,24 +191,15 @@ def test_a_flag_that_means_nothing_to_a_verb_is_called_what_was_typed(capsys: py
     assert "minopt: error: --save-total-limit: no such flag" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "flags", ["--stop-strings ---", "--num-beams 2 --length-penalty -1e-1", "--presence-penalty -.5"]
-)
-def test_a_value_may_begin_with_a_hyphen(flags: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["generate", "x", "--max-new-tokens", "2", "--device", "cpu", *flags.split()]) == 0
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "torch.float16": torch.float16, "half": torch.float16,
+          "fp32": torch.float32, "float": torch.float32, "fp64": torch.float64, "double": torch.float64}  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "name", ["bf16", "fp16", "torch.float16", "half", "fp32", "float", "fp64", "double", "bfloat16"]
-)
+@pytest.mark.parametrize("name", DTYPES)
 def test_a_dtype_has_a_short_name(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    dtype = {"b": torch.bfloat16, "f": torch.float32, "h": torch.float16, "d": torch.float64, "t": torch.float16}[
-        name[0]
-    ]
-    dtype = {"fp16": torch.float16, "fp64": torch.float64}.get(name, dtype or torch.float64)
-    assert minopt.load_model(minopt.DEMO, dtype=name, device="cpu").embed_tokens.weight.dtype == dtype
+    assert minopt.load_model(minopt.DEMO, dtype=name, device="cpu").embed_tokens.weight.dtype == DTYPES[name]
     assert main(["plan", "opt-125m", "--dtype", name, "--memory", "100GB", "--device", "cpu"]) == 0
-    assert f"opt-125m as {str(dtype).removeprefix('torch.')}," in capsys.readouterr().out
+    assert f"opt-125m as {str(DTYPES[name]).removeprefix('torch.')}," in capsys.readouterr().out
 
 
 def test_a_closed_pipe_is_no_error() -> None:

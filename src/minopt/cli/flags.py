@@ -227,5 +227,5 @@ def help_page(command: type[Command]) -> str:
         lines += [f"{head:24}{body.pop(0)}"] if len(head) < 23 else [head]
         lines += [f"{'':24}{line}" for line in body]
     return "\n".join(
-        [*lines, "", "A flag without a value is off by default: --flag, --flag false and --no-flag set it."]
+        [*lines, "", "A flag that takes no value is off; --flag turns it on, --no-flag off."]
     )
