@@ -226,6 +226,4 @@ def help_page(command: type[Command]) -> str:
         body = textwrap.wrap(re.sub(r"--\w+", lambda m: m[0].replace("_", "-"), text), max(20, width - 24))
         lines += [f"{head:24}{body.pop(0)}"] if len(head) < 23 else [head]
         lines += [f"{'':24}{line}" for line in body]
-    return "\n".join(
-        [*lines, "", "A flag that takes no value is off; --flag turns it on, --no-flag off."]
-    )
+    return "\n".join([*lines, "", "A flag that takes no value is off; --flag turns it on, --no-flag off."])
