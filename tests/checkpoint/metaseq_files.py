@@ -45,15 +45,7 @@ def metaseq_state(
     dtype: torch.dtype | None = None,
     mixed_norms: bool = False,
 ) -> dict[str, Tensor]:
-    """The ``model`` of a singleton, in the order in which metaseq registers parameters.
-
-    Args:
-        reference: transformers' OPTForCausalLM.
-        fused: ``qkv_proj`` (what trains) or ``k_proj``, ``v_proj``, ``q_proj`` (what convert_to_singleton leaves).
-        head: ``None``, ``"whole"``, or ``"slice"``: the first half, which merging two parts leaves.
-        dtype: to cast to.
-        mixed_norms: norms stay in float32.
-    """
+    """The ``model`` of a singleton, in the order in which metaseq registers parameters: see ``write_metaseq``."""
     theirs = {k.removeprefix("model.decoder."): t.detach() for k, t in reference.state_dict().items()}
     state = {VERSION: torch.tensor([3.0])}
 
@@ -119,15 +111,7 @@ def flatten_part(
     wrap: bool = True,
     shape: Callable[[torch.Size], Any] = torch.Size,
 ) -> list[tuple[dict[str, Tensor], dict[str, Any] | None]]:
-    """The FSDP shards of a part: ``(model, shard_metadata)`` of each.
-
-    Args:
-        state: a part without a head (FSDP ties it, and keeps it nowhere), all of one dtype.
-        shards: how many.
-        metadata: with ``None`` in its place if false, as in files of 2022.
-        wrap: a flat parameter for each layer; else a single one for all.
-        shape: what the metadata gives shapes as. Files were seen with ``torch.Size``, tuples, and lists.
-    """
+    """The FSDP shards of a part, which has no head: ``(model, shard_metadata)`` of each; see ``write_metaseq``."""
     assert HEAD not in state, "a flat parameter holds no head"
     result: list[tuple[dict[str, Tensor], dict[str, Any]]] = [
         ({}, {"param_metadata": [], "buffer_names": [VERSION]}) for _ in range(shards)
@@ -233,46 +217,30 @@ def model_fields(reference: Any, parts: int = 1) -> dict[str, Any]:
     """The fields of ``cfg["model"]`` by metaseq's names (models/transformer_lm.py)."""
     config = reference.config
     return {
-        "_name": "transformer_lm_megatron",
-        "arch": "transformer_lm_megatron",
+        **dict.fromkeys(("_name", "arch"), "transformer_lm_megatron"),
         "activation_fn": config.activation_function,
         "dropout": config.dropout,
         "attention_dropout": config.attention_dropout,
         "decoder_embed_dim": config.hidden_size,
-        "decoder_input_dim": config.word_embed_proj_dim,
-        "decoder_output_dim": config.word_embed_proj_dim,
+        **dict.fromkeys(("decoder_input_dim", "decoder_output_dim"), config.word_embed_proj_dim),
         "decoder_ffn_embed_dim": config.ffn_dim,
         "decoder_layers": config.num_hidden_layers,
         "decoder_attention_heads": config.num_attention_heads,
         "decoder_normalize_before": config.do_layer_norm_before,
-        "decoder_learned_pos": True,
-        "decoder_learned_sinusoidal": False,
-        "share_decoder_input_output_embed": True,
-        "no_scale_embedding": True,
+        **dict.fromkeys(("decoder_learned_pos", "share_decoder_input_output_embed", "no_scale_embedding"), True),
+        **dict.fromkeys(("decoder_learned_sinusoidal", "alibi", "add_bos_token"), False),
         "no_emb_dropout": True,
         "disable_bias": not config.enable_bias,
         "disable_affine_ln": not config.layer_norm_elementwise_affine,
-        "alibi": False,
         "self_attn_doc_sep": -1,
-        "add_bos_token": False,
-        "tokens_per_sample": config.max_position_embeddings,
-        "max_target_positions": config.max_position_embeddings,
+        **dict.fromkeys(("tokens_per_sample", "max_target_positions"), config.max_position_embeddings),
         "ddp_backend": "fully_sharded",
         "model_parallel_size": parts,
     }
 
 
 def config_of(reference: Any, style: str | None, *, parts: int = 1, drop: Collection[str] = ()) -> Any:
-    """The ``cfg`` of a file.
-
-    Args:
-        reference: transformers' OPTForCausalLM.
-        style: how ``cfg["model"]`` is held: ``"namespace"``, ``"dict"``, ``"class"`` (an instance of one of metaseq's);
-            ``"omegaconf"``: the whole of ``cfg`` is a graph of DictConfig and AnyNode, with ``${...}`` in it;
-            ``None``: there is no ``cfg``.
-        parts: the ``model_parallel_size``.
-        drop: fields of the model that are missing.
-    """
+    """The ``cfg`` of a file: see ``config`` and ``drop`` of ``write_metaseq``."""
     if style is None:
         return None
     fields = {name: value for name, value in model_fields(reference, parts).items() if name not in drop}
@@ -312,14 +280,7 @@ def _beside_the_weights(cfg: Any) -> dict[str, Any]:
         "cfg": cfg,
         "args": None,
         "criterion": None,
-        "optimizer_history": [
-            {
-                "criterion_name": "VocabParallelCrossEntropyCriterion",
-                "optimizer_name": "MemoryEfficientFP16Optimizer",
-                "lr_scheduler_state": {"best": None},
-                "num_updates": 143000,
-            }
-        ],
+        "optimizer_history": [{"optimizer_name": "MemoryEfficientFP16Optimizer", "num_updates": 143000}],
         "task_state": {},
         "extra_state": {
             "metrics": OrderedDict(default=[(0, "loss", "AverageMeter", {"val": torch.tensor(2.5), "round": 3})]),
@@ -356,13 +317,20 @@ def write_metaseq(
         reference: transformers' OPTForCausalLM.
         parts: model parallel parts.
         shards: FSDP shards of each part, flattened; 0 writes parts that are not flattened.
-        fused, dtype, mixed_norms: see ``metaseq_state``.
-        config, drop: the style and missing fields of ``config_of``.
+        fused: ``qkv_proj`` (what trains) or ``k_proj``, ``v_proj``, ``q_proj`` (what convert_to_singleton leaves).
+        config: how ``cfg["model"]`` is held: ``"namespace"``, ``"dict"``, ``"class"`` (an instance of metaseq's);
+            ``"omegaconf"``: the whole of ``cfg`` is a graph of DictConfig and AnyNode, with ``${...}`` in it;
+            ``None``: there is no ``cfg``.
+        drop: fields of the ``cfg`` that are missing.
         metadata: whether ``shard_metadata`` is there, which it may be in files that are not flattened too.
-        head: ``None``, ``"whole"`` (each part has all rows), or ``"slice"`` (each part has its own; a single one half).
+        head: ``None``, ``"whole"`` (each part has all rows), or ``"slice"`` (each part has its own; a single one half,
+            which merging two parts leaves).
         legacy: in torch's container from before 1.6.
+        dtype: to cast to.
+        mixed_norms: norms stay in float32.
         views: tensors of a layer share one storage (not flattened files only).
-        wrap, shape: see ``flatten_part``.
+        wrap: a flat parameter for each layer; else a single one for all.
+        shape: what the metadata gives shapes as. Files were seen with ``torch.Size``, tuples, and lists.
         stem: the name's beginning; ``"reshard"``, or ``"checkpoint_last"`` where there are shards.
         pattern: the whole name, with ``{part}`` and ``{shard}``, in place of the published ones.
 

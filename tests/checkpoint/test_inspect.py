@@ -481,7 +481,7 @@ def test_values_are_looked_at_in_every_dtype(dtype: torch.dtype, tmp_path: Path)
 
 def test_values_are_found_wherever_they_lie_in_a_long_tensor(hf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Values are read some at a time: the index counts all of them."""
-    monkeypatch.setattr(inspecting, "_CHUNK_NUMBERS", 100)
+    monkeypatch.setattr(inspecting, "CHUNK_NUMBERS", 100)
     key = "model.decoder.layers.0.fc2.weight"
     for index in (0, 99, 100, 1_234, 2_047):
         change_tensor(hf / "model.safetensors", key, lambda tensor, at=index: tensor.view(-1)[at].fill_(math.inf))
@@ -546,7 +546,7 @@ def test_digests_are_those_of_the_definition_in_every_kind(source: str, dtype: t
 
 
 def test_digests_do_not_depend_on_how_much_is_read_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inspecting, "_CHUNK_NUMBERS", 37)
+    monkeypatch.setattr(inspecting, "CHUNK_NUMBERS", 37)
     for source in ("safetensors", "4 parts", "2 parts x 3 shards"):
         folder = write_source(source, tmp_path / source)
         assert digests_of(folder) == digests_by_definition(expected_tensors())

@@ -444,7 +444,7 @@ SCHEMES: dict[str, tuple[Any, str]] = {
 REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no quantization_config": (
         lambda folder: change_config(folder, quantization_config=None),
-        r"model\.safetensors: 18 of its weights are int8 \(layers\.0\.fc1\.weight, .* and 13 more\), expected a "
+        r"model\.safetensors: 18 of its weights are int8 \(layers\.0\.\S+, .* and 13 more\), expected a "
         r"quantization_config in config\.json that says how they were made, got none\. Fetch config\.json again\.",
     ),
     "no int8 weights": (
