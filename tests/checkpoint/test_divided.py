@@ -28,7 +28,16 @@ import minopt
 from minopt import CheckpointError, TrainingConfig, convert, inspect_checkpoint, load, load_model
 from minopt.cli import main
 from tests.checkpoint.sources import content, reference
-from tests.checkpoint.test_load import RunsCode
+
+
+class RunsCode:
+    """A pickle that would create a file when loaded."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple[object, tuple[str, str]]:
+        return open, (str(self.target), "w")
 
 
 def state() -> dict[str, Tensor]:

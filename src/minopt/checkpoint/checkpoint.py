@@ -13,7 +13,7 @@ from minopt.checkpoint.errors import CheckpointError, some
 from minopt.checkpoint.find import Found
 from minopt.checkpoint.keys import described, is_decoders, left_out, own_keys
 from minopt.checkpoint.names import HF_HEAD, MOST_LAYERS, parameter_shapes, to_hf
-from minopt.checkpoint.tensors import Slice, SourceTensor, same_numbers
+from minopt.checkpoint.tensors import Slice, SourceTensor, main_dtype, same_numbers
 from minopt.config import OPTConfig
 
 logger = logging.getLogger(__name__)
@@ -39,6 +39,10 @@ class Checkpoint:
 
     def __repr__(self) -> str:
         return f"Checkpoint({str(self.found.folder)!r}, {len(self.tensors)} tensors)"
+
+    def dtype_on(self, device: torch.device) -> torch.dtype:
+        """The dtype of ``"auto"``: float32 on a CPU, elsewhere the one that most numbers are stored in."""
+        return torch.float32 if device.type == "cpu" else main_dtype(self.tensors.values())
 
     def check_head(self) -> None:
         """Refuses a stored head that differs from the token table, to which OPT's is tied."""

@@ -19,7 +19,7 @@ from minopt.strangers import what_it_holds
 # Every name that weights have in a Hugging Face folder: what is downloaded, and what a save replaces.
 SAFETENSORS = ("model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors")
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*-of-*.bin")
-METASEQ = ("*.pt",)
+METASEQ = "*.pt"
 
 # In the order of preference where a folder holds several.
 LAYOUTS = (*SAFETENSORS[:2], *PICKLES[:2])
@@ -136,7 +136,7 @@ def _of_torch(path: Path) -> Found:
 
 def _in_folder(folder: Path) -> Found:
     layout = next((name for name in LAYOUTS if (folder / name).is_file() or (folder / name).is_symlink()), None)
-    groups = group_files(_files(folder, *METASEQ))
+    groups = group_files(_files(folder, METASEQ))
     decoders: list[tuple[FileSet, TensorFile]] = []
     errors: list[CheckpointError] = []
     for files in groups:
@@ -173,7 +173,7 @@ def no_weights(folder: Path, name: str | None = None) -> MissingFileError:
     """The error of a folder without weights, a model's of that name, which says what is there instead."""
     if (what := what_it_holds(folder)) is not None:
         return MissingFileError(f"{name or folder}: expected weights, got {what}")
-    expected = f"{name or folder}: expected weights ({', '.join((*LAYOUTS, *METASEQ))}),"
+    expected = f"{name or folder}: expected weights ({', '.join((*LAYOUTS, METASEQ))}),"
     names = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
     found = f"{some(names) or 'nothing'}{' from the hub' if name else ''}"
     return MissingFileError(f"{expected} got {found}. Is this a model's folder, and did its download finish?")
@@ -189,7 +189,7 @@ def parts_of(path: Path) -> FileSet | None:
 def weight_files(folder: Path) -> list[str]:
     """The names of all files in a folder that hold weights, of whatever checkpoints: what a new one replaces."""
     names = {path.name for pattern in (*SAFETENSORS, *PICKLES) for path in folder.glob(pattern)}
-    for path in _files(folder, *METASEQ):
+    for path in _files(folder, METASEQ):
         try:
             names |= {path.name} if any(map(is_decoders, open_file(path).shapes)) else set()
         except CheckpointError:

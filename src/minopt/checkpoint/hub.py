@@ -63,7 +63,7 @@ def find_model(
         if not (folder / "config.json").is_file():
             raise MissingFileError(f"{name}: expected a config.json, the hub has none there. Name a size.")
         return folder
-    if _has_weights(folder) or any(folder.glob(f"*/{METASEQ[0]}")):
+    if _has_weights(folder) or any(folder.glob(f"*/{METASEQ}")):
         return _model_folder(folder)
     raise no_weights(folder, name)
 
@@ -122,7 +122,7 @@ def _is_model(folder: Path) -> bool:
 
 
 def _has_weights(folder: Path) -> bool:
-    return any((folder / layout).is_file() for layout in LAYOUTS) or any(folder.glob(METASEQ[0]))
+    return any((folder / layout).is_file() for layout in LAYOUTS) or any(folder.glob(METASEQ))
 
 
 def _find_on_hub(name: str, revision: str | None, local_files_only: bool, config_only: bool) -> Path:
@@ -158,7 +158,7 @@ def _weights(files: Sequence[str]) -> Sequence[str]:
     for patterns in (SAFETENSORS, PICKLES):
         if {*patterns[:2]} & {*files}:
             return patterns
-    return (METASEQ[0], f"*/{METASEQ[0]}")
+    return (METASEQ, f"*/{METASEQ}")
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from minopt import int8
 from minopt.checkpoint.checkpoint import Checkpoint
 from minopt.checkpoint.errors import some
 from minopt.checkpoint.names import shard_dim
-from minopt.checkpoint.tensors import Share, SourceTensor, main_dtype
+from minopt.checkpoint.tensors import Share, SourceTensor
 from minopt.load_options import LoadOptions
 from minopt.model import OPT
 from minopt.progress import bar
@@ -66,8 +66,7 @@ def read_weights(
         share: read this process' part of the tensors that ``shard_dim`` divides, and nothing else of them where they
             are divided by rows.
     """
-    if dtype is None:
-        dtype = torch.float32 if device.type == "cpu" else main_dtype(checkpoint.tensors.values())
+    dtype = dtype or checkpoint.dtype_on(device)
     checkpoint.check_head()
     if quantize:
         in_int8 = {name for name in checkpoint.tensors if int8.is_quantized(name)}

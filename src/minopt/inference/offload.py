@@ -19,7 +19,6 @@ from torch.func import functional_call
 from minopt.cache import KVCache
 from minopt.checkpoint.checkpoint import Checkpoint
 from minopt.checkpoint.names import parameter_shapes
-from minopt.checkpoint.tensors import main_dtype
 from minopt.checkpoint.weights import read_weights
 from minopt.inference.frozen import Frozen, InferenceOPT, refuse
 from minopt.inference.linear import Plain
@@ -46,8 +45,7 @@ class StreamedOPT(InferenceOPT):
         self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype | None, *, in_memory: bool
     ) -> None:
         kept = {name: t for name, t in checkpoint.tensors.items() if not name.startswith("layers.")}
-        if dtype is None:
-            dtype = torch.float32 if device.type == "cpu" else main_dtype(checkpoint.tensors.values())
+        dtype = dtype or checkpoint.dtype_on(device)
         weights = dict(read_weights(replace(checkpoint, tensors=kept), device, dtype))
         stream = _Stream(checkpoint, device, dtype, in_memory)
         layers = [_StreamedLayer(stream, index) for index in range(checkpoint.config.num_hidden_layers)]

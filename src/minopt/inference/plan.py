@@ -172,7 +172,7 @@ def check_fits(checkpoint: Checkpoint, options: LoadOptions, devices: int = 1) -
     free, host = available_memory(device), available_memory(torch.device("cpu"))
     if free is None:
         return
-    dtype = dtype or (torch.float32 if device.type == "cpu" else main_dtype(checkpoint.tensors.values()))
+    dtype = dtype or checkpoint.dtype_on(device)
     if any(tensor.scale is not None for tensor in checkpoint.tensors.values()):
         quantize = "int8"
     asked: dict[str, Any] = {"dtype": dtype, "devices": devices, "offload": offload, "quantize": quantize}
