@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 
 from minopt.checkpoint.checkpoint import Checkpoint
-from minopt.checkpoint.errors import AmbiguousPathError, CheckpointError, MissingFileError
+from minopt.checkpoint.errors import AmbiguousPathError, CheckpointError, MissingFileError, some
 from minopt.checkpoint.find import find_files, weight_files
 from minopt.checkpoint.hub import find_model
 from minopt.checkpoint.open import open_checkpoint
@@ -32,10 +33,9 @@ class TensorReport:
 
     Attributes:
         name: minopt's, which is Hugging Face's without "model.decoder.".
-        shape: of the whole.
-        dtype: as stored.
-        findings: what is suspicious in its values, in words; ``None`` if they were not looked at.
-        digest: SHA-256 in hexadecimal; ``None`` if it was not asked for.
+        shape, dtype: of the whole tensor, as stored.
+        findings: what is suspicious in its values, in words; ``None`` without ``check``.
+        digest: SHA-256 in hexadecimal; ``None`` without ``digest``.
     """
 
     name: str
@@ -98,7 +98,17 @@ class Report:
 
     def to_text(self, *, tensors: bool = False) -> str:
         """All of it for a reader; ``tensors`` lists them."""
-        return _render(self, tensors)
+        lines = [f"{name:<15} {value}".rstrip() for name, value in _rows(self)]
+        if tensors and self.tensors:
+            width = max(len(t.name) for t in self.tensors)
+            lines.append("")
+            for t in self.tensors:
+                shape = " x ".join(map(str, t.shape))
+                lines.append(f"{t.name:<{width}}  {t.dtype:<9} {shape:<16}  {t.digest or ''}".rstrip())
+        if any(t.findings is not None for t in self.tensors):
+            lines += ["", *(self.findings or ["values: all finite, none beyond 100, no tensor of zeros"])]
+        lines += ["", f"problem: {self.problem}"] if self.problem else []
+        return "\n".join(lines)
 
 
 def inspect_checkpoint(
@@ -149,67 +159,72 @@ def inspect_checkpoint(
 
 
 def _describe(base: Report, checkpoint: Checkpoint, check: bool, digest: bool, show_progress: bool) -> Report:
-    dtypes: dict[str, int] = {}
-    reports, problem = [], None
+    dtypes: Counter[str] = Counter()
+    reports, problems = [], []
     tensors, shown = checkpoint.tensors.values(), show_progress and (check or digest)
     for tensor in bar(len(tensors), " tensors", iterable=tensors, shown=shown, leave=False):
         dtype = _name(tensor.stored.dtype)
-        dtypes[dtype] = dtypes.get(dtype, 0) + tensor.numel
+        dtypes[dtype] += tensor.numel
+        findings, own = None, None
         try:
             if check:
                 tensor.check_copies()
-            findings = tuple(check_values(tensor)) if check else None
+                findings = tuple(_suspicious(tensor))
             own = digest_of(tensor) if digest else None
         except CheckpointError as error:
-            findings, own, problem = None, None, problem or str(error)
+            problems.append(str(error))
         reports.append(TensorReport(tensor.name, tensor.shape, dtype, findings, own))
-    if problem is None and check:
-        try:
+    try:
+        if check:
             checkpoint.check_head()
-        except CheckpointError as error:
-            problem = str(error)
-    folder = Tokenizer.find(checkpoint.found.folder)
+    except CheckpointError as error:
+        problems.append(str(error))
+    tokenizer = Tokenizer.find(checkpoint.found.folder)
     return replace(
         base,
-        problem=problem,
+        problem=problems[0] if problems else None,
         config=checkpoint.config.to_dict(),
         config_source=checkpoint.config_source,
         preset=checkpoint.config.preset_name,
-        parameters=sum(t.numel for t in checkpoint.tensors.values()),
-        dtypes=dtypes,
-        tokenizer=None if folder is None else str(folder),
+        parameters=dtypes.total(),
+        dtypes=dict(dtypes),
+        tokenizer=None if tokenizer is None else str(tokenizer),
         tensors=tuple(reports),
-        digest=digest_of_all({r.name: r.digest for r in reports}) if digest and problem is None else None,
+        digest=digest_of_all({r.name: r.digest for r in reports}) if digest and not problems else None,
     )
 
 
-def check_values(tensor: SourceTensor) -> list[str]:
+def _suspicious(tensor: SourceTensor) -> list[str]:
     """What is suspicious in a tensor's values, in words that name the file and place of the first of each kind."""
-    counts, largest, any_nonzero = {"nan": 0, "large": 0}, 0.0, False
+    counts: Counter[str] = Counter()
     places: dict[str, str] = {}
+    largest = 0.0
     for piece in tensor.slices if tensor.dim is not None else tensor.slices[:1]:
-        numel = math.prod(piece.shape)
-        for begin in range(0, numel, CHUNK_NUMBERS):
-            numbers = torch.empty(min(CHUNK_NUMBERS, numel - begin), dtype=torch.float32)
-            piece.read_into(numbers, begin)
-            sizes = numbers.abs()
-            bad = {"nan": ~sizes.isfinite(), "large": sizes.isfinite() & (sizes > _LARGEST_WEIGHT)}
-            for kind, where in bad.items():
-                if count := int(where.sum()):
+        for begin, numbers in _chunks(piece, torch.float32):
+            sizes, finite = numbers.abs(), numbers.isfinite()
+            for kind, wrong in (("nan", ~finite), ("large", finite & (sizes > _LARGEST_WEIGHT))):
+                if count := int(wrong.sum()):
                     counts[kind] += count
-                    places.setdefault(kind, _place(piece, begin + int(where.nonzero()[0])))
-            finite = sizes[~bad["nan"]]
-            largest = max(largest, float(finite.max()) if finite.numel() else 0.0)
-            any_nonzero |= bool(numbers.count_nonzero())
+                    places.setdefault(kind, _place(piece, begin + int(wrong.nonzero()[0])))
+            largest = max(largest, float(sizes.where(finite, 0.0).max()))
     findings = []
     if counts["nan"]:
         findings.append(f"{counts['nan']:,} not finite, first at {places['nan']}")
     if counts["large"]:
         findings.append(f"{counts['large']:,} beyond {_LARGEST_WEIGHT:g} (up to {largest:.4g}), "
                         f"first at {places['large']}")  # fmt: skip
-    if not any_nonzero and tensor.numel:
+    if not largest and not counts and tensor.numel:
         findings.append(f"all {tensor.numel:,} are zero")
     return findings
+
+
+def _chunks(tensor: Slice | SourceTensor, dtype: torch.dtype | None) -> Iterator[tuple[int, torch.Tensor]]:
+    """All numbers in their order, some at a time, each time with the index of the first."""
+    numel = math.prod(tensor.shape)
+    for begin in range(0, numel, CHUNK_NUMBERS):
+        numbers = torch.empty(min(CHUNK_NUMBERS, numel - begin), dtype=dtype)
+        tensor.read_into(numbers, begin)
+        yield begin, numbers
 
 
 def _place(piece: Slice, index: int) -> str:
@@ -223,32 +238,36 @@ def digest_of(tensor: SourceTensor) -> str:
     Raises:
         CheckpointError: if parts hold different numbers where each should hold the same.
     """
-    shape, scale = ",".join(map(str, tensor.shape)), tensor.scale
-    tensor = tensor.stored
-    state = hashlib.sha256(f"{tensor.name}\n{_name(tensor.dtype)}\n{shape}\n".encode())
-    if len(tensor.slices) > 1 and tensor.dim != 0:
-        _update(state, tensor.read().view(-1))
-        return state.hexdigest()
-    for begin in range(0, math.prod(tensor.shape), CHUNK_NUMBERS):
-        numbers = torch.empty(min(CHUNK_NUMBERS, tensor.numel - begin), dtype=tensor.dtype)
-        tensor.read_into(numbers, begin)
-        _update(state, numbers)
-    if scale is not None:
-        _update(state, scale.view(-1))
+    stored, shape = tensor.stored, ",".join(map(str, tensor.shape))
+    state = hashlib.sha256(f"{tensor.name}\n{_name(stored.dtype)}\n{shape}\n".encode())
+    if len(stored.slices) > 1 and stored.dim != 0:
+        _update(state, stored.read())
+    else:
+        for _, numbers in _chunks(stored, stored.dtype):
+            _update(state, numbers)
+    if tensor.scale is not None:
+        _update(state, tensor.scale)
     return state.hexdigest()
+
+
+def digest_of_all(digests: Mapping[str, str | None]) -> str:
+    """SHA-256 of a whole checkpoint, from its tensors'."""
+    lines = "".join(f"{name} {digests[name]}\n" for name in sorted(digests))
+    return hashlib.sha256(lines.encode()).hexdigest()
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:
     """SHA-256 of names, dtypes, shapes and a few numbers of each tensor from each file: tells checkpoints apart."""
     state = hashlib.sha256(repr(checkpoint.config).encode())
     for tensor in checkpoint.tensors.values():
-        state.update(f"{tensor.name} {tensor.stored.dtype} {tensor.shape}\n".encode())
-        for run in (run for piece in tensor.stored.slices for run in piece.runs):
-            numbers = torch.empty(min(64, run.stop - run.start), dtype=tensor.stored.dtype)
+        stored = tensor.stored
+        state.update(f"{tensor.name} {stored.dtype} {tensor.shape}\n".encode())
+        for run in (run for piece in stored.slices for run in piece.runs):
+            numbers = torch.empty(min(64, run.stop - run.start), dtype=stored.dtype)
             run.file.read_into(numbers, run.key, run.start)
             _update(state, numbers)
         if tensor.scale is not None:
-            _update(state, tensor.scale.view(-1))
+            _update(state, tensor.scale)
     return state.hexdigest()
 
 
@@ -258,64 +277,41 @@ def check_same_seen(folder: Path, seen: Sequence[str]) -> None:
     Raises:
         CheckpointError: naming a process that sees another one than the first.
     """
-    for rank, other in enumerate(seen):
-        if other != seen[0]:
-            raise CheckpointError(
-                f"{folder}: process {rank} sees another checkpoint than process 0. Copy the same files to all machines."
-            )
+    other = next((rank for rank, fingerprint in enumerate(seen) if fingerprint != seen[0]), None)
+    if other is not None:
+        raise CheckpointError(
+            f"{folder}: process {other} sees another checkpoint than process 0. Copy the same files to all machines."
+        )
 
 
 def _update(state: Any, numbers: torch.Tensor) -> None:
-    data: Any = numbers.view(torch.uint8).numpy()
-    state.update(memoryview(data))
-
-
-def digest_of_all(digests: Mapping[str, str | None]) -> str:
-    """SHA-256 of a whole checkpoint, from its tensors'."""
-    lines = "".join(f"{name} {digests[name]}\n" for name in sorted(digests))
-    return hashlib.sha256(lines.encode()).hexdigest()
+    state.update(numbers.view(-1).view(torch.uint8).numpy().data)
 
 
 def _name(dtype: torch.dtype | None) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _render(report: Report, tensors: bool) -> str:
-    count, size = len(report.files), sum(report.files.values())
-    rows = [("path", report.path), ("kind", report.kind)]
+def _rows(report: Report) -> Iterator[tuple[str, str]]:
+    yield "path", report.path
+    yield "kind", report.kind
     if report.parts > 1 or report.kind.startswith("metaseq"):
-        rows.append(("parts x shards", f"{report.parts} x {report.shards}"))
-    names = list(report.files)
-    listed = ", ".join(names) if count <= 4 else f"{names[0]} ... {names[-1]}"
-    rows.append(("files", f"{count}, {size_of(size)} ({listed})" if names else "none that can be read"))
+        yield "parts x shards", f"{report.parts} x {report.shards}"
+    names, size = list(report.files), size_of(sum(report.files.values()))
+    listed = ", ".join(names) if len(names) <= 4 else f"{names[0]} ... {names[-1]}"
+    yield "files", f"{len(names)}, {size} ({listed})" if names else "none that can be read"
     if report.missing:
-        shown = ", ".join(report.missing[:8])
-        more = f" and {len(report.missing) - 8} more" if len(report.missing) > 8 else ""
-        rows.append(("missing", f"{len(report.missing)}: {shown}{more}"))
-    if report.config is not None:
-        c = report.config
-        rows.append(("preset", report.preset or "none of the published sizes"))
-        rows.append(("config", f"from {report.config_source}: {c['num_hidden_layers']} layers, hidden_size "
-                     f"{c['hidden_size']}, {c['num_attention_heads']} heads, ffn_dim {c['ffn_dim']}"))  # fmt: skip
+        yield "missing", f"{len(report.missing)}: {some(report.missing, 8)}"
+    if (c := report.config) is not None:
+        yield "preset", report.preset or "none of the published sizes"
+        yield "config", (f"from {report.config_source}: {c['num_hidden_layers']} layers, hidden_size "
+                         f"{c['hidden_size']}, {c['num_attention_heads']} heads, ffn_dim {c['ffn_dim']}")  # fmt: skip
         norm = "pre-norm" if c["do_layer_norm_before"] else "post-norm"
-        rows.append(("", f"vocab_size {c['vocab_size']} x {c['word_embed_proj_dim']}, "
-                     f"{c['max_position_embeddings']} positions, {norm}, "
-                     f"{c['activation_function']}{'' if c['enable_bias'] else ', no biases'}"))  # fmt: skip
-        rows.append(("parameters", f"{report.parameters:,}"))
-        rows.append(("dtypes", ", ".join(f"{name} ({count:,})" for name, count in report.dtypes.items())))
-        rows.append(("tokenizer", report.tokenizer or "none beside the weights or one folder up"))
+        biases = "" if c["enable_bias"] else ", no biases"
+        yield "", (f"vocab_size {c['vocab_size']} x {c['word_embed_proj_dim']}, {c['max_position_embeddings']} "
+                   f"positions, {norm}, {c['activation_function']}{biases}")  # fmt: skip
+        yield "parameters", f"{report.parameters:,}"
+        yield "dtypes", ", ".join(f"{name} ({count:,})" for name, count in report.dtypes.items())
+        yield "tokenizer", report.tokenizer or "none beside the weights or one folder up"
     if report.digest is not None:
-        rows.append(("sha256", report.digest))
-    lines = [f"{name:<15} {value}".rstrip() for name, value in rows]
-    if tensors and report.tensors:
-        width = max(len(t.name) for t in report.tensors)
-        lines += ["", *(_line(t, width) for t in report.tensors)]
-    if any(t.findings is not None for t in report.tensors):
-        lines += ["", *(report.findings or ["values: all finite, none beyond 100, no tensor of zeros"])]
-    lines += ["", f"problem: {report.problem}"] if report.problem else []
-    return "\n".join(lines)
-
-
-def _line(tensor: TensorReport, width: int) -> str:
-    shape = " x ".join(map(str, tensor.shape))
-    return f"{tensor.name:<{width}}  {tensor.dtype:<9} {shape:<16}  {tensor.digest or ''}".rstrip()
+        yield "sha256", report.digest

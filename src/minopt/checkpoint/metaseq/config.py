@@ -24,6 +24,13 @@ _COPIED = {"activation_function": "activation_fn", "dropout": "dropout", "attent
 _OTHER_MODELS = {("alibi", True): "its cfg has alibi instead of learned positions, which OPT has",
                  ("no_scale_embedding", False): "its cfg scales embeddings, which OPT does not"}  # fmt: skip
 
+_ALWAYS = {
+    **dict.fromkeys(("_name", "arch"), "transformer_lm_megatron"),
+    **dict.fromkeys(("decoder_learned_pos", "no_scale_embedding", "no_emb_dropout"), True),
+    **dict.fromkeys(("decoder_learned_sinusoidal", "alibi"), False),
+    "share_decoder_input_output_embed": True,
+}
+
 
 def settings_of(content: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """What a file's ``cfg["model"]`` says, or ``args`` in older files, whatever classes these were objects of.
@@ -40,6 +47,23 @@ def settings_of(content: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         ours: plain[theirs] for ours, theirs in _COPIED.items() if isinstance(plain.get(theirs), (str, float, int))
     }
     return told, [what for (name, value), what in _OTHER_MODELS.items() if plain.get(name) is value]
+
+
+def to_settings(config: OPTConfig, parts: int) -> dict[str, Any]:
+    """What metaseq writes as ``cfg["model"]`` of a model in so many parts."""
+    settings = {theirs: getattr(config, ours) for ours, theirs in (_SIZES | _COPIED).items()}
+    settings |= {theirs: not getattr(config, ours) for ours, theirs in _NEGATED.items()}
+    return (
+        settings
+        | _ALWAYS
+        | {
+            "decoder_input_dim": config.embed_dim,
+            "decoder_output_dim": config.embed_dim,
+            "decoder_normalize_before": config.do_layer_norm_before,
+            "tokens_per_sample": config.max_position_embeddings,
+            "model_parallel_size": parts,
+        }
+    )
 
 
 def config_of(told: Mapping[str, Any], wrong: list[str], facts: Mapping[str, Any], path: object) -> OPTConfig:

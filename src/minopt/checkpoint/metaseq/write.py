@@ -12,6 +12,7 @@ from torch import Tensor
 
 from minopt.checkpoint.checkpoint import Checkpoint
 from minopt.checkpoint.errors import CheckpointError, some
+from minopt.checkpoint.metaseq.config import to_settings
 from minopt.checkpoint.names import from_metaseq, fused_key, shard_dim, to_metaseq
 from minopt.checkpoint.tensors import Share, SourceTensor
 from minopt.config import OPTConfig
@@ -50,7 +51,7 @@ def write_parts(
     Raises:
         CheckpointError: if tensors that are fused have several dtypes, or the files cannot be read.
     """
-    cfg = {"model": argparse.Namespace(**_settings(checkpoint.config, parts))}  # as metaseq's own files have it
+    cfg = {"model": argparse.Namespace(**to_settings(checkpoint.config, parts))}  # as metaseq's own files have it
     for part in range(parts):
         file = "reshard.pt" if parts == 1 else f"reshard-model_part-{part}.pt"
         state = _state(checkpoint, Share(part, parts), dtype, update)
@@ -78,35 +79,6 @@ def _read_share(tensor: SourceTensor, share: Share, dtype: torch.dtype | None) -
     if dim == 1:
         return tensor.columns(*share.of(tensor.shape[1]), dtype)
     return (tensor if dim is None else tensor.rows(*share.of(tensor.shape[0]))).read(dtype)
-
-
-def _settings(config: OPTConfig, parts: int) -> dict[str, object]:
-    """The configuration under metaseq's names (models/transformer_lm.py)."""
-    return {
-        "_name": "transformer_lm_megatron",
-        "arch": "transformer_lm_megatron",
-        "activation_fn": config.activation_function,
-        "dropout": config.dropout,
-        "attention_dropout": config.attention_dropout,
-        "decoder_embed_dim": config.hidden_size,
-        "decoder_ffn_embed_dim": config.ffn_dim,
-        "decoder_layers": config.num_hidden_layers,
-        "decoder_attention_heads": config.num_attention_heads,
-        "decoder_input_dim": config.embed_dim,
-        "decoder_output_dim": config.embed_dim,
-        "decoder_normalize_before": config.do_layer_norm_before,
-        "decoder_learned_pos": True,
-        "decoder_learned_sinusoidal": False,
-        "no_scale_embedding": True,
-        "no_emb_dropout": True,
-        "share_decoder_input_output_embed": True,
-        "alibi": False,
-        "disable_bias": not config.enable_bias,
-        "disable_affine_ln": not config.layer_norm_elementwise_affine,
-        "max_target_positions": config.max_position_embeddings,
-        "tokens_per_sample": config.max_position_embeddings,
-        "model_parallel_size": parts,
-    }
 
 
 def write_vocabulary(folder: Path, tokenizer: Tokenizer) -> None:
