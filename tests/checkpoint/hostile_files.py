@@ -178,12 +178,6 @@ def partial(marker: Path) -> bytes:
     return call(thing + group(SYSTEM, group(touch(marker)), EMPTY_DICT, NONE) + b"b")
 
 
-def appends(marker: Path) -> bytes:
-    """An object whose ``append`` is a function that runs commands."""
-    thing = name("types", "SimpleNamespace") + EMPTY_TUPLE + b"\x81" + mapping([(text("append"), SYSTEM)]) + b"b"
-    return thing + MARK + touch(marker) + b"e"
-
-
 def lazily(marker: Path) -> bytes:
     """An iterator that runs a command when it is asked for an item."""
     return call(name("builtins", "map"), SYSTEM, listing(touch(marker)))
@@ -197,15 +191,11 @@ def through_globals(marker: Path) -> bytes:
 
 RUNS: dict[str, Callable[[Path], bytes]] = {
     "os.system": lambda m: call(SYSTEM, touch(m)),
-    "subprocess": lambda m: call(name("subprocess", "call"), listing(text("touch"), text(str(m)))),
     "eval": lambda m: call(name("builtins", "eval"), python(m)),
     "exec of Python 2": lambda m: call(name("__builtin__", "exec"), python(m)),
-    "open": lambda m: call(name("builtins", "open"), text(str(m)), text("w")),
     "getattr": lambda m: call(attribute(call(name("builtins", "__import__"), text("os")), "system"), touch(m)),
     "pickle.loads": lambda m: call(name("pickle", "loads"), data(program(call(SYSTEM, touch(m))))),
     "state of a partial": partial,
-    "append of an object": appends,
-    "map": lambda m: call(name("builtins", "list"), lazily(m)),
     "INST": lambda m: MARK + touch(m) + b"ios\nsystem\n",
     "OBJ": lambda m: MARK + SYSTEM + touch(m) + b"o",
     "NEWOBJ": lambda m: name("builtins", "bytes") + group(lazily(m)) + b"\x81",

@@ -70,9 +70,8 @@ def write(folder: Path, tensors: dict[str, Tensor], processes: int, dim: int = 0
     return folder
 
 
-@pytest.mark.parametrize("processes", [1, 2, 3])
-@pytest.mark.parametrize("front", ["model.", "model._orig_mod.module.", ""])
-def test_pieces_of_any_number_of_processes_are_put_together(front: str, processes: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("processes", "front"), [(1, "model."), (2, "model._orig_mod.module."), (3, "")])
+def test_pieces_of_any_number_of_processes_are_put_together(processes: int, front: str, tmp_path: Path) -> None:
     tensors = {front + key: tensor for key, tensor in state().items()}
     folder = write(tmp_path / "step", tensors | {"optimizer.state.x.exp_avg": torch.ones(4)}, processes)
     for path in (folder, folder / ".metadata", folder / "__0_0.distcp"):

@@ -40,8 +40,8 @@ def settings_of(content: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """
     of_model = _fields(_fields(content.get("cfg")).get("model")) or _fields(content.get("args"))
     plain = {key: _plain(value) for key, value in of_model.items() if isinstance(key, str)}
-    told = {ours: plain[theirs] for ours, theirs in _SIZES.items()
-            if is_int(plain.get(theirs)) and abs(plain[theirs]) < 2**63}  # fmt: skip
+    plain = {key: value for key, value in plain.items() if not is_int(value) or abs(value) < 2**63}  # can be shown
+    told = {ours: plain[theirs] for ours, theirs in _SIZES.items() if is_int(plain.get(theirs))}
     told |= {ours: not plain[theirs] for ours, theirs in _NEGATED.items() if isinstance(plain.get(theirs), bool)}
     told |= {
         ours: plain[theirs] for ours, theirs in _COPIED.items() if isinstance(plain.get(theirs), (str, float, int))
