@@ -10,7 +10,7 @@ import os
 import stat
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,19 +42,12 @@ class Files:
 
 @dataclass
 class Work:
-    """The prompts of an input, and what is left to do.
+    """The prompts of an input, and what is left to do."""
 
-    Attributes:
-        prompts: each an object with a ``"prompt"``.
-        todo: the indices of those without a result.
-        kept_bytes: of the output that is there.
-        sequences: continuations of each prompt in it; ``None`` if there is none.
-    """
-
-    prompts: list[dict[str, Any]]
-    todo: list[int] = field(default_factory=list)
-    kept_bytes: int = 0
-    sequences: int | None = None
+    prompts: list[dict[str, Any]]  # objects with a "prompt"
+    todo: list[int]  # the indices of those without a result
+    kept_bytes: int = 0  # of the output that is there
+    sequences: int | None = None  # continuations of each prompt in it, if there is any
 
     def check(self, sequences: int) -> None:
         """Raises ``ValueError`` if the output has another number of continuations a prompt."""
@@ -141,39 +134,38 @@ def _record(line: str, where: str) -> dict[str, Any]:
 
 def _find_results(work: Work, output: Path, sequences: int | None) -> None:
     """Finds which prompts have all their continuations in an output, and where the last of those ends."""
-    found: list[tuple[int, int, int]] = []  # a prompt's index, how many continuations, where the last ends
-    end = 0
+    counts, ends = dict[int, int](), [0]  # continuations of each prompt; where each prompt's last one ends
+    last: int | None = None
     for number, line in enumerate(output.read_bytes().splitlines(keepends=True), 1):
         if not line.endswith(b"\n"):
             break  # written by half
-        index, sequence = _result(line, work) or (-1, 0)
-        if index < 0 or (sequence != 0 and (not found or found[-1][:2] != (index, sequence))):
+        index, sequence = _result(line, work)
+        if index != last and sequence == 0 and index not in counts:
+            ends.append(ends[-1])
+        elif index != last or sequence != counts[index]:
             raise ValueError(
                 f"{output}: line {number} is not a result of this --input. Name another --output, or use --force."
             )
-        end += len(line)
-        if sequence:
-            found.pop()
-        found.append((index, sequence + 1, end))
-    each = sequences or max((count for _, count, _ in found), default=0)
-    if found and found[-1][1] < each:
-        found.pop()
-    work.todo = sorted(set(work.todo) - {index for index, _, _ in found})
-    work.kept_bytes = found[-1][2] if found else 0
-    for _, count, _ in found:
-        work.sequences = count
+        counts[index], last = sequence + 1, index
+        ends[-1] += len(line)
+    each = sequences or max(counts.values(), default=0)
+    if last is not None and counts[last] < each:  # the rest of it is missing
+        del counts[last], ends[-1]
+    work.todo = [index for index in work.todo if index not in counts]
+    work.kept_bytes = ends[-1]
+    for work.sequences in counts.values():
         work.check(each)
 
 
-def _result(line: bytes, work: Work) -> tuple[int, int] | None:
-    """Index and sequence of an output's line; ``None`` if it is not of the prompt with that index."""
+def _result(line: bytes, work: Work) -> tuple[int, int]:
+    """Index and sequence of an output's line; an index of -1 if it is not of the prompt with that index."""
     try:
         record = json.loads(line)
-        prompt = work.prompts[record["index"]]
-        same = record["index"] >= 0 and all(record[name] == value for name, value in prompt.items())
-        return (record["index"], record["sequence"]) if same else None
+        index, prompt = record["index"], work.prompts[record["index"]]
+        same = index >= 0 and all(record[name] == value for name, value in prompt.items())
+        return (index, record["sequence"]) if same else (-1, -1)
     except (ValueError, TypeError, LookupError, RecursionError):
-        return None
+        return -1, -1
 
 
 def write_results(results: Iterator[Any], work: Work, output: str | None) -> None:
