@@ -13,6 +13,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -39,17 +40,12 @@ logger = logging.getLogger(__name__)
 SETTINGS, METRICS, PREDICTIONS, CHECKPOINTS, BEST = (
     "run.json", "metrics.jsonl", "predictions.json", "checkpoints", "best"
 )  # fmt: skip
-_MODEL = ".model.saving"  # where the model is written before it takes its place in the run's folder
+MODEL = ".model.saving"  # where the model is written before it takes its place in the run's folder
 _STATE = "state.json"  # of a checkpoint; written last
 
 
 class RunFolder:
-    """The folder of a run. All processes of the run use the same one.
-
-    Args:
-        path: of the folder, which need not be there yet.
-        world: the processes.
-    """
+    """The folder of a run, which need not be there yet. All processes of the run use the same one."""
 
     def __init__(self, path: str | Path, world: World) -> None:
         self.path, self.world = Path(path).expanduser().resolve(), world
@@ -59,11 +55,7 @@ class RunFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Makes the folder, and holds it against other runs until the block ends or the process dies.
-
-        Raises:
-            OSError: if it cannot be made, or a run holds it.
-        """
+        """Makes the folder, and holds it against other runs until the block ends or the process dies."""
         if self.path.exists() and not self.path.is_dir():
             raise FileExistsError(f"--output_dir: expected a folder, got {self.path}, a file. Name another.")
         self.path.mkdir(parents=True, exist_ok=True)
@@ -83,14 +75,11 @@ class RunFolder:
             yield
 
     def claim(self, record: Mapping[str, Any], resume: str, *, overwrite: bool) -> Path | None:
-        """Makes the folder ready for a run.
+        """Makes the folder ready for a run, and finds the checkpoint from which it goes on, if there is one.
 
         Args:
             record: ``settings`` as ``TrainingConfig.to_dict`` gives them, and ``data``, a digest.
             resume, overwrite: see ``TrainingConfig.resume`` and ``overwrite_output_dir``.
-
-        Returns:
-            The checkpoint from which the run goes on, if there is one.
 
         Raises:
             ValueError: if the folder or the checkpoint is of a run with other settings.
@@ -103,14 +92,14 @@ class RunFolder:
         elif resume == "never" and not restarted:
             self._set_aside()
         if (self.path / SETTINGS).is_file():
-            check_same(self.path, read_json(self.path / SETTINGS), record)
-        elif not overwrite and (others := sorted(path.name for path in self._content())):
+            _check_same(self.path, read_json(self.path / SETTINGS), record)
+        elif not overwrite and (others := [path.name for path in self._content()]):
             raise FileExistsError(
                 f"--output_dir: {self.path} holds files that are no run's: {some(others)}. Name another folder."
             )
         found = self._start(resume, restarted)
         if found is not None:
-            check_same(found, read_state(found), record)
+            _check_same(found, read_state(found), record)
         elif (self.path / SETTINGS).is_file() and (done := read_json(self.path / SETTINGS).get("finished")) is not None:
             raise FileExistsError(
                 f"--output_dir: {self.path} holds a run that has finished after step {done} and kept no checkpoint to "
@@ -136,19 +125,17 @@ class RunFolder:
         return own or path
 
     def _content(self) -> list[Path]:
-        """All but the lock, and runs that were put aside."""
-        return [path for path in self.path.iterdir() if path.name != ".lock" and not path.name.startswith("before-")]
+        """All but the lock and runs that were put aside; the settings last, so that moving can be repeated."""
+        found = (path for path in self.path.iterdir() if path.name != ".lock" and not path.name.startswith("before-"))
+        return sorted(found, key=lambda path: (path.name == SETTINGS, path.name))
 
     def _set_aside(self) -> None:
         """Moves all that a run has left into a folder of its own within."""
         if not (self.path / SETTINGS).is_file():
             return
-        number = 1
-        while (self.path / f"before-{number}").exists():
-            number += 1
-        aside = self.path / f"before-{number}"
+        aside = next(p for n in count(1) if not (p := self.path / f"before-{n}").exists())
         aside.mkdir()
-        for path in sorted(self._content(), key=lambda path: path.name == SETTINGS):  # last, so that it can be repeated
+        for path in self._content():
             path.rename(aside / path.name)
         logger.warning("--resume never: the run that was in %s is now in %s.", self.path, aside)
 
@@ -163,17 +150,15 @@ class RunFolder:
 
     def _remove_leftovers(self) -> None:
         """Removes what a process that was killed while writing has left."""
-        for pattern in (_MODEL, ".*.saving", f"{BEST}/.*.saving", f"{CHECKPOINTS}/.*.*ing"):
+        for pattern in (MODEL, ".*.saving", f"{BEST}/.*.saving", f"{CHECKPOINTS}/.*.*ing"):
             for path in self.path.glob(pattern):
                 shutil.rmtree(path, ignore_errors=True)
 
     # What is written: by the first process alone
 
-    def write_settings(self, record: Mapping[str, Any]) -> None:
-        write_text(self.path / SETTINGS, json.dumps(record, indent=1) + "\n")
-
-    def write_predictions(self, predictions: Mapping[str, str]) -> None:
-        write_text(self.path / PREDICTIONS, json.dumps(predictions, ensure_ascii=False, indent=0) + "\n")
+    def write(self, name: str, record: Mapping[str, Any]) -> None:
+        """Writes the settings or the predictions."""
+        write_text(self.path / name, json.dumps(record, ensure_ascii=False, indent=1) + "\n")
 
     def trim_metrics(self, step: int, evaluated: int) -> None:
         """Drops the lines that a run will write again: those after ``step``, or after the ``evaluated`` one."""
@@ -200,24 +185,18 @@ class RunFolder:
         except OSError as error:
             raise OSError(f"{path}: cannot be written ({error.strerror}). Is the disk full?") from None
 
-    @property
-    def unpublished(self) -> Path:
-        """Where to write the model before ``publish``."""
-        return self.path / _MODEL
-
     def publish(self, *, is_best: bool) -> None:
-        """Moves the model beside what the folder holds; config.json comes last, and makes it a model's folder.
+        """Moves the model out of its ``MODEL`` folder; config.json comes last, and makes the run's a model's folder.
 
-        Args:
-            is_best: whether ``best`` holds the same model, whose files then become second names of these.
+        If ``best`` holds the same model, its files become second names of these.
         """
-        for path in sorted(self.unpublished.iterdir(), key=lambda path: path.name == "config.json"):
+        for path in sorted((self.path / MODEL).iterdir(), key=lambda path: path.name == "config.json"):
             twin = self.path / BEST / path.name
             if is_best and twin.is_file():
                 with contextlib.suppress(OSError), replacing(twin) as new:  # where the disk has no links, a copy stays
                     os.link(path, new)
             path.replace(self.path / path.name)
-        self.unpublished.rmdir()
+        (self.path / MODEL).rmdir()
 
     # Checkpoints, ``checkpoints/step-00000120`` and the like
 
@@ -232,20 +211,13 @@ class RunFolder:
 
     def latest(self) -> Path | None:
         """The checkpoint of the most steps."""
-        steps = self.steps()
-        return self.checkpoint(steps[-1]) if steps else None
+        return max(map(self.checkpoint, self.steps()), default=None)
 
     def save(self, step: int, module: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
         """Writes a checkpoint, or the state alone of one that is there; every process has to call it.
 
-        It holds model and optimizer as torch.distributed.checkpoint writes them, a file a process, and a state.json. It
-        is written under a hidden name and renamed when all of it is on the disk.
-
-        Args:
-            step: how many steps are done.
-            module: the model, wrapped or not.
-            optimizer: its.
-            state: what else there is, as JSON takes it.
+        It holds model and optimizer as torch.distributed.checkpoint writes them, a file a process, and what else there
+        is as state.json. It is written under a hidden name and renamed when all of it is on the disk.
 
         Raises:
             OSError: if it cannot be written; earlier checkpoints are as they were.
@@ -261,7 +233,8 @@ class RunFolder:
                 save(_tensors(module, optimizer), checkpoint_id=new, no_dist=self.world.size == 1)
 
         def publish() -> None:
-            write_text(new / _STATE, text)
+            (new / _STATE).write_text(text, encoding="utf-8")
+            flush(new / _STATE)
             new.rename(path)
             flush(path.parent)
 
@@ -299,12 +272,8 @@ class RunFolder:
                 _remove(self.checkpoint(step))
 
 
-def check_same(where: Path, theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
-    """Refuses to take two runs for one. For both records see ``RunFolder.claim``.
-
-    Raises:
-        ValueError: naming the settings that differ.
-    """
+def _check_same(where: Path, theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
+    """Refuses to take two runs for one. For both records see ``RunFolder.claim``."""
     found = differences(mine["settings"], theirs.get("settings", {}))
     if not found and theirs.get("data") != mine["data"]:
         found = ["the training data or the tokenizer are others"]
@@ -316,11 +285,7 @@ def check_same(where: Path, theirs: Mapping[str, Any], mine: Mapping[str, Any]) 
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """The ``state.json`` of a checkpoint.
-
-    Raises:
-        ValueError: if there is none.
-    """
+    """The ``state.json`` of a checkpoint. Raises ``ValueError`` if there is none."""
     if not (path / _STATE).is_file():
         raise ValueError(f"--resume: expected auto, never or the folder of a checkpoint, got {path}. Name another.")
     return read_json(path / _STATE)

@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -35,7 +35,7 @@ from minopt.training.data import Example, references_of
 from minopt.training.fsdp import apply_fsdp, gathered
 from minopt.training.loss import ModelWithLoss
 from minopt.training.optim import build_optimizer, clip_gradients, learning_rate, training_layers
-from minopt.training.run import BEST, PREDICTIONS, RunFolder, read_state
+from minopt.training.run import BEST, MODEL, PREDICTIONS, SETTINGS, RunFolder, read_state
 from minopt.training.weights import fill, find, save
 
 logger = logging.getLogger(__name__)
@@ -168,7 +168,7 @@ class _Run:
         self.is_sharded = config.parallel == "fsdp" and world.size > 1
         self.is_ddp = config.parallel == "ddp" and world.size > 1
         self.progress, self.predictions = _Progress(), dict[str, str]()
-        self.tokens_seen, self.grad_norm, self.signal = 0, 0.0, 0
+        self.tokens_seen, self.grad_norm, self.signal, self.signalled = 0, 0.0, 0, 0.0
 
     @contextlib.contextmanager
     def wrapped(self, checkpoint: Checkpoint | None) -> Iterator[None]:
@@ -214,7 +214,7 @@ class _Run:
             torch.random.fork_rng(devices=devices),
         ):
             self._loop()
-        save(self.model, self.folder.unpublished, self.tokenizer, world)
+        save(self.model, self.folder.path / MODEL, self.tokenizer, world)
         world.first(self._finish)
         done = self.progress
         return TrainResult(done.step, done.skipped, done.loss, done.metrics, self.predictions, self.folder.path)
@@ -236,14 +236,12 @@ class _Run:
             self.progress = _Progress(**state["progress"])
             self.scaler.load_state_dict(state["scaler"])
             if path.resolve().parent != folder.checkpoints:  # of another run, which has its own best
-                fresh = _Progress()
-                self.progress.best_step, self.progress.best_score = fresh.best_step, fresh.best_score
-                self.progress.evaluated_step, self.progress.metrics = fresh.evaluated_step, fresh.metrics
+                self.progress = replace(self.progress, best_step=0, best_score=-math.inf, evaluated_step=0, metrics={})
             elif (folder.path / PREDICTIONS).is_file() and self.progress.metrics:
                 self.predictions = read_json(folder.path / PREDICTIONS, sys.maxsize)
 
         def write() -> None:
-            folder.write_settings(self.record)
+            folder.write(SETTINGS, self.record)
             folder.checkpoints.mkdir(exist_ok=True)
             self.tokenizer.save(folder.checkpoints)  # a checkpoint opens as a model
             folder.trim_metrics(self.progress.step, self.progress.evaluated_step)
@@ -430,15 +428,15 @@ class _Run:
         if result is None:
             return True
         done.metrics, self.predictions, done.evaluated_step = dict(result.metrics), dict(result.predictions), done.step
-        if world.is_first:
-            shown = "  ".join(f"{name} {value:.4g}" for name, value in result.metrics.items())
-            say(f"evaluation after step {done.step}: {shown}")
 
         def write() -> None:
-            record = {f"eval_{name}": value for name, value in result.metrics.items()}
-            self.folder.add_metrics({"step": done.step, **record})
-            if result.predictions:
-                self.folder.write_predictions(result.predictions)
+            shown = "  ".join(f"{name} {value:.4g}" for name, value in done.metrics.items())
+            say(f"evaluation after step {done.step}: {shown}")
+            self.folder.add_metrics(
+                {"step": done.step} | {f"eval_{name}": value for name, value in done.metrics.items()}
+            )
+            if self.predictions:
+                self.folder.write(PREDICTIONS, self.predictions)
 
         world.first(write)
         score = result.metrics[task.best] if self.references else -result.metrics["loss"]
@@ -453,7 +451,7 @@ class _Run:
     def _finish(self) -> None:
         self.folder.publish(is_best=self.progress.best_step == self.progress.step)
         if self.config.keep_last == 0:
-            self.folder.write_settings({**self.record, "finished": self.progress.step})
+            self.folder.write(SETTINGS, {**self.record, "finished": self.progress.step})
             shutil.rmtree(self.folder.checkpoints)
 
 
@@ -464,13 +462,11 @@ def _caught(run: _Run) -> Iterator[None]:
     Within 5 seconds it is no second one: where a terminal or a scheduler signals all processes, torchrun repeats it.
     """
     before: dict[int, Any] = {}
-    first = 0.0
 
     def note(number: int, frame: FrameType | None) -> None:
-        nonlocal first
         if run.signal == 0:
-            run.signal, first = int(number), time.monotonic()
-        elif time.monotonic() - first > 5:
+            run.signal, run.signalled = int(number), time.monotonic()
+        elif time.monotonic() - run.signalled > 5:
             signal.signal(number, before[number])
             signal.raise_signal(number)
 
