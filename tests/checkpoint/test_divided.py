@@ -100,7 +100,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
     (folder / "text.txt").write_text("The ship sailed over the sea, and it was a dark and stormy night. " * 40)
     config = TrainingConfig(
-        str(folder / "run"), max_steps=2, save_steps=1, src_length=32, per_device_train_batch_size=1, device="cpu"
+        output_dir=str(folder / "run"),
+        max_steps=2,
+        save_steps=1,
+        src_length=32,
+        per_device_train_batch_size=1,
+        device="cpu",
     )
     minopt.train(minopt.DEMO, (folder / "text.txt").read_text(), config=config)
     return folder / "run"

@@ -40,15 +40,15 @@ class TensorFile:
         path: the file.
         shapes: by key.
         dtypes: by key; ``None`` for a dtype that no OPT has (integers other than int8).
-        content: all else that a metaseq file holds beside its tensors, by key.
-        is_wrapped: whether the tensors lay in ``content["model"]``, as metaseq writes them.
+        is_wrapped: whether the tensors lie in a dict under "model", as metaseq writes them.
+        content: if so, all that the file holds, by key.
     """
 
     def __init__(
         self, path: Path, tensors: Mapping[str, StoredTensor], content: Mapping[Any, Any] | None = None
     ) -> None:
         self.path, self._tensors = path, tensors
-        self.content, self.is_wrapped = content or {}, content is not None
+        self.is_wrapped, self.content = content is not None, content or {}
         self.shapes = {key: tensor.shape for key, tensor in tensors.items()}
         self.dtypes = {key: t.dtype if t.dtype in DTYPES.values() else None for key, t in tensors.items()}
         self._where, stat = path.absolute(), path.stat()

@@ -86,16 +86,9 @@ class StoredTensor:
         return torch.empty_strided(self.shape, self.stride, device="meta").is_contiguous()
 
 
-@dataclass(frozen=True)
-class Global:
-    """A name that a pickle mentions, ``module.name``. It is never looked up."""
-
-    name: str
-
-
 @dataclass(eq=False, repr=False)
 class Placeholder:
-    """What stands for an object of any other class: the name of its class, and what the file says it holds."""
+    """What stands for a name, ``module.name``, and for what a call of it gives, with all that the file says of it."""
 
     name: str
     arguments: tuple[Any, ...] = ()
@@ -203,8 +196,8 @@ _TABLE: dict[str, Callable[[_Machine, Any], object]] = {
     "BINPUT LONG_BINPUT": lambda m, index: m.memo.update({index: m.stack[-1]}),
     "MEMOIZE": lambda m, _: m.memo.update({len(m.memo): m.stack[-1]}),
     "BINGET LONG_BINGET": lambda m, index: m.push(m.memo[index]),
-    "GLOBAL": lambda m, name: m.push(Global(name.replace(" ", ".", 1))),
-    "STACK_GLOBAL": lambda m, _: m.push(Global(".".join(m.pop(2)))),
+    "GLOBAL": lambda m, name: m.push(Placeholder(name.replace(" ", ".", 1))),
+    "STACK_GLOBAL": lambda m, _: m.push(Placeholder(".".join(m.pop(2)))),
     "REDUCE NEWOBJ": lambda m, _: m.push(_called(*m.pop(2))),
     "NEWOBJ_EX": lambda m, _: m.push(_called(*m.pop(3)[:2])),
     "BUILD": lambda m, _: m.build(*m.pop(2)),
@@ -216,7 +209,7 @@ _OPERATIONS = {name: operation for names, operation in _TABLE.items() for name i
 def _called(function: Any, arguments: Any) -> Any:
     """What a call in the pickle gives: a tensor, a shape, a dict, else a placeholder."""
     arguments = arguments if isinstance(arguments, tuple) else (arguments,)
-    name = function.name if isinstance(function, Global) else type(function).__name__
+    name = function.name if isinstance(function, Placeholder) else type(function).__name__
     if name == "torch._tensor._rebuild_from_type_v2" and len(arguments) == 4:  # a tensor with attributes of its own
         return _called(arguments[0], arguments[2])
     if name in ("torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor") and len(arguments) >= 4:
@@ -248,7 +241,7 @@ def _storage(identifier: Any) -> Storage:
     if not isinstance(identifier, tuple) or len(identifier) not in (5, 6) or identifier[0] != "storage":
         raise UnpickleError("a persistent id that is not a storage's")
     _, kind, key, _, numel, *view = identifier
-    name = kind.name[:60] if isinstance(kind, Global) else ""
+    name = kind.name[:60] if isinstance(kind, Placeholder) else ""
     dtype = _DTYPES.get(name.rpartition(".")[2])
     if dtype is None:
         error = OtherDtypeError if name.startswith("torch.") and name.endswith("Storage") else UnpickleError
