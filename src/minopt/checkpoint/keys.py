@@ -80,10 +80,10 @@ def own_keys(keys: Iterable[str], ignore: Sequence[str], where: object, *, say: 
     model are left out. A key of the OPT that is none of its tensors stays, so that it is reported.
 
     Args:
-        keys: all of a checkpoint's.
+        keys: all keys of the checkpoint.
         ignore: patterns of keys to leave out.
-        where: they are, for messages.
-        say: log what was taken off and left out.
+        where: the file or folder that messages name.
+        say: whether to log what was taken off and left out.
 
     Raises:
         CheckpointError: if they are of several decoders, or of none.
@@ -125,9 +125,9 @@ def _root(names: list[str], where: object) -> str:
     for tables in ({"embed_positions.weight", "embed_tokens.weight"}, {"embed_positions.weight"}):
         if whole := [front for front, inner in found.items() if tables <= inner]:
             break
-    other = next((name for name, form in _OTHERS.items() if any(re.search(form, key) for key in names)), None)
-    if len(whole) != 1 and other is not None:
-        raise CheckpointError(f"{where}: this looks like {other}, not an OPT. minopt opens OPT and Galactica.")
+    for other, form in _OTHERS.items() if len(whole) != 1 else ():
+        if any(re.search(form, name) for name in names):
+            raise CheckpointError(f"{where}: this looks like {other}, not an OPT. minopt opens OPT and Galactica.")
     if len(whole) > 1:
         raise CheckpointError(
             f"{where}: expected one OPT, got {len(whole)} decoders, whose names begin with {some(sorted(whole))}. "
