@@ -9,12 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from minopt import OPT
 from minopt.distributed import World
 from minopt.evaluation.perplexity import PerplexityResult, wikitext_text, window_perplexity
-from minopt.generation import scoring
 from tests.conftest import SIZE, build_ours, build_reference
 
 LIMIT = SIZE["max_position_embeddings"]
@@ -113,23 +111,6 @@ def test_full_windows_count_to_their_last_token_and_the_tail_does_not(model: OPT
     for last in (15, 47):
         changed = [*ids[:last], (ids[last] + 1) % SIZE["vocab_size"], *ids[last + 1 :]]
         assert abs(window_perplexity(model, changed, 16).perplexity / result.perplexity - 1) > 1e-3
-
-
-@pytest.mark.parametrize("chunk", [1, 15, 63])
-def test_logits_come_in_chunks_that_do_not_show(model: OPT, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    ids, sizes, head = random_ids(LIMIT * 2), [], model.head
-
-    def spied(hidden: Tensor) -> Tensor:
-        sizes.append(hidden.shape[:-1].numel())
-        return head(hidden)
-
-    whole = window_perplexity(model, ids)
-    monkeypatch.setattr(scoring, "CHUNK", chunk)
-    monkeypatch.setattr(model, "head", spied)
-    result = window_perplexity(model, ids)
-    assert result.perplexity == pytest.approx(whole.perplexity, rel=1e-5)
-    assert max(sizes) == chunk
-    assert sum(sizes) == result.tokens == whole.tokens == 2 * (LIMIT - 1)
 
 
 @pytest.mark.parametrize(
