@@ -30,15 +30,20 @@ class Evaluate(Loading):
 
     summary = "measure a model: published numbers, perplexity, questions"
     records = (EvaluationConfig,)
-    titles: ClassVar = {"data": "--task perplexity", "output": "--task squad, squad-question"}
+    titles: ClassVar = {
+        "data": "--task perplexity",
+        "output": "--task squad, squad-question; see also the last group",
+        "device": "how the model is loaded",
+        "prompt_template": "data and generated texts of --task squad, squad-question",
+    }
 
     task: str = option("", "what to measure", choices=("reference", "perplexity", *TASKS), required=True)
     model: str | None = option(None, MODEL)
     json: bool = option(False, "write the results as JSON")
-    data: str | None = option(None, "a text: .txt, or .raw such as WikiText-2's wiki.test.raw")
+    data: str | None = option(None, "a text: .txt, or .raw such as WikiText-2's wiki.test.raw", kind="file")
     window: int | None = option(None, "tokens in a window (the model's positions)")
     stride: int | None = option(None, "tokens from the start of one window to the next (those of the window)")
-    output: str | None = option(None, "write the generated texts by their ids, in SQuAD's own format")
+    output: str | None = option(None, "write the generated texts by id, in SQuAD's own format", kind="file")
     force: bool = option(False, "replace an --output file that exists")
 
     def run(self, given: dict[str, Any]) -> int:

@@ -21,7 +21,7 @@ from minopt.training.config import TrainingConfig, with_recipe
 class Finetune(Command):
     """Fine-tunes a model on SQuAD, on pairs of prompt and completion, or on a text, and writes it to --output-dir.
     Under torchrun it runs in all processes that torchrun starts. Started again with the same settings, it continues
-    from its latest checkpoint. Names of flags may be written with _ instead of -.
+    from its latest checkpoint.
     """
 
     summary = "fine-tune a model, in one process or under torchrun"
@@ -36,7 +36,7 @@ class Finetune(Command):
     }
     when_out_of_memory = "a smaller --per-device-train-batch-size, or --recompute"
 
-    config: str | None = option(None, "JSON file of settings, such as the run.json of a run; flags replace its values")
+    config: str | None = option(None, "settings as JSON, such as a run's run.json; flags replace them", kind="file")
 
     def run(self, given: dict[str, Any]) -> int:
         settings = TrainingConfig.from_file(self.config) if self.config is not None else {}

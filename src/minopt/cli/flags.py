@@ -179,6 +179,7 @@ _IDS = (_ids, "IDS", "ids such as 5 or 5,6")
 _OTHERS = (json.loads, "JSON", "JSON")
 _KINDS: dict[str, tuple[Callable[[str], Any], str, str]] = {
     "int": (int, "N", "an integer"), "float": (float, "X", "a number"), "str": (str, "TEXT", "a text"),
+    "file": (str, "FILE", "a file"), "folder": (str, "FOLDER", "a folder"),
     "size": (_size, "SIZE", "a size above 0 with its unit, such as 16GB or 500MB"),
     "tuple[str, ...]": (_text, "TEXT", "a text of at least one character"),
     "tuple[int, ...]": _IDS, "int | tuple[int, ...]": _IDS,
@@ -221,9 +222,14 @@ def help_page(command: type[Command]) -> str:
         default, text = command.defaults.get(name, f.default), f.metadata["help"]
         if default not in (None, "", (), MISSING) and default is not False and not text.endswith(")"):
             text += f" ({str(default).lower()})"
-        value = "" if default is False else "|".join(_choices(f)) or _kind(f)[1]
+        value = "" if f.type == "bool" and not default else "|".join(_choices(f)) or _kind(f)[1]
         head = f"  {flag_of(f)} {'' if _is_word(f) else value}".rstrip()
         body = textwrap.wrap(re.sub(r"--\w+", lambda m: m[0].replace("_", "-"), text), max(20, width - 24))
         lines += [f"{head:24}{body.pop(0)}"] if len(head) < 23 else [head]
         lines += [f"{'':24}{line}" for line in body]
-    return "\n".join([*lines, "", "A flag that takes no value is off; --flag turns it on, --no-flag off."])
+    lines += [
+        "",
+        "A flag that takes no value is off; --flag turns it on, --no-flag off.",
+        "Flags may have _ in place of -.",
+    ]
+    return "\n".join(lines)

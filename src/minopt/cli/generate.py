@@ -32,6 +32,7 @@ class Generate(Loading):
     summary = "continue a text, or each prompt of a file"
     records = (Files, GenerationConfig)
     titles: ClassVar = {
+        "offload": "how the model is loaded",
         "input": "many prompts",
         "max_new_tokens": "how long",
         "do_sample": "how the next token is chosen",
@@ -46,7 +47,9 @@ class Generate(Loading):
     echo: bool = option(False, "write the prompt first")
     skip_special_tokens: bool = option(True, "leave special tokens such as </s> out of the text")
     offload: str | None = option(None, "where layers wait that do not fit on the device", choices=("disk", "cpu"))
-    optimize: bool | Literal["compile"] = option(True, "packed weights, or a compiled model (after a minute), or plain")
+    optimize: bool | Literal["compile"] = option(
+        True, "true: packed weights; false: the plain model; compile: faster, after a minute"
+    )
 
     def run(self, given: dict[str, Any]) -> None:
         files, prompt, work = fill(Files, given), self.prompt, None

@@ -29,10 +29,10 @@ _WRITTEN = {
 class Files:
     """Flags of ``minopt generate`` for many prompts."""
 
-    input: str | None = option(None, 'a prompt a line (-: of standard input), or, in a .jsonl, {"prompt": ...} a line')
-    output: str | None = option(None, "write JSON lines, in the order of the prompts (stdout)")
+    input: str | None = option(None, 'a prompt a line, or in a .jsonl {"prompt": ...} (-: standard input)', kind="file")
+    output: str | None = option(None, "write JSON lines, in the order of the prompts (stdout)", kind="file")
     unordered: bool = option(False, "write each result as soon as it is done, long prompts first")
-    resume: bool = option(False, "continue an unfinished output; its prompts are compared, other flags are not")
+    resume: bool = option(False, "continue an unfinished output; its prompts are compared, flags are not")
     force: bool = option(False, "replace an output file that exists")
     batch_size: int | None = option(None, "the most prompts that run together (as --max_batch_tokens allows)")
     max_batch_tokens: int | None = option(

@@ -26,7 +26,7 @@ class Reading(Command):
 class ReadingText(Reading):
     """Arguments of everything that opens a tokenizer too."""
 
-    tokenizer: str | None = option(None, "folder of the tokenizer's files (that of the weights, or the one above it)")
+    tokenizer: str | None = option(None, "the tokenizer's files (beside the weights, or one folder up)", kind="folder")
 
 
 @dataclass(frozen=True)
