@@ -19,7 +19,6 @@ from unittest import mock
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
 
 import minopt
 from minopt import inspect_checkpoint
@@ -33,9 +32,7 @@ from tests.checkpoint.sources import (
     reference,
     write_source,
 )
-from tests.checkpoint.test_hub import environment
 from tests.conftest import copy_of
-from tests.hub_server import Hub
 
 DEMO = Path(minopt.DEMO)
 
@@ -65,9 +62,9 @@ def terminal() -> Iterator[Callable[[], str]]:
     os.close(end)
 
 
-def run(*arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "minopt", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False, env=env)
+    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 NO_TOKENIZER = "no tokenizer's files beside the weights, so none are written."
@@ -100,9 +97,8 @@ def test_under_torchrun_the_first_process_works_alone(tmp_path: Path) -> None:
     assert inspect_checkpoint(tmp_path / "new").is_sound
 
 
-@pytest.mark.parametrize("arguments", [["inspect", "/no/such/folder"], ["inspekt", "x"]], ids=["folder", "command"])
-def test_under_torchrun_the_error_is_the_last_line_that_one_reads(arguments: list[str]) -> None:
-    result = torchrun(*arguments)
+def test_under_torchrun_the_error_is_the_last_line_that_one_reads() -> None:
+    result = torchrun("inspect", "/no/such/folder")
     assert (result.returncode, result.stdout) == (1, "")  # torchrun's own
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("minopt: error: ")]
     last = result.stderr.rstrip("=\n").splitlines()[-1]
@@ -112,7 +108,7 @@ def test_under_torchrun_the_error_is_the_last_line_that_one_reads(arguments: lis
 # --- convert ---
 
 
-def test_the_program_converts_and_says_where_to(tmp_path: Path) -> None:
+def test_the_program_converts_and_says_where_to_and_transformers_opens_it(tmp_path: Path) -> None:
     result = run("convert", str(DEMO), str(tmp_path / "new"))
     assert (result.returncode, result.stdout) == (0, "")
     assert result.stderr == f"minopt: wrote {tmp_path / 'new'}\n"
@@ -141,17 +137,7 @@ def test_each_option_reaches_the_library(tmp_path: Path, monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize(
     ("text", "count"),
-    [
-        ("7B", 7),
-        ("20KB", 20_000),
-        ("20 kb", 20_000),
-        ("2mb", 2_000_000),
-        ("0.5GB", 500_000_000),
-        ("16g", 16 * 10**9),
-        ("2GiB", 2**31),
-        ("1.5 TB", 15 * 10**11),
-        ("10 bytes", 10),
-    ],
+    [("20 kb", 20_000), ("0.5GB", 500_000_000), ("16g", 16 * 10**9), ("2GiB", 2**31), ("10 bytes", 10)],
 )
 def test_sizes_are_in_decimal_or_binary_units(text: str, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
@@ -170,40 +156,22 @@ def test_sizes_that_are_none_are_wrong_usage(text: str, capsys: pytest.CaptureFi
     assert f"expected a size above 0 with its unit, such as 16GB or 500MB, got {text[:80]!r}" in capsys.readouterr().err
 
 
-def test_there_and_back_by_the_command_line(parts: Path, tmp_path: Path) -> None:
-    hf, again, back = (str(tmp_path / name) for name in ("hf", "again", "back"))
-    assert main(["convert", str(parts), hf, "--max-shard-size", "20KB"]) == 0
-    assert main(["convert", hf, again, "--format", "metaseq", "--parts", "4"]) == 0
-    assert main(["convert", f"{again}/reshard-model_part-2.pt", back]) == 0
-    tensors = load_file(Path(back) / "model.safetensors")
-    assert all(torch.equal(tensors[key], tensor) for key, tensor in expected_tensors().items())
-    assert len(tensors) == len(expected_tensors())
-    assert len(list(Path(hf).glob("*.safetensors"))) > 2
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["{tmp}/nowhere", "{tmp}/new"], "/nowhere: no such folder, and not the name of a model on the hub"),
-        (["{parts}", "{tmp}/new", "--dtype", "int8"], "dtype: expected auto, float32, "),
         (["{parts}", "{tmp}/new", "--parts", "2"], "metaseq's format has them, got 2 with hf. Add --format metaseq."),
-        (["{parts}", "{tmp}/new", "--parts", "3", "--format", "metaseq"], "1, 2, 4 would do."),
         (["{parts}", "{tmp}/new", "--model-config", "opt-9b"], "--model-config: opt-9b: no such file, and "),
         (["{parts}", "{tmp}/new", "--tokenizer", "{tmp}"], "expected tokenizer.json, or vocab.json and merges.txt"),
-        (["{parts}", "{parts}", "--force"], "is, or holds, the source"),
         (["{parts}", "{tmp}/old"], "is there already. Name another folder, or replace it with --force."),
-        (["{parts}", "{tmp}/old/notes.txt"], "expected a folder to write to, got a file. Name another."),
-        (["{parts}", "{tmp}/thesis", "--force"], "holds files that are not a model's (no config.json)."),
         (["{parts}", "{tmp}/old/notes.txt/new"], "{tmp}/old/notes.txt"),
     ],
-)  # fmt: skip
+)
 def test_what_a_user_can_mend_is_one_line(
     arguments: list[str], message: str, parts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     copy_of(DEMO, tmp_path / "old")
-    for name in ("old/notes.txt", "thesis/chapter-1.txt"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text("mine")
+    (tmp_path / "old" / "notes.txt").write_text("mine")
     before = content(tmp_path)
     places = {"tmp": tmp_path, "parts": parts}
     line = error_of(["convert", *(a.format(**places) for a in arguments)], capsys)
@@ -254,13 +222,8 @@ def test_a_bar_is_drawn_on_a_terminal(parts: Path, tmp_path: Path, capsys: pytes
         assert main(["inspect", str(parts), "--check"]) == 0
         assert f"/{count} [" in shown()
     assert f"/{count}" not in capsys.readouterr().out
-
-
-def test_no_bar_is_drawn_into_a_file(parts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["convert", str(parts), str(tmp_path / "new")]) == 0
     assert main(["inspect", str(parts), "--check", "--hash"]) == 0
-    wrote = f"minopt: wrote {tmp_path / 'new'}\n"
-    assert capsys.readouterr().err == f"minopt: warning: {parts}: {NO_TOKENIZER}\n{wrote}"
+    assert capsys.readouterr().err == ""
 
 
 # --- inspect ---
@@ -351,50 +314,6 @@ def test_what_is_no_checkpoint_is_one_line(parts: Path, tmp_path: Path, capsys: 
     assert "opt-9b: no such file" in error_of(["inspect", str(DEMO), "--model-config", "opt-9b"], capsys)
 
 
-def test_a_conversion_is_checked_by_its_digest(parts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """What a user would do."""
-    assert main(["convert", str(parts), str(tmp_path / "hf")]) == 0
-    lines = []
-    for path in (parts, tmp_path / "hf"):
-        capsys.readouterr()
-        assert main(["inspect", str(path), "--hash"]) == 0
-        lines.append(next(line for line in capsys.readouterr().out.splitlines() if line.startswith("sha256")))
-    assert lines[0] == lines[1]
-
-
-# --- names on the hub ---
-
-
-def test_a_name_on_the_hub_is_inspected_and_converted(tmp_path: Path) -> None:
-    """The revision that is asked for, a metaseq model of parts; what was fetched once is used without asking."""
-    source = write_source("2 parts", tmp_path / "source")
-    inspect, convert = ("inspect", "tester/model"), ("convert", "tester/model", str(tmp_path / "new"))
-    revision, cached = ("--revision", "v1"), "--local-files-only"
-    with Hub() as hub:
-        hub.add("tester/model", source, ref="v1")
-        hub.add("tester/model", write_source("safetensors", tmp_path / "other", "350m"))
-        env = environment(hub.url, tmp_path / "home")
-        cold = run(*inspect, *revision, cached, env=env)
-        assert hub.requests == []
-        inspected = run(*inspect, *revision, "--hash", "--json", env=env)
-        asked = len(hub.requests)
-        converted = run(*convert, *revision, cached, env=env)
-        assert len(hub.requests) == asked
-        unknown = run("inspect", "tester/unknown", env=env)
-    assert (cold.returncode, cold.stdout) == (2, "")
-    assert cold.stderr.startswith("minopt: error: tester/model: not in the hub's cache")
-    report = json.loads(inspected.stdout)
-    assert report["digest"] == inspect_checkpoint(source, digest=True).digest
-    assert (report["kind"], report["is_sound"]) == ("metaseq, model parallel parts", True)
-    assert Path(report["path"]).is_relative_to(tmp_path / "home")
-    assert converted.returncode == 0, converted.stderr
-    tensors = load_file(tmp_path / "new" / "model.safetensors")
-    assert tensors.keys() == expected_tensors().keys()
-    assert all(torch.equal(tensors[key], tensor) for key, tensor in expected_tensors().items())
-    assert (unknown.returncode, unknown.stdout) == (2, "")
-    assert unknown.stderr.startswith("minopt: error: tester/unknown: no such folder, and no such model on the hub")
-
-
 # --- evaluate ---
 
 
@@ -408,13 +327,3 @@ def test_a_model_of_another_size_has_no_published_numbers(parts: Path, capsys: p
         line = error_of(["evaluate", "--task", "reference", "--model", str(model), "--device", "cpu"], capsys)
         assert "expected the shape of opt-125m or opt-350m" in line
     assert "no such folder" in error_of(["evaluate", "--task", "reference", "--model", "/nowhere"], capsys)
-
-
-@pytest.mark.parametrize("arguments", [[], ["--task"], ["--task", "glue"], ["--task", "reference", "--dtype"]])
-def test_wrong_usage_of_evaluate_is_exit_code_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as caught:
-        main(["evaluate", *arguments])
-    assert caught.value.code == 2
-    error = capsys.readouterr().err
-    assert error.startswith("minopt: error: ")
-    assert error.endswith(" See minopt evaluate --help.\n")

@@ -91,7 +91,8 @@ class Tokenizer:
                 "Copy the tokenizer's files there."
             )
         settings, added = _read_json(folder / "tokenizer_config.json"), {}
-        is_silent = len(files) == 2 or (files == ("gpt2-unified.json",) and not settings)
+        is_metaseqs = files == ("gpt2-unified.json",) and not (folder / "tokenizer_config.json").is_file()
+        is_silent = len(files) == 2 or is_metaseqs
         if "added_tokens_decoder" not in settings:
             settings |= _read_json(folder / "special_tokens_map.json")
             added = _read_json(folder / "added_tokens.json")

@@ -199,22 +199,23 @@ def _explained(name: str, revision: str | None, error: Exception) -> Exception:
 
     if isinstance(error, errors.LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
         error = error.__cause__
-    reason = first_line(error)
-    if isinstance(error, errors.GatedRepoError):
-        return PermissionError(f"{name}: its owners want to be asked first. Accept the terms on its page, then log in: "
-                               "hf auth login.")  # fmt: skip
-    if isinstance(error, errors.RepositoryNotFoundError):
-        return FileNotFoundError(f"{name}: no such folder, and no such model on the hub (or it is private: log in with "
-                                 f"hf auth login).{_meant(name)}")  # fmt: skip
-    if isinstance(error, errors.RevisionNotFoundError):
-        return FileNotFoundError(f"{name}: no revision {revision!r} on the hub. Use a branch, a tag or a commit.")
-    if isinstance(error, errors.HFValidationError):
-        return FileNotFoundError(f"{name}: no such folder, and not a name on the hub ({error}).")
+    log_in, reason = "hf auth login", first_line(error)
+    for kind, ours, text in (
+        (errors.GatedRepoError, PermissionError,
+         f"its owners want to be asked first. Accept the terms on its page, then log in: {log_in}."),
+        (errors.RepositoryNotFoundError, FileNotFoundError,
+         f"no such folder, and no such model on the hub (or it is private: log in with {log_in}).{_meant(name)}"),
+        (errors.RevisionNotFoundError, FileNotFoundError,
+         f"no revision {revision!r} on the hub. Use a branch, a tag or a commit."),
+        (errors.HFValidationError, FileNotFoundError, f"no such folder, and not a name on the hub ({error})."),
+    ):  # fmt: skip
+        if isinstance(error, kind):
+            return ours(f"{name}: {text}")
     if isinstance(error, errors.HfHubHTTPError):
         status = error.response.status_code
         reason = f"{status}: {(error.server_message or reason).splitlines()[0]}"
         if status in (401, 403):
-            return PermissionError(f"{name}: the hub wants another login ({reason}). Log in: hf auth login.")
+            return PermissionError(f"{name}: the hub wants another login ({reason}). Log in: {log_in}.")
         return ConnectionError(f"{name}: the hub refused ({reason}). Try again later.")
     if isinstance(error, OSError) and error.errno is not None:
         return error  # the disk's: full, or not to be written
