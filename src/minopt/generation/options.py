@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from minopt.config import is_int, is_number, read_json, within_table
-from minopt.settings import option
+from minopt.settings import expected, option
 
 logger = logging.getLogger(__name__)
 
@@ -27,8 +27,8 @@ class GenerationConfig:
     """
 
     # How long
-    max_new_tokens: int = option(20, "the most tokens to add to each prompt")
-    min_new_tokens: int = option(0, "the fewest tokens to add to each prompt")
+    max_new_tokens: int = option(20, "the most tokens to add to each prompt", least=1)
+    min_new_tokens: int = option(0, "the fewest tokens to add to each prompt", least=0)
     truncate_prompt: bool = option(False, "cut the beginning of a prompt that is too long; otherwise it is an error")
     stop_strings: tuple[str, ...] = option((), "end before this text, special tokens too; for several, repeat it")
     eos_token_id: int | tuple[int, ...] | None = option(None, "ids that end a text, such as 2,50118 (the model's)")
@@ -37,13 +37,19 @@ class GenerationConfig:
     # How the next token is chosen
     do_sample: bool = option(False, "draw each token; otherwise the most probable one is taken")
     temperature: float = option(1.0, "sampling: divide scores by X; below 1 favours probable tokens")
-    top_k: int = option(50, "sampling: draw from the N most probable tokens; 0: from all")
+    top_k: int = option(50, "sampling: draw from the N most probable tokens; 0: from all", least=0)
     top_p: float = option(1.0, "sampling: draw from the fewest tokens that together have probability X; 1: from all")
-    min_p: float | None = option(None, "sampling: draw from tokens at least X times as probable as the best one")
+    min_p: float | None = option(
+        None, "sampling: draw from tokens at least X times as probable as the best one", least=0, most=1
+    )
     seed: int | None = option(None, "sampling: the same seed draws the same text (a new one each time)")
-    num_beams: int = option(1, "beam search with N beams; 1: no beam search")
-    num_return_sequences: int = option(1, "continuations of each prompt; above 1 with --do_sample or --num_beams")
-    length_penalty: float = option(1.0, "beams: divide scores by length to the power of X; above 0 favours long texts")
+    num_beams: int = option(1, "beam search with N beams; 1: no beam search", least=1)
+    num_return_sequences: int = option(
+        1, "continuations of each prompt; above 1 with --do_sample or --num_beams", least=1
+    )
+    length_penalty: float = option(
+        1.0, "beams: divide scores by length to the power of X; above 0 favours long texts", least=-5, most=5
+    )
     early_stopping: bool | Literal["never"] = option(
         False,
         "beams: end once enough texts are finished (true), if no better one is likely (false), or possible (never)",
@@ -51,15 +57,25 @@ class GenerationConfig:
 
     # Prompt lookup
     prompt_lookup_num_tokens: int | None = option(
-        None, "greedy: where the text repeats itself, read up to N tokens in one step; the text stays the same (off)"
+        None,
+        "greedy: where the text repeats itself, read up to N tokens in one step; the text stays the same (off)",
+        least=1,
     )
-    max_matching_ngram_size: int = option(2, "prompt lookup: search the earlier text for the last N tokens, or fewer")
+    max_matching_ngram_size: int = option(
+        2, "prompt lookup: search the earlier text for the last N tokens, or fewer", least=1
+    )
 
-    # Rules on tokens; padding counts in none of them
-    repetition_penalty: float = option(1.0, "above 1 lowers the scores of tokens that are in the text already")
-    presence_penalty: float = option(0.0, "subtract X once from the score of each token that was generated")
-    frequency_penalty: float = option(0.0, "subtract X from a token's score for each time it was generated")
-    no_repeat_ngram_size: int = option(0, "no N tokens in a row occur twice; 0: no limit")
+    # Rules on tokens; padding counts in none of them. Limits keep every sum of scores within float32
+    repetition_penalty: float = option(
+        1.0, "above 1 lowers the scores of tokens that are in the text already", least=1e-4, most=10000
+    )
+    presence_penalty: float = option(
+        0.0, "subtract X once from the score of each token that was generated", least=-10000, most=10000
+    )
+    frequency_penalty: float = option(
+        0.0, "subtract X from a token's score for each time it was generated", least=-10000, most=10000
+    )
+    no_repeat_ngram_size: int = option(0, "no N tokens in a row occur twice; 0: no limit", least=0)
     no_repeat_ngram_include_prompt: bool = option(True, "with --no_repeat_ngram_size: the prompt counts as well")
     suppress_tokens: tuple[int, ...] = option((), "ids that are never generated, such as 5,6")
     bad_words_ids: tuple[tuple[int, ...], ...] = option((), "sequences of ids that are never generated: [[5, 6], [7]]")
@@ -72,7 +88,7 @@ class GenerationConfig:
     # What is returned beside the tokens
     output_scores: bool = option(False, "return the scores of every step, after all rules")
     output_logprobs: bool = option(False, "give the ids and log-probabilities of the new tokens too")
-    top_logprobs: int = option(0, "give the N most probable ids for each new token too; 0: none")
+    top_logprobs: int = option(0, "give the N most probable ids for each new token too; 0: none", least=0)
 
     def __post_init__(self) -> None:
         for name, as_kept in _SPELLINGS.items():
@@ -153,11 +169,6 @@ def _idle(options: Mapping[str, Any]) -> dict[str, str]:
     return idle
 
 
-def option_names() -> tuple[str, ...]:
-    """The names of all options."""
-    return tuple(_DEFAULTS)
-
-
 def check_values(options: Mapping[str, Any]) -> None:
     """Raises ``ValueError`` for values that make no sense whatever the other options are."""
     given = {name: _SPELLINGS.get(name, lambda value: value)(value) for name, value in options.items()}
@@ -166,11 +177,14 @@ def check_values(options: Mapping[str, Any]) -> None:
 
 
 def _out_of_range(options: Mapping[str, Any]) -> list[str]:
-    return [
-        f"{name} must be {expected}, got {options[name]!r}"
-        for name, (fits, expected) in _VALUES.items()
-        if name in options and not fits(options[name])
-    ]
+    found = []
+    for f in fields(GenerationConfig):
+        if f.name in options:
+            value = options[f.name]
+            fits, words = _CHECKS.get(f.name, (None, None))
+            wrong = expected(f, value) if fits is None else None if fits(value) else words
+            found += [f"{f.name} must be {wrong}, got {value!r}"] if wrong else []
+    return found
 
 
 def with_defaults(defaults: Mapping[str, Any], options: Mapping[str, Any]) -> GenerationConfig:
@@ -259,12 +273,8 @@ _SPELLINGS: dict[str, Callable[[Any], Any]] = {
 }
 
 
-def _is_count(value: object, least: int = 0) -> bool:
-    return is_int(value) and value >= least  # type: ignore[operator]
-
-
-def _is_within(value: object, least: float, most: float) -> bool:
-    return is_number(value) and least <= value <= most  # type: ignore[operator]
+def _is_count(value: object) -> bool:
+    return is_int(value) and value >= 0  # type: ignore[operator]
 
 
 def _are_ids(value: object) -> bool:
@@ -279,60 +289,28 @@ def _are_biases(value: object) -> bool:
     if not isinstance(value, tuple) or not all(isinstance(pair, tuple) and len(pair) == 2 for pair in value):
         return False
     sequences = tuple(ids for ids, _ in value)
-    biases = [bias for _, bias in value]
-    fit = all(_is_within(bias, -1e4, 1e4) or bias == -math.inf for bias in biases)
+    fit = all(bias == -math.inf or (is_number(bias) and -1e4 <= bias <= 1e4) for _, bias in value)
     return _are_sequences(sequences) and fit and len(set(sequences)) == len(sequences)
 
 
-_FLAG = (lambda value: isinstance(value, bool), "true or false")
-_AT_LEAST_0 = (_is_count, "an integer of at least 0")
-_AT_LEAST_1 = (lambda value: _is_count(value, 1), "an integer of at least 1")
-# Finite bounds, so that no sum of scores leaves float32.
-_PENALTY = (lambda value: _is_within(value, -1e4, 1e4), "a number from -10000 to 10000")
-
-# What each option may be, and how that reads in an error.
-_VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "max_new_tokens": _AT_LEAST_1,
-    "min_new_tokens": _AT_LEAST_0,
-    "truncate_prompt": _FLAG,
-    "do_sample": _FLAG,
-    "num_beams": _AT_LEAST_1,
-    "num_return_sequences": _AT_LEAST_1,
-    "length_penalty": (lambda value: _is_within(value, -5, 5), "a number from -5 to 5"),
-    "early_stopping": (lambda value: isinstance(value, bool) or value == "never", "true, false or never"),
-    "temperature": (
-        lambda value: _is_within(value, 1e-6, 1e6),
-        "from 1e-6 to 1e6 (for the most probable token at each step leave do_sample off)",
-    ),
-    "top_k": (_is_count, "an integer of at least 0 (0 = no limit)"),
-    "top_p": (lambda value: is_number(value) and 0 < value <= 1, "above 0 and at most 1"),
-    "min_p": (lambda value: value is None or _is_within(value, 0, 1), "from 0 to 1"),
-    "seed": (
-        lambda value: value is None or (_is_count(value) and value < 2**64),
-        "an integer from 0 to 2**64 - 1",
-    ),
-    "repetition_penalty": (lambda value: _is_within(value, 1e-4, 1e4), "from 0.0001 to 10000"),
-    "presence_penalty": _PENALTY,
-    "frequency_penalty": _PENALTY,
-    "no_repeat_ngram_size": _AT_LEAST_0,
-    "no_repeat_ngram_include_prompt": _FLAG,
-    "sequence_bias": (_are_biases, "pairs of ids and a number from -10000 to 10000 or -inf, each sequence of ids once"),
-    "bad_words_ids": (_are_sequences, "sequences of at least one id each"),
-    "suppress_tokens": (_are_ids, "ids"),
-    "forced_bos_token_id": (lambda value: value is None or _is_count(value), "an id"),
-    "prompt_lookup_num_tokens": (
-        lambda value: value is None or _is_count(value, 1),
-        "an integer of at least 1",
-    ),
-    "max_matching_ngram_size": _AT_LEAST_1,
-    "eos_token_id": (lambda value: value is None or _is_count(value) or _are_ids(value), "an id, or several"),
-    "pad_token_id": (lambda value: value is None or _is_count(value), "an id"),
+# What an option may be where its type and limits do not say it, and how that reads in an error.
+_CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "stop_strings": (
         lambda value: isinstance(value, tuple) and all(isinstance(text, str) and text for text in value),
         "texts of at least one character",
     ),
+    "eos_token_id": (lambda value: value is None or _is_count(value) or _are_ids(value), "an id, or several"),
     "max_time": (lambda value: value is None or (is_number(value) and value > 0), "seconds above 0"),
-    "output_scores": _FLAG,
-    "output_logprobs": _FLAG,
-    "top_logprobs": _AT_LEAST_0,
+    "temperature": (
+        lambda value: is_number(value) and 1e-6 <= value <= 1e6,
+        "from 1e-6 to 1e6 (for the most probable token at each step leave do_sample off)",
+    ),
+    "top_p": (lambda value: is_number(value) and 0 < value <= 1, "above 0 and at most 1"),
+    "seed": (lambda value: value is None or (_is_count(value) and value < 2**64), "an integer from 0 to 2**64 - 1"),
+    "early_stopping": (lambda value: isinstance(value, bool) or value == "never", "true, false or never"),
+    "suppress_tokens": (_are_ids, "ids"),
+    "bad_words_ids": (_are_sequences, "sequences of at least one id each"),
+    "sequence_bias": (_are_biases, "pairs of ids and a number from -10000 to 10000 or -inf, each sequence of ids once"),
+    "forced_bos_token_id": (lambda value: value is None or _is_count(value), "an id"),
+    "pad_token_id": (lambda value: value is None or _is_count(value), "an id"),
 }
