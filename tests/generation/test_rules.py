@@ -162,14 +162,6 @@ def test_each_filter_is_that_of_transformers(name: str, num_beams: int, eos: tup
         assert (found.isfinite().sum(1) >= scores.isfinite().sum(1).clamp(max=least)).all()
 
 
-@pytest.mark.parametrize("name", ["top_k 2", "top_p 0.1", "min_p 0.9"])
-def test_the_least_number_of_tokens_matters_to_the_test_above(name: str) -> None:
-    """A negative control: what beams keep is more than what the filter alone would."""
-    options, theirs = FILTERS[name]
-    (rule,) = build_rules(GenerationConfig(**options, num_beams=3), 4, NO_PADDING, (2, 9, 4))
-    assert not torch.equal(rule(IDS, SCORES["random"]), theirs(1)(IDS, SCORES["random"].clone()))
-
-
 def test_sequences_longer_than_the_row_change_nothing() -> None:
     options = {"sequence_bias": [[[*IDS[0].tolist(), 3], 2.0]], "bad_words_ids": [[*IDS[0].tolist(), 4]]}
     rules = build_rules(GenerationConfig(**options), 1, NO_PADDING, ())
@@ -189,17 +181,6 @@ def test_the_first_token_is_forced_behind_a_prompt_of_one_token_only(prompt_leng
             assert found[:, 7].tolist() == [0.0] * 3
         else:
             assert torch.equal(found, SCORES["random"])
-
-
-@pytest.mark.parametrize("p", [0.05, 0.3, 0.6, 0.95])
-def test_top_p_keeps_the_fewest_tokens_that_reach_p(p: float) -> None:
-    (rule,) = build_rules(GenerationConfig(**sampling(top_p=p)), 4, NO_PADDING, EOS)
-    scores = SCORES["random"]
-    for row, found in zip(scores, rule(IDS, scores), strict=True):
-        probability, kept = row.double().softmax(0), found.isfinite()
-        assert probability[kept].sum() >= p
-        assert probability[kept].sum() - probability[kept].min() < p
-        assert probability[kept].min() > probability[~kept].max()
 
 
 @pytest.mark.parametrize(
@@ -311,36 +292,6 @@ def test_each_option_makes_a_difference_in_the_chains_above(name: str) -> None:
         complete, without = build(prompt_length, eos, options), build(prompt_length, eos, rest)
         shown += differ(outcomes(complete, prompt_length), outcomes(without, prompt_length))
     assert shown >= 10
-
-
-ORDERED = [
-    ("sequence_bias", "repetition_penalty"),
-    ("sequence_bias", "forced_bos_token_id"),
-    ("suppress_tokens", "top_k"),
-    ("suppress_tokens", "min_p"),
-    ("repetition_penalty", "top_k"),
-    ("temperature", "top_p"),
-    ("temperature", "min_p"),
-    ("top_k", "top_p"),
-    ("top_p", "min_p"),
-]
-
-
-@pytest.mark.parametrize(("first", "second"), ORDERED, ids=[f"{a} before {b}" for a, b in ORDERED])
-def test_of_two_rules_that_do_not_commute_the_same_acts_first(reference: Any, first: str, second: str) -> None:
-    """Exchanged, they give other scores: the negative control."""
-    values = {
-        "sequence_bias": [[[0], 2.5], [[1], -2.5], [[6], 1.0]], "repetition_penalty": 1.7, "no_repeat_ngram_size": 1,
-        "bad_words_ids": [[6]], "min_new_tokens": 2, "forced_bos_token_id": 6,
-        "suppress_tokens": [int(SCORES["random"][0].argmax()), 6], "temperature": 1.8, "top_k": 3, "top_p": 0.8,
-        "min_p": 0.15,
-    }  # fmt: skip
-    options = {name: values[name] for name in (first, second)}
-    options |= sampling(**options) if second in FILTER_OPTIONS else {}
-    ours, theirs = build(1, (2,), options), of_transformers(reference, 1, (2,), **options)
-    assert len(ours) == 2
-    assert not differ(outcomes(ours, 1), outcomes(theirs, 1))
-    assert differ(outcomes(ours, 1), outcomes(ours[::-1], 1))
 
 
 # --- rules that transformers does not have
@@ -470,37 +421,6 @@ def test_padding_matters_to_the_test_above(name: str) -> None:
     assert same.tolist() == [True, name == "forced_bos_token_id", False]
 
 
-def test_transformers_counts_padding_where_no_rule_here_does() -> None:
-    ids, padding, scores = torch.tensor([[PAD, PAD, 5], [4, 6, 5]]), torch.tensor([2, 0]), torch.zeros(2, V)
-    cases: list[tuple[dict[str, Any], Any, list[list[int]], list[list[int]]]] = [
-        (
-            {"no_repeat_ngram_size": 1},
-            transformers.NoRepeatNGramLogitsProcessor(1),
-            [[0, PAD], [0, 5], [1, 4], [1, 5], [1, 6]],
-            [[0, 5], [1, 4], [1, 5], [1, 6]],
-        ),
-        (
-            {"sequence_bias": [[[PAD, 5, 7], 1.0], [[6, 5, 7], 1.0]]},
-            transformers.SequenceBiasLogitsProcessor([[[PAD, 5, 7], 1.0], [[6, 5, 7], 1.0]]),
-            [[0, 7], [1, 7]],
-            [[1, 7]],
-        ),
-        (
-            {"bad_words_ids": [[PAD, 5, 7], [6, 5, 7]]},
-            transformers.NoBadWordsLogitsProcessor([[PAD, 5, 7], [6, 5, 7]], eos_token_id=2),
-            [[0, 7], [1, 7]],
-            [[1, 7]],
-        ),
-    ]
-    for options, theirs, changed_there, changed_here in cases:
-        (rule,) = build_rules(GenerationConfig(**options), 3, padding, (2,))
-        assert theirs(ids, scores.clone()).nonzero().tolist() == changed_there
-        assert rule(ids, scores).nonzero().tolist() == changed_here
-    (rule,) = build_rules(GenerationConfig(forced_bos_token_id=7), 3, padding, (2,))
-    assert torch.equal(transformers.ForcedBOSTokenLogitsProcessor(7)(ids, scores.clone()), scores)
-    assert rule(ids, scores).isfinite().sum(1).tolist() == [1, V]
-
-
 # --- users' rules
 
 
@@ -578,67 +498,7 @@ def test_no_rule_changes_what_it_is_given_or_remembers_it(name: str) -> None:
 # --- what is drawn
 
 
-DRAWS = 100_000
 # What is drawn with, and what it must not be mistaken for.
-DISTRIBUTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "temperature": (sampling(temperature=0.6), sampling(temperature=0.62)),
-    "high temperature": (sampling(temperature=1.7), sampling(temperature=1.8)),
-    "top_k": (sampling(top_k=5), sampling(top_k=6)),
-    "top_p": (sampling(top_p=0.75), sampling(top_p=0.85)),
-    "min_p": (sampling(min_p=0.15), sampling(min_p=0.1)),
-    "combination": (
-        sampling(temperature=1.4, top_k=9, top_p=0.9, min_p=0.12, suppress_tokens=[4]),
-        sampling(temperature=1.6, top_k=9, top_p=0.9, min_p=0.12, suppress_tokens=[4]),
-    ),
-}
-
-
-def fixed_logits() -> Tensor:
-    """Falling, but not in the order of ids."""
-    order = torch.randperm(12, generator=torch.Generator().manual_seed(0))
-    return torch.linspace(2.0, -2.2, 12)[order]
-
-
-def p_value(counts: Tensor, probabilities: Tensor) -> float:
-    """Of Pearson's chi-square test; 0 where something impossible was drawn."""
-    possible = probabilities > 0
-    if counts[~possible].sum() > 0:
-        return 0.0
-    expected = probabilities[possible].double() * counts.sum()
-    assert expected.min() >= 5  # below, the test means nothing
-    statistic = ((counts[possible] - expected) ** 2 / expected).sum()
-    return torch.special.gammaincc((possible.sum().double() - 1) / 2, statistic / 2).item()
-
-
-def test_the_p_value_is_that_of_the_table() -> None:
-    """3.84 at one degree of freedom and 19.68 at eleven are 5 %."""
-    assert p_value(torch.tensor([500 + 31, 500 - 31]), torch.tensor([0.5, 0.5])) == pytest.approx(0.05, abs=1e-3)
-    counts = torch.tensor([1000] * 10 + [1000 + 99, 1000 - 99])  # a statistic of 19.6
-    assert p_value(counts, torch.full((12,), 1 / 12)) == pytest.approx(0.05, abs=2e-3)
-
-
-@pytest.mark.parametrize("name", DISTRIBUTIONS)
-def test_draws_follow_the_distribution_of_transformers(reference: Any, name: str) -> None:
-    """100,000 of them pass a chi-square test, and fail it against a distribution that is a little different."""
-    options, mistaken = DISTRIBUTIONS[name]
-    logits = fixed_logits()
-    ids = torch.full((DRAWS, 1), 3)
-    found = generate(
-        Fake(lambda past: logits, vocab_size=len(logits)), ids, max_new_tokens=1, eos_token_id=(), seed=7, **options
-    )
-    counts = found.sequences[:, 1].bincount(minlength=len(logits))
-
-    def probabilities(**options: Any) -> Tensor:
-        return of_transformers(reference, 1, (), **options)(ids[:1], logits[None].clone())[0].double().softmax(0)
-
-    expected = probabilities(**options)
-    assert counts[expected == 0].sum() == 0
-    assert ((expected == 0).sum() > 0) == ("temperature" not in name)
-    assert p_value(counts, expected) > 1e-3
-    assert p_value(counts, probabilities(**mistaken)) < 1e-6
-    assert p_value(counts, logits.double().softmax(0)) < 1e-6
-
-
 def test_a_forced_token_that_another_rule_excludes_is_not_forced_as_transformers_would() -> None:
     scores = random_scores()
     rules = build(1, (2,), {"forced_bos_token_id": 7, "bad_words_ids": [[7]]})

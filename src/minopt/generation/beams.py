@@ -1,169 +1,153 @@
 """Beam search and beam sampling, with the results of transformers' ``generate``.
 
-The cache has one row a prompt, not one a beam: the prompt's keys and values once, then those of all beams' tokens as
-they came. Which of them are a beam's own past is a mask. So a step that drops some beams and continues others twice
+The cache has one row a prompt: the prompt's keys and values once, then those of all beams' tokens in the order in which
+they were read. A mask says which of them belong to a beam. So a step that drops some beams and continues others twice
 moves rows of that mask and no keys or values, and each step reads the prompt's once for all beams.
 
-Shapes: B prompts, K beams, M candidates, T prompt tokens (padding included), S tokens so far, C slots of the cache
-behind the prompt, V vocabulary. A beam with score ``-inf`` is none: all but one at first, and where there are too few
-texts.
+Shapes: B prompts, K beams, M texts, T prompt tokens (padding included), N the most new tokens, C slots of the cache
+behind the prompt, V vocabulary.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from minopt.cache import KVCache
 from minopt.generation.options import GenerationConfig
-from minopt.generation.request import EXHAUSTED, RUNNING, STOP_REASONS, GenerationOutput, Request, refuse
+from minopt.generation.request import EXHAUSTED, RUNNING, STOP_REASONS, GenerationOutput, Request, Stopper, refuse
 from minopt.masks import beam_mask, positions, with_new_tokens
 
-# Steps between two looks for slots that no running beam needs any more.
+# Steps between two searches for slots that no running beam needs any more.
 COMPACT_EVERY = 16
 
 
-def beam_search(request: Request) -> GenerationOutput:
-    """Continues each prompt with its ``num_return_sequences`` best hypotheses, best first."""
-    return _trace(request, *_search(request))
-
-
 @dataclass
-class Candidates:
-    """Continuations of running beams by one token; ``[B, M]`` each."""
+class Texts:
+    """M texts of each prompt: the running beams, their continuations, or finished hypotheses, best first."""
 
-    scores: Tensor  # sums over all new tokens; -inf where there is no such hypothesis
-    parent: Tensor  # the beam that is continued
-    token: Tensor
-    logprob: Tensor  # of the token under the model's own distribution
-    reason: Tensor  # number in STOP_REASONS, 0 = goes on
+    scores: Tensor  # [B, M] sums of log-probabilities, or with the length penalty; -inf: there is no such text
+    lengths: Tensor  # [B, M] new tokens
+    reasons: Tensor  # [B, M] numbers in STOP_REASONS
+    ids: Tensor  # [B, M, T + N] the prompt included
+    logprobs: Tensor  # [B, M, N] of each new token under the model's own distribution
+    sources: Tensor  # [B, M, N] the beam from whose distribution each new token is
 
-    def take(self, pick: Tensor) -> Candidates:
-        """Those of indices ``[B, N]``."""
-        return Candidates(*(tensor.gather(1, pick) for tensor in vars(self).values()))
+    def take(self, pick: Tensor) -> Texts:
+        """The texts of indices ``[B, R]``."""
+        tensors = []
+        for tensor in vars(self).values():
+            index = pick if tensor.ndim == 2 else pick[..., None].expand(-1, -1, tensor.shape[2])
+            tensors.append(tensor.gather(1, index))
+        return Texts(*tensors)
 
-
-@dataclass
-class Finished:
-    """The best hypotheses of each prompt that have ended, in falling order of score; ``[B, K]`` each."""
-
-    scores: Tensor  # length penalty included; -inf where there is none
-    last: Candidates  # their last tokens
-    step: Tensor  # in which those came; -1 for a hypothesis without any
-
-    def best_with(self, other: Finished) -> Finished:
-        """The best of both, as many as there are here."""
-        scores, pick = torch.cat([self.scores, other.scores], 1).topk(self.scores.shape[1])
-        pairs = zip(vars(self.last).values(), vars(other.last).values(), strict=True)
-        last = Candidates(*(torch.cat(pair, 1) for pair in pairs)).take(pick)
-        step = torch.cat([self.step, other.step], 1).gather(1, pick)
-        nothing = scores == -torch.inf
-        last.parent, last.reason = last.parent.masked_fill(nothing, 0), last.reason.masked_fill(nothing, EXHAUSTED)
-        return Finished(scores, last, step.masked_fill(nothing, -1))
-
-
-@dataclass
-class History:
-    """What each step has decided, to go back along a hypothesis; an entry a step."""
-
-    chosen: list[Candidates] = field(default_factory=list)  # [B, K], after the step
-    scores: list[Tensor] = field(default_factory=list)  # [B, K, V] before it, if asked for
-    top: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # log-probabilities, ids [B, K, N], if asked for
+    def best(self, other: Texts) -> Texts:
+        """The best texts of both, as many as there are here."""
+        pairs = zip(vars(self).values(), vars(other).values(), strict=True)
+        both = Texts(*(torch.cat(pair, 1) for pair in pairs))
+        return both.take(both.scores.topk(self.scores.shape[1]).indices)
 
 
 @torch.inference_mode()
-def _search(request: Request) -> tuple[History, Finished]:
+def beam_search(request: Request) -> GenerationOutput:
+    """Continues each prompt with its ``num_return_sequences`` best hypotheses, best first."""
     decoder, config = request.decoder, request.config
-    (B, T), K, device = request.input_ids.shape, config.num_beams, decoder.device
-    stopper, history = request.stopper(), History()
-    cache = decoder.new_cache(B, T + K * (config.max_new_tokens - 1))
+    (B, T), K, N, device = request.input_ids.shape, config.num_beams, config.max_new_tokens, decoder.device
+    stopper, rules = Stopper(request), request.rules(K)
+    cache = decoder.new_cache(B, T + K * (N - 1))
     logits = request.read_prompts(cache)[:, None].expand(-1, K, -1)  # [B, K, V]
     position_ids = positions(with_new_tokens(request.attention_mask, 1), T, 1, device).expand(B, K)
-    sequences = request.input_ids[:, None].expand(-1, K, -1)  # [B, K, S]
-    sums = torch.full((B, K), -torch.inf, dtype=torch.float32, device=device)  # scores, in falling order
-    sums[:, 0] = 0.0  # K equal beams would find each continuation K times
-    visible = torch.zeros(B, K, 0, dtype=torch.bool, device=device)  # [B, K, C] which slots are a beam's own past
-    own = torch.eye(K, dtype=torch.bool, device=device).expand(B, -1, -1)
-    finished = _nothing(B, K, device)
+    running = _no_texts(request)
+    running.scores[:, 0] = 0.0  # K equal beams would find each continuation K times
+    finished = _no_texts(request)
     is_open = torch.ones(B, dtype=torch.bool, device=device)  # whether a row's finished hypotheses may still change
-    rules = request.rules(K)
-    for step in range(config.max_new_tokens):
+    visible = torch.zeros(B, K, 0, dtype=torch.bool, device=device)  # [B, K, C] which slots belong to a beam
+    own = torch.eye(K, dtype=torch.bool, device=device).expand(B, -1, -1)
+    seen: list[tuple[Tensor | None, ...]] = []  # what each step has kept
+    for step in range(N):
         logprobs = logits.flatten(0, 1).float().log_softmax(-1)
         scores = logprobs
         for rule in rules:
-            scores = rule(sequences.flatten(0, 1), scores)
+            scores = rule(running.ids[..., : T + step].flatten(0, 1), scores)
         logprobs, scores = logprobs.view(B, K, -1), scores.view(B, K, -1)
-        _record(history, config, logprobs, scores)
-        candidates = _candidates(request, scores, sums, logprobs)
-        ids = _extend(sequences, candidates).flatten(0, 1) if stopper.criteria else None
-        candidates.reason = stopper(candidates.token, step + 1, ids)
-        finished = finished.best_with(_ended(candidates, step, config, is_open))
-        chosen = _going_on(candidates, K)
+        seen.append(_kept(config, logprobs, scores))
+        candidates = _candidates(request, running, scores, logprobs, step)
+        texts = candidates.ids[..., : T + step + 1].flatten(0, 1) if stopper.criteria else None
+        candidates.reasons = stopper(candidates.ids[..., T + step], step + 1, texts)
+        ends = candidates.reasons != RUNNING
+        finished = finished.best(_ended(candidates, config, step + 1, ends & is_open[:, None]))
+        # A row without any candidate ends with the beams that it has.
         best = candidates.scores.amax(1)
         exhausted, broken = is_open & (best == -torch.inf), is_open & ~(best < torch.inf)
-        is_open = is_open & _may_improve(chosen.scores[:, 0], finished.scores[:, -1], step + 1, config)
+        before, running = running, replace(candidates, scores=candidates.scores.masked_fill(ends, -torch.inf))
+        running = running.take(running.scores.topk(K).indices)
+        is_open = is_open & _may_improve(running.scores[:, 0], finished.scores[:, -1], step + 1, config)
         goes_on, some_exhausted, is_broken = torch.stack([is_open, exhausted, broken]).any(1).tolist()
         refuse(is_broken, step)
-        # A row without any candidate ends with the beams that it has.
         if some_exhausted and step > 0:
-            finished = finished.best_with(_ended(history.chosen[-1], step - 1, config, exhausted, EXHAUSTED))
-        history.chosen.append(chosen)
+            before.reasons.fill_(EXHAUSTED)
+            finished = finished.best(_ended(before, config, step, exhausted[:, None].expand(-1, K)))
         if not goes_on:
             break
-        sequences, sums = _extend(sequences, chosen), chosen.scores
-        visible = visible.gather(1, chosen.parent[..., None].expand(-1, -1, visible.shape[2]))
+        parents = running.sources[..., step]
+        visible = visible.gather(1, parents[..., None].expand(-1, -1, visible.shape[2]))
         if step % COMPACT_EVERY == COMPACT_EVERY - 1:
             visible = _compact(cache, T, visible)
         visible = torch.cat([visible, own], 2)
         mask = beam_mask(request.attention_mask, T, visible)
-        logits = decoder.read(chosen.token, position_ids, mask, None, cache).view(B, K, -1)
+        logits = decoder.read(running.ids[..., T + step], position_ids, mask, None, cache).view(B, K, -1)
         position_ids = position_ids + 1
-    return history, finished
+    return _output(request, finished, seen)
 
 
-def _nothing(B: int, K: int, device: torch.device) -> Finished:
-    """Of a search that has not begun."""
-    zeros = torch.zeros(B, K, dtype=torch.long, device=device)
-    lowest = torch.full((B, K), -torch.inf, dtype=torch.float32, device=device)
-    return Finished(lowest, Candidates(lowest, zeros, zeros, lowest, zeros + EXHAUSTED), zeros - 1)
+def _no_texts(request: Request) -> Texts:
+    """K places for texts of each prompt, all of them empty."""
+    B, K, N = len(request.input_ids), request.config.num_beams, request.config.max_new_tokens
+    ids = F.pad(request.input_ids, (0, N), value=request.pad_token_id)[:, None].expand(-1, K, -1)
+    zeros = torch.zeros(B, K, N, dtype=torch.long, device=ids.device)
+    logprobs = zeros.float()
+    return Texts(logprobs[..., 0] - torch.inf, zeros[..., 0], zeros[..., 0].to(torch.int8), ids, logprobs, zeros)
 
 
-def _record(history: History, config: GenerationConfig, logprobs: Tensor, scores: Tensor) -> None:
-    if config.output_scores:
-        history.scores.append(scores)
-    if config.top_logprobs:
-        values, ids = logprobs.topk(config.top_logprobs)
-        history.top.append((values, ids))
+def _kept(config: GenerationConfig, logprobs: Tensor, scores: Tensor) -> tuple[Tensor | None, ...]:
+    """What of a step is asked for: scores ``[B, K, V]``, and the most probable tokens ``[B, K, top_logprobs]``."""
+    values, ids = logprobs.topk(config.top_logprobs) if config.top_logprobs else (None, None)
+    return scores if config.output_scores else None, ids, values
 
 
-def _candidates(request: Request, scores: Tensor, sums: Tensor, logprobs: Tensor) -> Candidates:
-    """The best continuations of all beams together, or as many drawn ones, best first; ``reason`` is not known yet.
+def _candidates(request: Request, running: Texts, scores: Tensor, logprobs: Tensor, step: int) -> Texts:
+    """The best continuations of all beams together, or as many drawn ones, best first.
 
     There are more than K, so that K can go on whichever of them end. ``scores`` and ``logprobs`` are ``[B, K, V]``.
     """
-    V = scores.shape[2]
-    M = max(2, 1 + len(request.eos_token_ids)) * request.config.num_beams
+    K, V = scores.shape[1:]
+    M = max(2, 1 + len(request.eos_token_ids)) * K
     if request.config.do_sample:
-        flat = (scores + sums[..., None]).flatten(1)
+        flat = (scores + running.scores[..., None]).flatten(1)
         # Without replacement. multinomial refuses rows without any probability, or with NaN; those draw at random, and
         # their best score, which is no number, stands for what they drew.
         top = flat.amax(1, keepdim=True)
         probabilities = flat.softmax(-1).masked_fill(~top.isfinite(), 1.0)
-        index = request.decoder.agreed(
-            torch.multinomial(probabilities, min(M, flat.shape[1]), generator=request.generator)
-        )
+        drawn = torch.multinomial(probabilities, min(M, K * V), generator=request.generator)
+        index = request.decoder.agreed(drawn)
         values, order = torch.where(top.isfinite(), flat.gather(1, index), top).sort(descending=True)
         index = index.gather(1, order)  # the best come first here too: only the first K may end
     else:
         # The best of all are among the best of each beam: short rows to look through, and one pass over scores.
         values, token = _topk(scores, min(M, V))
-        index = token + V * torch.arange(len(sums[0]), device=token.device)[:, None]
-        values, pick = (values + sums[..., None]).flatten(1).topk(min(M, values[0].numel()))
+        index = token + V * torch.arange(K, device=token.device)[:, None]
+        values, pick = (values + running.scores[..., None]).flatten(1).topk(min(M, values[0].numel()))
         index = index.flatten(1).gather(1, pick)
-    return Candidates(values, index // V, index % V, logprobs.flatten(1).gather(1, index), torch.zeros_like(index))
+    found = running.take(index // V)
+    found.scores, found.lengths = values, found.lengths.fill_(step + 1)
+    found.ids[..., request.input_ids.shape[1] + step] = index % V
+    found.logprobs[..., step] = logprobs.flatten(1).gather(1, index)
+    found.sources[..., step] = index // V
+    return found
 
 
 def _topk(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -178,27 +162,11 @@ def _topk(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return values, block.gather(2, pick // width) * width + pick % width
 
 
-def _ended(
-    candidates: Candidates, step: int, config: GenerationConfig, rows: Tensor, reason: int | None = None
-) -> Finished:
-    """Those of the first K candidates that end in this step, or (with a ``reason``) all of them, in the given rows."""
-    K = config.num_beams
-    first = Candidates(*(tensor[:, :K] for tensor in vars(candidates).values()))
-    ends = first.reason != RUNNING
-    if reason is not None:
-        first.reason = torch.full_like(first.reason, reason)
-        ends = torch.ones_like(ends)
-    scores = (first.scores / (step + 1) ** config.length_penalty).masked_fill(~(ends & rows[:, None]), -torch.inf)
-    return Finished(scores, first, torch.full_like(first.token, step))
-
-
-def _going_on(candidates: Candidates, K: int) -> Candidates:
-    """The K best candidates that do not end."""
-    scores = candidates.scores.masked_fill(candidates.reason != RUNNING, -torch.inf)
-    scores, pick = scores.topk(min(K, scores.shape[1]))
-    chosen = candidates.take(pick)
-    chosen.scores = scores
-    return chosen
+def _ended(texts: Texts, config: GenerationConfig, length: int, which: Tensor) -> Texts:
+    """Those of the first K texts that ``which [B, M]`` says, as hypotheses of that length."""
+    first = Texts(*(tensor[:, : config.num_beams] for tensor in vars(texts).values()))
+    scores = first.scores / length**config.length_penalty
+    return replace(first, scores=scores.masked_fill(~which[:, : config.num_beams], -torch.inf))
 
 
 def _may_improve(running: Tensor, worst: Tensor, length: int, config: GenerationConfig) -> Tensor:
@@ -208,12 +176,6 @@ def _may_improve(running: Tensor, worst: Tensor, length: int, config: Generation
     if config.early_stopping == "never" and config.length_penalty > 0:
         length = config.max_new_tokens
     return running / length**config.length_penalty > worst
-
-
-def _extend(sequences: Tensor, candidates: Candidates) -> Tensor:
-    """All tokens of candidates, ``[B, M, S + 1]``."""
-    past = sequences.gather(1, candidates.parent[..., None].expand(-1, -1, sequences.shape[2]))
-    return torch.cat([past, candidates.token[..., None]], 2)
 
 
 def _compact(cache: KVCache, prompt_length: int, visible: Tensor) -> Tensor:
@@ -227,37 +189,30 @@ def _compact(cache: KVCache, prompt_length: int, visible: Tensor) -> Tensor:
     return visible.gather(2, slots[:, None].expand(-1, visible.shape[1], -1))
 
 
-def _trace(request: Request, history: History, finished: Finished) -> GenerationOutput:
-    """Goes back along the best hypotheses of each prompt, and puts together what belongs to them."""
-    B, R = len(request.input_ids), request.config.num_return_sequences
-    best = torch.arange(R, device=request.input_ids.device).expand(B, R)
-    last, end = finished.last.take(best), finished.step.gather(1, best)
-    N = int(end.max()) + 1
-    tokens = torch.full((B, R, N), request.pad_token_id, device=best.device)
-    logprobs = torch.zeros(B, R, N, dtype=torch.float32, device=best.device)
-    sources = torch.zeros(B, R, N, dtype=torch.long, device=best.device)  # the beam whose distribution a token is from
-    beam = last.parent
-    for step in reversed(range(N)):
-        before, is_last, is_part = history.chosen[step].take(beam), end == step, end >= step
-        tokens[..., step] = torch.where(is_last, last.token, before.token).where(is_part, request.pad_token_id)
-        logprobs[..., step] = torch.where(is_last, last.logprob, before.logprob)
-        sources[..., step] = beam = torch.where(is_last, last.parent, before.parent).where(is_part, beam)
+def _output(request: Request, finished: Texts, seen: list[tuple[Tensor | None, ...]]) -> GenerationOutput:
+    (B, T), R = request.input_ids.shape, request.config.num_return_sequences
+    best = Texts(*(tensor[:, :R] for tensor in vars(finished).values()))
+    nothing = best.scores == -torch.inf
+    lengths, reasons = best.lengths.masked_fill(nothing, 0), best.reasons.masked_fill(nothing, EXHAUSTED)
+    N = int(lengths.max())
+    at = torch.arange(T + N, device=lengths.device)
+    ids = best.ids[..., : T + N].where(at < T + lengths[..., None], request.pad_token_id)
 
-    def along(steps: list[Tensor]) -> Tensor | None:
-        """``[B, K, X]`` a step, as ``[B * R, N, X]`` along the hypotheses."""
+    def along(which: int) -> Tensor | None:
+        """What each step has kept, ``[B, K, X]``, as ``[B * R, N, X]`` along the hypotheses."""
+        steps = [tensor for kept in seen if (tensor := kept[which]) is not None]
         if not steps:
             return None
-        rows = [t.gather(1, sources[:, :, n, None].expand(-1, -1, t.shape[2])) for n, t in enumerate(steps[:N])]
+        rows = [steps[n].gather(1, best.sources[:, :, n, None].expand(-1, -1, steps[0].shape[2])) for n in range(N)]
         return torch.stack(rows, 2).flatten(0, 1) if rows else steps[0].new_zeros(B * R, 0, steps[0].shape[2])
 
-    prompts = request.input_ids.repeat_interleave(R, dim=0)
     return GenerationOutput(
-        torch.cat([prompts, tokens.flatten(0, 1)], dim=1),
-        tuple((end + 1).flatten().tolist()),
-        tuple(STOP_REASONS[reason] for reason in last.reason.flatten().tolist()),
-        finished.scores.gather(1, best).flatten(),
-        along(history.scores),
-        logprobs.flatten(0, 1) if request.config.output_logprobs else None,
-        along([ids for _, ids in history.top]),
-        along([values for values, _ in history.top]),
+        ids.flatten(0, 1),
+        tuple(lengths.flatten().tolist()),
+        tuple(STOP_REASONS[reason] for reason in reasons.flatten().tolist()),
+        best.scores.flatten(),
+        along(0),
+        best.logprobs[..., :N].flatten(0, 1) if request.config.output_logprobs else None,
+        along(1),
+        along(2),
     )

@@ -25,6 +25,7 @@ from minopt.generation.request import (
     Decoder,
     GenerationOutput,
     Request,
+    Stopper,
     prepare,
     refuse,
 )
@@ -144,7 +145,7 @@ def decode_steps(request: Request, look_every: int = 1) -> Iterator[Step]:
     """
     decoder, config, copies = request.decoder, request.config, request.config.num_return_sequences
     (B, T), N = request.input_ids.shape, config.max_new_tokens
-    rules, stopper = request.rules(copies), request.stopper()
+    rules, stopper = request.rules(copies), Stopper(request)
     cache = decoder.new_cache(B, T + N)
     logits = request.read_prompts(cache)
     sequences = torch.nn.functional.pad(request.input_ids, (0, N), value=request.pad_token_id)

@@ -140,10 +140,8 @@ class Request:
 
     def padding(self, copies: int) -> Tensor:
         """How many tokens at the left of each row are padding, ``[B * copies]``."""
-        if self.attention_mask is None:
-            padding = self.input_ids.new_zeros(len(self.input_ids))
-        else:
-            padding = (~self.attention_mask).sum(1)
+        mask = self.attention_mask
+        padding = self.input_ids.new_zeros(len(self.input_ids)) if mask is None else (~mask).sum(1)
         return padding.repeat_interleave(copies)
 
     def rules(self, copies: int) -> list[Rule]:
@@ -158,28 +156,14 @@ class Request:
         last = torch.arange(T - 1, B * T, T, device=device)
         return self.decoder.read(self.input_ids, position_ids, causal_mask(mask, 0, T, T, device), last, cache)
 
-    def stopper(self) -> Stopper:
-        """What ends rows; the clock of ``max_time`` runs from now on."""
-        return Stopper(
-            torch.tensor(self.eos_token_ids, device=self.decoder.device, dtype=torch.long),
-            self.stopping_criteria,
-            self.config.min_new_tokens,
-            self.config.max_new_tokens,
-            None if self.config.max_time is None else time.monotonic() + self.config.max_time,
-            self.decoder.agreed,
-        )
 
-
-@dataclass(frozen=True)
 class Stopper:
-    """Says which rows end with their newest token, and why."""
+    """Says which rows end with their newest token, and why. The clock of ``max_time`` runs from here on."""
 
-    eos: Tensor
-    criteria: tuple[Criterion, ...]
-    min_new_tokens: int
-    max_new_tokens: int
-    deadline: float | None
-    agreed: Callable[[Tensor], Tensor]
+    def __init__(self, request: Request) -> None:
+        self.request, self.criteria, seconds = request, request.stopping_criteria, request.config.max_time
+        self.eos = torch.tensor(request.eos_token_ids, device=request.decoder.device, dtype=torch.long)
+        self.deadline = None if seconds is None else time.monotonic() + seconds
 
     def __call__(self, tokens: Tensor, count: int, sequences: Tensor | None) -> Tensor:
         """The number in ``STOP_REASONS`` of each row, in the shape of ``tokens``.
@@ -187,28 +171,31 @@ class Stopper:
         Args:
             tokens: the newest of each row.
             count: new tokens of each row.
-            sequences: all tokens of each row, ``[R, S]``; not looked at without criteria.
+            sequences: all tokens of each row, ``[R, S]``; ``None`` is enough if there are no criteria.
         """
+        config = self.request.config
         reasons = torch.isin(tokens, self.eos).view(torch.int8)  # True is EOS
-        if self.criteria and count >= self.min_new_tokens:
-            assert sequences is not None
+        if count >= config.min_new_tokens:
             for criterion in self.criteria:
-                found = criterion(sequences, None)
-                if not isinstance(found, (bool, Tensor)) or (
-                    isinstance(found, Tensor) and found.numel() not in (1, tokens.numel())
-                ):
-                    got = list(found.shape) if isinstance(found, Tensor) else found
-                    raise ValueError(
-                        f"stopping_criteria: expected a boolean for each of {tokens.numel()} rows, got {got}."
-                    )
-                stops = torch.as_tensor(found, dtype=torch.bool, device=tokens.device).reshape(-1)
-                stops = stops.expand(tokens.numel()).reshape(tokens.shape)
+                stops = _checked(criterion(sequences, None), tokens)  # type: ignore[arg-type]
                 reasons = reasons.masked_fill((reasons == RUNNING) & stops, STOP)
-        if count == self.max_new_tokens:
+        if count == config.max_new_tokens:
             reasons = reasons.masked_fill(reasons == RUNNING, LENGTH)
         elif self.deadline is not None and time.monotonic() >= self.deadline:
             reasons = reasons.masked_fill(reasons == RUNNING, TIME)
-        return reasons if self.deadline is None and not self.criteria else self.agreed(reasons)
+        if self.deadline is None and not self.criteria:
+            return reasons
+        return self.request.decoder.agreed(reasons)
+
+
+def _checked(found: Any, tokens: Tensor) -> Tensor:
+    """What a criterion has found, as a boolean for each of the tokens."""
+    is_tensor = isinstance(found, Tensor)
+    if (not is_tensor and not isinstance(found, bool)) or (is_tensor and found.numel() not in (1, tokens.numel())):
+        got = list(found.shape) if is_tensor else found
+        raise ValueError(f"stopping_criteria: expected a boolean for each of {tokens.numel()} rows, got {got}.")
+    stops = torch.as_tensor(found, dtype=torch.bool, device=tokens.device)
+    return stops.reshape(-1).expand(tokens.numel()).reshape(tokens.shape)
 
 
 def prepare(
@@ -229,37 +216,49 @@ def prepare(
         ValueError: as ``generate`` says.
     """
     decoder = decoder_of(decoder)
-    if generator is not None and config.seed is not None:
-        raise ValueError("generation: give a seed or a generator, not both.")
-    if generator is not None and not config.do_sample:
-        raise ValueError("generation: a generator acts on sampling only, and do_sample is off.")
-    if generator is not None and generator.device.type != decoder.device.type:
+    model = decoder.config
+    generator = _generator(decoder.device, config, generator)
+    _check_prompt(model.vocab_size, input_ids, attention_mask)
+    rows = len(input_ids) * (config.num_return_sequences if config.num_beams == 1 else 1)
+    if decoder.max_batch is not None and rows > decoder.max_batch:
         raise ValueError(
-            f"generator: expected one on {decoder.device}, got one on {generator.device}. "
-            f"Make it with torch.Generator({decoder.device.type!r}), or give a seed."
+            f"batch: the program was exported for at most {decoder.max_batch} rows, got {rows}. Run fewer prompts "
+            "or continuations at once (batch_size), or export it with a larger --max-batch."
         )
-    if config.seed is not None:
-        generator = torch.Generator(decoder.device).manual_seed(config.seed)
-    _check_prompt(decoder.config.vocab_size, input_ids, attention_mask)
-    _check_rows(decoder, len(input_ids) * (config.num_return_sequences if config.num_beams == 1 else 1))
-    bos = decoder.config.bos_token_id if bos_token_id is None else bos_token_id
-    input_ids, attention_mask = _fit(decoder.config.max_position_embeddings, input_ids, attention_mask, config, bos)
-    eos_token_ids = _eos_token_ids(decoder, config)
+    bos = model.bos_token_id if bos_token_id is None else bos_token_id
+    input_ids, attention_mask = _fit(model.max_position_embeddings, input_ids, attention_mask, config, bos)
+    eos = model.eos_token_ids if config.eos_token_id is None else config.eos_token_id
+    eos = eos if isinstance(eos, tuple) else (eos,)
     # What fills a row that has ended: any id would do, for nobody reads it.
-    filler = (config.pad_token_id, decoder.config.pad_token_id, *eos_token_ids, 0)
-    pad_token_id = next(i for i in filler if i is not None)
-    _check_ids(decoder.config.vocab_size, config, eos_token_ids, pad_token_id)
+    pad = next(i for i in (config.pad_token_id, model.pad_token_id, *eos, 0) if i is not None)
+    _check_ids(model.vocab_size, config, eos, pad)
     return Request(
         decoder,
         config,
         input_ids.long(),
         None if attention_mask is None or bool(attention_mask.all()) else attention_mask.bool(),
-        eos_token_ids,
-        pad_token_id,
+        eos,
+        pad,
         _callables("logits_processor", logits_processor),
         _callables("stopping_criteria", stopping_criteria),
         generator,
     )
+
+
+def _generator(device: torch.device, config: GenerationConfig, given: torch.Generator | None) -> torch.Generator | None:
+    """The generator that a call gives, or one from its seed."""
+    if given is None:
+        return None if config.seed is None else torch.Generator(device).manual_seed(config.seed)
+    if config.seed is not None:
+        raise ValueError("generation: give a seed or a generator, not both.")
+    if not config.do_sample:
+        raise ValueError("generation: a generator acts on sampling only, and do_sample is off.")
+    if given.device.type != device.type:
+        raise ValueError(
+            f"generator: expected one on {device}, got one on {given.device}. "
+            f"Make it with torch.Generator({device.type!r}), or give a seed."
+        )
+    return given
 
 
 def _callables(name: str, given: Any) -> tuple[Any, ...]:
@@ -298,14 +297,6 @@ def _check_prompt(vocab_size: int, input_ids: Tensor, attention_mask: Tensor | N
         raise ValueError("attention_mask: expected padding on the left only, got some behind a token.")
 
 
-def _check_rows(decoder: Decoder, rows: int) -> None:
-    if decoder.max_batch is not None and rows > decoder.max_batch:
-        raise ValueError(
-            f"batch: the program was exported for at most {decoder.max_batch} rows, got {rows}. Run fewer prompts "
-            "or continuations at once (batch_size), or export it with a larger --max-batch."
-        )
-
-
 def check_room(limit: int, tokens: int, config: GenerationConfig) -> None:
     """Raises ``ValueError`` if a prompt of so many tokens and the new ones exceed the model's positions."""
     room, wanted = limit - config.max_new_tokens, tokens + config.max_new_tokens
@@ -335,12 +326,6 @@ def _fit(
     if bos is not None and room > 1:
         input_ids[:, 0] = input_ids[:, 0].where((lengths <= room) | (first != bos), bos)
     return input_ids, None if attention_mask is None else attention_mask[:, -room:]
-
-
-def _eos_token_ids(decoder: Decoder, config: GenerationConfig) -> tuple[int, ...]:
-    if config.eos_token_id is None:
-        return decoder.config.eos_token_ids
-    return config.eos_token_id if isinstance(config.eos_token_id, tuple) else (config.eos_token_id,)
 
 
 def _check_ids(vocab_size: int, config: GenerationConfig, eos: tuple[int, ...], pad: int) -> None:
