@@ -40,9 +40,9 @@ STRATEGIES = {"beams": {"num_beams": 5}, "greedy": {}}
 
 # The functions of a step that are not the model, and what each is counted as.
 PARTS = {
-    "choosing": [(beams, "_candidates"), (beams, "_going_on"), (beams, "_ended"), (beams.Finished, "best_with"),
-                 (beams, "_may_improve"), (request.Stopper, "__call__")],
-    "reordering": [(beams, "_extend"), (beams, "beam_mask"), (beams, "_compact")],
+    "choosing": [(beams, "_candidates"), (beams, "_ended"), (beams.Texts, "best"), (beams, "_may_improve"),
+                 (request.Stopper, "__call__")],
+    "reordering": [(beams, "beam_mask"), (beams, "_compact")],
 }  # fmt: skip
 
 
