@@ -140,9 +140,9 @@ class Request:
 
     def padding(self, copies: int) -> Tensor:
         """How many tokens at the left of each row are padding, ``[B * copies]``."""
-        mask = self.attention_mask
-        padding = self.input_ids.new_zeros(len(self.input_ids)) if mask is None else (~mask).sum(1)
-        return padding.repeat_interleave(copies)
+        if self.attention_mask is None:
+            return self.input_ids.new_zeros(len(self.input_ids) * copies)
+        return (~self.attention_mask).sum(1).repeat_interleave(copies)
 
     def rules(self, copies: int) -> list[Rule]:
         """The rules on scores of ``B * copies`` rows."""
