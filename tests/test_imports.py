@@ -28,6 +28,7 @@ ORDER = (
     ("cache", "distributed", "int8", "load_options", "masks"),
     ("model",),
     ("tokenizer", "wrapped"),
+    ("stops",),
     ("generation",),
     ("checkpoint",),
     ("inference",),

@@ -18,7 +18,17 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 def is_core(path: Path) -> bool:
     """What a reader reads to know how minopt works."""
     room, *rest = path.relative_to(PACKAGE).parts
-    files = {"config.py", "model.py", "masks.py", "cache.py", "tokenizer.py", "load.py", "text.py"}
+    files = {
+        "config.py",
+        "model.py",
+        "masks.py",
+        "cache.py",
+        "tokenizer.py",
+        "stops.py",
+        "text.py",
+        "loading.py",
+        "load_options.py",
+    }
     return room in files or room in ("generation", "training") or (room == "checkpoint" and rest[0] != "metaseq")
 
 

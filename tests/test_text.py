@@ -24,8 +24,8 @@ import minopt
 from minopt import GenerationConfig, Tokenizer
 from minopt.checkpoint.open import open_checkpoint
 from minopt.cli import main
-from minopt.text import SCORES_IN_TOKENS
-from minopt.tokenizer import Pieces
+from minopt.generation.texts import SCORES_IN_TOKENS
+from minopt.stops import Pieces
 from tests.test_tokenizer import STOP_ALPHABET, STOP_TEXTS, first_stop, stop_ids, write_marked
 
 PROMPTS = ["It was a dark night", "The captain", "“I will go,” said the old man, and he", ""]

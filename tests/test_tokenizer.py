@@ -22,7 +22,8 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 import minopt
 from minopt import Tokenizer
-from minopt.tokenizer import _BYTE_OF_CHARACTER, Pieces, pad_left
+from minopt.stops import _BYTE_OF_CHARACTER, Pieces, StopStrings, StreamDecoder
+from minopt.tokenizer import pad_left
 from tests.conftest import SHARED_DATA
 from tests.texts import EMOJI, SPECIAL_TOKENS, varied_texts
 
@@ -608,7 +609,7 @@ def test_ids_without_a_token_give_no_text(pair: tuple[Tokenizer, Any]) -> None:
 
 def pieces(tokenizer: Tokenizer, ids: Sequence[int], skip_special_tokens: bool = True) -> Iterator[str]:
     """What a stream gives for each id, then for its end."""
-    stream = tokenizer.stream_decoder(skip_special_tokens)
+    stream = StreamDecoder(Pieces(tokenizer, skip_special_tokens))
     for token_id in ids:
         yield stream.push(token_id)
     yield stream.finish()
@@ -722,7 +723,7 @@ def test_bytes_that_are_not_utf8_give_the_replacement_character(pair: tuple[Toke
 
 def test_a_stream_is_finished_once(small: Tokenizer) -> None:
     """Half a character gives one U+FFFD, and only at the end."""
-    stream = small.stream_decoder()
+    stream = StreamDecoder(Pieces(small, True))
     assert [stream.push(i) for i in byte_ids(small, "\U0001f600".encode()[:3])] == ["", "", ""]
     assert stream.finish() == "\ufffd"
     assert stream.finish() == ""
@@ -768,7 +769,7 @@ def test_a_stop_string_ends_a_row_at_the_token_that_completes_it(
     )
     rows = [data.draw(row), data.draw(row)]
     prompt = data.draw(st.lists(pool, max_size=3)) + ours.encode(strings[0], add_bos=False)
-    stops = ours.stop_strings(strings, len(prompt))
+    stops = StopStrings(Pieces(ours, True), strings, len(prompt))
     for length in range(max(map(len, rows)) + 1):
         news = [row[:length] + [1] * (length - len(row)) for row in rows]  # the padding of a row that has ended
         expected = [first_stop(ours, new, strings) for new in news]
@@ -783,7 +784,7 @@ def test_stop_strings_are_found_over_borders_within_tokens_and_within_characters
     ours, _ = pair
 
     def cuts(data: bytes, *strings: str) -> str | None:
-        return ours.stop_strings(strings, 0).cut(byte_ids(ours, data))
+        return StopStrings(Pieces(ours, True), strings, 0).cut(byte_ids(ours, data))
 
     assert cuts(b"one two", "two") == "one "
     assert cuts("\u00e9\u6f22".encode(), "\u6f22") == "\u00e9"
@@ -794,9 +795,9 @@ def test_stop_strings_are_found_over_borders_within_tokens_and_within_characters
     assert cuts(b"two three", "two") is None  # completed by an earlier token
     word = ours.encode(" cat", add_bos=False)
     for string, expected in (("a", " c"), (" ", ""), ("t", " ca"), (" cat", ""), ("cats", None)):
-        assert ours.stop_strings([string], 0).cut(word) == expected
-    assert ours.stop_strings(["t"], 0).cut([*word, 2]) is None  # a special token completes nothing
-    assert ours.stop_strings(["t"], 0).cut([]) is None
+        assert StopStrings(Pieces(ours, True), [string], 0).cut(word) == expected
+    assert StopStrings(Pieces(ours, True), ["t"], 0).cut([*word, 2]) is None  # a special token completes nothing
+    assert StopStrings(Pieces(ours, True), ["t"], 0).cut([]) is None
 
 
 @SEARCH
@@ -810,7 +811,10 @@ def test_what_may_begin_a_stop_string_is_the_longest_end_that_one_goes_on_from(
     data, ids = text.encode(), small.encode(text, add_bos=False)
     ends = [(n, s.encode()) for n in range(len(data) + 1) for s in strings]
     expected = max((n for n, s in ends if n < len(s) and data.endswith(s[:n])), default=0)
-    assert small.stop_strings(strings, 0).may_begin(ids) in (expected, len(text.encode()) if text in strings else -1)
+    assert StopStrings(Pieces(small, True), strings, 0).may_begin(ids) in (
+        expected,
+        len(text.encode()) if text in strings else -1,
+    )
 
 
 MARKS = ("<|user|>", "[END_REF]", "<tool>", "</s>", "a", "b", "\n", " cat", "ab")
@@ -829,7 +833,7 @@ def test_strings_with_special_tokens_stop_where_those_of_transformers_do(
     ours, reference = marked_pair
     criterion = transformers.StopStringCriteria(reference, strings)
     ids = [i for mark in row for i in ours.encode(mark, add_bos=False)]
-    stops = ours.stop_strings(strings, 0, skip_special_tokens=skip)
+    stops = StopStrings(Pieces(ours, skip), strings, 0)
     for count in range(1, len(ids) + 1):
         part = torch.tensor([ids[:count]])
         expected, found = bool(criterion(part, None)), bool(stops(part))

@@ -19,10 +19,11 @@ if TYPE_CHECKING:
     from minopt.generation.decode import generate
     from minopt.generation.options import GenerationConfig
     from minopt.generation.request import GenerationOutput
+    from minopt.generation.texts import GeneratedText
     from minopt.inference.compile import export_model
     from minopt.loading import load, load_model
     from minopt.model import OPT
-    from minopt.text import GeneratedText, LanguageModel
+    from minopt.text import LanguageModel
     from minopt.tokenizer import Tokenizer
     from minopt.training.config import TrainingConfig
     from minopt.training.data import Example, read_data
@@ -45,7 +46,7 @@ _HOME = {
     "GenerationConfig": "minopt.generation.options",
     "GenerationOutput": "minopt.generation.request",
     "generate": "minopt.generation.decode",
-    "GeneratedText": "minopt.text",
+    "GeneratedText": "minopt.generation.texts",
     "LanguageModel": "minopt.text",
     "load": "minopt.loading",
     "load_model": "minopt.loading",

@@ -15,42 +15,15 @@ import torch
 from minopt.checkpoint.save import save_model
 from minopt.evaluation.perplexity import window_perplexity
 from minopt.generation.batches import cut_batches
-from minopt.generation.decode import decode_steps, run
 from minopt.generation.options import GenerationConfig, with_defaults
-from minopt.generation.request import STOP_REASONS, Decoder, GenerationOutput, Request, check_room, prepare
+from minopt.generation.request import Decoder, check_room, prepare
 from minopt.generation.scoring import token_logprobs
+from minopt.generation.texts import GeneratedText, TextBatch, cost_of, in_rising_order, most_prompts, run_each
 from minopt.model import OPT
 from minopt.progress import bar
-from minopt.tokenizer import StopStrings, Tokenizer, pad_left
+from minopt.stops import Pieces, StopStrings
+from minopt.tokenizer import Tokenizer, pad_left
 from minopt.wrapped import decoder_of
-
-# What a few float32 rows of OPT's vocabulary weigh, in tokens of opt-125m's cache.
-SCORES_IN_TOKENS = 8
-
-
-@dataclass(frozen=True)
-class GeneratedText:
-    """One continuation, with what is known about it.
-
-    Attributes:
-        text: the continuation, after its prompt if ``echo`` asked for that; without the stop string that ended it.
-        token_ids: the new tokens, those that ended the text included.
-        logprobs: natural log-probability of each of them under the model's own distribution, if asked for.
-        stop_reason: see ``GenerationOutput``.
-        score: of beam search; ``None`` otherwise.
-        top_logprobs: for each new token the ids and log-probabilities that were most probable in its place, if the
-            option of that name asked for them.
-        drafted_tokens, accepted_tokens: with ``prompt_lookup_num_tokens``, see ``GenerationOutput``.
-    """
-
-    text: str
-    token_ids: tuple[int, ...]
-    logprobs: tuple[float, ...]
-    stop_reason: str
-    score: float | None = None
-    top_logprobs: tuple[tuple[tuple[int, float], ...], ...] = ()
-    drafted_tokens: int | None = None
-    accepted_tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -165,7 +138,7 @@ class LanguageModel:
             _refuse_details(options)
         batches = self._batches(prompts, **options)
         found: list[Any] = [None] * len(prompts)
-        for index, records in _run_each(batches, show_progress):
+        for index, records in run_each(batches, show_progress):
             if echo:
                 records = [replace(record, text=prompts[index] + record.text) for record in records]
             results = records if return_details else [record.text for record in records]
@@ -196,8 +169,8 @@ class LanguageModel:
         Raises:
             ValueError: as ``generate`` does, before anything runs.
         """
-        results = _run_each(self._batches(prompts, in_order=in_order, **options), show_progress)
-        return _in_order(results) if in_order else results
+        results = run_each(self._batches(prompts, in_order=in_order, **options), show_progress)
+        return in_rising_order(results) if in_order else results
 
     def stream(self, prompt: str, **options: Any) -> Iterator[str]:
         """Continues a text piece by piece, as the tokens come: greedy or sampled.
@@ -213,7 +186,7 @@ class LanguageModel:
             ValueError: as ``generate`` does, before the first piece is asked for; or if beams or several continuations
                 are asked for.
         """
-        _check_prompt(prompt)
+        _check_text("prompt", prompt, " A list of texts goes to generate.")
         _refuse_details(options)
         (batch,) = self._batches([prompt], **options)
         config = batch.request.config
@@ -222,7 +195,7 @@ class LanguageModel:
                 raise ValueError(
                     f"{name}: a stream has one continuation, got {getattr(config, name)}. Set it to 1, or use generate."
                 )
-        return _stream(batch)
+        return batch.stream()
 
     @overload
     def score(self, text: str, continuations: None = ..., **options: Any) -> ScoredText: ...
@@ -260,25 +233,9 @@ class LanguageModel:
         Raises:
             ValueError: if a text has no tokens or more than the model has positions, or there is no tokenizer.
         """
-        tokenizer = self._tokenizer()
-        if continuations is not None:
-            if not isinstance(text, str) or isinstance(continuations, str) or not isinstance(continuations, Sequence):
-                raise ValueError("score: expected one prompt and a list of continuations.")
-            texts = [_checked("continuation", c) for c in continuations]
-            pairs = tokenizer.encode_continuations(text, texts, add_bos)
-            bos = tokenizer.beginning(self.decoder.config)
-            if text == "" and add_bos is None and bos is not None and not tokenizer.encode(""):
-                pairs = [([bos, *ids], start + 1) for ids, start in pairs]  # as generate("") goes on
-        else:
-            if not isinstance(text, Sequence):
-                raise ValueError(f"score: expected a text or several, got {type(text).__name__}.")
-            texts = [_checked("text", t) for t in ([text] if isinstance(text, str) else text)]
-            pairs = [(ids, 0) for ids in tokenizer.encode_each(texts, add_bos)]
-        for t, (ids, start) in zip(texts, pairs, strict=True):
-            if start == len(ids):
-                raise ValueError(f"score: expected some text, got {t!r}, which has no tokens.")
+        texts, pairs = self._texts_to_score(text, continuations, add_bos)
         found: list[Any] = [None] * len(texts)
-        batches = cut_batches([len(ids) for ids, _ in pairs], **{"batch_size": self._most_rows(), **limits})
+        batches = cut_batches([len(ids) for ids, _ in pairs], **{"batch_size": self.decoder.max_batch, **limits})
         with bar(len(texts), "text", shown=show_progress and len(batches) > 1) as drawn:
             for batch in batches:
                 rows = [pairs[i][0] for i in batch]
@@ -289,6 +246,33 @@ class LanguageModel:
                     found[i] = ScoredText(texts[i], tuple(ids[start:]), tuple(first + logprobs.tolist()))
                 drawn.update(len(batch))
         return found if continuations is not None or not isinstance(text, str) else found[0]
+
+    def _texts_to_score(
+        self, text: str | Sequence[str], continuations: Sequence[str] | None, add_bos: bool | None
+    ) -> tuple[list[str], list[tuple[list[int], int]]]:
+        """Texts; and for each the ids of the whole, and the index of the first that counts."""
+        tokenizer = self._tokenizer()
+        if continuations is not None:
+            if not isinstance(text, str) or isinstance(continuations, str) or not isinstance(continuations, Sequence):
+                raise ValueError("score: expected one prompt and a list of continuations.")
+            texts = list(continuations)
+            for c in texts:
+                _check_text("continuation", c)
+            pairs = tokenizer.encode_continuations(text, texts, add_bos)
+            bos = tokenizer.beginning(self.decoder.config)
+            if text == "" and add_bos is None and bos is not None and not tokenizer.encode(""):
+                pairs = [([bos, *ids], start + 1) for ids, start in pairs]  # as generate("") goes on
+        else:
+            if not isinstance(text, Sequence):
+                raise ValueError(f"score: expected a text or several, got {type(text).__name__}.")
+            texts = [text] if isinstance(text, str) else list(text)
+            for t in texts:
+                _check_text("text", t)
+            pairs = [(ids, 0) for ids in tokenizer.encode_each(texts, add_bos)]
+        for t, (ids, start) in zip(texts, pairs, strict=True):
+            if start == len(ids):
+                raise ValueError(f"score: expected some text, got {t!r}, which has no tokens.")
+        return texts, pairs
 
     def perplexity(
         self, text: str, *, window: int | None = None, stride: int | None = None, add_bos: bool | None = None
@@ -304,7 +288,8 @@ class LanguageModel:
         Raises:
             ValueError: if the text has fewer than two tokens, or window or stride make no sense.
         """
-        ids = self._tokenizer().encode(_checked("text", text), add_bos)
+        _check_text("text", text)
+        ids = self._tokenizer().encode(text, add_bos)
         if len(ids) < 2:
             raise ValueError(f"perplexity: expected a text of at least two tokens, got {text!r}.")
         return window_perplexity(self.decoder, ids, window, stride).perplexity
@@ -339,9 +324,9 @@ class LanguageModel:
         stopping_criteria: Any = None,
         generator: torch.Generator | None = None,
         **options: Any,
-    ) -> list[_Batch]:
+    ) -> list[TextBatch]:
         """All that is to run, checked."""
-        tokenizer = self._tokenizer()
+        tokenizer, decoder = self._tokenizer(), self.decoder
         if not isinstance(config, GenerationConfig | None):
             raise ValueError(f"config: expected a minopt.GenerationConfig, got {type(config).__name__}.")
         config = with_defaults(self.generation_defaults, options) if config is None else config.replace(**options)
@@ -352,145 +337,35 @@ class LanguageModel:
         if isinstance(prompts, str):
             raise ValueError("prompts: expected a list of texts, got one. Put it into a list.")
         if config.seed is not None and generator is None:  # one for all batches, or each would draw the same
-            generator = torch.Generator(self.decoder.device).manual_seed(config.seed)
+            generator = torch.Generator(decoder.device).manual_seed(config.seed)
             config = config.replace(seed=None)
         strings = config.stop_strings
         config = config.replace(stop_strings=(), suppress_tokens=config.suppress_tokens + self._rows_without_token)
-        rows = self._encode(prompts, add_bos)
-        for number, row in enumerate(rows, 1):
-            with _where(number, len(rows)):
-                check_room(self.decoder.config.max_position_embeddings, len(row), config)
-        if config.prompt_lookup_num_tokens is not None and batch_size is None and max_batch_tokens is None:
-            batch_size = 1  # rows of a batch wait for each other's drafts
-        batches = []
-        if batch_size is None:
-            batch_size = self._most_rows(config.num_return_sequences if config.num_beams == 1 else 1)
-        costs = [self._cost(len(row), config) for row in rows]
-        for indices in cut_batches(costs, batch_size, max_batch_tokens, in_order):
-            input_ids, mask = pad_left([rows[i] for i in indices], self.decoder.config.pad_token_id)
-            request = prepare(
-                self.decoder, input_ids, mask, config, logits_processor, stopping_criteria, generator,
-                tokenizer.beginning(self.decoder.config),
-            )  # fmt: skip
-            width = request.input_ids.shape[1]
-            stops = tokenizer.stop_strings(strings, width, skip_special_tokens) if strings else None
-            if stops is not None:
-                request = replace(request, stopping_criteria=(*request.stopping_criteria, stops))
-            batches.append(_Batch(indices, request, stops, tokenizer, skip_special_tokens))
-        return batches
-
-    def _most_rows(self, copies: int = 1) -> int | None:
-        """How many texts an exported program takes at once, ``copies`` rows each; ``None`` is any number."""
-        most = self.decoder.max_batch
-        return None if most is None else max(1, most // copies)
-
-    def _cost(self, tokens: int, config: GenerationConfig) -> int:
-        """Tokens that a prompt's keys and values take, new ones included, and its scores as so many more."""
-        if config.truncate_prompt:
-            tokens = min(tokens, self.decoder.config.max_position_embeddings - config.max_new_tokens)
-        new = config.max_new_tokens + SCORES_IN_TOKENS
-        if config.num_beams > 1:
-            return tokens + config.num_beams * new  # beams share the prompt
-        return (tokens + new) * config.num_return_sequences
-
-    def _encode(self, prompts: Sequence[str], add_bos: bool | None) -> list[list[int]]:
-        """Ids of prompts, at least one of each."""
-        tokenizer = self._tokenizer()
         for number, text in enumerate(prompts, 1):
             with _where(number, len(prompts)):
-                _check_prompt(text)
+                _check_text("prompt", text, " A list of texts goes to generate.")
                 tokenizer.check([text])
+        bos = tokenizer.beginning(decoder.config)
         rows = tokenizer.encode_each(prompts, add_bos)
-        if all(rows):
-            return rows
-        bos = tokenizer.beginning(self.decoder.config)
-        if bos is None:
+        if bos is None and not all(rows):
             raise ValueError("prompt: empty, and the model has no beginning-of-text token. Give it some text.")
-        return [row or [bos] for row in rows]
-
-
-@dataclass(frozen=True)
-class _Batch:
-    """Prompts that run together, by their indices in the caller's list."""
-
-    indices: list[int]
-    request: Request
-    stops: StopStrings | None
-    tokenizer: Tokenizer
-    skip_special_tokens: bool
-
-    def text(self, ids: list[int], stop_reason: str) -> str:
-        """Text of a row's new ids."""
-        cut = self.stops.cut(ids) if self.stops is not None and stop_reason in ("stop", "eos") else None
-        return self.tokenizer.decode(ids, self.skip_special_tokens) if cut is None else cut
-
-
-def _run_each(batches: list[_Batch], show_progress: bool) -> Iterator[tuple[int, list[GeneratedText]]]:
-    """Runs batches in turn; gives each prompt's index and continuations."""
-    count = sum(len(batch.indices) for batch in batches)
-    with bar(count, "prompt", shown=show_progress and len(batches) > 1) as drawn:
-        for batch in batches:
-            output, copies = run(batch.request), batch.request.config.num_return_sequences
-            rows = [_generated_text(batch, output, row) for row in range(len(output.lengths))]
-            for at, index in enumerate(batch.indices):
-                yield index, rows[at * copies : (at + 1) * copies]
-                drawn.update()
-
-
-def _in_order(results: Iterator[tuple[int, list[GeneratedText]]]) -> Iterator[tuple[int, list[GeneratedText]]]:
-    """The same by rising index."""
-    waiting: dict[int, list[GeneratedText]] = {}
-    count = 0
-    for index, records in results:
-        waiting[index] = records
-        while count in waiting:
-            yield count, waiting.pop(count)
-            count += 1
-
-
-def _generated_text(batch: _Batch, output: GenerationOutput, row: int) -> GeneratedText:
-    begin, length, reason = batch.request.input_ids.shape[1], output.lengths[row], output.stop_reasons[row]
-    ids = output.sequences[row, begin : begin + length].tolist()
-    top: list[Any] = []
-    if output.top_token_ids is not None and output.top_logprobs is not None:
-        steps = zip(
-            output.top_token_ids[row, :length].tolist(), output.top_logprobs[row, :length].tolist(), strict=True
-        )
-        top = [tuple(zip(tokens, values, strict=True)) for tokens, values in steps]
-    return GeneratedText(
-        batch.text(ids, reason),
-        tuple(ids),
-        () if output.logprobs is None else tuple(output.logprobs[row, :length].tolist()),
-        reason,
-        None if output.sequences_scores is None else output.sequences_scores[row].item(),
-        tuple(top),
-        None if output.drafted_tokens is None else output.drafted_tokens[row],
-        None if output.accepted_tokens is None else output.accepted_tokens[row],
-    )
-
-
-def _stream(batch: _Batch) -> Iterator[str]:
-    # What may be the beginning of a stop string waits until it is known whether it is.
-    decoder = batch.tokenizer.stream_decoder(batch.skip_special_tokens, batch.stops)
-    ids, given, reason = list[int](), 0, ""
-    for step in decode_steps(batch.request.on_device()):
-        reason = STOP_REASONS[int(step.reasons)]
-        ready = ""
-        if bool(step.is_new):
-            ids.append(int(step.tokens))
-            ready = decoder.push(ids[-1])
-        if reason:
-            break
-        given += len(ready)
-        if ready:
-            yield ready
-    if rest := batch.text(ids, reason)[given:]:
-        yield rest
-
-
-def _check_prompt(text: object) -> None:
-    if not isinstance(text, str):
-        raise ValueError(f"prompt: expected a text, got {type(text).__name__}. A list of texts goes to generate.")
+        rows = [row or [bos or 0] for row in rows]
+        for number, row in enumerate(rows, 1):
+            with _where(number, len(rows)):
+                check_room(decoder.config.max_position_embeddings, len(row), config)
+        if batch_size is None:
+            batch_size = most_prompts(decoder, config, max_batch_tokens)
+        most = decoder.config.max_position_embeddings - config.max_new_tokens
+        costs, batches = [cost_of(min(len(row), most), config) for row in rows], []
+        for indices in cut_batches(costs, batch_size, max_batch_tokens, in_order):
+            input_ids, mask = pad_left([rows[i] for i in indices], decoder.config.pad_token_id)
+            request = prepare(decoder, input_ids, mask, config, logits_processor, stopping_criteria, generator, bos)
+            stops = None
+            if strings:
+                stops = StopStrings(Pieces(tokenizer, skip_special_tokens), strings, request.input_ids.shape[1])
+                request = replace(request, stopping_criteria=(*request.stopping_criteria, stops))
+            batches.append(TextBatch(indices, request, stops, tokenizer, skip_special_tokens))
+        return batches
 
 
 @contextmanager
@@ -507,7 +382,6 @@ def _refuse_details(options: Mapping[str, Any]) -> None:
         raise ValueError(f"{given[0]}: there is no place for them beside texts. Use generate with return_details=True.")
 
 
-def _checked(name: str, text: object) -> str:
+def _check_text(name: str, text: object, hint: str = "") -> None:
     if not isinstance(text, str):
-        raise ValueError(f"{name}: expected a text, got {type(text).__name__}.")
-    return text
+        raise ValueError(f"{name}: expected a text, got {type(text).__name__}.{hint}")

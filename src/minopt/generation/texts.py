@@ -1,0 +1,131 @@
+"""Prompts that run together, and what becomes of each: a text, and what is known about it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from minopt.generation.decode import decode_steps, run
+from minopt.generation.options import GenerationConfig
+from minopt.generation.request import STOP_REASONS, Decoder, GenerationOutput, Request
+from minopt.progress import bar
+from minopt.stops import Pieces, StopStrings, StreamDecoder
+from minopt.tokenizer import Tokenizer
+
+# What a few float32 rows of OPT's vocabulary weigh, in tokens of opt-125m's cache.
+SCORES_IN_TOKENS = 8
+
+
+@dataclass(frozen=True)
+class GeneratedText:
+    """One continuation, with what is known about it.
+
+    Attributes:
+        text: the continuation, behind its prompt if ``echo`` asked for that, without the stop string that ended it.
+        token_ids: the new tokens, those that ended the text included.
+        logprobs: of each of them, natural, under the model's own distribution; empty if not asked for.
+        stop_reason, score, drafted_tokens, accepted_tokens: see ``GenerationOutput``; ``score`` is of beam search.
+        top_logprobs: for each new token the most probable ids in its place and their log-probabilities, if asked for.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    stop_reason: str
+    score: float | None = None
+    top_logprobs: tuple[tuple[tuple[int, float], ...], ...] = ()
+    drafted_tokens: int | None = None
+    accepted_tokens: int | None = None
+
+
+def most_prompts(decoder: Decoder, config: GenerationConfig, max_batch_tokens: int | None) -> int | None:
+    """How many prompts run together at most; ``None`` is any number."""
+    if config.prompt_lookup_num_tokens is not None and max_batch_tokens is None:
+        return 1  # rows of a batch wait for each other's drafts
+    copies = config.num_return_sequences if config.num_beams == 1 else 1
+    return None if decoder.max_batch is None else max(1, decoder.max_batch // copies)
+
+
+def cost_of(tokens: int, config: GenerationConfig) -> int:
+    """Tokens that a prompt's keys and values take, new ones included, and its scores as so many more."""
+    new = config.max_new_tokens + SCORES_IN_TOKENS
+    if config.num_beams > 1:
+        return tokens + config.num_beams * new  # beams share the prompt
+    return (tokens + new) * config.num_return_sequences
+
+
+@dataclass(frozen=True)
+class TextBatch:
+    """Prompts that run together, by their indices in the caller's list."""
+
+    indices: list[int]
+    request: Request
+    stops: StopStrings | None
+    tokenizer: Tokenizer
+    skip_special_tokens: bool
+
+    def text(self, ids: list[int], stop_reason: str) -> str:
+        """Text of a row's new ids."""
+        cut = self.stops.cut(ids) if self.stops is not None and stop_reason in ("stop", "eos") else None
+        return self.tokenizer.decode(ids, self.skip_special_tokens) if cut is None else cut
+
+    def record(self, output: GenerationOutput, row: int) -> GeneratedText:
+        """What is known about a row."""
+        begin, length, reason = self.request.input_ids.shape[1], output.lengths[row], output.stop_reasons[row]
+
+        def values(tensor: Tensor | None) -> list[Any]:
+            return [] if tensor is None else tensor[row, :length].tolist()
+
+        ids, score = output.sequences[row, begin : begin + length].tolist(), output.sequences_scores
+        top = zip(values(output.top_token_ids), values(output.top_logprobs), strict=True)
+        return GeneratedText(
+            self.text(ids, reason),
+            tuple(ids),
+            tuple(values(output.logprobs)),
+            reason,
+            None if score is None else score[row].item(),
+            tuple(tuple(zip(*step, strict=True)) for step in top),
+            None if output.drafted_tokens is None else output.drafted_tokens[row],
+            None if output.accepted_tokens is None else output.accepted_tokens[row],
+        )
+
+    def stream(self) -> Iterator[str]:
+        """The text of the only row, piece by piece; what may begin a stop string waits until that is known."""
+        decoder = StreamDecoder(Pieces(self.tokenizer, self.skip_special_tokens), self.stops)
+        ids, given, reason = list[int](), 0, ""
+        for step in decode_steps(self.request.on_device()):
+            if bool(step.is_new):
+                ids.append(int(step.tokens))
+            if reason := STOP_REASONS[int(step.reasons)]:
+                break
+            if piece := decoder.push(ids[-1]):
+                given += len(piece)
+                yield piece
+        if rest := self.text(ids, reason)[given:]:
+            yield rest
+
+
+def run_each(batches: list[TextBatch], show_progress: bool) -> Iterator[tuple[int, list[GeneratedText]]]:
+    """Runs batches in turn; gives each prompt's index and continuations."""
+    count = sum(len(batch.indices) for batch in batches)
+    with bar(count, "prompt", shown=show_progress and len(batches) > 1) as drawn:
+        for batch in batches:
+            output, copies = run(batch.request), batch.request.config.num_return_sequences
+            rows = [batch.record(output, row) for row in range(len(output.lengths))]
+            for at, index in enumerate(batch.indices):
+                yield index, rows[at * copies : (at + 1) * copies]
+                drawn.update()
+
+
+def in_rising_order(results: Iterator[tuple[int, list[GeneratedText]]]) -> Iterator[tuple[int, list[GeneratedText]]]:
+    """The same by rising index."""
+    waiting: dict[int, list[GeneratedText]] = {}
+    count = 0
+    for index, records in results:
+        waiting[index] = records
+        while count in waiting:
+            yield count, waiting.pop(count)
+            count += 1
