@@ -51,12 +51,6 @@ def test_it_takes_the_bytes_of_its_keys_and_values_and_not_one_more(dtype: torch
     assert cache.nbytes == expected
 
 
-def test_a_model_makes_a_cache_of_its_own_dtype(model: OPT) -> None:
-    cache = model.new_cache(B, CAPACITY)
-    assert cache.nbytes == 2 * 3 * B * CAPACITY * 32 * 8
-    assert {t.dtype for t in (*cache.keys, *cache.values)} == {torch.float64}
-
-
 @pytest.mark.parametrize("chunks", [(3, 1, 2), (1, 1, 1), (7,)])
 def test_a_position_in_a_tensor_writes_what_an_int_writes(chunks: tuple[int, ...]) -> None:
     by_int, by_tensor = KVCache(CONFIG, B, CAPACITY), KVCache(CONFIG, B, CAPACITY)
@@ -152,26 +146,6 @@ def test_a_compacted_cache_holds_the_beginning_and_the_slots_asked_for(
         assert torch.equal(new[:, :, end:], old[:, :, end:])
 
 
-def test_a_compacted_cache_goes_on_like_one_that_never_read_the_rest(model: OPT) -> None:
-    """What has gone is what a mask hid before; each row has gaps of its own."""
-    ids, token = ids_of(B, 8), ids_of(B, 1, seed=1)
-    mask = torch.tensor([[1, 1, 1, 0, 1, 0, 0, 1], [1, 1, 1, 1, 0, 0, 1, 0]])
-    slots = torch.tensor([[1, 4], [0, 3]])
-    cache, fresh = model.new_cache(B, 9), model.new_cache(B, 6)
-    with torch.no_grad():
-        model(ids, mask, cache=cache)
-        cache.compact(3, slots)
-        model(ids[mask.bool()].view(B, 5), cache=fresh)
-        expected = model(token, cache=fresh)[:, -1]
-        found = model(token, cache=cache)[:, -1]
-        assert error(found, expected) <= 1e-12
-        cache.truncate(5)
-        cache.compact(3, torch.tensor([[1, 0], [0, 0]]))  # their order says nothing, which they are does
-        other = model(token, cache=cache)[:, -1]
-        assert error(other[:1], expected[:1]) <= 1e-12
-        assert error(other[1:], expected[1:]) > 1e-3
-
-
 @pytest.mark.parametrize(("rows", "capacity"), [(0, 5), (2, 0), (-1, 5), (2, -3)])
 def test_a_cache_of_no_size_is_refused(rows: int, capacity: int) -> None:
     with pytest.raises(ValueError, match=f"batch_size and capacity must be positive, got {rows} and {capacity}"):
@@ -185,14 +159,6 @@ def test_truncating_to_more_than_is_filled_is_refused(length: int) -> None:
     with pytest.raises(ValueError, match=f"expected a length from 0 to 3, got {length}"):
         cache.truncate(length)
     assert cache.length == 3
-
-
-@pytest.mark.parametrize("length", [0, 3])
-def test_truncating_to_what_is_filled_is_allowed(length: int) -> None:
-    cache = KVCache(CONFIG, B, CAPACITY)
-    fill(cache, 3)
-    cache.truncate(length)
-    assert cache.length == length
 
 
 def test_truncating_keeps_a_length_on_the_device_there() -> None:

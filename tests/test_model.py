@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from minopt import OPT, KVCache, OPTConfig
-from minopt.masks import beam_mask, causal_mask
 from minopt.model import POSITION_OFFSET
 from tests.conftest import KINDS, SIZE, build_ours, build_reference
 
@@ -87,13 +86,6 @@ def test_a_model_without_its_final_norm_is_that_of_transformers(kind: str) -> No
     ours, ids = build_ours(reference), ids_of(B, T)
     assert ours.final_layer_norm is None
     assert error(ours(ids), reference(ids).logits) <= 1e-10
-
-
-@pytest.mark.parametrize("activation", ["relu", "gelu"])
-@torch.no_grad()
-def test_either_activation_goes_with_either_kind(kind: str, activation: str) -> None:
-    reference, ids = build_reference(kind, dtype=torch.float64, activation_function=activation), ids_of(B, T)
-    assert error(build_ours(reference)(ids), reference(ids).logits) <= 1e-10
 
 
 # --- negative controls: each of these mistakes must break the parity that the tests above find
@@ -188,16 +180,6 @@ def test_positions_that_count_padding_break_parity(kind: str) -> None:
     assert mask is not None
     theirs = reference(ids, attention_mask=mask.long()).logits
     assert error(build_ours(reference)(ids, mask, position_ids=torch.arange(T))[mask], theirs[mask]) > VISIBLE
-
-
-@pytest.mark.parametrize("kind", ["125m", "350m"])
-@torch.no_grad()
-def test_the_bias_of_keys_cancels_in_the_softmax(kind: str) -> None:
-    """So parity cannot see it, and the round trip of files has to."""
-    model, ids = build(kind), ids_of(B, T)
-    before = model(ids)
-    zero(r".*k_proj\.bias")(model)
-    assert error(model(ids), before) <= 1e-10
 
 
 # --- structure and initial weights
@@ -333,13 +315,6 @@ def test_every_split_into_prefill_and_decode_gives_what_one_pass_gives(
         assert error(logits[real], whole[real]) <= 1e-10, chunks
 
 
-@pytest.mark.parametrize("chunks", [(9,), (8, 1), (3, 5, 1), (1,) * 9], ids=str)
-@torch.no_grad()
-def test_cached_is_uncached_in_float32_too(kind: str, chunks: tuple[int, ...]) -> None:
-    model, ids = build(kind, torch.float32), ids_of(2, 9)
-    assert error(read_in_chunks(model, ids, None, chunks, model.new_cache(2, 9)), model(ids)) <= 1e-5
-
-
 @torch.no_grad()
 def test_read_gives_the_logits_that_are_wanted(kind: str) -> None:
     """In the order in which they are asked for; without a mask each token attends to all before it, cached ones too."""
@@ -375,80 +350,6 @@ def beams() -> tuple[list[Tensor], list[Tensor]]:
     return prompts, [ids_of(*parent.shape, seed=10 + n) for n, parent in enumerate(PARENTS)]
 
 
-def slots_of_beams(parents: list[Tensor]) -> list[Tensor]:
-    """``[B, K, slots]`` a step: which slots behind the prompt are a beam's own, its new token included."""
-    visible, found = torch.zeros(2, 1, 0, dtype=torch.bool), []
-    for parent in parents:
-        own = torch.eye(parent.shape[1], dtype=torch.bool).expand(2, -1, -1)
-        visible = torch.cat([visible.gather(1, parent[..., None].expand(-1, -1, visible.shape[2])), own], 2)
-        found.append(visible)
-    return found
-
-
-def read_beams(
-    model: OPT, prompts: list[Tensor], steps: list[Tensor], parents: list[Tensor], compacted: bool = False
-) -> list[Tensor]:
-    """Logits ``[B, K, V]`` of each step; ``compacted``: before the last one, slots that it does not see go."""
-    ids, mask = pad_left(prompts)
-    slots = slots_of_beams(parents)
-    cache = model.new_cache(2, ids.shape[1] + slots[-1].shape[2])
-    model(ids, mask, cache=cache)
-    found = []
-    for n, (tokens, visible) in enumerate(zip(steps, slots, strict=True)):
-        K = tokens.shape[1]
-        if compacted and n == len(steps) - 1:
-            alive = visible.any(1)
-            assert alive.sum(1).tolist() == [11, 11]  # of 13: both rows lose two, not the same ones
-            kept = alive.nonzero()[:, 1].view(2, -1)
-            cache.compact(ids.shape[1], kept[:, :-K])
-            visible = visible.gather(2, kept[:, None].expand(-1, K, -1))
-        positions = (mask.sum(1) + n)[:, None].expand(-1, K)
-        seen = beam_mask(mask.bool(), ids.shape[1], visible)
-        found.append(model.read(tokens, positions, seen, None, cache).view(2, K, -1))
-    assert cache.length == cache.capacity - 2 * compacted
-    return found
-
-
-@pytest.mark.parametrize("compacted", [False, True], ids=["all slots", "compacted"])
-@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
-@torch.no_grad()
-def test_each_beam_in_a_shared_row_is_its_text_alone(kind: str, dtype: torch.dtype, compacted: bool) -> None:
-    model, (prompts, steps) = build(kind, dtype), beams()
-    texts = [[prompt] for prompt in prompts]  # of each beam of each prompt
-    for logits, tokens, parent in zip(
-        read_beams(model, prompts, steps, PARENTS, compacted), steps, PARENTS, strict=True
-    ):
-        assert logits.shape == (*tokens.shape, SIZE["vocab_size"])
-        for row in range(2):
-            texts[row] = [torch.cat([texts[row][p], t[None]]) for p, t in zip(parent[row], tokens[row], strict=True)]
-            for of_beam, text in zip(logits[row], texts[row], strict=True):
-                assert error(of_beam, model(text[None])[0, -1]) <= TOLERANCES[dtype]
-
-
-@pytest.mark.parametrize(
-    ("change", "touched"),
-    [
-        ("parent", {(1, 3)}),
-        ("token", {(0, 0), (0, 1), (0, 2)}),  # those that go back to it
-        ("prompt", {(1, 0), (1, 1), (1, 2), (1, 3)}),
-    ],
-)
-@torch.no_grad()
-def test_a_beam_reads_its_own_past_and_no_other(kind: str, change: str, touched: set[tuple[int, int]]) -> None:
-    model, (prompts, steps), parents = build(kind), beams(), [parent.clone() for parent in PARENTS]
-    before = read_beams(model, prompts, steps, parents)[-1]
-    if change == "parent":
-        parents[-1][1, 3] = 0
-    elif change == "token":
-        steps[0][0, 2] = (steps[0][0, 2] + 1) % SIZE["vocab_size"]
-    else:
-        prompts[1] = ids_of(1, 4, seed=40)[0]
-    after = read_beams(model, prompts, steps, parents)[-1]
-    moved = {beam: error(after[beam], before[beam]) for beam in itertools.product(range(2), range(4))}
-    assert {beam for beam, by in moved.items() if by > VISIBLE} == touched
-    assert max(by for beam, by in moved.items() if beam not in touched) <= 1e-12
-
-
 # --- rows do not see each other, nor padding, nor other documents
 
 
@@ -470,31 +371,6 @@ def test_what_stands_under_padding_does_not_matter(kind: str) -> None:
     other = torch.where(mask, ids, ids_of(B, T, seed=1))
     assert not torch.equal(other, ids)
     assert torch.equal(model(ids, mask)[mask], model(other, mask)[mask])
-
-
-@torch.no_grad()
-def test_positions_count_real_tokens_and_padding_has_the_row_before_them() -> None:
-    """Row 2 of the table is the first position, row 1 that of padding; a cache changes neither."""
-    model, ids = OPT(config_of("125m")).eval(), ids_of(2, 5)
-    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 0, 1]])
-    rows: list[Tensor] = []
-    model.embed_positions.register_forward_pre_hook(lambda module, args: rows.append(args[0]))
-    model(ids, mask)
-    read_in_chunks(model, ids, mask, (2, 2, 1), model.new_cache(2, 5))
-    assert rows[0].tolist() == torch.cat(rows[1:], dim=1).tolist() == [[1, 1, 2, 3, 4], [2, 3, 4, 1, 5]]
-
-
-@pytest.mark.parametrize("past", [0, 2, torch.tensor(2)], ids=repr)
-def test_every_row_attends_at_least_to_itself(past: int | Tensor) -> None:
-    """Padding and rows of nothing else too: not every kernel gives finite numbers for a row that attends nowhere."""
-    real = torch.tensor([[0, 0, 0, 0, 0], [0, 0, 0, 1, 1], [1, 1, 0, 0, 1]])
-    tokens = 5 - int(past)
-    mask = causal_mask(real, past, tokens, 5, torch.device("cpu"))
-    assert mask is not None
-    assert mask.shape == (3, 1, tokens, 5)
-    own, causal = torch.eye(5).bool()[-tokens:], torch.ones(5, 5).tril().bool()[-tokens:]
-    for row, of_row in zip(real.bool(), mask[:, 0], strict=True):
-        assert torch.equal(of_row, causal & row | own)
 
 
 @pytest.mark.parametrize("shared", [False, True], ids=["a mask a row", "one mask"])

@@ -93,10 +93,6 @@ def test_a_text_that_ends_says_so_and_shows_no_end_token(lm: minopt.LanguageMode
     assert len(again.logprobs) == 3
 
 
-def test_no_prompts_give_no_texts(lm: minopt.LanguageModel) -> None:
-    assert lm.generate([]) == []
-
-
 def test_an_empty_prompt_starts_from_the_beginning_token(lm: minopt.LanguageModel) -> None:
     expected = minopt.generate(lm.model, torch.tensor([[2]]), max_new_tokens=6).sequences[0, 1:]
     assert lm.generate("", max_new_tokens=6, return_details=True).token_ids == tuple(expected.tolist())
@@ -113,39 +109,47 @@ def test_a_stream_adds_up_to_the_text(lm: minopt.LanguageModel, options: dict[st
         assert "".join(parts) == lm.generate(prompt, max_new_tokens=40, **options)
 
 
-def test_a_stream_refuses_before_the_first_piece(lm: minopt.LanguageModel) -> None:
-    with pytest.raises(ValueError, match="unknown option beams"):
-        lm.stream("x", beams=3)
-    with pytest.raises(ValueError, match="max_new_tokens 2000"):
-        lm.stream("x", max_new_tokens=2000)
-    with pytest.raises(ValueError, match="give a seed or a generator, not both"):
-        lm.stream("x", do_sample=True, seed=1, generator=torch.Generator())
-    with pytest.raises(
-        ValueError, match=r"^num_beams: a stream has one continuation, got 2\. Set it to 1, or use generate\.$"
-    ):
-        lm.stream("x", num_beams=2)
-    with pytest.raises(ValueError, match=r"^num_return_sequences: a stream has one continuation, got 3\."):
-        lm.stream("x", do_sample=True, num_return_sequences=3)
+REFUSED: list[tuple[Callable[[Any], Any], str]] = [
+    (lambda lm: lm.stream("x", beams=3), "unknown option beams"),
+    (lambda lm: lm.stream("x", max_new_tokens=2000), "max_new_tokens 2000"),
+    (lambda lm: lm.stream("x", do_sample=True, seed=1, generator=torch.Generator()), "give a seed or a generator, not"),
+    (lambda lm: lm.stream("x", num_beams=2), r"^num_beams: a stream has one continuation, got 2\. Set it to 1, or use"),
+    (lambda lm: lm.stream("x", do_sample=True, num_return_sequences=3), r"^num_return_sequences: a stream has one"),
+    (lambda lm: lm.stream("x", output_logprobs=True), "output_logprobs: there is no place for them"),
+    (lambda lm: lm.stream("x", top_logprobs=2), "top_logprobs: there is no place for them"),
+    (lambda lm: lm.stream("x", output_scores=True), "output_scores: there is no place for them"),
+    (lambda lm: lm.stream(["a", "b"]), r"got list\. A list of texts goes to generate"),
+    (lambda lm: lm.generate("x", output_scores=True), "output_scores: there is no place for them beside texts"),
+    (lambda lm: lm.generate("x", output_logprobs=True), r"output_logprobs: .* Use generate with return_details=True"),
+    (lambda lm: lm.generate(["x"], top_logprobs=3), r"top_logprobs: .* Use generate with return_details=True"),
+    (
+        lambda lm: lm.generate("x", generator=torch.Generator()),
+        "a generator acts on sampling only",
+    ),
+    (lambda lm: lm.generate("a", skip_special_tokens="no"), "skip_special_tokens: expected True or False, got 'no'"),
+    (lambda lm: lm.generate_each("ab"), r"prompts: expected a list of texts, got one\. Put it into a list"),
+    (lambda lm: lm.tokenizer.encode_batch("abc"), "texts: expected a list of texts, got one"),
+    (lambda lm: lm.tokenizer.encode_batch([]), "texts: expected at least one"),
+    *(
+        (lambda lm, given=given: lm.generate(given), "prompt: expected a text")
+        for given in (None, 5, [["a"]], [None], b"a")
+    ),
+]
 
 
-@pytest.mark.parametrize("option", [{"output_logprobs": True}, {"top_logprobs": 2}, {"output_scores": True}])
-def test_a_stream_refuses_what_it_has_no_place_for(lm: minopt.LanguageModel, option: dict[str, Any]) -> None:
-    """As generate does: an option without effect is an error."""
-    with pytest.raises(ValueError, match=f"{next(iter(option))}: there is no place for them"):
-        lm.stream("x", **option)
+@pytest.mark.parametrize(("call", "message"), REFUSED, ids=[message for _, message in REFUSED])
+def test_what_makes_no_sense_is_refused_before_anything_runs(
+    lm: minopt.LanguageModel, call: Callable[[Any], Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        call(lm)
 
 
-def test_what_would_be_ignored_is_refused(lm: minopt.LanguageModel) -> None:
-    with pytest.raises(ValueError, match="output_scores: there is no place for them beside texts"):
-        lm.generate("x", output_scores=True)
-    with pytest.raises(
-        ValueError, match=r"output_logprobs: there is no place .* Use generate with return_details=True"
-    ):
-        lm.generate("x", output_logprobs=True)
-    with pytest.raises(ValueError, match=r"top_logprobs: there is no place .* Use generate with return_details=True"):
-        lm.generate(["x"], top_logprobs=3)
-    with pytest.raises(ValueError, match="a generator acts on sampling only, and do_sample is off"):
-        lm.generate("x", generator=torch.Generator())
+def test_nothing_gives_nothing(lm: minopt.LanguageModel) -> None:
+    assert lm.generate([]) == lm.score([]) == lm.score("The", []) == []
+    beginning = lm.score("")
+    assert (beginning.token_ids, beginning.logprobs, beginning.total) == ((2,), (None,), 0)
+    assert math.isnan(beginning.mean)
 
 
 def test_rows_without_a_token_are_never_generated(lm: minopt.LanguageModel) -> None:
@@ -170,24 +174,6 @@ def test_save_then_load_gives_the_same_text(lm: minopt.LanguageModel, tmp_path: 
     assert again.generate(PROMPTS, max_new_tokens=12) == lm.generate(PROMPTS, max_new_tokens=12)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "saved")
     assert tokenizer("The sea")["input_ids"] == again.tokenizer.encode("The sea")  # type: ignore[union-attr]
-
-
-def test_seeds_repeat_and_generators_go_on(lm: minopt.LanguageModel) -> None:
-    options = {"do_sample": True, "max_new_tokens": 20}
-    assert lm.generate("The", seed=1, **options) == lm.generate("The", seed=1, **options)
-    assert lm.generate("The", seed=1, **options) != lm.generate("The", seed=2, **options)
-    generator = torch.Generator().manual_seed(1)
-    first = lm.generate("The", generator=generator, **options)
-    assert first == lm.generate("The", seed=1, **options)
-    assert lm.generate("The", generator=generator, **options) != first
-
-
-def test_generation_leaves_nothing_behind_on_the_model() -> None:
-    lm = minopt.load(minopt.DEMO, device="cpu", optimize=False)
-    before = {name: value for name, value in vars(lm.model).items() if not name.startswith("_")}
-    lm.generate("The", max_new_tokens=3)
-    assert {name: value for name, value in vars(lm.model).items() if not name.startswith("_")} == before
-    assert all(p.requires_grad for p in lm.model.parameters())
 
 
 def without_bos(bos: int | None, **settings: Any) -> minopt.LanguageModel:
@@ -232,24 +218,6 @@ def test_files_that_name_different_tokens_are_pointed_out(
     minopt.load(tmp_path / "saved", device="cpu")
     (message,) = caplog.messages
     assert "bos_token_id is 0 in config.json and 2 in the tokenizer's files" in message
-
-
-def test_what_is_no_text_is_refused(lm: minopt.LanguageModel) -> None:
-    for prompt in (None, 5, [["a"]], [None], b"a"):
-        with pytest.raises(ValueError, match="prompt: expected a text"):
-            lm.generate(prompt)  # type: ignore[call-overload]
-    for value in ("no", None, 0):
-        with pytest.raises(ValueError, match="skip_special_tokens: expected True or False, got"):
-            lm.generate("a", skip_special_tokens=value)
-    with pytest.raises(ValueError, match=r"got list\. A list of texts goes to generate"):
-        lm.stream(["a", "b"])  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"prompts: expected a list of texts, got one\. Put it into a list"):
-        lm.generate_each("ab")
-    assert lm.tokenizer is not None
-    with pytest.raises(ValueError, match="texts: expected a list of texts, got one"):
-        lm.tokenizer.encode_batch("abc")
-    with pytest.raises(ValueError, match="texts: expected at least one"):
-        lm.tokenizer.encode_batch([])
 
 
 # --- Stop strings --------------------------------------------------------------------------------------------------
@@ -768,24 +736,6 @@ def test_a_continuation_has_the_scores_of_its_tokens_in_the_whole_text(
         )
 
 
-def test_a_prompt_that_ends_in_a_space_counts_the_token_that_takes_the_space(lm: minopt.LanguageModel) -> None:
-    (joined,) = lm.score("The ", ["sea"])
-    (apart,) = lm.score("The", [" sea"])
-    assert joined.token_ids == apart.token_ids
-    assert joined.logprobs == apart.logprobs
-    assert joined.text == "sea"
-
-
-def test_a_generated_text_scores_what_generating_it_said(lm: minopt.LanguageModel) -> None:
-    for prompt, record in zip(
-        PROMPTS, lm.generate(PROMPTS, max_new_tokens=15, repetition_penalty=1.3, return_details=True), strict=True
-    ):
-        (scored,) = lm.score(prompt, [record.text])
-        assert scored.token_ids == record.token_ids
-        assert scored.logprobs == pytest.approx(record.logprobs, abs=1e-4)
-        assert scored.total == pytest.approx(sum(record.logprobs), abs=1e-3)
-
-
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -818,13 +768,6 @@ def test_what_has_no_score_is_refused_before_anything_runs(
         call(lm)
 
 
-def test_nothing_to_score_gives_nothing(lm: minopt.LanguageModel) -> None:
-    assert lm.score([]) == lm.score("The", []) == []
-    beginning = lm.score("")
-    assert (beginning.token_ids, beginning.logprobs, beginning.total) == ((2,), (None,), 0)
-    assert math.isnan(beginning.mean)
-
-
 def test_without_a_tokenizer_every_method_on_text_says_so(lm: minopt.LanguageModel) -> None:
     bare = minopt.LanguageModel(lm.model, None)
     for call in (bare.generate, bare.generate_each, bare.stream, bare.score, bare.perplexity):
@@ -851,12 +794,6 @@ def test_perplexity_is_that_of_the_command_line(
             for add_bos in (None, False):
                 mean = lm.score(text, add_bos=add_bos).mean
                 assert lm.perplexity(text, add_bos=add_bos) == pytest.approx(math.exp(-mean), rel=1e-5)
-
-
-def test_a_text_of_two_tokens_has_a_perplexity(lm: minopt.LanguageModel) -> None:
-    (_, logprob) = lm.score("a").logprobs
-    assert logprob is not None
-    assert lm.perplexity("a") == pytest.approx(math.exp(-logprob), rel=1e-5)
 
 
 # --- generation_config.json ----------------------------------------------------------------------------------------

@@ -220,16 +220,6 @@ def test_decoding_undoes_encoding(pair: tuple[Tokenizer, Any]) -> None:
             assert ours.decode(ours.encode(text)) == text
 
 
-def test_ids_of_whole_books_are_those_of_transformers(opt_folder: Path, shared_data: Path, tmp_path: Path) -> None:
-    """Some lines and one long passage of each book."""
-    ours, reference = Tokenizer.load(opt_folder), open_reference(opt_folder, tmp_path)
-    books = sorted((shared_data / "books").glob("*.txt"))
-    assert books
-    for book in books:
-        text = book.read_text(encoding="utf-8")
-        assert_same_ids(ours, reference, [*text.splitlines(keepends=True)[100:200], text[20_000:50_000]])
-
-
 # --- Every form that the files come in -----------------------------------------------------------------------------
 
 Form = Callable[[Path, Path], None]
@@ -515,13 +505,6 @@ def test_galactica_with_a_named_bos_adds_it_when_asked(galactica_folder: Path) -
     assert ours.encode("", add_bos=True) == [0]
 
 
-def test_a_padding_token_without_a_name_is_zero(galactica_folder: Path) -> None:
-    """Padding is masked, so any row of the table will do."""
-    ids, mask = Tokenizer.load(galactica_folder).encode_batch(["cat", "the other cats"])
-    assert mask is not None
-    assert set(ids[mask == 0].tolist()) == {0}
-
-
 # --- add_bos, batches ----------------------------------------------------------------------------------------------
 
 
@@ -533,22 +516,6 @@ def test_add_bos_is_never_twice_and_false_adds_nothing(pair: tuple[Tokenizer, An
     assert ours.encode(text, add_bos=False) == own
     assert ours.encode(text, add_bos=True) == (own if text.startswith("</s>") else [2, *own])
     assert ours.encode(text) == [2, *own] == reference(text)["input_ids"]
-
-
-@pytest.mark.parametrize("add_bos", [None, True, False])
-def test_a_batch_is_each_text_padded_on_the_left(pair: tuple[Tokenizer, Any], add_bos: bool | None) -> None:
-    """Each row ends with its text's own ids; the mask is 0 on the padding and 1 on them."""
-    ours, _ = pair
-    texts = ["cat", "A photo of a cat", "x", EMOJI[2] * 3]
-    ids, mask = ours.encode_batch(texts, add_bos)
-    assert mask is not None
-    assert ids.dtype == mask.dtype == torch.int64
-    assert ids.shape == mask.shape == (4, max(len(ours.encode(text, add_bos)) for text in texts))
-    for row, row_mask, text in zip(ids.tolist(), mask.tolist(), texts, strict=True):
-        own = ours.encode(text, add_bos)
-        padding = len(row) - len(own)
-        assert row == [ours.pad_token_id] * padding + own
-        assert row_mask == [0] * padding + [1] * len(own)
 
 
 def test_a_batch_is_that_of_transformers(pair: tuple[Tokenizer, Any]) -> None:
@@ -637,14 +604,6 @@ def test_a_stream_adds_up_to_decode(pair: tuple[Tokenizer, Any], ids: list[int],
     assert streamed(ours, ids, skip) == ours.decode(ids, skip_special_tokens=skip)
 
 
-def test_long_streams_add_up_to_decode(pair: tuple[Tokenizer, Any]) -> None:
-    """Random rows of ids, and the ids of every kind of text."""
-    ours, _ = pair
-    for row in [*random_rows(len(ours), 1000), *map(ours.encode, varied_texts())]:
-        for skip in (True, False):
-            assert streamed(ours, row, skip) == ours.decode(row, skip_special_tokens=skip)
-
-
 def test_a_stream_with_added_tokens_adds_up_to_decode(small_folder: Path, tmp_path: Path) -> None:
     """Added tokens stand for themselves, in and out of the byte alphabet, amid unfinished characters too."""
     words = ["\u6f22 \u5b57", "caf\u00e8", "<new>", "\u00e8\u00ea", "\U0001f601"]
@@ -690,16 +649,6 @@ def byte_ids(tokenizer: Tokenizer, data: bytes) -> list[int]:
     ids = [tokenizer.backend.token_to_id(CHARACTER_OF_BYTE[byte]) for byte in data]
     assert None not in ids
     return [i for i in ids if i is not None]
-
-
-def test_the_byte_alphabet_is_that_of_the_library() -> None:
-    """256 characters, each for the byte that the library's own pre-tokenizer puts it for."""
-    assert set(_BYTE_OF_CHARACTER) == set(pre_tokenizers.ByteLevel.alphabet())
-    assert sorted(_BYTE_OF_CHARACTER.values()) == list(range(256))
-    split = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    for character in map(chr, (*range(1, 0x800), *range(0x800, 0xD800, 97), *range(0x10000, 0x110000, 997))):
-        [(token, _)] = split.pre_tokenize_str(character)
-        assert bytes(_BYTE_OF_CHARACTER[c] for c in token) == character.encode()
 
 
 @SEARCH
@@ -755,28 +704,6 @@ def first_stop(tokenizer: Tokenizer, ids: Sequence[int], strings: Sequence[str])
     return text[: min(begins)] if begins else None
 
 
-@SEARCH
-@given(data=st.data(), strings=STOP_TEXTS)
-def test_a_stop_string_ends_a_row_at_the_token_that_completes_it(
-    pair: tuple[Tokenizer, Any], data: st.DataObject, strings: list[str]
-) -> None:
-    """At each length of rows of any tokens, characters in parts among them; a prompt before them counts for nothing."""
-    ours, _ = pair
-    pool = st.sampled_from(stop_ids(ours)) | st.sampled_from(byte_ids(ours, STOP_ALPHABET.encode()))
-    written = st.text(STOP_ALPHABET, max_size=8).map(lambda text: ours.encode(text, add_bos=False))
-    row = st.lists(written | st.lists(pool, max_size=3), max_size=5).map(
-        lambda parts: [i for ids in parts for i in ids]
-    )
-    rows = [data.draw(row), data.draw(row)]
-    prompt = data.draw(st.lists(pool, max_size=3)) + ours.encode(strings[0], add_bos=False)
-    stops = StopStrings(Pieces(ours, True), strings, len(prompt))
-    for length in range(max(map(len, rows)) + 1):
-        news = [row[:length] + [1] * (length - len(row)) for row in rows]  # the padding of a row that has ended
-        expected = [first_stop(ours, new, strings) for new in news]
-        assert stops(torch.tensor([prompt + new for new in news])).tolist() == [text is not None for text in expected]
-        assert [stops.cut(new) for new in news] == expected
-
-
 def test_stop_strings_are_found_over_borders_within_tokens_and_within_characters(
     pair: tuple[Tokenizer, Any],
 ) -> None:
@@ -798,23 +725,6 @@ def test_stop_strings_are_found_over_borders_within_tokens_and_within_characters
         assert StopStrings(Pieces(ours, True), [string], 0).cut(word) == expected
     assert StopStrings(Pieces(ours, True), ["t"], 0).cut([*word, 2]) is None  # a special token completes nothing
     assert StopStrings(Pieces(ours, True), ["t"], 0).cut([]) is None
-
-
-@SEARCH
-@given(
-    text=st.text("abc\u00e9\u6f22", max_size=8),
-    strings=st.lists(st.text("abc\u00e9\u6f22", min_size=1, max_size=5), min_size=1, max_size=3),
-)
-def test_what_may_begin_a_stop_string_is_the_longest_end_that_one_goes_on_from(
-    small: Tokenizer, text: str, strings: list[str]
-) -> None:
-    data, ids = text.encode(), small.encode(text, add_bos=False)
-    ends = [(n, s.encode()) for n in range(len(data) + 1) for s in strings]
-    expected = max((n for n, s in ends if n < len(s) and data.endswith(s[:n])), default=0)
-    assert StopStrings(Pieces(small, True), strings, 0).may_begin(ids) in (
-        expected,
-        len(text.encode()) if text in strings else -1,
-    )
 
 
 MARKS = ("<|user|>", "[END_REF]", "<tool>", "</s>", "a", "b", "\n", " cat", "ab")
@@ -918,18 +828,6 @@ def test_a_vocabulary_of_gpt2_is_refused_with_the_reason(tmp_path: Path) -> None
         Tokenizer.load(tmp_path)
 
 
-def test_the_real_merges_under_the_numbers_of_gpt2_are_refused(opt_folder: Path, tmp_path: Path) -> None:
-    """OPT's own file without its special tokens and fillers, numbered anew, has GPT-2's size and its last token."""
-    vocab = json.loads((opt_folder / "vocab.json").read_text(encoding="utf-8"))
-    own = [token for token in vocab if token not in ("<s>", "<pad>", "</s>", "<unk>", "<mask>")]
-    own = [token for token in sorted(own, key=vocab.__getitem__) if not token.startswith("madeupword")]
-    assert own.index("<|endoftext|>") == 50256
-    merges = (opt_folder / "merges.txt").read_text(encoding="utf-8")
-    write_bpe(tmp_path, {token: n for n, token in enumerate(own)}, merges)
-    with pytest.raises(ValueError, match=GPT2_MESSAGE):
-        Tokenizer.load(tmp_path)
-
-
 def test_the_same_vocabulary_with_the_tokens_of_opt_is_accepted(tmp_path: Path) -> None:
     """What is refused is GPT-2's numbering, not its size."""
     vocab = gpt2_like_vocab()
@@ -987,18 +885,6 @@ def test_a_broken_file_is_named(small_folder: Path, tmp_path: Path, name: str, c
     with pytest.raises(ValueError, match=reason) as error:
         Tokenizer.load(tmp_path)
     assert_one_line(error, f"{tmp_path / name}: ", "Fetch the file again.")
-
-
-def test_a_truncated_tokenizer_json_is_named(small_folder: Path, tmp_path: Path) -> None:
-    """As an interrupted download leaves it."""
-    Tokenizer.load(small_folder).save(tmp_path)
-    path = tmp_path / "tokenizer.json"
-    content = path.read_bytes()
-    for share in (0.1, 0.5, 0.9):
-        path.write_bytes(content[: int(len(content) * share)])
-        with pytest.raises(ValueError, match="not a tokenizer file") as error:
-            Tokenizer.load(tmp_path)
-        assert_one_line(error, f"{path}: ")
 
 
 def test_an_added_token_of_another_vocabulary_is_refused(small_folder: Path, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,33 @@ _SHAPE = ("hidden_size", "num_hidden_layers", "num_attention_heads", "ffn_dim", 
 
 MOST_TEXT_BYTES = 20_000_000  # Galactica's tokenizer has 2 MB. Python's JSON takes 20 times a file's size.
 
-_LARGEST = 2**31 - 1  # of any size; the product of two fits in 64 bits
+TOKEN_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
+
+
+def is_int(value: object) -> bool:
+    """Whether a value is an integer; True and False are none."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value: object) -> bool:
+    """Whether a value is a finite number; True and False are none."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -1e300 < value < 1e300
+
+
+def _is_size(value: Any) -> bool:
+    return is_int(value) and 1 <= value < 2**31  # the product of two fits in 64 bits
+
+
+# Fields, which values each may have, and how that reads in an error.
+_RULES: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
+    (("vocab_size", "hidden_size", "num_hidden_layers", "ffn_dim", "max_position_embeddings", "word_embed_proj_dim",
+      "num_attention_heads"), _is_size, "a positive integer"),
+    (("do_layer_norm_before", "enable_bias", "layer_norm_elementwise_affine", "tie_word_embeddings",
+      "_remove_final_layer_norm"), lambda value: isinstance(value, bool), "true or false"),
+    (("dropout", "attention_dropout", "layerdrop"), lambda value: is_number(value) and 0 <= value <= 1, "in [0, 1]"),
+    (("init_std",), lambda value: is_number(value) and value >= 0, "0 or more"),
+    (("activation_function",), lambda value: value in ACTIVATIONS, f"one of {list(ACTIVATIONS)}"),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -97,31 +123,19 @@ class OPTConfig:
             raise ValueError("OPTConfig: " + "; ".join(problems) + ".")
 
     def _problems(self) -> list[str]:
-        sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "ffn_dim", "max_position_embeddings",
-                 "word_embed_proj_dim", "num_attention_heads")  # fmt: skip
-        flags = ("do_layer_norm_before", "enable_bias", "layer_norm_elementwise_affine", "tie_word_embeddings",
-                 "_remove_final_layer_norm")  # fmt: skip
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        bad_sizes = [n for n in sizes if not is_int(values[n]) or not 1 <= values[n] <= _LARGEST]
-        problems = [f"{n} must be a positive integer, got {values[n]!r}" for n in bad_sizes]
-        if not {"hidden_size", "num_attention_heads"} & set(bad_sizes) and self.hidden_size % self.num_attention_heads:
-            problems.append(
-                f"hidden_size must be a multiple of num_attention_heads, got {self.hidden_size} and "
-                f"{self.num_attention_heads}"
-            )
-        problems += [f"{n} must be true or false, got {values[n]!r}" for n in flags if not isinstance(values[n], bool)]
-        problems += [
-            f"{n} must be in [0, 1], got {values[n]!r}"
-            for n in ("dropout", "attention_dropout", "layerdrop")
-            if not is_number(values[n]) or not 0 <= values[n] <= 1
+        problems = [
+            f"{name} must be {expected}, got {values[name]!r}"
+            for names, fits, expected in _RULES
+            for name in names
+            if not fits(values[name])
         ]
-        if not is_number(self.init_std) or self.init_std < 0:
-            problems.append(f"init_std must be 0 or more, got {self.init_std!r}")
-        if self.activation_function not in ACTIVATIONS:
-            problems.append(f"activation_function must be one of {list(ACTIVATIONS)}, got {self.activation_function!r}")
-        rows = self.vocab_size if "vocab_size" not in bad_sizes else float("inf")
-        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
-            ids = values[name] if name == "eos_token_id" and isinstance(values[name], tuple) else (values[name],)
+        C, H = self.hidden_size, self.num_attention_heads
+        if _is_size(C) and _is_size(H) and C % H:
+            problems.append(f"hidden_size must be a multiple of num_attention_heads, got {C} and {H}")
+        rows = self.vocab_size if _is_size(self.vocab_size) else float("inf")
+        for name in TOKEN_IDS:
+            ids = self.eos_token_ids if name == "eos_token_id" else (values[name],)
             if values[name] is not None and not all(is_int(i) and 0 <= i < rows for i in ids):
                 problems.append(
                     f"{name} must be a row of the vocabulary (0 to {rows - 1}) or null, got {values[name]!r}"
@@ -189,7 +203,7 @@ class OPTConfig:
                 raise ValueError(f'model_type: expected "opt", got {values.get("model_type")!r}.')
         known = {f.name for f in fields(cls)} - {"extra"}
         taken = {k: v for k, v in values.items() if k in known}
-        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        for name in TOKEN_IDS:
             if name in taken:
                 taken[name] = within_table(name, taken[name], taken.get("vocab_size", cls.vocab_size))
         return cls(**taken, extra={k: v for k, v in values.items() if k not in known and k != "model_type"})
@@ -250,16 +264,6 @@ def read_json(path: Path, most_bytes: int = MOST_TEXT_BYTES // 2) -> dict[str, A
     if isinstance(content.get("error"), str):
         raise ValueError(f"{path}: a server's error, saved as the file: {content['error'][:200]!r}. Fetch it again.")
     return content
-
-
-def is_int(value: object) -> bool:
-    """Whether a value is an integer; True and False are none."""
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def is_number(value: object) -> bool:
-    """Whether a value is a finite number; True and False are none."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and -1e300 < value < 1e300
 
 
 def within_table(name: str, ids: Any, rows: Any) -> Any:
