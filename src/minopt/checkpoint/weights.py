@@ -75,45 +75,38 @@ def read_weights(
     taken: set[object] = set()
     tensors = checkpoint.tensors.items()
     for name, source in bar(len(tensors), "tensor", iterable=tensors, desc="loading", delay=1, leave=False):
+        dim = None if share is None else shard_dim(name)
+        if share is not None and dim == 0:
+            source = source.rows(*share.of(source.shape[0]))
+        columns = share.of(source.shape[1]) if share is not None and dim == 1 else None
         if name in in_int8:
-            read = _read_int8(name, source, share)
+            read = _read_int8(source, columns)
+        elif columns is not None:
+            read = [(name, source.columns(*columns, dtype))]
+        elif device.type == "cpu" and source.dtype == dtype:
+            read = [(name, _map(source, taken, apart))]
         else:
-            read = [(name, _read(name, source, dtype, share, taken, device.type == "cpu", apart))]
+            read = [(name, source.read(dtype))]
         while read:  # nothing here holds a weight while it is packed, or while the next is read
             yield read[0][0], read.pop(0)[1].to(device)
 
 
-def _read_int8(name: str, source: SourceTensor, share: Share | None) -> list[tuple[str, Tensor]]:
-    dim = None if share is None else shard_dim(name)
-    if share is not None and dim == 0:
-        source = source.rows(*share.of(source.shape[0]))
-    weight, scale = source.read_int8()  # of whole rows, whose scales all shares have
-    if share is not None and dim == 1:
-        start, stop = share.of(source.shape[1])
-        weight = weight[:, start:stop].contiguous()
-    return [(name, weight), (name + int8.SCALE, scale)]
+def _read_int8(source: SourceTensor, columns: tuple[int, int] | None) -> list[tuple[str, Tensor]]:
+    """A weight of whole rows, or some columns of it, and its scale, which all shares of columns have."""
+    weight, scale = source.read_int8()
+    if columns is not None:
+        weight = weight[:, slice(*columns)].contiguous()
+    return [(source.name, weight), (source.name + int8.SCALE, scale)]
 
 
-def _read(
-    name: str,
-    source: SourceTensor,
-    dtype: torch.dtype,
-    share: Share | None,
-    taken: set[object],
-    may_map: bool,
-    apart: bool,
-) -> Tensor:
-    """A weight, in its file's pages if it may be; ``taken`` are the places of those that are."""
-    dim = None if share is None else shard_dim(name)
-    if share is not None and dim == 1:
-        return source.columns(*share.of(source.shape[1]), dtype)
-    if share is not None and dim == 0:
-        source = source.rows(*share.of(source.shape[0]))
-    if not may_map or source.dtype != dtype or (apart and source.numel * dtype.itemsize < _WORTH_A_FILE):
-        return source.read(dtype)
+def _map(source: SourceTensor, taken: set[object], apart: bool) -> Tensor:
+    """A weight in its file's pages if it can be; ``taken`` are the places of those that are."""
+    assert source.dtype is not None
+    if apart and source.numel * source.dtype.itemsize < _WORTH_A_FILE:
+        return source.read()
     tensor = source.map(apart)
     if tensor is None:
-        return source.read(dtype)
+        return source.read()
     place = source.slices[0].place
     if not tensor.is_contiguous() or (place in taken and not apart):  # a view, or one tensor under two names
         return tensor.clone(memory_format=torch.contiguous_format)
