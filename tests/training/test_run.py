@@ -362,6 +362,12 @@ def test_a_folder_of_other_files_is_refused_and_untouched(runs: Runs, found: str
         assert ended.last_line.startswith(f"minopt: error: --output-dir: {mine} holds files that are no run's: ")
         assert ended.last_line.endswith(". Name another folder.")
     assert content(mine) == kept
+    path = runs.folder / "file"
+    path.write_text("precious")
+    assert runs("file", **SETTINGS).last_line == (
+        f"minopt: error: --output-dir: expected a folder, got {path}, a file. Name another."
+    )
+    assert path.read_text() == "precious"
 
 
 @pytest.mark.parametrize("found", ["run", "other run", "model"])

@@ -22,32 +22,20 @@ _POOL = 50  # batches that are sorted by length together, where examples are gro
 
 
 class Row(NamedTuple):
-    """An example as tokens.
+    """An example as tokens."""
 
-    Attributes:
-        ids: of the prompt and the completion, int32 ``[T]``.
-        start: the index of the first token that counts in the loss; at least 1.
-    """
-
-    ids: Tensor
-    start: int
+    ids: Tensor  # of the prompt and the completion, int32 [T]
+    start: int  # the index of the first token that counts in the loss; at least 1
 
 
 @dataclass
 class Tokens:
-    """The rows of some data.
-
-    Attributes:
-        rows: a row an example, in order.
-        cut_prompts: rows whose prompt was longer than allowed.
-        cut_completions: rows whose completion was longer than allowed; they end without an eos.
-        dropped: examples that have no row, because too little of their prompt may be cut.
-    """
+    """The rows of some data, and how many examples did not fit."""
 
     rows: list[Row]
     cut_prompts: int = 0
-    cut_completions: int = 0
-    dropped: int = 0
+    cut_completions: int = 0  # these end without an eos
+    dropped: int = 0  # these have no row: too little of their prompt may be cut
 
     def learned(self, indices: Sequence[int]) -> int:
         """How many tokens of some rows count in the loss."""

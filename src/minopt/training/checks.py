@@ -9,6 +9,7 @@ from minopt.checkpoint.save import named_tensors
 from minopt.distributed import World
 from minopt.evaluation.tasks import EvaluationConfig
 from minopt.model import OPT
+from minopt.progress import counted
 from minopt.tokenizer import Tokenizer
 from minopt.training.batches import Tokens, tokenise
 from minopt.training.config import TrainingConfig
@@ -42,6 +43,28 @@ def check_fit(model: OPT, config: EvaluationConfig, eval_data: Sequence[Example]
     ids = [] if eval_data is None or isinstance(eval_data, str) else [example.id for example in eval_data]
     if len(set(ids)) < len(ids):
         raise ValueError("eval_data: expected examples with ids of their own, got some more than once.")
+
+
+def accumulation_of(config: TrainingConfig, world: World, batch_size: int) -> int:
+    """Microbatches of a process in a step of so many examples, which are as many as the run began with.
+
+    Raises:
+        ValueError: if the batch cannot be divided so; it says which sizes would do.
+    """
+    found, rest = divmod(batch_size, config.per_device_train_batch_size * world.size)
+    if rest:
+        fits = [n for n in range(1, batch_size + 1) if batch_size % n == 0]
+        raise ValueError(
+            f"--per_device_train_batch_size: {config.per_device_train_batch_size} times "
+            f"{counted(world.size, 'process', 'processes')} does not divide the {batch_size} examples of a step that "
+            f"the run was begun with. Their product must be one of {', '.join(map(str, fits))}."
+        )
+    if found != config.gradient_accumulation_steps and world.is_first:
+        logger.warning(
+            "--gradient_accumulation_steps is %d: the run keeps the %d examples a step that it began with.",
+            found, batch_size,
+        )  # fmt: skip
+    return found
 
 
 def tokens_of(

@@ -37,11 +37,8 @@ def apply_fsdp(module: nn.Module, model: OPT, dtype: torch.dtype | None, device:
 def gathered(model: OPT, device: torch.device, dtype: torch.dtype) -> OPT:
     """A plain model in evaluation mode with a model's parameters, sharded or not; every process has to call it.
 
-    A model sharded by layers would gather each layer for each generated token.
-
-    Args:
-        model: whose layers may be wrapped.
-        device, dtype: of the result, which shares what is there already, and is whole in each process.
+    A model sharded by layers would gather each layer for each generated token. The result, whole in each process,
+    shares what is there already.
     """
     tensors = {}
     for name, parameter in model.named_parameters():

@@ -1,4 +1,4 @@
-"""The folder of a run: who uses it, its settings, its metrics, and the checkpoints from which it goes on."""
+"""The folder of a run: who uses it, its settings and metrics, its checkpoints; and the signals that stop a run."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ import math
 import os
 import re
 import shutil
+import signal
 import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -316,3 +318,28 @@ def _one_line(kind: type[Exception], message: str) -> Iterator[None]:
 def _remove(path: Path) -> None:
     # Renamed first: what a crash leaves half removed must not be taken for a checkpoint.
     shutil.rmtree(path.rename(path.with_name(f".{path.name}.removing")), ignore_errors=True)
+
+
+@contextmanager
+def caught(run: Any) -> Iterator[None]:
+    """Has SIGTERM and SIGINT set ``run.signal`` instead of ending the process. A second one acts as usual.
+
+    Within 5 seconds it is no second one: where a terminal or a scheduler signals all processes, torchrun repeats it.
+    """
+    before: dict[int, Any] = {}
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if run.signal == 0:
+            run.signal, run.signalled = int(number), time.monotonic()
+        elif time.monotonic() - run.signalled > 5:
+            signal.signal(number, before[number])
+            signal.raise_signal(number)
+
+    with contextlib.suppress(ValueError):  # not in the main thread: there are no signals
+        for number in (signal.SIGTERM, signal.SIGINT):
+            before[number] = signal.signal(number, note)
+    try:
+        yield
+    finally:
+        for caught, handler in before.items():
+            signal.signal(caught, handler)

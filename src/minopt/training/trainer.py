@@ -12,7 +12,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -29,13 +28,13 @@ from minopt.model import OPT
 from minopt.progress import bar, counted, on_terminal, say
 from minopt.tokenizer import Tokenizer
 from minopt.training.batches import Order, collate
-from minopt.training.checks import check_fit, tokens_of, warn
+from minopt.training.checks import accumulation_of, check_fit, tokens_of, warn
 from minopt.training.config import TrainingConfig
 from minopt.training.data import Example, references_of
 from minopt.training.fsdp import apply_fsdp, gathered
 from minopt.training.loss import ModelWithLoss
 from minopt.training.optim import build_optimizer, clip_gradients, learning_rate, training_layers
-from minopt.training.run import BEST, MODEL, PREDICTIONS, SETTINGS, RunFolder, read_state
+from minopt.training.run import BEST, MODEL, PREDICTIONS, SETTINGS, RunFolder, caught, read_state
 from minopt.training.weights import fill, find, save
 
 logger = logging.getLogger(__name__)
@@ -210,7 +209,7 @@ class _Run:
         self.first_step, self.began = self.progress.step, time.perf_counter()
         with (
             bar(self.total, "step", initial=self.first_step, shown=shown) as self.bar,
-            _caught(self),
+            caught(self),
             torch.random.fork_rng(devices=devices),
         ):
             self._loop()
@@ -225,9 +224,9 @@ class _Run:
         world.sum(0.0)  # all have read their model: it may lie in the folder, and be overwritten
         path = world.first(lambda: folder.claim(self.record, config.resume, overwrite=config.overwrite_output_dir))
         state = {} if path is None else world.each(lambda: read_state(path))
-        at_once = config.per_device_train_batch_size * world.size
-        self.batch_size = state.get("global_batch_size", at_once * config.gradient_accumulation_steps)
-        self.accumulation = self._microbatches(at_once)
+        asked = config.per_device_train_batch_size * config.gradient_accumulation_steps * world.size
+        self.batch_size = state.get("global_batch_size", asked)
+        self.accumulation = accumulation_of(config, world, self.batch_size)
         self.record |= {"global_batch_size": self.batch_size, "minopt": __version__, "torch": torch.__version__}
         if self.is_ddp:
             self._settle_buckets()
@@ -250,25 +249,6 @@ class _Run:
         self._say_settings()
         if path is not None and world.is_first:
             say(f"going on from {path}, after step {self.progress.step}")
-
-    def _microbatches(self, at_once: int) -> int:
-        """Microbatches of a process in a step; the examples of a step stay as many as the run began with."""
-        config, size = self.config, self.world.size
-        found, rest = divmod(self.batch_size, at_once)
-        if rest:
-            fits = [n for n in range(1, self.batch_size + 1) if self.batch_size % n == 0]
-            raise ValueError(
-                f"--per_device_train_batch_size: {config.per_device_train_batch_size} times "
-                f"{counted(size, 'process', 'processes')} does not divide the "
-                f"{self.batch_size} examples of a step that the run was begun with. Their product must be one "
-                f"of {', '.join(map(str, fits))}."
-            )
-        if found != config.gradient_accumulation_steps and self.world.is_first:
-            logger.warning(
-                "--gradient_accumulation_steps is %d: the run keeps the %d examples a step that it began with.",
-                found, self.batch_size,
-            )  # fmt: skip
-        return found
 
     def _say_settings(self) -> None:
         if not self.world.is_first:
@@ -453,28 +433,3 @@ class _Run:
         if self.config.keep_last == 0:
             self.folder.write(SETTINGS, {**self.record, "finished": self.progress.step})
             shutil.rmtree(self.folder.checkpoints)
-
-
-@contextlib.contextmanager
-def _caught(run: _Run) -> Iterator[None]:
-    """Has SIGTERM and SIGINT set ``run.signal`` instead of ending the process. A second one acts as usual.
-
-    Within 5 seconds it is no second one: where a terminal or a scheduler signals all processes, torchrun repeats it.
-    """
-    before: dict[int, Any] = {}
-
-    def note(number: int, frame: FrameType | None) -> None:
-        if run.signal == 0:
-            run.signal, run.signalled = int(number), time.monotonic()
-        elif time.monotonic() - run.signalled > 5:
-            signal.signal(number, before[number])
-            signal.raise_signal(number)
-
-    with contextlib.suppress(ValueError):  # not in the main thread: there are no signals
-        for number in (signal.SIGTERM, signal.SIGINT):
-            before[number] = signal.signal(number, note)
-    try:
-        yield
-    finally:
-        for caught, handler in before.items():
-            signal.signal(caught, handler)
