@@ -265,16 +265,7 @@ def test_a_share_is_all_that_is_read(source: str, tmp_path: Path, monkeypatch: p
     assert expected <= read[0] <= expected + copies
 
 
-TORCHRUN = [
-    sys.executable,
-    "-m",
-    "torch.distributed.run",
-    "--nproc-per-node",
-    "2",
-    "--standalone",
-    "-m",
-    "minopt",
-]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m", "minopt"]
 
 
 def test_the_command_writes_once_what_one_process_writes(tmp_path: Path) -> None:
@@ -282,21 +273,10 @@ def test_the_command_writes_once_what_one_process_writes(tmp_path: Path) -> None
     flags = ["generate", "--input", str(tmp_path / "prompts.txt"), "--max-new-tokens", "8"]
     outputs = []
     for command in (TORCHRUN, [sys.executable, "-m", "minopt"]):
-        extra = ["--tensor-parallel", "2"] if command is TORCHRUN else []
-        result = subprocess.run([*command, *flags, *extra], capture_output=True, text=True, check=False)
+        result = subprocess.run([*command, *flags], capture_output=True, text=True, check=False)
         assert result.returncode == 0, result.stderr
         outputs.append(result.stdout)
     assert outputs[0] == outputs[1] != ""
-
-
-def test_the_number_of_processes_must_be_the_one_that_is_asked_for() -> None:
-    command = [sys.executable, "-m", "minopt", "generate", "The ship", "--tensor-parallel", "2"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert result.returncode == 2
-    assert result.stderr == (
-        "minopt: error: --tensor-parallel: expected the number of processes, 1, got 2. Start it with torchrun "
-        "--nproc-per-node 2 -m minopt generate ...\n"
-    )
 
 
 def test_a_process_that_is_killed_ends_all_and_is_named(tmp_path: Path) -> None:
