@@ -13,7 +13,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -298,13 +297,19 @@ def _compile(model: OPT, path: Path) -> None:
         # inductor's own products read single rows faster than oneDNN's, and take rows in int8 faster than fbgemm's (in
         # float32 they gain nothing). Where a processor has none for some shape, those that are faster.
         ways = [options | {"max_autotune": True, "max_autotune_gemm_backends": b} for b in ("CPP", "CPP,ATEN")]
-    failure = None
+    failure = ""
     with torch.no_grad(), warnings.catch_warnings():  # without gradients, or nothing is frozen
         warnings.simplefilter("ignore")  # of torch's, about its own parts
         program = _trace(model)
         for way in ways:
-            if (failure := _package(program, path, way)) is None:
-                return
+            # In a folder of its own: what lies in inductor's usual one stays there, weights included.
+            with fresh_cache(dir=str(path.parent.parent)):
+                try:
+                    aoti_compile_and_package(program, package_path=str(path), inductor_configs=way)
+                    return
+                except (CppCompileError, InductorError) as error:  # not let out, for fresh_cache would write a warning
+                    lines = [line for line in str(error).splitlines() if "error:" in line] or [first_line(error)]
+                    failure = lines[0][:200]
     raise OSError(f"export: compiling failed ({failure}). Is the disk full, or the compiler too old?")
 
 
@@ -326,17 +331,6 @@ def _trace(model: OPT) -> ExportedProgram:
     for node in program.graph.find_nodes(op="call_function", target=torch.ops.aten._assert_tensor_metadata.default):
         program.graph.erase_node(node)
     return program
-
-
-def _package(program: ExportedProgram, path: Path, options: dict[str, Any]) -> str | None:
-    """Compiles a graph. Returns why it failed, if it did."""
-    # In a folder of its own: what lies in inductor's usual one stays there, weights included.
-    with fresh_cache(dir=str(path.parent.parent)):
-        try:
-            aoti_compile_and_package(program, package_path=str(path), inductor_configs=options)
-            return None
-        except (CppCompileError, InductorError) as error:  # not let out, for fresh_cache would write a warning
-            return next((line for line in str(error).splitlines() if "error:" in line), first_line(error))[:200]
 
 
 @torch.inference_mode()
