@@ -40,15 +40,15 @@ DELETIONS = {
     "offload": Deletion(("offload",), ("inference.offload",), ("test_offload",)),
     "program and compile": Deletion(
         ("program", "compile"),
-        ("inference.program", "inference.compile", "cli.export"),
+        ("inference.program", "inference.compile"),
         ("test_program",),
-        (("__init__.py", "export_model"), ("cli/__init__.py", "export")),
+        (("__init__.py", "export_model"),),
     ),
     "graphs": Deletion(("graphs",), ("inference.graphs",), ("test_graphs",)),
     "fast, graphs and tensor_parallel": Deletion(
         ("fast", "graphs", "tensor_parallel"),
         ("inference.fast", "inference.graphs", "inference.tensor_parallel"),
-        ("test_fast", "test_graphs", "test_tensor_parallel"),
+        ("test_fast", "test_frozen", "test_graphs", "test_int8", "test_tensor_parallel"),
     ),
 }
 

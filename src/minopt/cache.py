@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from minopt.config import OPTConfig
-
-if TYPE_CHECKING:
-    from typing_extensions import Self  # typing's begins with Python 3.11
 
 # Shapes: B batch, T tokens this call, S capacity or filled length, H heads, D head_dim, C = H * D, L layers.
 
@@ -60,7 +55,9 @@ class KVCache:
         self.window: int | None = None
 
     @classmethod
-    def of(cls, keys: list[Tensor], values: list[Tensor], length: int | Tensor = 0, window: int | None = None) -> Self:
+    def of(
+        cls, keys: list[Tensor], values: list[Tensor], length: int | Tensor = 0, window: int | None = None
+    ) -> KVCache:
         """A cache in the memory of given keys and values; arguments as the attributes."""
         cache = cls.__new__(cls)
         cache.keys, cache.values, cache.length, cache.window = keys, values, length, window

@@ -177,13 +177,6 @@ def test_the_pages_of_packed_weights_go_with_them(dtype: str, tmp_path: Path) ->
     assert lm.decoder.dtype == getattr(torch, dtype)
 
 
-def test_saving_writes_the_plain_weights(tmp_path: Path) -> None:
-    lm = minopt.load(minopt.DEMO, device="cpu")
-    lm.save(tmp_path / "saved")
-    saved, original = (minopt.load_model(folder, device="cpu") for folder in (tmp_path / "saved", minopt.DEMO))
-    assert all(torch.equal(t, original.state_dict()[name]) for name, t in saved.state_dict().items())
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [

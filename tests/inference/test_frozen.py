@@ -155,7 +155,7 @@ def test_copies_say_the_same(again: Callable[[Any], Any], lm: LanguageModel) -> 
         fresh.model.train()
 
 
-def test_weights_are_those_of_the_plain_model(lm: LanguageModel) -> None:
+def test_weights_are_those_of_the_plain_model_and_saved_as_such(lm: LanguageModel, tmp_path: Path) -> None:
     plain = minopt.load_model(minopt.DEMO, device="cpu", dtype=lm.model.dtype)
     expected, found = dict(plain.named_parameters()), dict(lm.model.named_parameters())
     assert [name for name in found if not name.endswith(int8.SCALE)] == list(expected)
@@ -166,7 +166,9 @@ def test_weights_are_those_of_the_plain_model(lm: LanguageModel) -> None:
     if len(found) == len(expected):
         again = OPT(plain.config, dtype=plain.dtype)
         again.load_state_dict(lm.model.state_dict())
-        assert all(torch.equal(p, expected[name]) for name, p in again.named_parameters())
+        lm.save(tmp_path / "saved")
+        for same in (again, minopt.load_model(tmp_path / "saved", device="cpu", dtype=plain.dtype)):
+            assert all(torch.equal(p, expected[name]) for name, p in same.named_parameters())
 
 
 def test_counting_and_looking_reads_no_weight(model: OPT, monkeypatch: pytest.MonkeyPatch) -> None:

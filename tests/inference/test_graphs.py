@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 from collections.abc import Callable
 from typing import Any
@@ -66,11 +67,11 @@ def test_the_graphs_of_a_cache_serve_the_next_text_and_none_that_is_still_held()
         gc.collect()
     held = graphed.new_cache(2, 12)
     assert len(captured) <= 1
-    assert len(held.graphs) == 1
+    assert len(graphed._graphs[held].by_tokens) == 1
     assert not any(t.any() for t in held.keys)
     assert graphed.new_cache(2, 12).keys[0] is not held.keys[0]
     del held
-    assert not graphed.new_cache(1, 12).graphs
+    assert not graphed._graphs[graphed.new_cache(1, 12)].by_tokens
     assert graphed.new_cache(2, 40).capacity == 48
     assert graphed.new_cache(2, 60).capacity == 64
 
@@ -80,3 +81,27 @@ def test_text_to_the_last_position(kind: str) -> None:
     ids = torch.randint(3, 90, (2, 7), generator=torch.Generator().manual_seed(5))
     expected = minopt.generate(plain, ids, max_new_tokens=57).sequences
     assert torch.equal(minopt.generate(graphed, ids, max_new_tokens=57).sequences, expected)
+
+
+def test_a_copy_leaves_the_graphs_behind() -> None:
+    _, graphed = build("125m")
+    ids = torch.tensor([[2, 5, 60, 7]], device=graphed.device)
+    minopt.generate(graphed, ids, max_new_tokens=5)
+    graphed.compile_step = True
+    again = copy.deepcopy(graphed)
+    assert graphed._last is not None
+    assert again._last is None
+    assert again.compile_step
+    assert torch.equal(again(ids), graphed(ids))
+
+
+def test_a_cache_that_is_expanded_or_used_beside_another_has_graphs_of_its_own(kind: str) -> None:
+    plain, graphed = build(kind)
+    ids = torch.randint(3, 90, (2, 7), generator=torch.Generator().manual_seed(5), device=graphed.device)
+    streams = [[minopt.generate(model, ids[:1], max_new_tokens=9) for model in (plain, graphed)] for _ in range(2)]
+    held = graphed.new_cache(2, 16)
+    streams.append([minopt.generate(m, ids, max_new_tokens=9, do_sample=True, seed=1, num_return_sequences=3)
+                    for m in (plain, graphed)])  # fmt: skip
+    del held
+    for expected, found in streams:
+        assert torch.equal(found.sequences, expected.sequences)

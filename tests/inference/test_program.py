@@ -23,7 +23,9 @@ import minopt
 from minopt import OPT, LanguageModel, TrainingConfig, export_model, inspect_checkpoint
 from minopt.cli import main
 from minopt.inference import compile as export
-from minopt.inference.program import ExportedModel, load_exported
+from minopt.inference import program as program_form
+from minopt.inference.program import ExportedModel
+from minopt.load_options import LoadOptions
 from tests.conftest import build_ours, build_reference, copy_of, quantized_state, read_next
 from tests.inference.test_linear import SIZES, check_single_rows, draw
 
@@ -75,6 +77,12 @@ def exported(folder: Path) -> LanguageModel:
         lm = minopt.load(folder)
         assert lm.generate(PROMPTS, max_new_tokens=2, num_beams=2) != [""] * len(PROMPTS)
     return lm
+
+
+def program_of(folder: Path) -> ExportedModel:
+    program = minopt.load(folder).decoder
+    assert isinstance(program, ExportedModel)
+    return program
 
 
 def saved(base: Path, kind: str, **changes: Any) -> Path:
@@ -180,7 +188,7 @@ def test_rounded_programs_decode_as_their_models_but_for_near_ties(
     """Their scores are as close to those of the same weights without rounding as the model's own."""
     model, folder = request.getfixturevalue(program)
     assert json.loads((folder / "manifest.json").read_text())["quantize"] == (None if program == "bfloat16" else "int8")
-    found, exact = load_exported(folder), export._unrounded(model)
+    found, exact = program_of(folder), export._unrounded(model)
     ids = minopt.generate(model, torch.arange(27).view(3, 9), max_new_tokens=20, eos_token_id=()).sequences
     with torch.inference_mode():
         for T in (1, 4, 28):
@@ -240,14 +248,14 @@ def test_a_single_row_is_as_exact_as_one_of_a_batch_whatever_its_size(
 def test_a_program_runs_in_a_process_that_did_not_compile_it(int8: tuple[OPT, Path]) -> None:
     """Whatever of the processor compiling it switches on."""
     code = (
-        "import sys, torch, minopt; from pathlib import Path; from minopt.inference.program import load_exported; "
-        "ids = torch.arange(27).view(3, 9); program = load_exported(Path(sys.argv[1])); "
+        "import sys, torch, minopt; "
+        "ids = torch.arange(27).view(3, 9); program = minopt.load(sys.argv[1]).decoder; "
         "print(minopt.generate(program, ids, max_new_tokens=4, eos_token_id=()).sequences.tolist())"
     )
     result = subprocess.run([sys.executable, "-c", code, str(int8[1])], capture_output=True, text=True, check=False)
     assert result.returncode == 0, (result.returncode, result.stderr)
     ids = torch.arange(27).view(3, 9)
-    expected = minopt.generate(load_exported(int8[1]), ids, max_new_tokens=4, eos_token_id=()).sequences.tolist()
+    expected = minopt.generate(minopt.load(int8[1]).decoder, ids, max_new_tokens=4, eos_token_id=()).sequences.tolist()
     assert json.loads(result.stdout) == expected
 
 
@@ -287,7 +295,7 @@ class Leaning:
 
     def __init__(self, model: OPT) -> None:
         self.model, self.config, self.device, self.max_batch = model, model.config, model.device, None
-        self.new_cache = model.new_cache
+        self.new_cache, self.agreed = model.new_cache, model.agreed
 
     def lean(self, logits: torch.Tensor) -> torch.Tensor:
         return logits.double() + torch.arange(logits.shape[-1]) % 2 * 0.01
@@ -324,7 +332,7 @@ def test_a_program_of_another_model_is_found_out(bfloat16: tuple[OPT, Path], sou
         with torch.no_grad():
             changed.embed_positions.weight.copy_(model.embed_positions.weight.roll(1, 0))
         with pytest.raises(ValueError, match=r"^export: the program's token \d+ behind the check prompt 'one row'"):
-            export.check_tokens(changed, load_exported(program))
+            export.check_tokens(changed, program_of(program))
 
 
 def test_the_check_has_a_row_alone_rows_with_padding_and_one_of_full_length(exported: LanguageModel) -> None:
@@ -418,11 +426,8 @@ def test_a_folder_that_cannot_run_here_says_why(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (
-            {"dtype": "bfloat16"},
-            r"^dtype: .*\.pt2 was exported in float32, got bfloat16\. Leave it out, or export with",
-        ),
-        ({"dtype": torch.float16}, r"^dtype: .*\.pt2 was exported in float32, got float16\. Leave it out, or export"),
+        ({"dtype": "bfloat16"}, r"^dtype: .*\.pt2 was exported with --dtype float32, got bfloat16\. Leave it out, or"),
+        ({"dtype": torch.float16}, r"^dtype: .* was exported with --dtype float32, got float16\. Leave it out, or"),
         ({"model_config": "opt-125m"}, r"^model_config: .* is a program, compiled with its own\. Leave it out\.$"),
         ({"quantize": "int8"}, r"^quantize: .* is a program, compiled with its own\. Leave it out\.$"),
     ],
@@ -430,13 +435,17 @@ def test_a_folder_that_cannot_run_here_says_why(
 def test_a_program_is_what_it_was_exported_as(options: dict[str, Any], message: str, folder: Path) -> None:
     with pytest.raises(ValueError, match=message):
         minopt.load(folder, **options)
-    with pytest.raises(ValueError, match=r"^device: .* was exported for cpu, got 'cuda:1'\. Leave .* --device cuda\.$"):
-        load_exported(folder, device="cuda:1")
-    assert load_exported(folder, device="cpu", dtype=torch.float32).dtype == torch.float32
+    assert minopt.load(folder, device="cpu", dtype=torch.float32).decoder.dtype == torch.float32
+
+
+def test_a_program_for_a_cpu_does_not_run_on_a_gpu(folder: Path) -> None:
+    checkpoint, options = program_form.open_files(folder, None, ()), LoadOptions(torch.device("cuda:1"))
+    with pytest.raises(ValueError, match=r"^device: .* was exported with --device cpu, got cuda\. .* --device cuda\.$"):
+        program_form.build(checkpoint, options)
 
 
 def test_its_limits_are_told_before_anything_runs(exported: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ExportedModel, "_run", lambda *_: pytest.fail("the program ran"))
+    monkeypatch.setattr(ExportedModel, "read", lambda *_: pytest.fail("the program ran"))
     ids = torch.tensor([[5, 6]])
     with pytest.raises(ValueError, match=rf"^prompt: .* \+ max_new_tokens 60 = .* positions, the model has {LENGTH}\."):
         exported.generate("The old man and the sea", max_new_tokens=60)

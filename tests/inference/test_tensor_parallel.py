@@ -30,32 +30,10 @@ from minopt.checkpoint.tensors import Share
 from minopt.checkpoint.weights import read_weights
 from minopt.inference import plan, tensor_parallel
 from tests.checkpoint.sources import SOURCES, write_source
-from tests.conftest import build_ours, build_reference, read_next
+from tests.conftest import build_ours, build_reference
+from tests.inference.ways import IDS, MASK, results
 
 KINDS = ("125m", "350m", "galactica")
-IDS = torch.tensor([[0, 0, 0, 9, 30, 41, 7], [2, 8, 8, 50, 60, 4, 11]])
-MASK = torch.tensor([[0, 0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1]])
-WAYS: dict[str, dict[str, Any]] = {
-    "greedy": {},
-    "beams": {"num_beams": 3, "no_repeat_ngram_size": 2, "num_return_sequences": 2},
-    "lookup": {"prompt_lookup_num_tokens": 3},
-    "sampling": {"do_sample": True, "seed": 3},
-    "sampling beams": {"do_sample": True, "num_beams": 2, "seed": 3},
-}
-
-
-def results(lm: LanguageModel) -> dict[str, Any]:
-    """What a model, whole or divided, says."""
-    decoder = lm.decoder
-    with torch.inference_mode():
-        cache = decoder.new_cache(2, 9)
-        logits = [read_next(decoder, IDS, MASK, cache)]
-        logits.append(read_next(decoder, IDS[:, :1], torch.nn.functional.pad(MASK, (0, 1), value=1), cache))
-    found: dict[str, Any] = {"logits": torch.stack(logits)}
-    for name, options in WAYS.items():
-        ids, mask = (IDS[1:], None) if "prompt_lookup_num_tokens" in options else (IDS, MASK)
-        found[name] = minopt.generate(decoder, ids, mask, max_new_tokens=12, eos_token_id=(), **options).sequences
-    return found
 
 
 def unseeded(decoder: Any, rank: int) -> Any:
@@ -120,7 +98,7 @@ REFUSED: dict[str, tuple[Callable[[DeviceMesh, Path], Any], str]] = {
     ),
     "compiling": (
         lambda mesh, folder: minopt.load(folder / "125m", mesh=mesh, optimize="compile"),
-        r"^optimize: a model that is divided has but one form, got 'compile'\. Leave it out\.$",
+        r"^optimize: expected True for a divided model, got 'compile'\. Leave it out\.$",
     ),
     "no memory": (
         _no_memory,

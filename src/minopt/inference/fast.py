@@ -6,6 +6,7 @@ Shapes: B batch, T tokens this call, S cached + T, H heads, D head_dim, C hidden
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -68,14 +69,19 @@ class FastOPT(InferenceOPT):
         return super().forward(*args, **options)
 
     def hidden_states(self, *args: Any, **options: Any) -> Tensor:
-        """See ``OPT.hidden_states``. Weights have their dtype for good, so autocast changes nothing."""
-        with torch.autocast(self.device.type, enabled=False):
+        """See ``OPT.hidden_states``."""
+        with self._no_autocast():
             return super().hidden_states(*args, **options)
 
     def head(self, h: Tensor) -> Tensor:
         """See ``OPT.head``."""
-        with torch.autocast(self.device.type, enabled=False):
+        with self._no_autocast():
             return super().head(h)
+
+    def _no_autocast(self) -> AbstractContextManager[Any]:
+        """Weights have their dtype for good, so autocast changes nothing."""
+        is_on = torch.is_autocast_enabled(self.device.type)
+        return torch.autocast(self.device.type, enabled=False) if is_on else nullcontext()
 
     def read_weight(self, name: str) -> Tensor:
         """See ``InferenceOPT.read_weight``."""

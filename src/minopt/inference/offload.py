@@ -68,17 +68,13 @@ class StreamedOPT(InferenceOPT):
 def check(options: LoadOptions) -> None:
     """Refuses options that do not go with layers that are offloaded."""
     if options.offload == "cpu" and options.device.type == "cpu":
-        raise ValueError(
-            'offload: expected "disk", for the device is a CPU, in whose memory layers would wait, got "cpu".'
-        )
+        raise ValueError('offload: expected "disk", got "cpu": the device is the CPU itself. Offload to disk.')
     if options.optimize is not True:
-        raise ValueError(
-            f"optimize: a model whose layers are offloaded has but one form, got {options.optimize!r}. Leave it out."
-        )
+        raise ValueError(f"optimize: expected True for an offloaded model, got {options.optimize!r}. Leave it out.")
     if options.quantize is not None:
         raise ValueError(
-            "quantize: layers come from the checkpoint as it is, got offload. Write an int8 folder first: "
-            "minopt convert --quantize int8."
+            "quantize: an offloaded model reads the checkpoint's weights as they are. Write an int8 folder first "
+            "(minopt convert --quantize int8), and load that without quantize."
         )
 
 

@@ -20,6 +20,7 @@ from minopt.cache import KVCache
 from minopt.checkpoint.checkpoint import Checkpoint
 from minopt.checkpoint.find import Found
 from minopt.config import OPTConfig, read_json
+from minopt.devices import DTYPES
 from minopt.load_options import LoadOptions
 from minopt.masks import plain_causal_mask
 from minopt.memory import in_large_pages
@@ -115,10 +116,8 @@ class ExportedModel:
     """
 
     def __init__(self, folder: Path, manifest: Manifest, config: OPTConfig) -> None:
-        self.config, self.manifest = config, manifest
-        self.device = torch.device(manifest.device)
-        self.dtype: torch.dtype = getattr(torch, manifest.dtype)
-        self.max_batch = manifest.max_batch
+        self.config, self.manifest, self.max_batch = config, manifest, manifest.max_batch
+        self.device, self.dtype = torch.device(manifest.device), DTYPES[manifest.dtype]
         self._path = folder / PROGRAM
         if "amx_tile" in manifest.instructions:
             torch.cpu._init_amx()  # Linux gives a process these registers when it asks for them
@@ -144,7 +143,7 @@ class ExportedModel:
         raise ValueError(f"{type(self).__name__}: cannot be copied or pickled. Load it again, from its folder.")
 
     def new_cache(self, batch_size: int, capacity: int) -> KVCache:
-        """An empty cache for ``batch_size`` rows of up to ``capacity`` tokens, in the program's dtype and place."""
+        """See ``Decoder.new_cache``."""
         return KVCache(self.config, batch_size, capacity, dtype=self.dtype, device=self.device)
 
     def read(
@@ -172,78 +171,52 @@ class ExportedModel:
         return decision
 
 
-def load_exported(
-    folder: str | Path, *, device: torch.device | str | None = None, dtype: torch.dtype | str = "auto"
-) -> ExportedModel:
-    """Opens what ``minopt export`` wrote.
-
-    The program is machine code, which acts with your rights: open only what you trust.
-
-    Args:
-        folder: of the export.
-        device: ``None``, or what the program was exported for.
-        dtype: ``"auto"``, or what the program was exported in.
-
-    Returns:
-        The program, for ``minopt.generate`` and ``LanguageModel``.
-
-    Raises:
-        FileNotFoundError: if a file is missing.
-        ValueError: if a file is not the one that the manifest describes, or the program does not run here.
-    """
-    folder = Path(folder)
-    manifest = Manifest.read(folder)
-    _check_machine(folder / PROGRAM, manifest, device, dtype)
-    config = _read_config(folder)
-    if sha256(folder / PROGRAM) != manifest.program_sha256:
-        raise ValueError(
-            f"{folder / PROGRAM}: is not the file that {MANIFEST} describes (its SHA-256 differs): cut short, damaged, "
-            "or of another export. Fetch the folder again."
-        )
-    return ExportedModel(folder, manifest, config)
-
-
 def check(options: LoadOptions) -> None:
     """Refuses nothing: which options a program takes is known once its folder is (``build``)."""
 
 
 def open_files(path: Path, model_config: object, ignore: Sequence[str]) -> Checkpoint:
     """A program's folder as a checkpoint without tensors."""
-    for name, given in (("model_config", model_config), ("ignore", ignore or None)):
-        _refuse_given(path, name, given)
-    Manifest.read(path)
-    return Checkpoint(Found("exported program", path, (path / PROGRAM,)), _read_config(path), "config.json", {}, ())
+    _refuse(path, model_config=model_config, ignore=ignore or None)
+    if missing := [name for name in (PROGRAM, "config.json") if not (path / name).is_file()]:
+        raise FileNotFoundError(f"{path}: expected {' and '.join(missing)} beside {MANIFEST}. Fetch the folder again.")
+    return Checkpoint(Found("exported program", path, (path / PROGRAM,)), OPTConfig.load(path), "config.json", {}, ())
 
 
 def build(checkpoint: Checkpoint, options: LoadOptions) -> ExportedModel:
-    """The program in a folder, for ``minopt.load``.
+    """The program in a folder, for ``minopt.load``. It is machine code, which acts with your rights.
 
     Raises:
-        FileNotFoundError, ValueError: as ``load_exported`` does, or if options are for models that have weights.
+        ValueError: if a file is not the one that the manifest describes, the program does not run here, or options are
+            not those that it was exported with.
     """
     folder = checkpoint.found.folder
-    for name in ("quantize", "mesh", "offload"):
-        _refuse_given(folder, name, getattr(options, name))
-    return load_exported(folder, device=None if options.any_device else options.device, dtype=options.dtype or "auto")
-
-
-def _refuse_given(folder: Path, name: str, value: object) -> None:
-    if value is not None:
-        raise ValueError(f"{name}: {folder} is a program, compiled with its own. Leave it out.")
-
-
-def _read_config(folder: Path) -> OPTConfig:
-    if missing := [name for name in (PROGRAM, "config.json") if not (folder / name).is_file()]:
-        raise FileNotFoundError(
-            f"{folder}: expected {' and '.join(missing)} beside {MANIFEST}. Fetch the folder again."
+    _refuse(folder, quantize=options.quantize, mesh=options.mesh, offload=options.offload)
+    manifest, program = Manifest.read(folder), folder / PROGRAM
+    _check_machine(program, manifest)
+    device = manifest.device if options.any_device else options.device.type
+    dtype = manifest.dtype if options.dtype is None else str(options.dtype).removeprefix("torch.")
+    for name, given, own in (("device", device, manifest.device), ("dtype", dtype, manifest.dtype)):
+        if given != own:
+            raise ValueError(
+                f"{name}: {program} was exported with --{name} {own}, got {given}. Leave it out, or export again with "
+                f"--{name} {given}."
+            )
+    if sha256(program) != manifest.program_sha256:
+        raise ValueError(
+            f"{program}: is not the file that {MANIFEST} describes (its SHA-256 differs): cut short, damaged, "
+            "or of another export. Fetch the folder again."
         )
-    return OPTConfig.load(folder)
+    return ExportedModel(folder, manifest, checkpoint.config)
 
 
-def _check_machine(
-    program: Path, manifest: Manifest, device: torch.device | str | None, dtype: torch.dtype | str
-) -> None:
-    """Refuses a program that cannot run here, or not as asked for."""
+def _refuse(folder: Path, **options: object) -> None:
+    for name, given in options.items():
+        if given is not None:
+            raise ValueError(f"{name}: {folder} is a program, compiled with its own. Leave it out.")
+
+
+def _check_machine(program: Path, manifest: Manifest) -> None:
     if manifest.torch != torch.__version__:
         raise ValueError(f"{program}: was compiled by torch {manifest.torch}, this is {torch.__version__}. {_AGAIN}")
     if manifest.device == "cuda" and not torch.cuda.is_available():
@@ -255,10 +228,3 @@ def _check_machine(
         raise ValueError(
             f"{program}: was compiled for a machine with {', '.join(missing)}, which this one lacks. {_AGAIN}"
         )
-    if device is not None and torch.device(device).type != manifest.device:
-        raise ValueError(f"device: {program} was exported for {manifest.device}, got {str(device)!r}. Leave it out, or "
-                         f"export with --device {torch.device(device).type}.")  # fmt: skip
-    wanted = str(dtype).removeprefix("torch.")
-    if wanted not in ("auto", manifest.dtype):
-        raise ValueError(f"dtype: {program} was exported in {manifest.dtype}, got {wanted}. Leave it out, or export "
-                         f"with --dtype {wanted}.")  # fmt: skip

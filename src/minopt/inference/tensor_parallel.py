@@ -94,9 +94,9 @@ class ParallelOPT(FastOPT):
 def check(options: LoadOptions) -> None:
     """Refuses options that do not go with a model divided among processes."""
     if options.optimize is not True:
-        raise ValueError(f"optimize: a model that is divided has but one form, got {options.optimize!r}. Leave it out.")
+        raise ValueError(f"optimize: expected True for a divided model, got {options.optimize!r}. Leave it out.")
     if options.offload is not None:
-        raise ValueError("offload: expected one process, got a model that is divided. Leave one of the two out.")
+        raise ValueError("offload: expected one process, got a mesh of several. Leave out offload or mesh.")
 
 
 def build(checkpoint: Checkpoint, options: LoadOptions) -> ParallelOPT:
