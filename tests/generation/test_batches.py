@@ -15,7 +15,7 @@ LENGTHS = st.lists(st.integers(0, 60) | st.integers(0, 3 * MAX_BATCH_TOKENS), ma
 LIMIT = st.none() | st.integers(1, 12) | st.integers(1, 2 * MAX_BATCH_TOKENS)
 
 
-@settings(max_examples=400, deadline=None, derandomize=True)
+@settings(max_examples=200, deadline=None, derandomize=True)
 @given(lengths=LENGTHS, batch_size=LIMIT, max_batch_tokens=LIMIT)
 def test_every_row_comes_once_in_batches_that_are_full_and_keep_the_limits(
     lengths: list[int], batch_size: int | None, max_batch_tokens: int | None

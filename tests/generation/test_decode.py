@@ -171,19 +171,6 @@ def test_a_left_padded_batch_is_each_prompt_alone(kind: str) -> None:
 # --- scores and log-probabilities
 
 
-def test_scores_are_those_of_transformers(kind: str) -> None:
-    reference = lively(kind)
-    ids, mask = pad_left(random_prompts(4))
-    options: dict[str, Any] = {"max_new_tokens": 6, "min_new_tokens": 3, "suppress_tokens": [7, 8], "eos_token_id": [9]}
-    theirs = of_transformers(reference, ids, mask, output_scores=True, **options)
-    found = generate(build_ours(reference), ids, mask, output_scores=True, **options)
-    assert found.scores is not None
-    assert found.logprobs is None
-    assert (found.scores.shape, found.scores.dtype) == ((4, len(theirs.scores), V), torch.float32)
-    assert error(found.scores, torch.stack(theirs.scores, dim=1)) <= 1e-6
-    assert torch.equal(found.scores.argmax(-1), found.sequences[:, ids.shape[1] :])
-
-
 @pytest.mark.parametrize(
     "options",
     [

@@ -418,7 +418,7 @@ def check_beams(config: GenerationConfig, found: GenerationOutput, T: int) -> No
 # --- the properties
 
 
-@search(600)
+@search(400)
 @given(case=odd())
 def test_any_call_is_refused_before_it_runs_or_keeps_its_promises(case: Case) -> None:
     decoder = build_decoder(*case.decoder)
@@ -467,7 +467,7 @@ def test_what_contradicts_nothing_is_done() -> None:
     """And the search meets what it should: else it would say little."""
     met: Counter[Any] = Counter()
 
-    @search(800)
+    @search(500)
     @given(case=sensible())
     def keeps_its_promises(case: Case) -> None:
         decoder = build_decoder(*case.decoder)
@@ -499,7 +499,7 @@ def test_a_model_keeps_its_promises(case: Case) -> None:
 BEGINS_IN_PADDING = {"sequence_bias": {(0, 4, i): -10000.0 for i in range(1, 4)}, "max_new_tokens": 3}
 
 
-@search(350)
+@search(200)
 @example(case=Case((5, 8, "random", 1, (), None), [[4], [1, 2, 3]], (0, 1), BEGINS_IN_PADDING, [], []))
 @given(case=sensible(("random", "random", "impossible tokens", "model"), do_sample=False))
 def test_rows_do_not_influence_each_other(case: Case) -> None:

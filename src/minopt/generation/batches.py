@@ -1,4 +1,4 @@
-"""Cutting many rows of unequal length into batches."""
+"""Cuts many rows of unequal length into batches."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from minopt.config import is_int
 # Tokens that a batch holds at most unless its caller says otherwise: keys and values of opt-125m in float32 are 0.6 GB.
 MAX_BATCH_TOKENS = 8192
 
-# Batches among whose rows those of like length are sought, where results are to come in order: what waits in memory.
+# If results come in order, rows of like length are searched only within this many batches, which wait in memory.
 POOLED_BATCHES = 8
 
 
 def cut_batches(
     lengths: Sequence[int], batch_size: int | None = None, max_batch_tokens: int | None = None, in_order: bool = False
 ) -> list[list[int]]:
-    """Indices of rows, in batches of rows of like length, that of the longest first: what does not fit fails at once.
+    """Indices of rows, in batches of rows of like length. The longest come first: a lack of memory shows at once.
 
     Args:
         lengths: of each row, in tokens.
         batch_size: the most rows in a batch; ``None`` is no limit.
         max_batch_tokens: the most tokens in a batch, padding included; a longer row is a batch of its own. ``None``
             is ``MAX_BATCH_TOKENS``, or no limit beside a ``batch_size``.
-        in_order: look for rows of like length only among those of the next few batches, which come in turn.
+        in_order: cut each few batches from rows next to each other, and keep the order of these groups.
 
     Raises:
         ValueError: if a limit is not positive.
@@ -40,7 +40,7 @@ def cut_batches(
 
 
 def _pools(lengths: Sequence[int], batch_size: int | None, max_batch_tokens: int | None) -> list[range]:
-    """Rows next to each other, of some batches."""
+    """Ranges of neighbouring rows, each enough for ``POOLED_BATCHES`` batches."""
     begin, tokens, pools = 0, 0, []
     for index, length in enumerate(lengths, 1):
         tokens += length

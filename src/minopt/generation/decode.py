@@ -70,7 +70,7 @@ def generate(
     generator: torch.Generator | None = None,
     **options: Any,
 ) -> GenerationOutput:
-    """Continues each row of ``input_ids``. A model in ``train()`` mode drops out here too: call ``eval()`` first.
+    """Continues each row of ``input_ids``. Dropout is active if the model is in training mode: call ``eval()`` first.
 
     Args:
         decoder: usually an ``OPT``.
@@ -126,8 +126,8 @@ def run(request: Request) -> GenerationOutput:
 def _look_every(request: Request) -> int:
     """How many steps may pass until the host looks whether any row goes on.
 
-    One on a CPU, where looking costs nothing; where somebody's own function or the clock must not meet a step behind
-    the last; and where the host has to know each token.
+    One on a CPU, where this costs nothing. One if a user's function or the clock must not see a step behind the last
+    one, or if the host has to know each token.
     """
     config = request.config
     is_seen = request.logits_processor or request.stopping_criteria or config.max_time is not None
@@ -140,8 +140,8 @@ def _look_every(request: Request) -> int:
 def decode_steps(request: Request, look_every: int = 1) -> Iterator[Step]:
     """The loop of greedy decoding and sampling: yields each step as it is made, until every row has ended.
 
-    With ``look_every`` above 1 it is so many steps, or fewer, until the host learns of an end or of scores that are no
-    numbers: up to ``look_every - 1`` steps without any new token may come behind the last one.
+    The host checks every ``look_every`` steps whether all rows have ended and whether scores are numbers. So up to
+    ``look_every - 1`` steps without a new token may follow the last one.
     """
     decoder, config, copies = request.decoder, request.config, request.config.num_return_sequences
     (B, T), N = request.input_ids.shape, config.max_new_tokens
@@ -174,7 +174,7 @@ def decode_steps(request: Request, look_every: int = 1) -> Iterator[Step]:
         found = _asked_for(config, logits, scores, tokens)
         sequences[:, length] = tokens
         ends = stopper(tokens, step + 1, sequences[:, : length + 1])
-        if look_every > 1 or not (all_run and _all_go_on(best, ends)):  # until a row ends, the tensors of before hold
+        if look_every > 1 or not (all_run and _all_go_on(best, ends)):  # until a row ends, only tokens change
             has_token = best.abs() < torch.inf
             broken_at = broken_at.where(~running | has_token | (best == -torch.inf), step)
             is_new = running & has_token
@@ -212,18 +212,18 @@ def _asked_for(config: GenerationConfig, logits: Tensor, scores: Tensor, tokens:
 
 
 def _all_go_on(best: Tensor, ends: Tensor) -> bool:
-    """Whether each row has a token and goes on: looked up on the host, where it costs less than a few small kernels."""
+    """Whether each row has a token and goes on. Compared in Python: cheaper than a few small kernels."""
     return all(-math.inf < score < math.inf for score in best.tolist()) and not any(ends.tolist())
 
 
 def _random_numbers(steps: int, rows: int, request: Request) -> Tensor:
-    """All that sampling may need, ``[steps, rows, 1]``: a generator moves on by as much, whenever the rows end."""
+    """All random numbers of a call, ``[steps, rows, 1]``: a generator moves on by as many, whenever the rows end."""
     device, generator = request.decoder.device, request.generator
     return request.decoder.agreed(torch.rand(steps, rows, 1, dtype=torch.float64, device=device, generator=generator))
 
 
 def _draw(scores: Tensor, at: Tensor) -> Tensor:
-    """A token of each row, by its probability. Rows whose scores are no numbers draw any, which is not used.
+    """A token of each row, by its probability. Rows whose scores are no numbers draw any token, which is not used.
 
     By the inverse of the cumulated distribution, in float64, ``at [R, 1]`` from 0 to 1: one random number a row, where
     ``torch.multinomial`` takes one for each token of the vocabulary.

@@ -1,8 +1,8 @@
-"""Prompt lookup: what followed the newest tokens where they stood before is a draft, which the model reads in one pass.
+"""Prompt lookup: where the newest tokens stand earlier in the text, the tokens behind them there are a draft.
 
-After Saxena 2023 (github.com/apoorvumang/prompt-lookup-decoding) and, for the check of drafts, Leviathan et al. 2023
-(arXiv 2211.17192). The loop of ``decode_steps`` knows nothing of it: it asks for the logits behind each token that it
-has chosen, and finds those of a draft that came true here already. So every rule and every end acts as without.
+The model reads a draft in one pass. After Saxena 2023 (github.com/apoorvumang/prompt-lookup-decoding) and, for the
+check of drafts, Leviathan et al. 2023 (arXiv 2211.17192). ``decode_steps`` asks for the logits behind each token that it has
+chosen. If a draft was right, they are here already. So every rule and every stop condition acts as without drafts.
 
 Shapes: B rows, K tokens read at once, T prompt tokens (padding included), S tokens so far, V vocabulary.
 """
@@ -21,7 +21,7 @@ from minopt.masks import causal_mask, positions, with_new_tokens
 
 
 class Text:
-    """The tokens of a row, without padding, and where each of them stands."""
+    """The tokens of a row, without padding, and the places of each."""
 
     def __init__(self, ids: Iterable[int]) -> None:
         self.ids: list[int] = []
@@ -34,10 +34,9 @@ class Text:
         self.ids.append(token)
 
     def draft(self, ngram_size: int, count: int) -> list[int]:
-        """What followed the n-gram of its end where that stood before: the longest one, and of those the latest.
+        """What followed the longest n-gram of the text's end at its latest earlier place; empty if there is none.
 
-        Goes on with the draft itself where the text ends, as a text that repeats itself does. Empty if even the last
-        token is new.
+        Where the text ends, the draft goes on with itself, as a text that repeats itself does.
         """
         longest, start = 0, 0
         for place in reversed(self.places[self.ids[-1]][:-1]):
@@ -57,17 +56,17 @@ class Text:
 
 
 class PromptLookup:
-    """Reads the tokens that greedy decoding chooses; those of a draft that comes true, it has read before.
+    """Reads the tokens that greedy decoding chooses; the tokens of a right draft are read already.
 
-    Rows go on along their drafts as long as those of all are right, and draft only if each finds something: a pass has
-    one length, and so has the cache.
+    A pass has one length, and so has the cache: there is a draft only if each running row finds one, and it is used as
+    long as it is right in all running rows.
 
     Args:
         request: of B rows, whose prompts ``cache`` has read.
         cache: with room for the prompts and all new tokens.
 
     Attributes:
-        drafted, accepted: of each row, how many tokens were drafted, and how many of them spared a pass.
+        drafted, accepted: for each row, how many tokens were drafted, and how many of them saved a pass.
     """
 
     def __init__(self, request: Request, cache: KVCache) -> None:
@@ -79,9 +78,9 @@ class PromptLookup:
         self.real = with_new_tokens(request.attention_mask, config.max_new_tokens)
         rows = zip(request.input_ids.tolist(), request.padding(1).tolist(), strict=True)
         self.texts = [Text(ids[padding:]) for ids, padding in rows]
-        # What is yet to come true, from the last to the next: a token of each row, and the logits [B, V] behind it.
+        # The rest of the draft, the next token last: a token of each row, and the logits [B, V] behind it.
         self.ahead: list[tuple[tuple[int, ...], Tensor]] = []
-        self.came_true = 0  # tokens of the newest draft
+        self.came_true = 0  # accepted tokens of the newest draft
         self.drafted, self.accepted = [0] * B, [0] * B
 
     def read(self, tokens: Tensor, running: Tensor) -> Tensor:
@@ -89,7 +88,7 @@ class PromptLookup:
 
         Args:
             tokens: ``[B]``.
-            running: ``[B]``, whether a row goes on; what one that has ended gets has no meaning.
+            running: ``[B]``, whether a row goes on. The logits of a row that has ended have no meaning.
         """
         newest, rows = tokens.tolist(), [row for row, runs in enumerate(running.tolist()) if runs]
         for text, token in zip(self.texts, newest, strict=True):
@@ -106,11 +105,11 @@ class PromptLookup:
         return self._read_with_drafts(tokens, rows)
 
     def counts(self) -> dict[str, tuple[int, ...]]:
-        """The parts of a ``Step`` that say how far drafts came true."""
+        """The parts of a ``Step`` about drafts."""
         return {"drafted_tokens": tuple(self.drafted), "accepted_tokens": tuple(self.accepted)}
 
     def _read_with_drafts(self, tokens: Tensor, rows: list[int]) -> Tensor:
-        """Logits behind the newest tokens; those behind drafts are kept for later."""
+        """Logits behind the newest tokens. Those behind drafted tokens are kept for later."""
         drafts = self._drafts(rows)
         if not drafts:
             ids = tokens[:, None]
@@ -128,16 +127,16 @@ class PromptLookup:
         return first
 
     def _drafts(self, rows: list[int]) -> list[tuple[int, ...]]:
-        """A token of each row a step; none, if there is a row without any. ``rows`` are those that go on."""
+        """The drafts: for each step a token of each row. Empty if one of ``rows``, which run, finds none."""
         count = min(self.most, self.end - self.length - 1)  # one more token is chosen behind a draft
         if self.request.decoder.device.type == "cpu":
-            # There a pass takes longer the more it reads: a draft is as long as the one before lets hope. Of six such
-            # rules this did best over texts that copy and such that do not.
+            # On a CPU a pass takes longer the more it reads, so the draft length adapts: twice the tokens accepted last
+            # time, plus two. Of six rules this was the fastest over texts that copy their prompt and texts that do not.
             count = min(count, 2 * self.came_true + 2)
         drafts = [[self.request.pad_token_id] * count for _ in self.texts]
         for row in rows:
             drafts[row] = self.texts[row].draft(self.ngram_size, count)
-        return [*zip(*drafts, strict=False)]  # a row that finds nothing leaves nothing
+        return [*zip(*drafts, strict=False)]  # no longer than the shortest
 
 
 def _count(counts: list[int], rows: list[int], more: int) -> None:

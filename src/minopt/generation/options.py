@@ -190,8 +190,8 @@ def _out_of_range(options: Mapping[str, Any]) -> list[str]:
 def with_defaults(defaults: Mapping[str, Any], options: Mapping[str, Any]) -> GenerationConfig:
     """Options of a call over those of a model's ``generation_config.json``.
 
-    What a call asks for in vain is an error; what the file does is left out, for it may hold a temperature for when
-    sampling is asked for.
+    An option of the call that has no effect is an error. One of the file is left out: it may hold a temperature for
+    calls that sample.
 
     Raises:
         ValueError: if an option is unknown or makes no sense.
@@ -209,7 +209,7 @@ def with_defaults(defaults: Mapping[str, Any], options: Mapping[str, Any]) -> Ge
 def read_defaults(path: Path, rows: int = 2**31) -> dict[str, Any]:
     """The options in a ``generation_config.json`` as transformers writes it; ``{}`` if there is no such file.
 
-    What it holds beside, and would change tokens, is named in one warning.
+    One warning names all other settings that would change tokens.
 
     Args:
         path: of the file.
@@ -233,7 +233,7 @@ def read_defaults(path: Path, rows: int = 2**31) -> dict[str, Any]:
     return options
 
 
-# What transformers writes into the file and what changes no token here.
+# What transformers writes into the file that changes no token here.
 _IRRELEVANT = {
     "_from_model_config", "transformers_version", "bos_token_id", "use_cache", "cache_implementation", "cache_config",
     "return_dict_in_generate", "output_attentions", "output_hidden_states", "output_logits", "output_scores",

@@ -1,4 +1,4 @@
-"""One call of ``generate``, checked and made ready: what greedy decoding, sampling and beam search share.
+"""A checked call of ``generate``, which greedy decoding, sampling and beam search share; and the ``Decoder`` it drives.
 
 Shapes: B prompts, R rows (a prompt's continuations or beams side by side), T prompt tokens (padding included), S tokens
 so far, N new tokens, K beams, V vocabulary.
@@ -91,10 +91,10 @@ class GenerationOutput:
             any rule; if ``top_logprobs`` asked for them.
         top_logprobs: ``[R, N, top_logprobs]`` float32, theirs.
         drafted_tokens: with ``prompt_lookup_num_tokens``, how many tokens were drafted for each row.
-        accepted_tokens: and how many of them came true and spared a pass of the model: a row alone takes as many
+        accepted_tokens: how many of them were right, each of which saves a pass of the model: a row alone takes as many
             passes as it has new tokens, less these.
 
-    What stands behind a row's length has no meaning.
+    Numbers behind a row's length have no meaning.
     """
 
     sequences: Tensor
@@ -229,7 +229,7 @@ def prepare(
     input_ids, attention_mask = _fit(model.max_position_embeddings, input_ids, attention_mask, config, bos)
     eos = model.eos_token_ids if config.eos_token_id is None else config.eos_token_id
     eos = eos if isinstance(eos, tuple) else (eos,)
-    # What fills a row that has ended: any id would do, for nobody reads it.
+    # What fills a row that has ended: any id would do, for it has no meaning.
     pad = next(i for i in (config.pad_token_id, model.pad_token_id, *eos, 0) if i is not None)
     _check_ids(model.vocab_size, config, eos, pad)
     return Request(
@@ -329,7 +329,7 @@ def _fit(
 
 
 def _check_ids(vocab_size: int, config: GenerationConfig, eos: tuple[int, ...], pad: int) -> None:
-    """What only the model can tell of the options: which ids there are."""
+    """Checks of options that depend on the model's vocabulary."""
     if config.stop_strings:
         raise ValueError("stop_strings: ids have no text. Call LanguageModel.generate, or give stopping_criteria.")
     forced = () if config.forced_bos_token_id is None else (config.forced_bos_token_id,)
@@ -355,7 +355,7 @@ def _check_ids(vocab_size: int, config: GenerationConfig, eos: tuple[int, ...], 
 
 
 def refuse(is_broken: bool, step: int) -> None:
-    """Raises ``ValueError`` if it is so: nothing can be chosen among scores that are NaN or infinite."""
+    """Raises ``ValueError`` if scores are broken: no token can be chosen among NaN or infinity."""
     if is_broken:
         raise ValueError(
             f"scores: expected numbers, got NaN or infinity at new token {step}. In float16 a model may overflow: load "

@@ -2,8 +2,8 @@
 
 Shapes: R rows (beams included), S tokens so far (padding and prompt included), V vocabulary, n size of an n-gram, W
 windows of that size. Scores are float32 ``[R, V]``: logits, or log-probabilities in beam search. What a rule excludes
-becomes ``-inf``. No rule changes what it is given. Semantics are those of transformers' processors, but for padding,
-which no rule here takes for text.
+becomes ``-inf``. No rule changes its arguments. Results are those of transformers' processors, except that padding
+never counts as text here.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def build_rules(
         rules.append(lambda ids, scores: suppress(scores, banned))
     rules += map(_on_a_copy, logits_processor)
     if config.do_sample:
-        # Beams need one more token than can end them, or a narrow filter leaves none to go on with.
+        # A beam needs one token more than can end it, or a narrow filter leaves none to continue it.
         least = max(2, len(eos_token_ids) + 1) if config.num_beams > 1 else 1
         if config.temperature != 1.0:
             rules.append(lambda ids, scores: scores / config.temperature)
@@ -83,7 +83,7 @@ def build_rules(
 
 
 def _on_a_copy(rule: Rule) -> Rule:
-    """A user's rule may change the scores that it is given, which are not its own."""
+    """Gives a user's rule its own copy of the scores, which it may change, and checks its result."""
 
     def checked(ids: Tensor, scores: Tensor) -> Tensor:
         found = rule(ids, scores.clone())
@@ -150,9 +150,9 @@ def block_ngrams(ids: Tensor, scores: Tensor, start: Tensor | None, size: int) -
     for offset in range(size - 1):
         conditions.append(ids[:, offset : offset + windows] == ids[:, windows + offset, None])
     repeated = reduce(torch.Tensor.bitwise_and_, conditions) if conditions else torch.ones_like(ids, dtype=torch.bool)
-    if repeated.device.type == "cpu" and not bool(repeated.any()):  # a GPU would wait to say so
+    if repeated.device.type == "cpu" and not bool(repeated.any()):  # on a GPU this would wait for it
         return scores
-    # Adding 0 where nothing matches needs no index of matches, whose number only the device knows.
+    # Adding 0 where nothing matches: an index of the matches would have a size that only the device knows.
     excluded = torch.zeros_like(repeated, dtype=scores.dtype).masked_fill_(repeated, -torch.inf)
     return scores.scatter_add(1, ids[:, size - 1 :], excluded)
 
@@ -180,8 +180,8 @@ def keep_top_p(scores: Tensor, p: float, least: int = 1) -> Tensor:
 
     Nucleus sampling (Holtzman et al. 2019, arXiv 1904.09751), in float64: thousands of probabilities are added.
     """
-    if scores.shape[1] > NUCLEUS and scores.device.type == "cpu":  # a GPU would wait to say whether they are enough
-        # Mostly a few tokens have p between them, and the others need no order among themselves.
+    if scores.shape[1] > NUCLEUS and scores.device.type == "cpu":  # on a GPU the check below would wait for it
+        # Mostly a few tokens have p together. The others need not be sorted.
         probabilities, order = scores.softmax(-1, dtype=torch.float64).topk(NUCLEUS)
         up_to = probabilities.cumsum(-1)
         if bool((up_to[:, -1] >= p).all()):
@@ -200,7 +200,7 @@ def keep_min_p(scores: Tensor, p: float, least: int = 1) -> Tensor:
 
     Nguyen et al. 2024, arXiv 2407.01082.
     """
-    exact = scores.double()  # a difference of two scores is the logarithm of how their probabilities compare
+    exact = scores.double()  # a difference of scores is the logarithm of a ratio of probabilities
     dropped = exact - exact.amax(-1, keepdim=True) < (math.log(p) if p > 0 else -math.inf)
     dropped.scatter_(1, scores.topk(min(least, scores.shape[-1])).indices, False)
     return scores.masked_fill(dropped, -torch.inf)
