@@ -377,9 +377,6 @@ def test_beams_that_are_wide_enough_find_the_best_of_all_texts_in_order(
         assert {len(h.tokens) for h in of_row} >= {length - 1, length}
 
 
-# --- what comes with the hypotheses is theirs
-
-
 # --- the cache
 
 

@@ -364,28 +364,6 @@ def test_processors_of_transformers_work_as_they_are() -> None:
     assert torch.equal(found.sequences, generate(Script(logits), ids, suppress_tokens=top, **options).sequences)
 
 
-def test_own_rules_see_all_tokens_and_what_the_other_rules_left() -> None:
-    """Those of sampling act behind them."""
-    seen: list[tuple[list[list[int]], Tensor]] = []
-
-    def rule(ids: Tensor, scores: Tensor) -> Tensor:
-        seen.append((ids.tolist(), scores))
-        return torch.full_like(scores, -torch.inf).index_fill(1, torch.tensor([30, 31]), 4.0)
-
-    decoder = say([[10, 11], [12, 13]])
-    found = generate(
-        decoder, torch.tensor([[5], [6]]), max_new_tokens=2, suppress_tokens=(10,), logits_processor=rule,
-        do_sample=True, temperature=2.0, top_k=0, output_scores=True, seed=0,
-    )  # fmt: skip
-    new = found.sequences[:, 1:].tolist()
-    assert {token for row in new for token in row} <= {30, 31}
-    assert [ids for ids, _ in seen] == [[[5], [6]], [[5, new[0][0]], [6, new[1][0]]]]
-    assert (seen[0][1].dtype, seen[0][1].shape) == (torch.float32, (2, V))
-    assert seen[0][1][0, 9:12].tolist() == [0, -torch.inf, 0]
-    assert found.scores is not None
-    assert found.scores[..., 29:33].tolist() == [[[-torch.inf, 2, 2, -torch.inf]] * 2] * 2
-
-
 @pytest.mark.parametrize("name", ["logits_processor", "stopping_criteria"])
 @pytest.mark.parametrize("given", [5, [5], "ab", [len, None], torch.ones(1), map(len, [])], ids=repr)
 def test_what_cannot_be_called_is_refused(name: str, given: Any) -> None:

@@ -46,7 +46,7 @@ def test_all_that_comes_out_is_the_same() -> None:
     """Bit by bit, behind the ends of rows too; and neither the cache nor the generator knows of more or less."""
     met: Counter[str] = Counter()
 
-    @of_examples(300)
+    @of_examples(600)
     @given(case=sensible(), steps=st.sampled_from((2, 3, 8, 100)))
     def is_the_same(case: Case, steps: int) -> None:
         case.options |= {"num_beams": 1}

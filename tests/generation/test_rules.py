@@ -171,18 +171,6 @@ def test_sequences_longer_than_the_row_change_nothing() -> None:
     assert changed.nonzero().tolist() == [[0, 3], [0, 4]]
 
 
-@pytest.mark.parametrize("prompt_length", [1, 2, 5])
-def test_the_first_token_is_forced_behind_a_prompt_of_one_token_only(prompt_length: int) -> None:
-    (rule,) = build_rules(GenerationConfig(forced_bos_token_id=7), prompt_length, NO_PADDING, EOS)
-    for length in range(prompt_length, prompt_length + 3):
-        found = rule(IDS[:, :length], SCORES["random"])
-        if length == 1:
-            assert found.isfinite().nonzero().tolist() == [[0, 7], [1, 7], [2, 7]]
-            assert found[:, 7].tolist() == [0.0] * 3
-        else:
-            assert torch.equal(found, SCORES["random"])
-
-
 @pytest.mark.parametrize(
     ("options", "eos"),
     [({}, EOS), (sampling(), EOS), ({"min_new_tokens": 3}, ()), ({"num_beams": 4}, EOS)],

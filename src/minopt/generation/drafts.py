@@ -1,8 +1,8 @@
 """Prompt lookup: where the newest tokens stand earlier in the text, the tokens behind them there are a draft.
 
 The model reads a draft in one pass. After Saxena 2023 (github.com/apoorvumang/prompt-lookup-decoding) and, for the
-check of drafts, Leviathan et al. 2023 (arXiv 2211.17192). ``decode_steps`` asks for the logits behind each token that it has
-chosen. If a draft was right, they are here already. So every rule and every stop condition acts as without drafts.
+check of drafts, Leviathan et al. 2023 (arXiv 2211.17192). ``decode_steps`` asks for the logits behind each token that
+it has chosen. If a draft was right, they are here already. So rules and stop conditions act as without drafts.
 
 Shapes: B rows, K tokens read at once, T prompt tokens (padding included), S tokens so far, V vocabulary.
 """
