@@ -1,7 +1,7 @@
 """Deletes each form of the decoder in turn and runs the other tests: ``python tests/delete_forms.py [pytest args]``.
 
-A form is its files, its row in ``minopt.loading.FORMS`` and its tests: files of tests, and tests elsewhere that are
-marked ``form("its name")``. Forms that are built on another are deleted with it.
+A form is its files, its row in ``minopt.loading.FORMS`` and its file of tests. Forms that are built on another one are
+deleted with it. Tests of the command line that load a form (``--offload``, ``minopt export``) fail without it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Deletion:
     Attributes:
         rows: names in ``FORMS``.
         modules: below ``minopt``.
-        tests: files below ``tests``.
+        tests: files in ``tests/inference``.
         lines: pieces of lines elsewhere, by file, that offer the form to users.
     """
 

@@ -937,8 +937,8 @@ def test_a_config_goes_before_the_files_defaults_and_after_single_options(lm: mi
 def test_what_an_object_is_is_said_in_a_line_or_a_few() -> None:
     lm = minopt.load(minopt.DEMO, device="cpu")
     assert repr(lm) == (
-        "LanguageModel(FastOPT of 4 layers, hidden size 256, vocabulary of 2048, on cpu; tokenizer: "
-        "Tokenizer(2048 tokens, bos_token_id=2, eos_token_id=2, pad_token_id=1))"
+        f"LanguageModel({type(lm.decoder).__name__} of 4 layers, hidden size 256, vocabulary of 2048, on cpu; "
+        "tokenizer: Tokenizer(2048 tokens, bos_token_id=2, eos_token_id=2, pad_token_id=1))"
     )
     assert repr(lm.model.new_cache(2, 9)) == "KVCache(2 rows, 0 of 9 tokens, torch.float32, cpu)"
     assert repr(open_checkpoint(Path(minopt.DEMO))) == f"Checkpoint({minopt.DEMO!r}, 68 tensors)"

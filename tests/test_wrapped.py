@@ -80,7 +80,7 @@ def test_what_is_no_opt_is_named(name: str, model: OPT, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("use", [minopt.load, minopt.load_model, lambda m: minopt.export_model(m, "nowhere")])
+@pytest.mark.parametrize("use", [minopt.load, minopt.load_model])
 def test_a_model_where_its_name_is_wanted_is_named(use: Any, model: OPT) -> None:
     with pytest.raises(ValueError, match=r"^model: expected a folder or a name on the hub, got OPT\. Save a model"):
         use(model)
