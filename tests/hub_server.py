@@ -11,6 +11,7 @@ import json
 import re
 import socket
 import struct
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -23,6 +24,13 @@ _NAME = r"(?P<name>[\w.-]+(?:/[\w.-]+)??)"
 _API = re.compile(rf"/api/models/{_NAME}(?:/(?P<what>revision|tree)/(?P<revision>[^/]+))?")
 _FILE = re.compile(rf"/{_NAME}/resolve/(?P<revision>[^/]+)/(?P<file>.+)")
 _RANGE = re.compile(r"bytes=(\d+)-(\d*)")
+_ANSWERS: dict[str, tuple[int, bytes, dict[str, str]]] = {
+    "page": (200, b"<html>Please log in.</html>", {"Content-Type": "text/html"}),
+    "busy": (429, b"", {"Retry-After": "3600"}),
+    "late": (429, b"", {"RateLimit": '"api";r=0;t=3600'}),
+    "away": (302, b"", {"Location": "/api/models/tester/hang"}),
+    "packed": (200, b"", {"Content-Encoding": "gzip, gzip"}),
+}
 _IDLE_SECONDS = 20  # a client that says nothing for that long is dropped
 
 
@@ -107,12 +115,15 @@ class Hub:
         self.statuses[name] = status
 
     def misbehave(self, name: str, where: str, how: str) -> None:
-        """Answers badly when a repository's "info" or "GET" of a file is asked for.
+        """Answers badly when a repository's "info", "tree" or "HEAD" or "GET" of a file is asked for.
 
         Args:
             name: of the repository.
             where: what is answered badly.
-            how: "hang" says nothing, "stall" stops in mid body, "page" sends a web page.
+            how: "hang" says nothing, "stall" stops in mid body, "drip" sends a byte now and then, "page" a web page,
+                "endless" 300 MB of a list, "bomb" the same compressed, "pages" lists that go on elsewhere,
+                "busy" and "late" ask to come again in an hour, "away" leads to "tester/hang", "packed" is compressed
+                twice.
         """
         self.faults[name] = (where, how)
 
@@ -187,11 +198,21 @@ class _Handler(BaseHTTPRequestHandler):
         self._send_file(parts["name"], parts["file"], commit, files[parts["file"]])
 
     def _misbehave(self, how: str) -> None:
-        if how == "page":
-            return self._send(200, b"<html>Please log in.</html>", {"Content-Type": "text/html"})
+        if how in _ANSWERS:
+            return self._send(*_ANSWERS[how])
+        if how == "pages":
+            return self._send(200, b"[]", {"Link": f'<{self.server.hub.url}{self.path}>; rel="next"'})
         if how == "stall":
             self._send(200, bytes(10**6), {"ETag": '"0"', "X-Repo-Commit": "0" * 40}, sent=10)
-        self.server.hub.stopped.wait(_IDLE_SECONDS)
+        if how in ("endless", "bomb"):
+            encoding = "gzip" if how == "bomb" else "identity"
+            self._send(200, b"", {"Content-Encoding": encoding, "Content-Length": str(2**30)})
+            packer = zlib.compressobj(1, wbits=31)
+            for _ in range(300):
+                self.wfile.write(packer.compress(bytes(10**6)) if how == "bomb" else bytes(10**6))
+            return None
+        while not self.server.hub.stopped.wait(0.2 if how == "drip" else _IDLE_SECONDS) and how == "drip":
+            self.wfile.write(b"H")
 
     def _refuse(self, status: int, code: str | None, message: str) -> None:
         headers = {"X-Error-Message": message.splitlines()[0]} | ({"X-Error-Code": code} if code else {})
@@ -217,7 +238,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _send(self, status: int, body: bytes, headers: Mapping[str, str], sent: int | None = None) -> None:
         """Sends an answer, or its first ``sent`` bytes under the headers of the whole."""
         self.send_response(status)
-        for key, value in (headers | {"Content-Length": str(len(body))}).items():
+        for key, value in ({"Content-Length": str(len(body))} | headers).items():
             self.send_header(key, value)
         self.end_headers()
         if self.command == "GET":

@@ -43,7 +43,7 @@ RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
 
 # What a function may import: heavy or optional things, and in the command line the library itself.
 LAZY = {
-    "minopt.checkpoint.hub": {"huggingface_hub"},
+    **{f"minopt.checkpoint.{name}": {"huggingface_hub"} for name in ("hub", "hub_watch")},
     "minopt.progress": {"tqdm"},
     **{f"minopt.cli.{verb}": {"minopt"} for verb in ("checkpoints", "evaluate", "finetune")},
     **{f"minopt.cli.{verb}": {"minopt", "torch"} for verb in ("generate", "plan")},

@@ -10,7 +10,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,12 +36,20 @@ TOKEN = "hf_of_the_test"
 
 # Makes each of the calls given as JSON, and prints as JSON what came of it: logits and folder, or the error.
 SCRIPT = f"""
-import json, sys
+import json, sys, time
 import torch
 import minopt
 from minopt.checkpoint.hub import find_model
 
+def peak_bytes():
+    try:
+        import resource
+    except ImportError:  # on Windows
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
 for call in json.loads(sys.argv[1]):
+    begun = time.monotonic()
     try:
         logits = torch.tensor([])
         if "config_only" not in call:
@@ -52,18 +59,21 @@ for call in json.loads(sys.argv[1]):
         print(json.dumps({{"logits": logits.tolist(), "folder": str(find_model(**call))}}))
     except Exception as error:
         kinds = [kind.__name__ for kind in type(error).__mro__]
-        print(json.dumps({{"kinds": kinds, "message": str(error)}}))
+        costs = {{"seconds": time.monotonic() - begun, "peak_bytes": peak_bytes()}}
+        print(json.dumps({{"kinds": kinds, "message": str(error)}} | costs))
 """
 
 
 @dataclass
 class Outcome:
-    """What came of one call: ``logits`` and ``folder``, or the ``message`` of an error and its classes' names."""
+    """What came of one call: ``logits`` and ``folder``, or the ``message`` of an error, its classes and its costs."""
 
     logits: Any = None
     folder: str = ""
     kinds: tuple[str, ...] = ()
     message: str = ""
+    seconds: float = 0.0
+    peak_bytes: int = 0
 
     def assert_logits_of(self, reference: Any) -> None:
         """That the model loaded computes what transformers does."""
@@ -325,29 +335,41 @@ def test_without_a_connection_the_cache_is_used(published: Published) -> None:
     cold.assert_error("ConnectionError", "tester/private", "no such folder", "the connection to the hub failed")
 
 
+# What is answered badly, how, and what the error says.
 BAD = {
     "hang": ("info", "hang", "timed out"),
     "page": ("info", "page", "its answer is not a hub's"),
-    "stall": ("GET", "stall", "timed out"),
+    "drip": ("info", "drip", "almost nothing has come for 3 seconds"),
+    "endless": ("info", "endless", "its list of files has no end"),
+    "bomb": ("info", "bomb", "its list of files has no end"),
+    "packed": ("info", "packed", "compressed in a way that was not asked for"),
+    "pages": ("tree", "pages", "its list of files has no end"),
+    "busy": ("tree", "busy", "status 429, it asks to wait 3600 seconds"),
+    "late": ("tree", "late", "status 429, it asks to wait 3600 seconds"),
+    "head": ("HEAD", "hang", "almost nothing has come for 3 seconds"),
+    "stall": ("GET", "stall", "almost nothing has come for 3 seconds"),
+    "away": ("GET", "away", "almost nothing has come for 3 seconds"),
+    "large": ("", "", "config.json is larger than 20,000,000 bytes"),
 }
 
 
-def test_a_hub_that_does_not_answer_is_one_line_in_seconds_and_a_copy_in_the_cache_is_used(
+def test_a_hub_that_is_slow_or_sends_without_end_is_one_line_in_seconds_and_a_copy_in_the_cache_is_used(
     published: Published,
 ) -> None:
     """With a token that is not valid, which the hub says."""
+    hub = published.hub
     for label, (where, how, _) in BAD.items():
-        hub = published.hub
-        hub.add(f"tester/{label}", dict.fromkeys(["config.json", "model.safetensors"], b"{}"))
+        config = bytes(21_000_000) if label == "large" else b"{}"
+        hub.add(f"tester/{label}", {"config.json": config, "model.safetensors": b"{}"})
         hub.misbehave(f"tester/{label}", where, how)
-    hub.misbehave("tester/shards", "info", "hang")
+    hub.misbehave("tester/shards", "info", "drip")
     calls = [*({"name_or_path": f"tester/{label}"} for label in BAD), LOADED["shards"], call_of("private")]
     settings = {"HF_HUB_ETAG_TIMEOUT": "1", "HF_HUB_DOWNLOAD_TIMEOUT": "1", "HF_TOKEN": "hf_of_yesterday"}
-    begun = time.monotonic()
     *outcomes, cached, private = call_load_model(hub.url, published.home, *calls, **settings)
-    assert time.monotonic() - begun < 90  # with huggingface_hub's own limits, the first alone would not end
     for label, outcome in zip(BAD, outcomes, strict=True):
         outcome.assert_error("ConnectionError", f"tester/{label}", "hub failed", "Check the name", BAD[label][2])
+        assert outcome.seconds < 15, label  # huggingface_hub's own limits and retries take minutes
+    assert outcomes[-1].peak_bytes - outcomes[0].peak_bytes < 150e6
     cached.assert_logits_of(published.references["shards"])
     private.assert_error("PermissionError", "tester/private", "Invalid credentials", "hf auth login")
 

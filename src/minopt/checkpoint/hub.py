@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
 
 from minopt.checkpoint.divided import METADATA
 from minopt.checkpoint.errors import MissingFileError, first_line, some
 from minopt.checkpoint.find import LAYOUTS, METASEQ, PICKLES, SAFETENSORS, check_link, no_weights, parts_of
+from minopt.checkpoint.hub_watch import HubWatch
 from minopt.config import PRESETS
 from minopt.progress import say_on_terminal
 from minopt.strangers import MANIFEST, unfinished_run
@@ -40,7 +39,8 @@ def find_model(
 ) -> Path:
     """Where a model lies: a local folder or file, or its folder in the hub's cache, downloaded if it is not there yet.
 
-    A request that is not answered ends after ``HF_HUB_ETAG_TIMEOUT`` or ``HF_HUB_DOWNLOAD_TIMEOUT`` seconds.
+    A hub that sends almost nothing is given up after three times the longer of ``HF_HUB_ETAG_TIMEOUT`` and
+    ``HF_HUB_DOWNLOAD_TIMEOUT``; then a copy in the cache is used, or a ConnectionError is raised.
 
     Args:
         name_or_path: see ``minopt.load_model``.
@@ -137,20 +137,21 @@ def _find_on_hub(name: str, revision: str | None, local_files_only: bool, config
                                   f"with a connection.{_meant(name)}")  # fmt: skip
         return folder
     say_on_terminal(f"minopt: {name}: contacting the hub ({constants.ENDPOINT})")
-    with _time_limits(constants.HF_HUB_ETAG_TIMEOUT):
-        try:
+    try:
+        with HubWatch():
             files = [file.rfilename for file in HfApi().model_info(name, revision=revision).siblings or ()]
-        except Exception as error:  # of any kind, if the answer is not a hub's
-            folder = None if isinstance(error, RevisionNotFoundError) else _cached(name, revision)
-            if folder is None:
-                raise _explained(name, revision, error) from None
-            logger.warning("%s: the hub cannot be asked (%s); the copy in its cache is used.", name, first_line(error))
-            return folder
-        try:
+    except Exception as error:  # of any kind, if the answer is not a hub's
+        folder = None if isinstance(error, RevisionNotFoundError) else _cached(name, revision)
+        if folder is None:
+            raise _explained(name, revision, error) from None
+        logger.warning("%s: the hub cannot be asked (%s); the copy in its cache is used.", name, first_line(error))
+        return folder
+    try:
+        with HubWatch():
             patterns = ["config.json"] if config_only else [*_TEXT_FILES, *_weights(files)]
             return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
-        except Exception as error:
-            raise _explained(name, revision, error) from None
+    except Exception as error:
+        raise _explained(name, revision, error) from None
 
 
 def _weights(files: Sequence[str]) -> Sequence[str]:
@@ -159,24 +160,6 @@ def _weights(files: Sequence[str]) -> Sequence[str]:
         if {*patterns[:2]} & {*files}:
             return patterns
     return (METASEQ, f"*/{METASEQ}")
-
-
-@contextmanager
-def _time_limits(seconds: float) -> Iterator[None]:
-    """Ends requests that are not answered in time, also those that huggingface_hub gives no time limit."""
-    from huggingface_hub import get_session
-
-    def limit(request: Any) -> None:
-        given = request.extensions.get("timeout", {})
-        limits = {kind: given.get(kind) or seconds for kind in ("connect", "read", "write", "pool")}
-        request.extensions = {**request.extensions, "timeout": limits}
-
-    hooks = get_session().event_hooks["request"]
-    hooks.append(limit)
-    try:
-        yield
-    finally:
-        hooks.remove(limit)
 
 
 def _cached(name: str, revision: str | None) -> Path | None:
