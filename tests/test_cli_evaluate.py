@@ -132,6 +132,16 @@ def test_questions_to_answers_are_scored_by_rouge(
     assert (values["loss"], values["examples"]) == (pytest.approx(loss, rel=1e-4), 4)
 
 
+def test_the_table_says_what_the_json_says(dev_file: Path, capsys: Capture) -> None:
+    flags = ("--task", "squad", "--dev-file", dev_file, "--tgt-length", 4, "--per-device-eval-batch-size")
+    assert evaluate(*flags, 5, "--json") == 0
+    values = json.loads(capsys.readouterr().out)
+    assert evaluate(*flags, 2) == 0  # in other batches
+    table = {name: float(text) for name, text in (line.split() for line in capsys.readouterr().out.splitlines())}
+    assert list(table) == list(values)
+    assert table == pytest.approx(values, abs=2e-3)
+
+
 def test_two_processes_find_what_one_does_and_say_it_once(dev_file: Path, tmp_path: Path, capsys: Capture) -> None:
     """Five questions: one more in a process than in the other."""
     flags = ["--task", "squad", "--dev-file", str(dev_file), "--tgt-length", "4", "--json"]
@@ -163,6 +173,8 @@ def test_perplexity_is_that_of_the_library(name: str, lm: LanguageModel, tmp_pat
     values = json.loads(capsys.readouterr().out)
     assert values == {"perplexity": pytest.approx(expected.perplexity), "tokens": expected.tokens,
                       "windows": expected.windows}  # fmt: skip
+    other = window_perplexity(lm.model, lm.tokenizer.encode(text), 64)  # a .txt file is taken as it is
+    assert (values["perplexity"] == pytest.approx(other.perplexity, rel=1e-3)) == name.endswith(".txt")
     assert evaluate("--task", "perplexity", "--data", tmp_path / name, "--window", 64) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert lines == [["perplexity", f"{expected.perplexity:.4f}"], ["tokens", f"{expected.tokens:,}"],

@@ -20,6 +20,11 @@ from tests.conftest import KINDS, SIZE
 OPT_SIZES = ("125m", "350m", "1.3b", "2.7b", "6.7b", "13b", "30b", "66b", "175b")
 GALACTICA_SIZES = ("125m", "1.3b", "6.7b", "30b", "120b")
 PRESETS = [f"opt-{size}" for size in OPT_SIZES] + [f"galactica-{size}" for size in GALACTICA_SIZES]
+SHAPES = {  # layers, heads, hidden size
+    "125m": (12, 12, 768), "350m": (24, 16, 1024), "1.3b": (24, 32, 2048), "2.7b": (32, 32, 2560),
+    "6.7b": (32, 32, 4096), "13b": (40, 40, 5120), "30b": (48, 56, 7168), "66b": (64, 72, 9216),
+    "120b": (96, 80, 10240), "175b": (96, 96, 12288),
+}  # fmt: skip
 
 
 def count_parameters(config: OPTConfig) -> int:
@@ -59,6 +64,17 @@ def test_only_galactica_is_without_biases_and_norm_weights(name: str) -> None:
     assert config.activation_function == ("relu" if is_opt else "gelu")
     assert (config.vocab_size, config.bos_token_id) == ((50272, 2) if is_opt else (50000, 0))
     assert (config.max_position_embeddings, config.eos_token_ids, config.pad_token_id) == (2048, (2,), 1)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_each_size_has_the_shape_of_the_papers_and_350m_alone_is_post_norm(name: str) -> None:
+    """arXiv 2205.01068 (OPT) and 2211.09085 (Galactica); the narrow table of 350m is in its config.json alone."""
+    config, size = OPTConfig.preset(name), name.split("-")[1]
+    assert (config.num_hidden_layers, config.num_attention_heads, config.hidden_size) == SHAPES[size]
+    assert config.ffn_dim == 4 * config.hidden_size
+    assert config.do_layer_norm_before == (size != "350m")
+    assert config.embed_dim == (512 if size == "350m" else config.hidden_size)
+    assert (config == OPTConfig()) == (name == "opt-125m")
 
 
 def test_an_unknown_preset_is_answered_with_the_known_names() -> None:

@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from minopt import OPT, KVCache, OPTConfig
+from minopt import OPT, KVCache, OPTConfig, masks
+from minopt.config import ACTIVATIONS
 from minopt.model import POSITION_OFFSET
 from tests.conftest import KINDS, SIZE, build_ours, build_reference
 
@@ -86,6 +87,13 @@ def test_a_model_without_its_final_norm_is_that_of_transformers(kind: str) -> No
     ours, ids = build_ours(reference), ids_of(B, T)
     assert ours.final_layer_norm is None
     assert error(ours(ids), reference(ids).logits) <= 1e-10
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@torch.no_grad()
+def test_each_activation_goes_with_each_kind(kind: str, activation: str) -> None:
+    reference, ids = build_reference(kind, dtype=torch.float64, activation_function=activation), ids_of(B, T)
+    assert error(build_ours(reference)(ids), reference(ids).logits) <= 1e-10
 
 
 # --- negative controls: each of these mistakes must break the parity that the tests above find
@@ -296,13 +304,15 @@ def read_in_chunks(model: OPT, ids: Tensor, mask: Tensor | None, chunks: tuple[i
     return torch.cat(logits, dim=1)
 
 
-@pytest.mark.parametrize("padded", [False, True], ids=["no mask", "left padding"])
-@pytest.mark.parametrize("on_device", [False, True], ids=["int length", "tensor length"])
+@pytest.mark.parametrize(
+    ("dtype", "on_device", "padded"),
+    [*itertools.product([torch.float64], [False, True], [False, True]), (torch.float32, False, True)],
+)
 @torch.no_grad()
 def test_every_split_into_prefill_and_decode_gives_what_one_pass_gives(
-    kind: str, on_device: bool, padded: bool
+    kind: str, dtype: torch.dtype, on_device: bool, padded: bool
 ) -> None:
-    model, ids, capacity = build(kind), ids_of(2, 9), 11
+    model, ids, capacity = build(kind, dtype), ids_of(2, 9), 11
     assert len(splits(9)) == 256
     mask = torch.arange(capacity) >= torch.tensor([[4], [0]]) if padded else None
     whole = model(ids, None if mask is None else mask[:, :9])
@@ -312,7 +322,7 @@ def test_every_split_into_prefill_and_decode_gives_what_one_pass_gives(
         if on_device:
             cache.length = torch.tensor(0)
         logits = read_in_chunks(model, ids, mask, chunks, cache)
-        assert error(logits[real], whole[real]) <= 1e-10, chunks
+        assert error(logits[real], whole[real]) <= TOLERANCES[dtype], chunks
 
 
 @torch.no_grad()
@@ -328,26 +338,6 @@ def test_read_gives_the_logits_that_are_wanted(kind: str) -> None:
         expected = whole[:, begin:end].flatten(0, 1)
         assert error(found, expected if wanted is None else expected[wanted]) <= 1e-10
     assert cache.length == 6
-
-
-# --- beams of a prompt in one row of the cache
-
-# Which beam of before each beam goes on from, a step each: they go on twice, end, change places and become more.
-PARENTS = [
-    torch.tensor(parents)
-    for parents in (
-        [[0, 0, 0], [0, 0, 0]],
-        [[2, 0, 1], [1, 1, 1]],
-        [[0, 0, 2], [2, 1, 0]],
-        [[1, 1, 0, 2], [0, 2, 2, 1]],
-    )
-]
-
-
-def beams() -> tuple[list[Tensor], list[Tensor]]:
-    """Two prompts of unequal lengths, and the tokens ``[B, K]`` of each step."""
-    prompts = [ids_of(1, length, seed=length)[0] for length in (7, 4)]
-    return prompts, [ids_of(*parent.shape, seed=10 + n) for n, parent in enumerate(PARENTS)]
 
 
 # --- rows do not see each other, nor padding, nor other documents
@@ -371,6 +361,19 @@ def test_what_stands_under_padding_does_not_matter(kind: str) -> None:
     other = torch.where(mask, ids, ids_of(B, T, seed=1))
     assert not torch.equal(other, ids)
     assert torch.equal(model(ids, mask)[mask], model(other, mask)[mask])
+
+
+@pytest.mark.parametrize("past", [0, 2, torch.tensor(2)], ids=["prompt", "later", "tensor length"])
+def test_padding_takes_no_position_and_attends_at_least_to_itself(past: int | Tensor) -> None:
+    """Not every kernel gives finite numbers for a row that attends nowhere."""
+    real = torch.tensor([[0, 0, 0, 0, 0], [0, 0, 0, 1, 1], [1, 1, 0, 0, 1]])
+    tokens, device = 5 - int(past), torch.device("cpu")
+    places = torch.tensor([[-1, -1, -1, -1, -1], [-1, -1, -1, 0, 1], [0, 1, -1, -1, 2]])
+    assert torch.equal(masks.positions(real, past, tokens, device), places[:, -tokens:])
+    mask = masks.causal_mask(real, past, tokens, 5, device)
+    assert mask is not None
+    own, causal = torch.eye(5).bool()[-tokens:], torch.ones(5, 5).tril().bool()[-tokens:]
+    assert torch.equal(mask[:, 0], causal & real[:, None].bool() | own)
 
 
 @pytest.mark.parametrize("shared", [False, True], ids=["a mask a row", "one mask"])

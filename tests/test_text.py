@@ -126,7 +126,10 @@ REFUSED: list[tuple[Callable[[Any], Any], str]] = [
         lambda lm: lm.generate("x", generator=torch.Generator()),
         "a generator acts on sampling only",
     ),
-    (lambda lm: lm.generate("a", skip_special_tokens="no"), "skip_special_tokens: expected True or False, got 'no'"),
+    *(
+        (lambda lm, given=given: lm.generate("a", skip_special_tokens=given), f"skip_special_tokens: .*, got {given!r}")
+        for given in ("no", None, 0)
+    ),
     (lambda lm: lm.generate_each("ab"), r"prompts: expected a list of texts, got one\. Put it into a list"),
     (lambda lm: lm.tokenizer.encode_batch("abc"), "texts: expected a list of texts, got one"),
     (lambda lm: lm.tokenizer.encode_batch([]), "texts: expected at least one"),
@@ -150,6 +153,24 @@ def test_nothing_gives_nothing(lm: minopt.LanguageModel) -> None:
     beginning = lm.score("")
     assert (beginning.token_ids, beginning.logprobs, beginning.total) == ((2,), (None,), 0)
     assert math.isnan(beginning.mean)
+
+
+def attributes(model: torch.nn.Module) -> list[dict[str, Any]]:
+    """What each module of a model has, its parameters, buffers and hooks too."""
+    return [{k: dict(v) if isinstance(v, dict) else v for k, v in vars(m).items()} for m in model.modules()]
+
+
+def test_a_call_leaves_nothing_on_the_model(lm: minopt.LanguageModel) -> None:
+    plain = minopt.load(minopt.DEMO, device="cpu", optimize=False)
+    for of in (lm, plain):
+        before = attributes(of.model)
+        state = {name: t.clone() for name, t in of.model.state_dict().items()}
+        of.generate(["The", "A dark"], max_new_tokens=3, num_beams=2)
+        list(of.stream("The", max_new_tokens=3))
+        of.score("The", [" sea"])
+        assert attributes(of.model) == before
+        assert all(torch.equal(t, state[name]) for name, t in of.model.state_dict().items())
+    assert all(p.requires_grad and p.grad is None for p in plain.model.parameters())
 
 
 def test_rows_without_a_token_are_never_generated(lm: minopt.LanguageModel) -> None:
@@ -734,6 +755,14 @@ def test_a_continuation_has_the_scores_of_its_tokens_in_the_whole_text(
         assert [v for v in scored.logprobs if v is not None] == pytest.approx(
             [v for v in expected if v is not None], abs=1e-4
         )
+
+
+def test_a_generated_text_scores_what_generating_it_said(lm: minopt.LanguageModel) -> None:
+    records = lm.generate(PROMPTS, max_new_tokens=15, repetition_penalty=1.3, return_details=True)
+    for prompt, record in zip(PROMPTS, records, strict=True):
+        (scored,) = lm.score(prompt, [record.text])
+        assert scored.token_ids == record.token_ids
+        assert scored.logprobs == pytest.approx(record.logprobs, abs=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -220,6 +220,11 @@ def test_decoding_undoes_encoding(pair: tuple[Tokenizer, Any]) -> None:
             assert ours.decode(ours.encode(text)) == text
 
 
+def test_ids_of_a_whole_book_are_those_of_transformers(opt_folder: Path, shared_data: Path, tmp_path: Path) -> None:
+    book = (shared_data / "books" / "alice-s-adventures-in-wonderland.txt").read_text(encoding="utf-8")
+    assert_same_ids(Tokenizer.load(opt_folder), open_reference(opt_folder, tmp_path), [book])
+
+
 # --- Every form that the files come in -----------------------------------------------------------------------------
 
 Form = Callable[[Path, Path], None]
@@ -529,6 +534,18 @@ def test_a_batch_is_that_of_transformers(pair: tuple[Tokenizer, Any]) -> None:
     assert torch.equal(mask, expected["attention_mask"])
 
 
+@pytest.mark.parametrize("add_bos", [True, False])
+def test_a_batch_is_each_text_padded_on_the_left(pair: tuple[Tokenizer, Any], add_bos: bool) -> None:
+    ours, _ = pair
+    texts = ["cat", "A photo of a cat", "x", EMOJI[2] * 3]
+    ids, mask = ours.encode_batch(texts, add_bos)
+    assert mask is not None
+    for row, real, text in zip(ids, mask, texts, strict=True):
+        own = ours.encode(text, add_bos)
+        assert row.tolist() == [ours.pad_token_id] * (len(row) - len(own)) + own
+        assert real.tolist() == [0] * (len(row) - len(own)) + [1] * len(own)
+
+
 @pytest.mark.parametrize("texts", [["cat"], [""], ["cat", "cat"], ["</s>", "<pad>"]])
 def test_a_batch_without_padding_has_no_mask(pair: tuple[Tokenizer, Any], texts: list[str]) -> None:
     """Also where a text holds the padding token itself, which is then real."""
@@ -602,6 +619,15 @@ def test_a_stream_adds_up_to_decode(pair: tuple[Tokenizer, Any], ids: list[int],
     """For any ids at all, ids without a token and special ones among them."""
     ours, _ = pair
     assert streamed(ours, ids, skip) == ours.decode(ids, skip_special_tokens=skip)
+
+
+def test_a_long_stream_comes_in_whole_characters(pair: tuple[Tokenizer, Any]) -> None:
+    ours, _ = pair
+    text = "".join(text for text in varied_texts() if "\ufffd" not in text)
+    parts = list(pieces(ours, ours.encode(text, add_bos=False), skip_special_tokens=False))
+    assert "".join(parts) == text
+    assert len(parts) > 10_000
+    assert not any("\ufffd" in part for part in parts)
 
 
 def test_a_stream_with_added_tokens_adds_up_to_decode(small_folder: Path, tmp_path: Path) -> None:
@@ -875,6 +901,7 @@ def test_a_folder_without_tokenizer_files_is_refused_with_what_is_there(tmp_path
         ("special_tokens_map.json", "nothing", "expected JSON"),
         ("added_tokens.json", '"text"', "expected a JSON object, got str"),
         ("tokenizer.json", "", "not a tokenizer file"),
+        ("tokenizer.json", '{"version": "1.0", "added_tokens": [{"id": 0, "con', "not a tokenizer file"),  # cut short
         ("tokenizer.json", "version https://git-lfs.github.com/spec/v1\n", "not a tokenizer file"),
     ],
 )

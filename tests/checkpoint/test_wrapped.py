@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from huggingface_hub import save_torch_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from minopt import CheckpointError, convert, inspect_checkpoint, load, load_model
 from minopt.cli import main
-from tests.checkpoint.metaseq_files import metaseq_state
+from tests.checkpoint.metaseq_files import metaseq_state, split_into_parts
 from tests.checkpoint.sources import reference
 
 Tensors = dict[str, Tensor]
@@ -83,9 +84,19 @@ def test_names_that_wrappers_make(wrap: Callable[[nn.Module], nn.Module], tmp_pa
     expect_reference(write(tmp_path / "m", tensors))
 
 
-def test_metaseqs_names_may_be_wrapped_too(tmp_path: Path) -> None:
-    torch.save({"model": under("module.", metaseq_state(reference())), "cfg": None}, tmp_path / "reshard.pt")
-    path = write(tmp_path, {}, "ignored.txt") / "reshard.pt"
+def test_shards_of_wrapped_names(tmp_path: Path) -> None:
+    reference().config.save_pretrained(tmp_path)
+    save_torch_state_dict(under("module."), tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
+    expect_reference(tmp_path)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_metaseqs_names_may_be_wrapped_too(parts: int, tmp_path: Path) -> None:
+    names = ["reshard.pt"] if parts == 1 else ["reshard-model_part-0.pt", "reshard-model_part-1.pt"]
+    for name, part in zip(names, split_into_parts(metaseq_state(reference()), parts), strict=True):
+        torch.save({"model": under("module.", part), "cfg": None}, tmp_path / name)
+    path = write(tmp_path, {}, "ignored.txt") / names[0]
     expect_reference(path)
     assert inspect_checkpoint(path).kind.startswith("metaseq")
 
@@ -248,7 +259,8 @@ def test_one_of_two_models_is_chosen_by_leaving_out_the_other(tmp_path: Path) ->
     expect_reference(write(tmp_path / "m", state() | other), ignore=["ref_model.*"])
 
 
-def test_the_opt_of_blip_2_as_transformers_writes_it_in_shards(tmp_path: Path) -> None:
+@pytest.mark.parametrize("shards", [{}, {"max_shard_size": "30KB"}], ids=["one file", "shards"])
+def test_the_opt_of_blip_2_as_transformers_writes_it(shards: dict[str, str], tmp_path: Path) -> None:
     small = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
     config = transformers.Blip2Config(
         vision_config={**small, "image_size": 28, "patch_size": 14},
@@ -258,7 +270,7 @@ def test_the_opt_of_blip_2_as_transformers_writes_it_in_shards(tmp_path: Path) -
     )
     model = transformers.Blip2ForConditionalGeneration(config)
     model.language_model.load_state_dict(reference().state_dict())
-    model.save_pretrained(tmp_path / "blip", max_shard_size="30KB")
+    model.save_pretrained(tmp_path / "blip", **shards)
     expect_reference(tmp_path / "blip")
     convert(tmp_path / "blip", tmp_path / "opt")
     expect_reference(tmp_path / "opt")

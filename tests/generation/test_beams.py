@@ -337,6 +337,17 @@ def test_two_beams_of_one_step_are_the_best_of_four_drawn_without_replacement(te
     assert chi_square(counts, best_two_drawn(q, 2)) > 8  # the first two drawn
 
 
+def test_beams_of_a_second_step_are_drawn_in_proportion_to_whole_texts() -> None:
+    """Of five tokens four are drawn, the best two go on; the best two of four drawn of their continuations remain."""
+    table, expected = random_table(5, seed=3), Counter[frozenset[Any]]()
+    first, then = table[0].softmax(-1).tolist(), table.softmax(-1).tolist()
+    for running, p_running in best_two_drawn(dict(enumerate(first)), 4).items():
+        q = {(a, b): first[a] * then[a][b] for a in running for b in range(5)}
+        for pair, p in best_two_drawn(q, 4).items():
+            expected[pair] += p_running * p
+    assert abs(chi_square(drawn_pairs(table, 2, 1.0), expected)) < 4
+
+
 # --- brute force
 
 

@@ -171,6 +171,16 @@ def test_a_left_padded_batch_is_each_prompt_alone(kind: str) -> None:
 # --- scores and log-probabilities
 
 
+def test_the_scores_of_greedy_steps_are_those_of_transformers(kind: str) -> None:
+    reference, (ids, mask) = lively(kind), pad_left(random_prompts(4))
+    options: dict[str, Any] = {"max_new_tokens": 6, "min_new_tokens": 3, "suppress_tokens": [7, 8], "eos_token_id": [9]}
+    theirs = of_transformers(reference, ids, mask, output_scores=True, **options)
+    found = generate(build_ours(reference), ids, mask, output_scores=True, **options)
+    assert found.scores is not None
+    assert found.scores.shape == (4, 6, V)
+    assert error(found.scores, torch.stack(theirs.scores, dim=1)) <= 1e-6
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -245,6 +255,35 @@ def test_draws_have_the_probabilities_of_the_scores(temperature: float) -> None:
             assert chi_square(counts, (steps[step, 1 - which] / temperature).softmax(0)) > 4
 
 
+@pytest.mark.parametrize(
+    ("options", "keeps", "other"),
+    [
+        ({"top_k": 5}, lambda p: p >= p.sort().values[-5], {"top_k": 6}),
+        ({"top_p": 0.75}, lambda p: (p[None] * (p[None] > p[:, None])).sum(1) < 0.75, {"top_p": 0.85}),
+        ({"min_p": 0.15}, lambda p: p >= 0.15 * p.max(), {"min_p": 0.1}),
+    ],
+    ids=["top_k", "top_p", "min_p"],
+)
+def test_draws_have_the_probabilities_of_what_a_filter_keeps(
+    options: dict[str, Any], keeps: Callable[[Tensor], Tensor], other: dict[str, Any]
+) -> None:
+    """20,000 draws, none of which it leaves out; a negative control: a filter that keeps a token more."""
+    logits = torch.linspace(2.0, -2.2, 12)[torch.randperm(12, generator=torch.Generator().manual_seed(0))]
+    kept = keeps(logits.softmax(0))
+    assert 1 < kept.sum() < 12
+
+    def draw(**given: Any) -> Tensor:
+        steps, ids = logits.expand(1, 20000, 12), torch.ones(20000, 1).long()
+        every: dict[str, Any] = {"do_sample": True, "max_new_tokens": 1, "seed": 1, "eos_token_id": (), "top_k": 0}
+        return generate(Script(steps), ids, **every | given).sequences[:, 1].bincount(minlength=12)
+
+    counts = draw(**options)
+    assert not counts[~kept].any()
+    assert chi_square(counts[kept], logits[kept].softmax(0)) < 4
+    assert chi_square(counts[kept], (logits[kept] / 1.3).softmax(0)) > 4
+    assert draw(**other)[~kept].any()
+
+
 def test_what_a_row_draws_says_nothing_of_its_next_draw_nor_of_other_rows() -> None:
     options: dict[str, Any] = {"do_sample": True, "eos_token_id": (), "max_new_tokens": 2, "seed": 1}
     found = generate(Script(torch.zeros(2, 8000, 5)), torch.ones(8000, 1).long(), **options).sequences[:, 1:]
@@ -252,12 +291,14 @@ def test_what_a_row_draws_says_nothing_of_its_next_draw_nor_of_other_rows() -> N
         assert chi_square(torch.bincount(5 * first + second, minlength=25), torch.full((25,), 1 / 25)) < 4
 
 
-def test_the_same_seed_draws_the_same_tokens(kind: str) -> None:
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_the_same_seed_draws_the_same_tokens(kind: str, num_beams: int) -> None:
     ours = build_ours(lively(kind))
     ids, mask = pad_left(random_prompts(4))
 
     def draw(**options: Any) -> list[list[int]]:
-        return generate(ours, ids, mask, max_new_tokens=12, do_sample=True, **options).sequences.tolist()
+        options |= {"max_new_tokens": 12, "do_sample": True, "num_beams": num_beams}
+        return generate(ours, ids, mask, **options).sequences.tolist()
 
     state = torch.get_rng_state()
     generate(ours, ids, mask, max_new_tokens=2)  # draws nothing

@@ -161,6 +161,26 @@ def test_options_that_contradict_each_other_are_refused_with_their_values(messag
     assert str(error.value) == f"generation: {message}."
 
 
+LIMITS: list[dict[str, Any]] = [
+    {"max_new_tokens": 1, "min_new_tokens": 1},
+    {"do_sample": True, "temperature": 1e-6, "top_k": 0, "top_p": 1e-9, "min_p": 0, "seed": 0},
+    {"do_sample": True, "temperature": 1e6, "top_p": 1, "min_p": 1, "seed": 2**64 - 1, "num_return_sequences": 100},
+    {"num_beams": 3, "num_return_sequences": 3, "length_penalty": -5, "early_stopping": "never"},
+    {"num_beams": 3, "do_sample": True, "length_penalty": 5, "early_stopping": True},
+    {"repetition_penalty": 1e-4, "presence_penalty": -1e4, "frequency_penalty": 1e4},
+    {"repetition_penalty": 10000, "presence_penalty": 1e4, "frequency_penalty": -1e4},
+    {"sequence_bias": (((0,), -math.inf), ((0, 0), 1e4), ((1,), -10000))},
+    {"eos_token_id": (), "forced_bos_token_id": 0, "pad_token_id": 0, "max_time": 1e-9},
+]
+
+
+@pytest.mark.parametrize("options", LIMITS, ids=", ".join)
+def test_the_limits_themselves_are_allowed(options: dict[str, Any]) -> None:
+    """What lies just beyond them is refused above."""
+    config = GenerationConfig(**options)
+    assert {name: getattr(config, name) for name in options} == options
+
+
 def test_all_nonsense_is_named_at_once() -> None:
     with pytest.raises(ValueError, match="generation") as error:
         GenerationConfig(max_new_tokens=0, temperature=0.5, seed=-1, length_penalty=2.0, min_new_tokens=5)

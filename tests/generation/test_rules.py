@@ -282,6 +282,28 @@ def test_each_option_makes_a_difference_in_the_chains_above(name: str) -> None:
     assert shown >= 10
 
 
+ORDERED: list[dict[str, Any]] = [
+    {"sequence_bias": [[[0], 2.5], [[1], -2.5]], "repetition_penalty": 1.7},
+    {"sequence_bias": [[[6], 1.0]], "forced_bos_token_id": 6},
+    {"repetition_penalty": 1.7, **sampling(top_k=3)},
+    {"suppress_tokens": [int(SCORES["random"][0].argmax())], **sampling(top_k=3)},
+    {"suppress_tokens": [int(SCORES["random"][0].argmax())], **sampling(min_p=0.15)},
+    sampling(temperature=1.8, top_p=0.8),
+    sampling(temperature=1.8, min_p=0.15),
+    sampling(top_k=3, top_p=0.8),
+    sampling(top_p=0.8, min_p=0.15),
+]
+
+
+@pytest.mark.parametrize("options", ORDERED, ids=", ".join)
+def test_two_rules_in_the_other_order_give_other_scores(reference: Any, options: dict[str, Any]) -> None:
+    """A negative control of the order that the chains above have."""
+    ours, theirs = build(1, (2,), options), of_transformers(reference, 1, (2,), **options)
+    assert len(ours) == 2
+    assert not differ(outcomes(ours, 1), outcomes(theirs, 1))
+    assert differ(outcomes(ours, 1), outcomes(ours[::-1], 1))
+
+
 # --- rules that transformers does not have
 
 
@@ -486,7 +508,6 @@ def test_no_rule_changes_what_it_is_given_or_remembers_it(name: str) -> None:
 # --- what is drawn
 
 
-# What is drawn with, and what it must not be mistaken for.
 def test_a_forced_token_that_another_rule_excludes_is_not_forced_as_transformers_would() -> None:
     scores = random_scores()
     rules = build(1, (2,), {"forced_bos_token_id": 7, "bad_words_ids": [[7]]})

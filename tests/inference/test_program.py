@@ -511,6 +511,12 @@ def test_options_that_make_no_sense_are_refused(
         export._check_options("int8", torch.device("cuda"), None, None)
 
 
+def test_a_model_where_its_name_is_wanted_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^model: expected a folder or a name on the hub, got OPT\. Save a model"):
+        export_model(build_ours(build_reference("125m")), tmp_path / "program")  # type: ignore[arg-type]
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("kind", ["file", "folder", "model", "source"])
 def test_what_is_there_is_not_replaced_unasked(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path, source = tmp_path / "program", minopt.DEMO

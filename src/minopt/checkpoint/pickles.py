@@ -25,6 +25,7 @@ from minopt.config import is_int
 # What a file may ask for. The largest OPT has 2e11 parameters, and a checkpoint's pickle some 1e5 operations.
 _MOST_NUMBERS = 2**48
 _MOST_OPERATIONS = 1_000_000
+_MOST_DIRECTORY_BYTES = 5_000_000  # of an archive: some 70 bytes a tensor; zipfile takes ten times as much memory
 _MOST_DIMS = 8
 
 # What begins a file from before torch 1.6: torch.serialization's magic number, and the only version that there was.
@@ -251,6 +252,18 @@ def _storage(identifier: Any) -> Storage:
     return Storage(key, dtype, numel)
 
 
+class _Archive:
+    """A mapped archive for zipfile, which reads the directory as a whole."""
+
+    def __init__(self, archive: mmap.mmap) -> None:
+        self.seek, self.tell, self._read = archive.seek, archive.tell, archive.read
+
+    def read(self, count: int = -1) -> bytes:
+        if count > _MOST_DIRECTORY_BYTES:
+            raise UnpickleError(f"its directory has {count:,} bytes, at most {_MOST_DIRECTORY_BYTES:,} are expected")
+        return self._read(count)
+
+
 def read_zip(archive: mmap.mmap) -> tuple[Any, Iterable[Storage]]:
     """What an archive by ``torch.save`` holds, and its storages.
 
@@ -258,7 +271,7 @@ def read_zip(archive: mmap.mmap) -> tuple[Any, Iterable[Storage]]:
         UnpickleError: if it is damaged, or holds less than it describes.
     """
     try:
-        records = {entry.filename: entry for entry in zipfile.ZipFile(archive).infolist()}  # type: ignore[call-overload]
+        records = {e.filename: e for e in zipfile.ZipFile(_Archive(archive)).infolist()}  # type: ignore[call-overload]
     except Exception as error:  # a damaged archive fails in several ways
         raise UnpickleError(f"damaged zip archive, {first_line(error)[:100]}") from None
     pickles = [name for name in records if name.endswith("/data.pkl")]
