@@ -159,6 +159,33 @@ def test_two_processes_find_what_one_does_and_say_it_once(dev_file: Path, tmp_pa
     assert (tmp_path / "two.json").read_text() == (tmp_path / "one.json").read_text()
 
 
+ADD_A_TASK = """
+import sys
+from minopt.evaluation.squad import rouge_scores
+from minopt.evaluation.tasks import TASKS, Task
+
+TASKS["summary"] = Task("{context}\\nIn short:", " {answer}", scores=rouge_scores, best="rouge_l")
+from minopt.cli import main
+
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize("command", ["evaluate --json", "finetune --do-eval --output-dir {run}"])
+def test_a_row_in_the_table_of_tasks_is_all_that_a_new_one_needs(command: str, tmp_path: Path) -> None:
+    """The row is added in a process of its own: flags and help are made from the table when they are imported."""
+    (tmp_path / "dev.jsonl").write_text('{"prompt": "The sea is far away. In short:", "completion": " no sea"}\n')
+    words = [*command.format(run=tmp_path / "run").split(), "--model", DEMO, "--device", "cpu", "--task", "summary",
+             "--dev-file", str(tmp_path / "dev.jsonl"), "--tgt-length", "4"]  # fmt: skip
+    result, page = (
+        subprocess.run([sys.executable, "-c", ADD_A_TASK, *given], capture_output=True, text=True, check=False)
+        for given in (words, [words[0], "--help"])
+    )
+    assert result.returncode == 0, result.stderr
+    assert "rouge_l" in result.stdout
+    assert "squad|squad-question|summary" in page.stdout
+
+
 # --- texts ---
 
 
@@ -188,8 +215,8 @@ def test_perplexity_is_that_of_the_library(name: str, lm: LanguageModel, tmp_pat
     ("arguments", "message"),
     [
         ("--task squad --dev-file {dev} --data x.txt", "--data: goes with --task perplexity, got --task squad. Leave"),
-        ("--task perplexity --data x.txt --num-beams 2", "--num-beams: goes with --task squad, got --task perplexity."),
-        ("--task reference --output x.json", "--output: goes with --task squad, got --task reference. Leave it out."),
+        ("--task perplexity --data x.txt --num-beams 2", "--num-beams: goes with --task squad or squad-question, got"),
+        ("--task reference --output x.json", "--output: goes with --task squad or squad-question, got"),
         ("--task reference --quantize int8", "--quantize: published numbers are float32's, got int8. Leave it out."),
         ("--task reference --dtype bfloat16", "--dtype: published numbers are float32's, got bfloat16. Leave it out."),
         ("--task squad --dev-file nope.json", "--dev-file: expected squad, squad-v2 or a file"),

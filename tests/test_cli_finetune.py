@@ -245,7 +245,7 @@ def test_each_field_has_a_flag_with_help_and_no_other_flags_are_there(capsys: Ca
 def test_a_flag_sets_its_field(f: Any) -> None:
     value: Any = {"int": 3, "float": 0.25, "bool": not f.default, "str": "x"}[f.type.removesuffix(" | None")]
     if f.metadata["choices"]:
-        value = f.metadata["choices"][-1]
+        value = [*f.metadata["choices"]][-1]
     flag = f"--{f.name.removesuffix('_name_or_path').replace('_', '-')}"
     assert given(flag, str(value))[f.name] == value
     assert f.name not in given()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Collection
 from dataclasses import Field, field, fields
 from typing import Any
 
@@ -13,8 +13,9 @@ def option(
     default: Any,
     help: str,
     *,
-    choices: tuple[str, ...] = (),
+    choices: Collection[str] = (),
     least: float | None = None,
+    above: float | None = None,
     below: float | None = None,
     most: float | None = None,
     **marks: Any,
@@ -26,11 +27,11 @@ def option(
         help: one line for the command line and the reader, without the default.
         choices: the values allowed.
         least: the least value allowed.
-        below: what the value must stay below.
+        above, below: what the value must stay above, or below.
         most: the largest value allowed.
         **marks: what else a reader of the field's ``metadata`` needs.
     """
-    limits = {"choices": choices, "least": least, "below": below, "most": most}
+    limits = {"choices": choices, "least": least, "above": above, "below": below, "most": most}
     return field(default=default, metadata={"help": help, **limits, **marks})
 
 
@@ -45,13 +46,13 @@ def expected(f: Field[Any], value: Any) -> str | None:
         choices = f.metadata["choices"]
         fits = isinstance(value, str) and (not choices or value in choices)
         return None if fits else " or ".join(choices) or "a text"
-    least, below, most = (f.metadata[name] for name in ("least", "below", "most"))
-    fits = is_int(value) if kind == "int" else is_number(value) and math.isfinite(value)
-    inside = fits and (least is None or value >= least) and (below is None or value < below)
-    if inside and (most is None or value <= most):
+    least, above, below, most = (f.metadata[name] for name in ("least", "above", "below", "most"))
+    fits = is_int(value) if kind == "int" else is_number(value)
+    inside = fits and (least is None or value >= least) and (above is None or value > above)
+    if inside and (below is None or value < below) and (most is None or value <= most):
         return None
-    bounds = [f"of at least {least}"] * (least is not None) + [f"below {below}"] * (below is not None)
-    bounds += [f"at most {most}"] * (most is not None)
+    bounds = [f"of at least {least}"] * (least is not None) + [f"above {above}"] * (above is not None)
+    bounds += [f"below {below}"] * (below is not None) + [f"at most {most}"] * (most is not None)
     return " ".join(["an integer" if kind == "int" else "a number", " and ".join(bounds)]).strip()
 
 

@@ -17,24 +17,28 @@ if TYPE_CHECKING:
     from minopt.text import LanguageModel
 
 _SETTINGS = tuple(f.name for f in fields(EvaluationConfig) if f.name != "task")
-_TASK_OF = dict.fromkeys(("data", "window", "stride"), "perplexity") | dict.fromkeys((*_SETTINGS, "output"), "squad")
+_TASKS_OF = {
+    **dict.fromkeys(("data", "window", "stride"), ("perplexity",)),
+    **dict.fromkeys((*_SETTINGS, "output"), (*TASKS,)),
+}
+_NAMES = ", ".join(TASKS)
 
 
 @dataclass(frozen=True)
 class Evaluate(Loading):
     """Measures a model. The task reference compares opt-125m or opt-350m, in float32, with the numbers in the tests of
     metaseq and transformers; the exit code is 0 if all hold, and 1 otherwise. The task perplexity measures the text
-    --data. The task squad measures loss, exact match and F1 of generated answers, squad-question loss and ROUGE of
-    generated questions. Under torchrun the processes share the examples or the text.
+    --data. The other tasks measure the loss, and score generated texts: squad exact match and F1 of answers,
+    squad-question ROUGE of questions. Under torchrun the processes share the examples or the text.
     """
 
     summary = "measure a model: published numbers, perplexity, questions"
     records = (EvaluationConfig,)
     titles: ClassVar = {
         "data": "--task perplexity",
-        "output": "--task squad, squad-question; see also the last group",
+        "output": f"--task {_NAMES}; see also the last group",
         "device": "how the model is loaded",
-        "prompt_template": "data and generated texts of --task squad, squad-question",
+        "prompt_template": f"data and generated texts of --task {_NAMES}",
     }
 
     task: str = option("", "what to measure", choices=("reference", "perplexity", *TASKS), required=True)
@@ -56,9 +60,10 @@ class Evaluate(Loading):
         """Refuses flags that do not go together."""
         if self.model is None:
             raise ValueError("--model: expected a checkpoint to measure, got none. Name one.")
-        for name, task in _TASK_OF.items():
-            if name in given and task != self.task.removesuffix("-question"):
-                raise ValueError(f"--{name}: goes with --task {task}, got --task {self.task}. Leave it out.")
+        for name, tasks in _TASKS_OF.items():
+            if name in given and self.task not in tasks:
+                names = " or ".join(tasks)
+                raise ValueError(f"--{name}: goes with --task {names}, got --task {self.task}. Leave it out.")
         if self.force and self.output is None:
             raise ValueError("--force: goes with --output, got none. Leave it out.")
         if self.task == "reference" and self.dtype not in ("auto", "float32"):

@@ -13,7 +13,7 @@ import re
 import shutil
 import textwrap
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, fields
 from inspect import get_annotations
 from typing import Any, ClassVar, TypeVar
@@ -186,7 +186,7 @@ _KINDS: dict[str, tuple[Callable[[str], Any], str, str]] = {
 }  # fmt: skip
 
 
-def _choices(f: Field[Any]) -> tuple[str, ...]:
+def _choices(f: Field[Any]) -> Collection[str]:
     """The words that a field takes, if they are few."""
     is_bool = str(f.type).startswith("bool")
     return ("true", "false", *re.findall(r"Literal\[.(\w+).\]", str(f.type))) if is_bool else f.metadata["choices"]

@@ -113,7 +113,9 @@ class EvaluationConfig:
         ValueError: naming each field whose value makes no sense.
     """
 
-    task: str = option("squad", "what the model writes for SQuAD data: the answer, or the question", choices=(*TASKS,))
+    task: str = option(
+        "squad", "how data becomes prompts and completions, and how generated texts are scored", choices=TASKS
+    )
     prompt_template: str | None = option(
         None, "the prompt instead of the task's, with the fields {context}, {question} and {answer}"
     )
