@@ -932,7 +932,7 @@ def test_options_that_minopt_does_not_have_are_named_in_one_warning(
         ("[1]", "expected a JSON object, got list"),
         (
             '{"do_sample": true, "top_p": 7}',
-            r"generation: top_p must be above 0 and at most 1, got 7\. Mend the file, or remove it\.$",
+            r"generation: top_p must be a number above 0 and at most 1, got 7\. Mend the file, or remove it\.$",
         ),
         ('{"do_sample": "yes"}', "generation: do_sample must be true or false, got 'yes'"),
     ],

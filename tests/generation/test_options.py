@@ -60,7 +60,7 @@ NONSENSE: dict[str, tuple[str, tuple[Any, ...]]] = {
         (0, 0.0, -1.0, 1e-7, 2e6, math.nan, math.inf, "hot", None, True),
     ),
     "top_k": ("an integer of at least 0", COUNTS),
-    "top_p": ("above 0 and at most 1", (0, 0.0, 2, 1.0001, -0.1, math.nan, None, "0.9", True)),
+    "top_p": ("a number above 0 and at most 1", (0, 0.0, 2, 1.0001, -0.1, math.nan, None, "0.9", True)),
     "min_p": ("a number of at least 0 and at most 1", (-0.1, 1.0001, math.nan, "0.1", True)),
     "seed": ("an integer from 0 to 2**64 - 1", (-1, 0.5, 2**64, True, "7")),
     "repetition_penalty": ("a number of at least 0.0001 and at most 10000", (0, 1e-5, 10001, math.nan, None, "1")),
@@ -77,13 +77,13 @@ NONSENSE: dict[str, tuple[str, tuple[Any, ...]]] = {
         (5, "ab", ((),), ((1,), ()), (1, 2), ((1, -1),), ((1.0,),), (("a",),), ((True,),), (None,)),
     ),
     "suppress_tokens": ("ids", (5, (1, -1), "abc", (1.0,), (None,), ((1,),), (False,))),
-    "forced_bos_token_id": ("an id", (-1, 2.0, "2", (2,), True)),
+    "forced_bos_token_id": ("an integer of at least 0", (-1, 2.0, "2", (2,), True)),
     "prompt_lookup_num_tokens": ("an integer of at least 1", (0, -1, 2.0, True, "3", math.nan, [1])),
     "max_matching_ngram_size": ("an integer of at least 1", (0, *COUNTS)),
     "eos_token_id": ("an id, or several", (-1, (2, -1), "</s>", 2.0, True, (2, None))),
-    "pad_token_id": ("an id", (-1, 1.0, "<pad>", (1,), False)),
+    "pad_token_id": ("an integer of at least 0", (-1, 1.0, "<pad>", (1,), False)),
     "stop_strings": ("texts of at least one character", (5, ("",), ("a", ""), ("a", 5), (None,), (b"a",))),
-    "max_time": ("seconds above 0", (0, -1.0, math.nan, math.inf, "1", True)),
+    "max_time": ("a number above 0", (0, -1.0, math.nan, math.inf, "1", True)),
 }  # fmt: skip
 
 

@@ -7,6 +7,7 @@ import math
 import numbers
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +15,14 @@ from minopt.config import is_int, is_number, read_json, within_table
 from minopt.settings import expected, option
 
 logger = logging.getLogger(__name__)
+
+# Options without an effect unless another is set: which that is, and how it reads in an error.
+_sampling = partial(option, acts_with=("do_sample", "on sampling only, and do_sample is off"))
+_beams = partial(option, acts_with=("num_beams", "on beam search only, and num_beams is 1"))
+_ngrams = partial(option, acts_with=("no_repeat_ngram_size", "on n-grams only, and no_repeat_ngram_size is 0"))
+_lookup = partial(
+    option, acts_with=("prompt_lookup_num_tokens", "on prompt lookup only, and prompt_lookup_num_tokens is None")
+)
 
 
 @dataclass(frozen=True)
@@ -32,25 +41,27 @@ class GenerationConfig:
     truncate_prompt: bool = option(False, "cut the beginning of a prompt that is too long; otherwise it is an error")
     stop_strings: tuple[str, ...] = option((), "end before this text, special tokens too; for several, repeat it")
     eos_token_id: int | tuple[int, ...] | None = option(None, "ids that end a text, such as 2,50118 (the model's)")
-    max_time: float | None = option(None, "seconds after which no further step begins, for each batch")
+    max_time: float | None = option(None, "seconds after which no further step begins, for each batch", above=0)
 
     # How the next token is chosen
     do_sample: bool = option(False, "draw each token; otherwise the most probable one is taken")
-    temperature: float = option(1.0, "sampling: divide scores by X; below 1 favours probable tokens")
-    top_k: int = option(50, "sampling: draw from the N most probable tokens; 0: from all", least=0)
-    top_p: float = option(1.0, "sampling: draw from the fewest tokens that together have probability X; 1: from all")
-    min_p: float | None = option(
+    temperature: float = _sampling(1.0, "sampling: divide scores by X; below 1 favours probable tokens")
+    top_k: int = _sampling(50, "sampling: draw from the N most probable tokens; 0: from all", least=0)
+    top_p: float = _sampling(
+        1.0, "sampling: draw from the fewest tokens that together have probability X; 1: from all", above=0, most=1
+    )
+    min_p: float | None = _sampling(
         None, "sampling: draw from tokens at least X times as probable as the best one", least=0, most=1
     )
-    seed: int | None = option(None, "sampling: the same seed draws the same text (a new one each time)")
+    seed: int | None = _sampling(None, "sampling: the same seed draws the same text (a new one each time)")
     num_beams: int = option(1, "beam search with N beams; 1: no beam search", least=1)
     num_return_sequences: int = option(
         1, "continuations of each prompt; above 1 with --do_sample or --num_beams", least=1
     )
-    length_penalty: float = option(
+    length_penalty: float = _beams(
         1.0, "beams: divide scores by length to the power of X; above 0 favours long texts", least=-5, most=5
     )
-    early_stopping: bool | Literal["never"] = option(
+    early_stopping: bool | Literal["never"] = _beams(
         False,
         "beams: end once enough texts are finished (true), if no better one is likely (false), or possible (never)",
     )
@@ -61,7 +72,7 @@ class GenerationConfig:
         "greedy: where the text repeats itself, read up to N tokens in one step; the text stays the same (off)",
         least=1,
     )
-    max_matching_ngram_size: int = option(
+    max_matching_ngram_size: int = _lookup(
         2, "prompt lookup: search the earlier text for the last N tokens, or fewer", least=1
     )
 
@@ -76,14 +87,14 @@ class GenerationConfig:
         0.0, "subtract X from a token's score for each time it was generated", least=-10000, most=10000
     )
     no_repeat_ngram_size: int = option(0, "no N tokens in a row occur twice; 0: no limit", least=0)
-    no_repeat_ngram_include_prompt: bool = option(True, "with --no_repeat_ngram_size: the prompt counts as well")
+    no_repeat_ngram_include_prompt: bool = _ngrams(True, "with --no_repeat_ngram_size: the prompt counts as well")
     suppress_tokens: tuple[int, ...] = option((), "ids that are never generated, such as 5,6")
     bad_words_ids: tuple[tuple[int, ...], ...] = option((), "sequences of ids that are never generated: [[5, 6], [7]]")
     sequence_bias: tuple[tuple[tuple[int, ...], float], ...] = option(
         (), "add a number to the score of a sequence's last id: [[[5, 6], -2.5]]"
     )
-    forced_bos_token_id: int | None = option(None, "the first new token, where the prompt is a single token")
-    pad_token_id: int | None = option(None, "the id behind texts of a batch that have ended (the model's)")
+    forced_bos_token_id: int | None = option(None, "the first new token, where the prompt is a single token", least=0)
+    pad_token_id: int | None = option(None, "the id behind texts of a batch that have ended (the model's)", least=0)
 
     # What is returned beside the tokens
     output_scores: bool = option(False, "return the scores of every step, after all rules")
@@ -148,25 +159,15 @@ _HINTS = {
     "streamer": "use LanguageModel.stream", "prefix_allowed_tokens_fn": "give a logits_processor",
 }  # fmt: skip
 
-# Options without an effect unless another is set: which that is, and how it reads in an error.
-_ACTS_ONLY: dict[str, tuple[tuple[str, ...], str]] = {
-    "do_sample": (("temperature", "top_k", "top_p", "min_p", "seed"), "on sampling only, and do_sample is off"),
-    "num_beams": (("length_penalty", "early_stopping"), "on beam search only, and num_beams is 1"),
-    "no_repeat_ngram_size": (("no_repeat_ngram_include_prompt",), "on n-grams only, and no_repeat_ngram_size is 0"),
-    "prompt_lookup_num_tokens": (
-        ("max_matching_ngram_size",),
-        "on prompt lookup only, and prompt_lookup_num_tokens is None",
-    ),
-}
-
 
 def _idle(options: Mapping[str, Any]) -> dict[str, str]:
     """Names of options that are set and have no effect, each with the reason."""
-    idle: dict[str, str] = {}
-    for switch, (names, reason) in _ACTS_ONLY.items():
-        if options.get(switch, _DEFAULTS[switch]) == _DEFAULTS[switch]:
-            idle |= {name: reason for name in names if options.get(name, _DEFAULTS[name]) != _DEFAULTS[name]}
-    return idle
+
+    def is_set(name: str) -> bool:
+        return bool(options.get(name, _DEFAULTS[name]) != _DEFAULTS[name])
+
+    marks = {f.name: f.metadata["acts_with"] for f in fields(GenerationConfig) if "acts_with" in f.metadata}
+    return {name: reason for name, (switch, reason) in marks.items() if is_set(name) and not is_set(switch)}
 
 
 def check_values(options: Mapping[str, Any]) -> None:
@@ -300,17 +301,13 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
         "texts of at least one character",
     ),
     "eos_token_id": (lambda value: value is None or _is_count(value) or _are_ids(value), "an id, or several"),
-    "max_time": (lambda value: value is None or (is_number(value) and value > 0), "seconds above 0"),
     "temperature": (
         lambda value: is_number(value) and 1e-6 <= value <= 1e6,
         "from 1e-6 to 1e6 (for the most probable token at each step leave do_sample off)",
     ),
-    "top_p": (lambda value: is_number(value) and 0 < value <= 1, "above 0 and at most 1"),
     "seed": (lambda value: value is None or (_is_count(value) and value < 2**64), "an integer from 0 to 2**64 - 1"),
     "early_stopping": (lambda value: isinstance(value, bool) or value == "never", "true, false or never"),
     "suppress_tokens": (_are_ids, "ids"),
     "bad_words_ids": (_are_sequences, "sequences of at least one id each"),
     "sequence_bias": (_are_biases, "pairs of ids and a number from -10000 to 10000 or -inf, each sequence of ids once"),
-    "forced_bos_token_id": (lambda value: value is None or _is_count(value), "an id"),
-    "pad_token_id": (lambda value: value is None or _is_count(value), "an id"),
 }
