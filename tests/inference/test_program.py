@@ -393,6 +393,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
         edit(dtype="gone", flavour="x"),
         r"manifest\.json: dtype, flavour missing or unknown\. Fetch the folder again\.",
     ),
+    "unknown dtype": (
+        edit(dtype="float8"),
+        rf"manifest\.json: expected dtype float32 or bfloat16 or float16 or float64, got 'float8'\. {AGAIN}",
+    ),
     "another torch": (
         edit(torch="2.11.0"),
         rf"program\.pt2: was compiled by torch 2\.11\.0, this is {torch.__version__.replace('+', '.')}\. {AGAIN}",

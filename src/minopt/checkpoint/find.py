@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import Enum
 from itertools import islice
 from pathlib import Path
 
@@ -53,12 +54,22 @@ class FileSet:
         return name + (f"-shard{shard}" if match["shard"] else "") + match["suffix"]
 
 
+class Format(Enum):
+    """What files are, by which ``open_checkpoint`` chooses what reads them; the value is its name in words."""
+
+    HUGGING_FACE = "Hugging Face"
+    METASEQ = "metaseq"
+    DIVIDED = "torch.distributed.checkpoint"
+    PROGRAM = "exported program"
+
+
 @dataclass(frozen=True)
 class Found:
     """The weight files that a path leads to.
 
     Attributes:
-        kind: in words.
+        format: of the files.
+        layout: of the files, in words.
         folder: that they lie in.
         files: those that are there, in order.
         parts, shards: how many files there ought to be: model parallel parts, and FSDP shards or files of each.
@@ -67,7 +78,8 @@ class Found:
         opened: those that have been opened to tell what they are.
     """
 
-    kind: str
+    format: Format
+    layout: str
     folder: Path
     files: tuple[Path, ...]
     parts: int = 1
@@ -75,6 +87,11 @@ class Found:
     metaseq: FileSet | None = None
     missing: tuple[str, ...] = ()
     opened: Mapping[Path, TensorFile] = field(default_factory=dict, repr=False)
+
+    @property
+    def kind(self) -> str:
+        """Format and layout in words."""
+        return f"{self.format.value}, {self.layout}"
 
 
 def group_files(paths: list[Path]) -> list[FileSet]:
@@ -158,8 +175,8 @@ def _in_folder(folder: Path) -> Found:
         return _as_metaseq(files, file) if _is_metaseq(file) else _single(file.path, file)
     if (folder / METADATA).is_file():
         paths = tuple(sorted(folder.glob("*.distcp")))
-        kind = f"torch.distributed.checkpoint, {len(paths)} file{'s' * (len(paths) > 1)}"
-        return Found(kind, folder, paths, shards=len(paths))
+        layout = f"{len(paths)} file{'s' * (len(paths) > 1)}"
+        return Found(Format.DIVIDED, layout, folder, paths, shards=len(paths))
     for path in sorted(folder.glob("*")):
         check_link(path) if not path.is_dir() else None
     if errors and len(groups) == 1:  # damaged: opening it says how
@@ -210,16 +227,17 @@ def _as_metaseq(files: FileSet, file: TensorFile | None = None) -> Found:
     parts, shards = (max(numbers) + 1 for numbers in zip(*files.files, strict=True))
     wanted = ((part, shard) for part in range(parts) for shard in range(shards))
     missing = tuple(files.name_of(*key) for key in islice((key for key in wanted if key not in files.files), 100))
-    kind = "metaseq, one file" if len(files.files) == 1 else "metaseq, model parallel parts"
-    kind = "metaseq, FSDP shards" if shards > 1 else kind
+    layout = "one file" if len(files.files) == 1 else "model parallel parts"
+    layout = "FSDP shards" if shards > 1 else layout
     opened = {} if file is None else {file.path: file}
-    return Found(kind, files.folder, tuple(files.files.values()), parts, shards, files, missing, opened)
+    there = tuple(files.files.values())
+    return Found(Format.METASEQ, layout, files.folder, there, parts, shards, files, missing, opened)
 
 
 def _single(path: Path, file: TensorFile | None = None) -> Found:
     check_link(path)
-    kind = "Hugging Face, safetensors" if path.suffix == ".safetensors" else "Hugging Face, pickle"
-    return Found(kind, path.parent, (path,), opened={} if file is None else {path: file})
+    layout = "safetensors" if path.suffix == ".safetensors" else "pickle"
+    return Found(Format.HUGGING_FACE, layout, path.parent, (path,), opened={} if file is None else {path: file})
 
 
 def _indexed(index: Path) -> Found:
@@ -230,13 +248,13 @@ def _indexed(index: Path) -> Found:
         if Path(name).name != name or name in ("", ".", "..") or len(name.encode(errors="replace")) > 255:
             raise CheckpointError(f"{index}: shards must lie in the folder itself, got {some(names)}.")
         check_link(index.parent / name)
-    kind = f"Hugging Face, {'safetensors' if 'safetensors' in index.name else 'pickle'} in {len(names)} shards"
+    layout = f"{'safetensors' if 'safetensors' in index.name else 'pickle'} in {len(names)} shards"
     # Beside the index, or where that is a link alone, beside the file that it leads to.
     folders = (index.parent, index.resolve().parent)
     folder = next((f for f in folders if all((f / name).is_file() for name in names)), index.parent)
     missing = tuple(name for name in names if not (folder / name).is_file())
     there = tuple(folder / name for name in names if name not in missing)
-    return Found(kind, folder, there, shards=len(names), missing=missing)
+    return Found(Format.HUGGING_FACE, layout, folder, there, shards=len(names), missing=missing)
 
 
 def _shard_names(index: Path) -> list[str]:

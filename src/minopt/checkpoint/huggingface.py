@@ -19,7 +19,7 @@ from minopt.checkpoint.config import facts_of, infer_config, read_config
 from minopt.checkpoint.divided import METADATA, open_divided
 from minopt.checkpoint.errors import CheckpointError, some
 from minopt.checkpoint.files import open_file
-from minopt.checkpoint.find import Found
+from minopt.checkpoint.find import Format, Found
 from minopt.checkpoint.names import HF_HEAD, from_hf
 from minopt.checkpoint.tensors import Slice, SourceTensor, main_dtype
 from minopt.config import OPTConfig, read_json
@@ -30,7 +30,7 @@ _PLAIN = "If its weights are plain, take quantization_config out of config.json.
 def open_huggingface(found: Found, override: OPTConfig | None, ignore: Sequence[str]) -> Checkpoint:
     """``open_checkpoint`` of files under Hugging Face's names; scales of int8 weights are read too."""
     quantization = _quantization_of(found.folder, override)
-    is_divided = found.kind.startswith("torch.distributed")
+    is_divided = found.format is Format.DIVIDED
     stored = open_divided(found.folder) if is_divided else _stored(found)
     where = found.files[0] if len(found.files) == 1 else found.folder
     named = named_slices(stored, _names_of, ignore, where, say=not is_divided)
@@ -59,8 +59,7 @@ def _names_of(key: str) -> tuple[str, ...]:
 
 def _stored(found: Found) -> dict[str, Slice]:
     """The tensors of all files, by their keys."""
-    files = [found.opened.get(path) or open_file(path)
-             for path in found.files]  # fmt: skip
+    files = [found.opened.get(path) or open_file(path) for path in found.files]
     counts = Counter(key for file in files for key in file.shapes)
     if twice := sorted(key for key, count in counts.items() if count > 1):
         raise CheckpointError(f"{found.folder}: stored in several of its files: {some(twice)}. Fetch the files again.")

@@ -14,7 +14,7 @@ import torch
 
 from minopt.checkpoint.checkpoint import Checkpoint
 from minopt.checkpoint.errors import AmbiguousPathError, CheckpointError, MissingFileError, some
-from minopt.checkpoint.find import find_files, weight_files
+from minopt.checkpoint.find import Format, find_files, weight_files
 from minopt.checkpoint.hub import find_model
 from minopt.checkpoint.open import open_checkpoint
 from minopt.checkpoint.tensors import Slice, SourceTensor
@@ -295,7 +295,7 @@ def _name(dtype: torch.dtype | None) -> str:
 def _rows(report: Report) -> Iterator[tuple[str, str]]:
     yield "path", report.path
     yield "kind", report.kind
-    if report.parts > 1 or report.kind.startswith("metaseq"):
+    if report.parts > 1 or report.kind.startswith(Format.METASEQ.value):
         yield "parts x shards", f"{report.parts} x {report.shards}"
     names, size = list(report.files), size_of(sum(report.files.values()))
     listed = ", ".join(names) if len(names) <= 4 else f"{names[0]} ... {names[-1]}"

@@ -8,10 +8,17 @@ from pathlib import Path
 from minopt.checkpoint.checkpoint import Checkpoint
 from minopt.checkpoint.config import resolve_config
 from minopt.checkpoint.errors import MissingFileError, some
-from minopt.checkpoint.find import check_link, find_files
+from minopt.checkpoint.find import Format, check_link, find_files
 from minopt.checkpoint.huggingface import open_huggingface
 from minopt.checkpoint.metaseq.read import open_metaseq
 from minopt.config import OPTConfig
+
+# What opens files of each format.
+_OPENERS = {
+    Format.HUGGING_FACE: open_huggingface,
+    Format.DIVIDED: open_huggingface,
+    Format.METASEQ: open_metaseq,
+}
 
 
 def open_checkpoint(
@@ -36,5 +43,4 @@ def open_checkpoint(
         count, of = found.parts * found.shards, f"of {found.metaseq.stem}" if found.metaseq else "in its index"
         raise MissingFileError(f"{found.folder}: {count - len(found.files)} of the {count} files {of} are missing: "
                                f"{some(found.missing)}. Fetch them again.")  # fmt: skip
-    opened = open_huggingface if found.metaseq is None else open_metaseq
-    return opened(found, override, ignore).matched()
+    return _OPENERS[found.format](found, override, ignore).matched()

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from minopt.cache import KVCache
 from minopt.checkpoint.checkpoint import Checkpoint
-from minopt.checkpoint.find import Found
+from minopt.checkpoint.find import Format, Found
 from minopt.config import OPTConfig, read_json
 from minopt.devices import DTYPES
 from minopt.load_options import LoadOptions
@@ -85,6 +85,8 @@ class Manifest:
         if values.keys() != names:
             wrong = sorted(values.keys() ^ names)
             raise ValueError(f"{path}: {', '.join(wrong)} missing or unknown. Fetch the folder again.")
+        if values["dtype"] not in [*DTYPES]:
+            raise ValueError(f"{path}: expected dtype {' or '.join(DTYPES)}, got {values['dtype']!r}. {_AGAIN}")
         return cls(**{**values, "instructions": tuple(values["instructions"])})
 
 
@@ -180,7 +182,8 @@ def open_files(path: Path, model_config: object, ignore: Sequence[str]) -> Check
     _refuse(path, model_config=model_config, ignore=ignore or None)
     if missing := [name for name in (PROGRAM, "config.json") if not (path / name).is_file()]:
         raise FileNotFoundError(f"{path}: expected {' and '.join(missing)} beside {MANIFEST}. Fetch the folder again.")
-    return Checkpoint(Found("exported program", path, (path / PROGRAM,)), OPTConfig.load(path), "config.json", {}, ())
+    found = Found(Format.PROGRAM, "one file", path, (path / PROGRAM,))
+    return Checkpoint(found, OPTConfig.load(path), "config.json", {}, ())
 
 
 def build(checkpoint: Checkpoint, options: LoadOptions) -> ExportedModel:
