@@ -36,6 +36,17 @@ CONFIG: dict[str, Any] = {
 """``quantization_config`` of such a folder. Other programs round activations too, a scale for each token."""
 
 
+def is_wanted(quantize: str | None) -> bool:
+    """Whether an option ``quantize`` asks for int8; what is neither that nor ``None`` must not become int8 in silence.
+
+    Raises:
+        ValueError: if it asks for something else.
+    """
+    if quantize not in (None, "int8"):
+        raise ValueError(f'quantize: expected None or "int8", got {quantize!r}.')
+    return quantize is not None
+
+
 def is_quantized(name: str) -> bool:
     """Whether a parameter of this name becomes int8: the products of the layers do, tables and norms do not."""
     return _QUANTIZED.fullmatch(name) is not None

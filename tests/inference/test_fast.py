@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -188,6 +188,14 @@ def test_the_pages_of_packed_weights_go_with_them(dtype: str, tmp_path: Path) ->
 def test_options_that_do_not_fit_are_refused_before_anything_is_read(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         minopt.load("no/such-model", device="cpu", **options)
+
+
+def test_a_scheme_that_passes_the_first_check_does_not_become_int8(
+    write_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("minopt.load_options._VALUES", {})
+    with pytest.raises(ValueError, match="quantize: expected None or \"int8\", got 'int4'\\."):
+        minopt.load(write_checkpoint(), device="cpu", quantize="int4")
 
 
 # int8

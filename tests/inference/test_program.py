@@ -497,7 +497,7 @@ def test_what_needs_weights_says_that_a_program_has_none(
     [
         ({"max_length": 1025}, ValueError, r"^max_length: expected at most the model's 1024 positions, got 1025\.$"),
         ({"max_length": 1}, ValueError, r"^max_length: expected 2 or more tokens, got 1\.$"),
-        ({"quantize": "int4"}, ValueError, r"^quantize: expected int8 or none, got 'int4'\.$"),
+        ({"quantize": "int4"}, ValueError, r'^quantize: expected None or "int8", got .int4.\.$'),
         ({"max_batch": 0}, ValueError, r"^max_batch: expected 1 or more rows, got 0\.$"),
         ({"dtype": "int8"}, ValueError, r"^dtype: expected auto, float32, .*, got 'int8'\.$"),
         ({"tokenizer": "nowhere"}, FileNotFoundError, r"^nowhere: expected tokenizer\.json"),

@@ -95,19 +95,19 @@ def convert(
     if reader is None:
         logger.warning("%s: no tokenizer's files beside the weights, so none are written.", checkpoint.found.folder)
     generation_config = generation_config_of(checkpoint)
-    shown = _shown(checkpoint, number_type, bool(quantize))
+    shown = _shown(checkpoint, number_type, quantize)
     _check_space(destination, sum(tensor.nbytes for tensor in shown.values()))
     with (
         bar(len(checkpoint.tensors) * parts, " tensors", shown=show_progress) as drawn,
         replacing_model(destination, (*TOKENIZER_FILES, "generation_config.json")) as new,
     ):
         if format == "hf":
-            write_safetensors(new, shown, _read(checkpoint, number_type, bool(quantize), drawn.update), max_shard_bytes)
+            write_safetensors(new, shown, _read(checkpoint, number_type, quantize, drawn.update), max_shard_bytes)
             write_json(new / "generation_config.json", generation_config)
         else:
             write_parts(new, checkpoint, parts, number_type, drawn.update)
         main = number_type or main_dtype(checkpoint.tensors.values())
-        write_config(new, checkpoint.config, main, is_int8=bool(quantize))
+        write_config(new, checkpoint.config, main, is_int8=int8.is_wanted(quantize))
         if reader is not None:
             reader.save(new) if format == "hf" else write_vocabulary(new, reader)
 
@@ -117,9 +117,7 @@ def _check_options(format: str, parts: int, quantize: str | None, max_shard_byte
         raise ValueError(f"format: expected hf or metaseq, got {format!r}.")
     if format == "hf" and parts != 1:
         raise ValueError(f"parts: metaseq's format has them, got {parts} with hf. Add --format metaseq.")
-    if quantize not in (None, "int8"):
-        raise ValueError(f'quantize: expected None or "int8", got {quantize!r}.')
-    if quantize and format == "metaseq":
+    if int8.is_wanted(quantize) and format == "metaseq":
         raise ValueError("quantize: metaseq's format has no int8 weights, got both. Leave out one of the two.")
     if parts < 1:
         raise ValueError(f"parts: expected 1 or more, got {parts}.")
@@ -137,11 +135,11 @@ def _check_space(destination: Path, total_bytes: int) -> None:
                       "Make room, or name a folder on another disk.")  # fmt: skip
 
 
-def _shown(checkpoint: Checkpoint, dtype: torch.dtype | None, quantize: bool) -> dict[str, Tensor]:
+def _shown(checkpoint: Checkpoint, dtype: torch.dtype | None, quantize: str | None) -> dict[str, Tensor]:
     """What is written, by its Hugging Face key, on the meta device; an int8 weight is followed by its scale."""
     shown: dict[str, Tensor] = {}
     for name, tensor in checkpoint.tensors.items():
-        in_int8 = quantize and int8.is_quantized(name)
+        in_int8 = int8.is_wanted(quantize) and int8.is_quantized(name)
         kind = torch.int8 if in_int8 else dtype or tensor.dtype
         shown[to_hf(name)] = torch.empty(tensor.shape, dtype=kind, device="meta")
         if in_int8:
@@ -150,12 +148,12 @@ def _shown(checkpoint: Checkpoint, dtype: torch.dtype | None, quantize: bool) ->
 
 
 def _read(
-    checkpoint: Checkpoint, dtype: torch.dtype | None, quantize: bool, update: Callable[[], object]
+    checkpoint: Checkpoint, dtype: torch.dtype | None, quantize: str | None, update: Callable[[], object]
 ) -> Iterator[Tensor]:
     """The numbers of each tensor of ``_shown``, in that order."""
     for name, tensor in checkpoint.tensors.items():
         update()
-        if quantize and int8.is_quantized(name):
+        if int8.is_wanted(quantize) and int8.is_quantized(name):
             yield from tensor.read_int8()
         else:
             yield tensor.read(dtype)

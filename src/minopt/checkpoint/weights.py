@@ -49,7 +49,7 @@ def read_weights(
     *,
     apart: bool = False,
     keep_int8: bool = False,
-    quantize: bool = False,
+    quantize: str | None = None,
     share: Share | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
     """The weights of a checkpoint with minopt's names, as ``load_model`` has them, each read when its turn comes.
@@ -62,13 +62,14 @@ def read_weights(
             last of the file's.
         keep_int8: leave int8 weights as they are, each followed by its float32 scale under its name and
             ``int8.SCALE``; where only some of the layers' weights are int8, none are left so.
-        quantize: have int8 weights in all layers, made of the numbers in the files where those are not int8 yet.
+        quantize: ``"int8"`` gives int8 weights in all layers, made of the numbers in the files where those are not
+            int8 yet.
         share: read this process' part of the tensors that ``shard_dim`` divides, and nothing else of them where they
             are divided by rows.
     """
     dtype = dtype or checkpoint.dtype_on(device)
     checkpoint.check_head()
-    if quantize:
+    if int8.is_wanted(quantize):
         in_int8 = {name for name in checkpoint.tensors if int8.is_quantized(name)}
     else:
         in_int8 = _int8_names(checkpoint) if keep_int8 else set()

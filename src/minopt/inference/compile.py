@@ -239,7 +239,7 @@ def _build(
     config: OPTConfig, max_batch: int | None,
 ) -> ExportedModel:  # fmt: skip
     """Compiles a model into a folder, loads its program, and checks it against the model."""
-    state = dict(read_weights(checkpoint, device, dtype, keep_int8=device.type == "cpu", quantize=quantize is not None))
+    state = dict(read_weights(checkpoint, device, dtype, keep_int8=device.type == "cpu", quantize=quantize))
     is_int8 = any(name.endswith(int8.SCALE) for name in state)
     if is_int8:
         model: OPT = Int8OPT(checkpoint.config, state)
@@ -265,9 +265,7 @@ def _build(
 
 
 def _check_options(quantize: str | None, device: torch.device, max_length: int | None, max_batch: int | None) -> None:
-    if quantize not in (None, "int8"):
-        raise ValueError(f"quantize: expected int8 or none, got {quantize!r}.")
-    if quantize is not None and device.type != "cpu":
+    if int8.is_wanted(quantize) and device.type != "cpu":
         raise ValueError(f"quantize: int8 programs run on a CPU, got {device}. Leave it out, or export for the CPU.")
     for name, given, least, what in (("max_length", max_length, 2, "tokens"), ("max_batch", max_batch, 1, "rows")):
         if given is not None and (not is_int(given) or given < least):

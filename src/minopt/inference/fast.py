@@ -118,7 +118,7 @@ def weights_of(
         options.dtype,
         apart=packs(options.dtype),
         keep_int8=True,
-        quantize=options.quantize is not None,
+        quantize=options.quantize,
         share=share,
     )
 

@@ -110,10 +110,11 @@ def plan_generation(
     outside, table, host = sum(sizes.values()) - layers, sizes["embed_tokens.weight"], 0
     if offload is None:
         product = Plain if device == "cuda" else kind_on_cpu(dtype)
-        head = table // size if quantize else 0 if product is Plain else table
+        in_int8 = int8.is_wanted(quantize)
+        head = table // size if in_int8 else 0 if product is Plain else table
         # Read before it is packed, one at a time (query, key and value are joined first); the head comes last.
-        loading = max(2 * head if quantize else 0, max(6 * C * C, C * F) * size // devices - head)
-        weights, inner = layers + outside + head, _INNER_INT8 if quantize else _INNER[product]
+        loading = max(2 * head if in_int8 else 0, max(6 * C * C, C * F) * size // devices - head)
+        weights, inner = layers + outside + head, _INNER_INT8 if in_int8 else _INNER[product]
     else:
         weights, loading, inner = outside + min(2, L) * layers // L, 0, _INNER[Plain]
         host = layers if offload == "cpu" else 2 * layers // L if device == "cuda" else 0
@@ -128,7 +129,7 @@ def _bytes_of(name: str, shape: tuple[int, ...], itemsize: int, devices: int, qu
     """Of the first process' share of a tensor."""
     dim = shard_dim(name)
     own = [Share(0, devices).of(size)[1] if number == dim else size for number, size in enumerate(shape)]
-    if quantize and int8.is_quantized(name):
+    if int8.is_wanted(quantize) and int8.is_quantized(name):
         return math.prod(own) + 4 * own[0]  # with a scale for each row
     return math.prod(own) * itemsize
 
@@ -198,7 +199,7 @@ def check_fits(checkpoint: Checkpoint, options: LoadOptions, devices: int = 1) -
         for name, changes in _WAYS.items()
         if needed(**changes) <= free and not (device.type == "cpu" and changes.get("offload") == "cpu")
     ]
-    name = str(dtype).removeprefix("torch.") if quantize is None else "int8"
+    name = quantize or str(dtype).removeprefix("torch.")
     among = f", divided among {devices}" if devices > 1 else ""
     raise ValueError(
         f"memory: {where} takes {size_of(needed())} as {name}{among}, and "
