@@ -100,7 +100,7 @@ def test_a_model_of_another_tokenizer_is_one_line_too(
          "Did you mean squad? See"),
         ("finetune --parallel pipeline", "--parallel: expected ddp or fsdp, got 'pipeline'. See minopt finetune"),
         ("convert", "source, destination: expected a value, got none. See minopt convert --help."),
-        ("inspect a b", "b: expected nothing more. A text stands in quotes, and behind -- if it begins with a hyphen."),
+        ("inspect a b", "b: unexpected word. Put a text in quotes; if it begins with a hyphen, write -- before it."),
         ("generate x --max-new-tokens many", "--max-new-tokens: expected an integer, got 'many'. See"),
         ("generate x --top_p", "--top-p: expected a value, got none. See"),
         ("generate x --top-p much", "--top-p: expected a number, got 'much'. See"),

@@ -160,7 +160,7 @@ def test_sizes_that_are_none_are_wrong_usage(text: str, capsys: pytest.CaptureFi
     ("arguments", "message"),
     [
         (["{tmp}/nowhere", "{tmp}/new"], "/nowhere: no such folder, and not the name of a model on the hub"),
-        (["{parts}", "{tmp}/new", "--parts", "2"], "metaseq's format has them, got 2 with hf. Add --format metaseq."),
+        (["{parts}", "{tmp}/new", "--parts", "2"], "only metaseq's format has parts, got 2 with hf. Add --format "),
         (["{parts}", "{tmp}/new", "--model-config", "opt-9b"], "--model-config: opt-9b: no such file, and "),
         (["{parts}", "{tmp}/new", "--tokenizer", "{tmp}"], "expected tokenizer.json, or vocab.json and merges.txt"),
         (["{parts}", "{tmp}/old"], "is there already. Name another folder, or replace it with --force."),

@@ -13,7 +13,7 @@ import pytest
 import transformers
 
 from minopt import OPT, OPTConfig, Tokenizer
-from minopt.config import ACTIVATIONS
+from minopt.config import ACTIVATION_NAMES
 from minopt.model import ACTIVATIONS as FUNCTIONS
 from tests.conftest import KINDS, SIZE
 
@@ -104,7 +104,7 @@ BROKEN_RULES: list[tuple[dict[str, Any], str]] = [
         ({"init_std": value}, f"init_std must be 0 or more, got {value!r}")
         for value in (-0.02, None, math.nan, math.inf)
     ),
-    ({"activation_function": "prelu"}, f"activation_function must be one of {list(ACTIVATIONS)}, got 'prelu'"),
+    ({"activation_function": "prelu"}, f"activation_function must be one of {list(ACTIVATION_NAMES)}, got 'prelu'"),
     *(
         ({name: value}, f"{name} must be a row of the vocabulary (0 to 50271) or null, got {value!r}")
         for name in ("pad_token_id", "bos_token_id", "eos_token_id")
@@ -131,8 +131,8 @@ def test_all_broken_rules_are_named_at_once() -> None:
         OPTConfig(**wrong)
     assert str(error.value) == (
         "OPTConfig: vocab_size must be a positive integer, got 0; dropout must be in [0, 1], got 2; init_std must be 0 "
-        f"or more, got -1; activation_function must be one of {list(ACTIVATIONS)}, got 'prelu'; hidden_size must be a "
-        "multiple of num_attention_heads, got 100 and 12."
+        f"or more, got -1; activation_function must be one of {list(ACTIVATION_NAMES)}, got 'prelu'; hidden_size must "
+        "be a multiple of num_attention_heads, got 100 and 12."
     )
 
 
@@ -225,7 +225,7 @@ def test_a_configuration_equals_and_hashes_by_what_the_model_reads() -> None:
 
 
 def test_each_activation_has_its_function() -> None:
-    assert tuple(FUNCTIONS) == ACTIVATIONS
+    assert tuple(FUNCTIONS) == ACTIVATION_NAMES
 
 
 @pytest.mark.parametrize("given", [-1, 50272, 10**6, [2, 50272], [50272], [], 2, None])

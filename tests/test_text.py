@@ -115,11 +115,11 @@ REFUSED: list[tuple[Callable[[Any], Any], str]] = [
     (lambda lm: lm.stream("x", do_sample=True, seed=1, generator=torch.Generator()), "give a seed or a generator, not"),
     (lambda lm: lm.stream("x", num_beams=2), r"^num_beams: a stream has one continuation, got 2\. Set it to 1, or use"),
     (lambda lm: lm.stream("x", do_sample=True, num_return_sequences=3), r"^num_return_sequences: a stream has one"),
-    (lambda lm: lm.stream("x", output_logprobs=True), "output_logprobs: there is no place for them"),
-    (lambda lm: lm.stream("x", top_logprobs=2), "top_logprobs: there is no place for them"),
-    (lambda lm: lm.stream("x", output_scores=True), "output_scores: there is no place for them"),
+    (lambda lm: lm.stream("x", output_logprobs=True), "output_logprobs: cannot be returned"),
+    (lambda lm: lm.stream("x", top_logprobs=2), "top_logprobs: cannot be returned"),
+    (lambda lm: lm.stream("x", output_scores=True), "output_scores: cannot be returned"),
     (lambda lm: lm.stream(["a", "b"]), r"got list\. A list of texts goes to generate"),
-    (lambda lm: lm.generate("x", output_scores=True), "output_scores: there is no place for them beside texts"),
+    (lambda lm: lm.generate("x", output_scores=True), "output_scores: cannot be returned with texts"),
     (lambda lm: lm.generate("x", output_logprobs=True), r"output_logprobs: .* Use generate with return_details=True"),
     (lambda lm: lm.generate(["x"], top_logprobs=3), r"top_logprobs: .* Use generate with return_details=True"),
     (
@@ -920,7 +920,8 @@ def test_options_that_minopt_does_not_have_are_named_in_one_warning(
     lm = load_with(folder, {"max_new_tokens": 3, "penalty_alpha": 0.6, "max_length": 30, **silent})
     (message,) = caplog.messages
     assert message == (
-        f"{folder / 'generation_config.json'}: ignored, for minopt does not have it: penalty_alpha, max_length."
+        f"{folder / 'generation_config.json'}: options that minopt does not have are ignored: "
+        "penalty_alpha, max_length."
     )
     assert lm.generation_defaults == {"max_new_tokens": 3}
 
@@ -932,7 +933,7 @@ def test_options_that_minopt_does_not_have_are_named_in_one_warning(
         ("[1]", "expected a JSON object, got list"),
         (
             '{"do_sample": true, "top_p": 7}',
-            r"generation: top_p must be a number above 0 and at most 1, got 7\. Mend the file, or remove it\.$",
+            r"generation: top_p must be a number above 0 and at most 1, got 7\. Correct the file, or remove it\.$",
         ),
         ('{"do_sample": "yes"}', "generation: do_sample must be true or false, got 'yes'"),
     ],

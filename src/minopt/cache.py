@@ -20,8 +20,8 @@ class KVCache:
         config: shape of the model.
         batch_size: B.
         capacity: S, the most tokens a row can hold.
-        dtype: of keys and values: the model's.
-        device: where they live: the model's.
+        dtype: the model's, for keys and values.
+        device: the model's.
         heads: H, where they are not all of the model's.
 
     Attributes:
@@ -80,7 +80,7 @@ class KVCache:
         return sum(t.nbytes for t in (*self.keys, *self.values))
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Writes one layer's new keys and values ``[B, H, T, D]`` behind the filled part, where the model has made sure
+        """Writes one layer's new keys and values ``[B, H, T, D]`` after the filled part, where the model has made sure
         that there is room.
 
         Returns:
@@ -109,7 +109,7 @@ class KVCache:
         self.length = self.length.fill_(length) if isinstance(self.length, Tensor) else length
 
     def compact(self, start: int, slots: Tensor) -> None:
-        """Keeps the first ``start`` tokens of each row, and behind them only some of the others.
+        """Keeps the first ``start`` tokens of each row, and after them only some of the others.
 
         Args:
             start: tokens that stay where they are.

@@ -16,17 +16,19 @@ from minopt.strangers import what_it_is
 
 logger = logging.getLogger(__name__)
 
-# Under transformers' names; model.py has the functions.
-ACTIVATIONS = ("relu", "gelu", "gelu_python", "gelu_new", "gelu_fast", "gelu_accurate", "gelu_pytorch_tanh",
-               "gelu_python_tanh", "quick_gelu", "silu", "swish", "relu2", "relu6", "leaky_relu", "hardswish", "mish",
-               "tanh", "sigmoid", "linear")  # fmt: skip
+# Names as in transformers; model.py has the functions.
+ACTIVATION_NAMES = ("relu", "gelu", "gelu_python", "gelu_new", "gelu_fast", "gelu_accurate", "gelu_pytorch_tanh",
+                    "gelu_python_tanh", "quick_gelu", "silu", "swish", "relu2", "relu6", "leaky_relu", "hardswish",
+                    "mish", "tanh", "sigmoid", "linear")  # fmt: skip
 
-# The fields by which published sizes differ, but for the vocabulary, which fine-tunes resize.
+# The fields by which published sizes differ. Not the vocabulary: fine-tunes resize it.
 _SHAPE = ("hidden_size", "num_hidden_layers", "num_attention_heads", "ffn_dim", "word_embed_proj_dim",
           "max_position_embeddings", "do_layer_norm_before", "activation_function", "enable_bias",
           "layer_norm_elementwise_affine")  # fmt: skip
 
-MOST_TEXT_BYTES = 20_000_000  # Galactica's tokenizer has 2 MB. Python's JSON takes 20 times a file's size.
+MOST_TEXT_BYTES = 20_000_000  # of a tokenizer's file: Galactica's has 2 MB
+
+MOST_JSON_BYTES = 10_000_000  # of JSON that Python reads, which takes 20 times a file's size in memory
 
 TOKEN_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
 
@@ -53,7 +55,7 @@ _RULES: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
       "_remove_final_layer_norm"), lambda value: isinstance(value, bool), "true or false"),
     (("dropout", "attention_dropout", "layerdrop"), lambda value: is_number(value) and 0 <= value <= 1, "in [0, 1]"),
     (("init_std",), lambda value: is_number(value) and value >= 0, "0 or more"),
-    (("activation_function",), lambda value: value in ACTIVATIONS, f"one of {list(ACTIVATIONS)}"),
+    (("activation_function",), lambda value: value in ACTIVATION_NAMES, f"one of {list(ACTIVATION_NAMES)}"),
 )  # fmt: skip
 
 
@@ -73,7 +75,7 @@ class OPTConfig:
         word_embed_proj_dim: width of the token table, E; ``None`` means ``hidden_size``. Where the two
             differ (350m), bias-free ``project_in`` and ``project_out`` lie between them.
         num_attention_heads: H.
-        activation_function: ``"relu"``, ``"gelu"`` (Galactica; the exact, erf form), or another of ``ACTIVATIONS``.
+        activation_function: ``"relu"``, ``"gelu"`` (Galactica; the exact form), or another of ``ACTIVATION_NAMES``.
         dropout: probability on the outputs of attention and of the feed-forward, in training.
         attention_dropout: probability on the attention weights, in training.
         layerdrop: probability of skipping a layer, in training.
@@ -83,7 +85,7 @@ class OPTConfig:
             with ``</s>`` (2), its ``bos`` and ``eos`` alike. ``eos_token_id`` may be a tuple.
         enable_bias: whether linear layers have biases (Galactica: no).
         layer_norm_elementwise_affine: whether norms have weight and bias (Galactica: no).
-        tie_word_embeddings: as the file has it; the output head is always the token table, and saved as such.
+        tie_word_embeddings: the file's value, kept; the output head is always the token table, and saved as such.
         _remove_final_layer_norm: the decoder's last norm is missing (fine-tunes made before
             transformers 4.20.1).
         extra: keys of the file that mean nothing here, kept so that saving loses nothing; not compared.
@@ -189,7 +191,7 @@ class OPTConfig:
     def from_dict(cls, values: Mapping[str, Any]) -> OPTConfig:
         """Builds a configuration from the content of a config.json; keys it does not know go to ``extra``.
 
-        Of a larger model's (BLIP-2, say) it takes the OPT's part. A token id that is no row of the token table, such as
+        From a larger model's (BLIP-2, say) it takes the OPT's part. A token id that is no row of the token table, such as
         a pad of -1, means nothing: it becomes ``None``, with a warning.
 
         Raises:
@@ -199,7 +201,9 @@ class OPTConfig:
             inner = [v for v in values.values() if isinstance(v, dict) and v.get("model_type") == "opt"]
             if len(inner) == 1:
                 return cls.from_dict(inner[0])
-            if values.get("model_type") is not None or not str(values.get("architectures")).startswith("['OPT"):
+            classes = values.get("architectures")
+            is_opt = isinstance(classes, list) and len(classes) > 0 and str(classes[0]).startswith("OPT")
+            if values.get("model_type") is not None or not is_opt:
                 raise ValueError(f'model_type: expected "opt", got {values.get("model_type")!r}.')
         known = {f.name for f in fields(cls)} - {"extra"}
         taken = {k: v for k, v in values.items() if k in known}
@@ -244,7 +248,7 @@ def check_text_size(path: Path, most_bytes: int = MOST_TEXT_BYTES) -> None:
         raise ValueError(f"{path}: expected at most {most_bytes:,} bytes, got {size:,}. Fetch the file again.")
 
 
-def read_json(path: Path, most_bytes: int = MOST_TEXT_BYTES // 2) -> dict[str, Any]:
+def read_json(path: Path, most_bytes: int = MOST_JSON_BYTES) -> dict[str, Any]:
     """The JSON object in a file of at most so many bytes.
 
     Raises:
@@ -267,9 +271,9 @@ def read_json(path: Path, most_bytes: int = MOST_TEXT_BYTES // 2) -> dict[str, A
 
 
 def within_table(name: str, ids: Any, rows: Any) -> Any:
-    """Token ids without those that are no row of the token table, which no text can hold."""
+    """Drops ids outside of the token table, with a warning. Such an id cannot occur in a text."""
     if not is_int(rows) or not (is_int(ids) or (isinstance(ids, list) and all(map(is_int, ids)))):
-        return ids  # to be refused
+        return ids  # of a wrong type, which OPTConfig refuses
     given = ids if isinstance(ids, list) else [ids]
     kept = [i for i in given if 0 <= i < rows]
     if kept == given:

@@ -15,8 +15,8 @@ def resolve_device(device: torch.device | str | None, local_rank: int | None = N
     """The device asked for; ``None`` is the GPU if there is one, else the CPU.
 
     Args:
-        device: as a user gives it.
-        local_rank: of this process, where torchrun started several on this machine: each takes a GPU of its own.
+        device: the user's word for it.
+        local_rank: this process's, where torchrun started several on this machine: each takes another GPU.
 
     Raises:
         ValueError: if this machine or this torch does not have it.

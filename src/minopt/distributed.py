@@ -36,9 +36,9 @@ class World:
     """One process among those of a run.
 
     Attributes:
-        rank: of this process, from 0.
-        size: how many processes there are.
-        device: on which this one computes.
+        rank: the number of this process, from 0.
+        size: the number of processes.
+        device: the one on which this process computes.
     """
 
     rank: int
@@ -56,6 +56,10 @@ class World:
         total = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(total)
         return total.tolist()
+
+    def wait(self) -> None:
+        """Waits until all processes have come here."""
+        self.sum(0.0)
 
     def gather(self, value: _T) -> list[_T]:
         """The values of all processes, by rank; any that can be pickled."""
@@ -185,7 +189,7 @@ def _common(error: Exception, rank: int, key: str) -> Exception | None:
 def _join(backend: str) -> Watch:
     """Joins the group of all processes, each of which is watched from then on."""
     if missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
-        raise ValueError(f"WORLD_SIZE: expected {', '.join(missing)} beside it, as torchrun sets them. Use torchrun.")
+        raise ValueError(f"WORLD_SIZE: is set without {', '.join(missing)}. Start the processes with torchrun.")
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     store: Any = dist.TCPStore(  # type: ignore[attr-defined]
         os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), size, timeout=timedelta(seconds=limit_seconds()),

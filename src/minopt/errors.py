@@ -1,4 +1,4 @@
-"""Whose an error is: the user's, who can mend it, that of a full memory or a lost process, or a bug of minopt's."""
+"""Tells errors apart: those that the user can correct, a full memory, a lost process, and bugs in minopt."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a user asks of a model when it is loaded: where it lives, in which numbers, and in which form."""
+"""The options with which a user loads a model: its device, its dtype, and its form."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class LoadOptions:
 
     Attributes:
         device: one that this machine has.
-        dtype: of weights and activations; ``None`` is ``"auto"``: float32 on a CPU, the file's own elsewhere.
+        dtype: the weights' and activations'; ``None`` is ``"auto"``: float32 on a CPU, the file's own elsewhere.
         quantize, optimize, mesh, offload: see ``minopt.load``.
         any_device: the user named no device.
 

@@ -34,11 +34,11 @@ class Form:
     """One way to hold a model's weights and to run it.
 
     Attributes:
-        name: of the form.
+        name: the form's name.
         module: is imported once the form is chosen, and has two functions: ``check(options)`` refuses options that do
             not go with this form, and ``build(checkpoint, options)`` gives the ``Decoder``.
         fits: whether options, and a folder if it is known already, ask for it.
-        has_own_files: its files are no checkpoint: ``open_files(path, model_config, ignore)`` of the module opens them.
+        has_own_files: its files are no checkpoint: the module's ``open_files(path, model_config, ignore)`` opens them.
     """
 
     name: str

@@ -17,7 +17,7 @@ class Packed:
     """Several texts in one row, without padding. Each text attends only to itself.
 
     Attributes:
-        lengths: of the texts, in tokens. Their sum is the length of the row.
+        lengths: tokens of each text. Their sum is the length of the row.
     """
 
     lengths: tuple[int, ...]
@@ -31,7 +31,7 @@ def positions(attention_mask: Tensor | Packed | None, past: int | Tensor, T: int
             of 4 dims says nothing of padding.
         past: tokens before the new ones.
         T: new tokens.
-        device: of the result.
+        device: where the result is made.
 
     Returns:
         int64 ``[B, T]``, or ``[T]`` if all rows are alike.
@@ -61,7 +61,7 @@ def causal_mask(
         past: tokens before the new ones; a tensor where S is the whole capacity of a cache.
         T: new tokens.
         S: keys to attend to.
-        device: of the result.
+        device: where the result is made.
 
     Returns:
         ``None`` where causal attention needs no mask (T == S, or T == 1 at the end). Else ``[B or 1, 1, T, S]``. Every
@@ -72,12 +72,13 @@ def causal_mask(
     mask = plain_causal_mask(past, T, S, device)
     if attention_mask is None:
         return mask
+    # The diagonal: what is causal up to the token itself, less what is causal up to the one before it.
     itself = mask & ~plain_causal_mask(past - 1, T, S, device)
     return mask & attention_mask[:, None, None].bool() | itself
 
 
 def with_new_tokens(attention_mask: Tensor | None, N: int) -> Tensor | None:
-    """Which tokens are real, N new tokens behind each prompt included: ``[B, T + N]``, or ``None`` for all."""
+    """Which tokens are real, N new tokens after each prompt included: ``[B, T + N]``, or ``None`` for all."""
     return None if attention_mask is None else F.pad(attention_mask, (0, N), value=True)
 
 
@@ -90,9 +91,9 @@ def beam_mask(attention_mask: Tensor | None, T: int, visible: Tensor) -> Tensor:
     """The mask of the newest tokens of K beams, ``[B, 1, K, T + C]``.
 
     Args:
-        attention_mask: ``[B, T]`` of the prompts; ``None`` without padding.
+        attention_mask: the prompts' ``[B, T]``; ``None`` without padding.
         T: tokens of the prompts, which all beams of a row share.
-        visible: ``[B, K, C]``, which of the C tokens behind the prompt belong to a beam.
+        visible: ``[B, K, C]``, which of the C tokens after the prompt belong to a beam.
     """
     B, K, _ = visible.shape
     prompts = visible.new_ones(B, T) if attention_mask is None else attention_mask

@@ -70,7 +70,7 @@ class Linear(nn.Linear):
 
 
 class Embedding(nn.Embedding):
-    """``nn.Embedding`` left unfilled, as ``Linear`` is; of floats it gives the product with its table, for the head."""
+    """``nn.Embedding`` left unfilled, as ``Linear`` is. Given floats, it is the head: their product with the table."""
 
     def reset_parameters(self) -> None:
         pass
@@ -111,7 +111,7 @@ def attend(
     """Causal attention of ``q`` ``[B, H, T, D]`` to ``k`` and ``v`` ``[B, H, S, D]``, under ``DecoderLayer``'s mask."""
     if isinstance(mask, Packed):
         return _attend_apart(q * scale, k, v, mask, dropout)
-    if mask is None and q.shape[2] > 1:  # a branch and no argument: T may be symbolic, which is_causal may not
+    if mask is None and q.shape[2] > 1:  # not is_causal=T > 1: T may be symbolic, is_causal must be a plain bool
         return F.scaled_dot_product_attention(q, k, v, None, dropout, is_causal=True, scale=scale)
     # No mask: the one token sees everything.
     return F.scaled_dot_product_attention(q, k, v, mask, dropout, scale=scale)
@@ -172,14 +172,16 @@ class DecoderLayer(nn.Module):
 
 
 class OPT(nn.Module):
-    """An OPT decoder with its tied head.
+    """An OPT decoder with its tied head. It is a ``Decoder`` (generation/request.py), which all of generation drives.
 
     Args:
         config: shape and options.
         device: where to build it. On ``"meta"`` nothing is allocated or drawn; elsewhere the weights are
             drawn as for training from scratch (``reset_parameters``).
-        dtype: of the parameters; ``None`` is torch's default.
+        dtype: the parameters' dtype; ``None`` is torch's default.
     """
+
+    max_batch: int | None = None  # any number of rows
 
     def __init__(
         self, config: OPTConfig, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -222,8 +224,6 @@ class OPT(nn.Module):
                 module.reset_parameters()
         if self.config.pad_token_id is not None:
             self.embed_tokens.weight[self.config.pad_token_id].zero_()
-
-    max_batch: int | None = None  # any number of rows
 
     def as_opt(self) -> OPT:
         """The model itself: it has weights."""
@@ -323,9 +323,10 @@ class OPT(nn.Module):
             ValueError: if the table is on the meta device and the hidden states are not.
         """
         if isinstance(self.embed_tokens, Embedding):
-            # Its forward is what programs replace that keep weights elsewhere (accelerate); its hooks want embeddings.
+            # Not called as a module: its hooks expect embeddings as the result. Programs that keep weights elsewhere
+            # (accelerate) replace forward itself, and fetch the table in it.
             return self.embed_tokens.forward(h)
-        return _product(h, self.embed_tokens.weight)  # of an adapter in its place, which acts on embeddings alone
+        return _product(h, self.embed_tokens.weight)  # an adapter is in its place, and acts on embeddings alone
 
     def new_cache(self, batch_size: int, capacity: int) -> KVCache:
         """An empty cache for ``batch_size`` rows of up to ``capacity`` tokens, in the model's dtype and place."""

@@ -1,4 +1,4 @@
-"""What a terminal sees meanwhile: bars and lines on stderr, of the first process alone."""
+"""Progress on stderr: bars and lines, of the first process alone."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ def bar(total: float, unit: str, *, shown: bool = True, **options: Any) -> tqdm[
     """A bar of at most ten frames a second, on a terminal only.
 
     Args:
-        total: how many units there are.
-        unit: what is counted.
+        total: the number of units.
+        unit: the word for what is counted.
         shown: whether to draw it at all.
-        **options: of ``tqdm``.
+        **options: options of ``tqdm``.
     """
     from tqdm import tqdm  # not needed to show help
 

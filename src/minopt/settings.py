@@ -24,7 +24,8 @@ def option(
 
     Args:
         default: its value if none is given.
-        help: one line for the command line and the reader, without the default.
+        help: one line for the command line and the reader. Brackets at its end say what the default is or means;
+            without them ``--help`` adds the default in brackets, unless it is ``None``, ``False`` or empty.
         choices: the values allowed.
         least: the least value allowed.
         above, below: what the value must stay above, or below.
@@ -36,7 +37,7 @@ def option(
 
 
 def expected(f: Field[Any], value: Any) -> str | None:
-    """What a field expects, in words, if ``value`` is something else; ``None`` if it fits, or has no such limits."""
+    """Says what a field expects if ``value`` does not fit; ``None`` if it fits, or the field has no such limits."""
     kind = f.type.removesuffix(" | None")
     if kind not in ("bool", "str", "int", "float") or (value is None and kind != f.type):
         return None
@@ -57,6 +58,6 @@ def expected(f: Field[Any], value: Any) -> str | None:
 
 
 def problems(record: Any) -> list[str]:
-    """What is wrong with the fields of a record, as ``--name: expected ..., got ...``."""
+    """Says what is wrong with the fields of a record, as ``--name: expected ..., got ...``."""
     checked = ((f.name, getattr(record, f.name), expected(f, getattr(record, f.name))) for f in fields(record))
     return [f"--{name}: expected {wanted}, got {value!r}" for name, value, wanted in checked if wanted]

@@ -1,4 +1,4 @@
-"""What a file or a folder is that is not what its name says, and what to do about it."""
+"""Recognises files and folders that are not what their name says, and tells what to do about them."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def what_it_holds(folder: Path) -> str | None:
 
 
 def unfinished_run(folder: Path) -> str | None:
-    """What to take of a folder of ``minopt.train`` that has no model yet; ``None`` if it is no such folder."""
+    """Says what to take from a folder of ``minopt.train`` without a model yet; ``None`` if it is no such folder."""
     if not (folder / "run.json").is_file() or (folder / "config.json").is_file():
         return None
     steps = sorted((folder / "checkpoints").glob("step-*"))

@@ -28,11 +28,11 @@ from minopt.wrapped import decoder_of
 
 @dataclass(frozen=True)
 class ScoredText:
-    """How probable a text is.
+    """The probability of a text.
 
     Attributes:
-        text: what is scored: the whole text, or a continuation.
-        token_ids: its tokens.
+        text: the whole text, or the continuation that is scored.
+        token_ids: the ids of that text.
         logprobs: natural log-probability of each, after all before it (those of the prompt too); ``None`` for a
             text's first token, before which there is nothing.
     """
@@ -57,7 +57,7 @@ class LanguageModel:
     """A model that reads and writes text.
 
     Args:
-        model: on any device, or an exported program.
+        model: an ``OPT`` on any device, or an exported program.
         tokenizer: ``None`` where the checkpoint has no tokenizer files; methods on text then say so.
         generation_defaults: options of ``GenerationConfig`` that hold unless a call gives others; ``load`` takes them
             from ``generation_config.json``.
@@ -250,7 +250,7 @@ class LanguageModel:
     def _texts_to_score(
         self, text: str | Sequence[str], continuations: Sequence[str] | None, add_bos: bool | None
     ) -> tuple[list[str], list[tuple[list[int], int]]]:
-        """Texts; and for each the ids of the whole, and the index of the first that counts."""
+        """The texts; for each, the ids of prompt and text, and the index of the first id that is scored."""
         tokenizer = self._tokenizer()
         if continuations is not None:
             if not isinstance(text, str) or isinstance(continuations, str) or not isinstance(continuations, Sequence):
@@ -333,7 +333,7 @@ class LanguageModel:
         if not isinstance(skip_special_tokens, bool):
             raise ValueError(f"skip_special_tokens: expected True or False, got {skip_special_tokens!r}.")
         if config.output_scores:
-            raise ValueError("output_scores: there is no place for them beside texts. Call minopt.generate with ids.")
+            raise ValueError("output_scores: cannot be returned with texts. Call minopt.generate with ids.")
         if isinstance(prompts, str):
             raise ValueError("prompts: expected a list of texts, got one. Put it into a list.")
         if config.seed is not None and generator is None:  # one for all batches, or each would draw the same
@@ -379,7 +379,9 @@ def _where(number: int, count: int) -> Iterator[None]:
 
 def _refuse_details(options: Mapping[str, Any]) -> None:
     if given := [name for name in ("output_logprobs", "top_logprobs") if options.get(name)]:
-        raise ValueError(f"{given[0]}: there is no place for them beside texts. Use generate with return_details=True.")
+        raise ValueError(
+            f"{given[0]}: cannot be returned where the result is plain text. Use generate with return_details=True."
+        )
 
 
 def _check_text(name: str, text: object, hint: str = "") -> None:

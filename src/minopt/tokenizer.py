@@ -73,7 +73,7 @@ class Tokenizer:
         known too: ``gpt2-unified.json``, and ``gpt2-vocab.json`` with ``gpt2-merges.txt``.
 
         Args:
-            folder: of the files, or any one of them.
+            folder: the folder of the files, or any one of them.
 
         Raises:
             FileNotFoundError: if the files are not there.
@@ -245,7 +245,7 @@ def pad_left(rows: Sequence[Sequence[int]], pad_token_id: int | None) -> tuple[T
 
     Args:
         rows: at least one, each of at least one id.
-        pad_token_id: what to pad with; ``None`` pads with 0. Padding is masked, so its id changes nothing.
+        pad_token_id: the id to pad with; ``None`` pads with 0. Padding is masked, so its id changes nothing.
 
     Returns:
         ``input_ids [B, T]`` and ``attention_mask [B, T]``, int64 on the CPU, 1 = real; ``None`` for a mask without

@@ -34,9 +34,9 @@ class Watch:
     in ticks of this process, so that one that was stopped together with all others does not blame them.
 
     Args:
-        store: of the process group, for a connection of its own.
-        rank: of this process.
-        ranks: of all that have such a watch, this one among them.
+        store: the process group's; the watch makes its own connection to it.
+        rank: this process's rank.
+        ranks: all processes that have such a watch, this one among them.
 
     Raises:
         ValueError: if the environment variable ``MINOPT_TIMEOUT_SECONDS`` is not a number of seconds.

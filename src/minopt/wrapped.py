@@ -15,7 +15,7 @@ _INSIDE = {"OptimizedModule": "_orig_mod", "DistributedDataParallel": "module", 
 
 
 def decoder_of(model: Any) -> Any:
-    """What decodes: an ``OPT``, out of its wrappers, or another decoder as it is.
+    """Finds the decoder in a model: an ``OPT``, out of its wrappers, or another decoder as it is.
 
     Raises:
         ValueError: if it is neither, or its weights have no numbers.

@@ -275,7 +275,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: rewrite_safetensors(
             f, lambda ts: ts | {"decoder.layers.0.fc1.bias": ts["model.decoder.layers.0.fc1.bias"]}
         ),
-        r"1 stored twice \(decoder\.layers\.0\.fc1\.bias and model\.decoder\.layers\.0\.fc1\.bias\)",
+        r"1 tensor stored twice \(decoder\.layers\.0\.fc1\.bias and model\.decoder\.layers\.0\.fc1\.bias\)",
     ),
     "config of another width": (
         lambda f: change_config(f, ffn_dim=80),

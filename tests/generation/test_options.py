@@ -145,10 +145,10 @@ CONTRADICTIONS: dict[str, dict[str, Any]] = {
     "num_return_sequences is 2, and greedy decoding has one answer: set do_sample or num_beams": {
         "num_return_sequences": 2,
     },
-    "prompt_lookup_num_tokens is 3, and only greedy decoding reads drafts: leave out do_sample, or this": {
+    "prompt_lookup_num_tokens is 3, and it needs greedy decoding: leave out do_sample or prompt_lookup_num_tokens": {
         "prompt_lookup_num_tokens": 3, "do_sample": True, "num_return_sequences": 2,
     },
-    "prompt_lookup_num_tokens is 5, and only greedy decoding reads drafts: leave out num_beams, or this": {
+    "prompt_lookup_num_tokens is 5, and it needs greedy decoding: leave out num_beams or prompt_lookup_num_tokens": {
         "prompt_lookup_num_tokens": 5, "num_beams": 2,
     },
 }  # fmt: skip
@@ -361,7 +361,7 @@ def test_one_warning_names_all_that_does_not_apply(write: Write, caplog: pytest.
     assert read_defaults(path) == {"top_k": 30, "do_sample": True}
     (message,) = warnings(caplog)
     start, names = message.rsplit(": ", 1)
-    assert start == f"{path}: ignored, for minopt does not have it"
+    assert start == f"{path}: options that minopt does not have are ignored"
     assert sorted(names.removesuffix(".").split(", ")) == [
         "guidance_scale", "max_length", "num_beam_groups", "typical_p", "unheard_of",
     ]  # fmt: skip
@@ -436,7 +436,7 @@ def test_nonsense_in_a_file_names_the_file(tmp_path: Path, content: dict[str, An
         read_defaults(path)
     assert str(error.value).startswith(f"{path}: generation: ")
     assert message in str(error.value)
-    assert str(error.value).endswith(". Mend the file, or remove it.")
+    assert str(error.value).endswith(". Correct the file, or remove it.")
 
 
 def test_a_least_length_that_only_calls_can_meet_is_no_nonsense(write: Write) -> None:
@@ -477,7 +477,7 @@ def test_a_files_prompt_lookup_gives_way_to_sampling_and_beams() -> None:
     assert (config.prompt_lookup_num_tokens, config.max_matching_ngram_size) == (5, 3)
     for options in ({"do_sample": True}, {"num_beams": 2}):
         assert with_defaults(file, options).prompt_lookup_num_tokens is None
-        with pytest.raises(ValueError, match="prompt_lookup_num_tokens is 4, and only greedy decoding reads drafts"):
+        with pytest.raises(ValueError, match="prompt_lookup_num_tokens is 4, and it needs greedy decoding"):
             with_defaults(options, {"prompt_lookup_num_tokens": 4})
         with pytest.raises(ValueError, match="max_matching_ngram_size acts on prompt lookup only"):
             with_defaults(file, options | {"max_matching_ngram_size": 4})

@@ -181,7 +181,7 @@ def test_the_pages_of_packed_weights_go_with_them(dtype: str, tmp_path: Path) ->
     ("options", "message"),
     [
         ({"quantize": "int4"}, "quantize: expected None or \"int8\", got 'int4'."),
-        ({"quantize": "int8", "optimize": False}, "quantize: int8 weights are for inference, got optimize=False."),
+        ({"quantize": "int8", "optimize": False}, "quantize: int8 weights need optimize, got optimize=False."),
         ({"optimize": "fast"}, "optimize: expected True, False or \"compile\", got 'fast'."),
     ],
 )

@@ -318,7 +318,7 @@ def test_equal_scores_may_decide_otherwise_in_sixteen_bits_alone(dtype: str, sca
         export.check_tokens(model, Leaning(model))  # type: ignore[arg-type]
         return
     message = (
-        r"^export: the program's token \d+ behind the check prompt 'one row' is \d+, the model's is \d+, and their "
+        r"^export: the program's token \d+ after the check prompt 'one row' is \d+, the model's is \d+, and their "
         r"scores are .* apart \(rounding explains [^)]*\)\. Nothing was written; try another dtype, and report it\.$"
     )
     with pytest.raises(ValueError, match=message):
@@ -331,7 +331,7 @@ def test_a_program_of_another_model_is_found_out(bfloat16: tuple[OPT, Path], sou
         changed.load_state_dict(model.state_dict())
         with torch.no_grad():
             changed.embed_positions.weight.copy_(model.embed_positions.weight.roll(1, 0))
-        with pytest.raises(ValueError, match=r"^export: the program's token \d+ behind the check prompt 'one row'"):
+        with pytest.raises(ValueError, match=r"^export: the program's token \d+ after the check prompt 'one row'"):
             export.check_tokens(changed, program_of(program))
 
 
@@ -432,8 +432,8 @@ def test_a_folder_that_cannot_run_here_says_why(
     [
         ({"dtype": "bfloat16"}, r"^dtype: .*\.pt2 was exported with --dtype float32, got bfloat16\. Leave it out, or"),
         ({"dtype": torch.float16}, r"^dtype: .* was exported with --dtype float32, got float16\. Leave it out, or"),
-        ({"model_config": "opt-125m"}, r"^model_config: .* is a program, compiled with its own\. Leave it out\.$"),
-        ({"quantize": "int8"}, r"^quantize: .* is a program, compiled with its own\. Leave it out\.$"),
+        ({"model_config": "opt-125m"}, r"^model_config: .* is an exported program, to which it does not apply\. Leave"),
+        ({"quantize": "int8"}, r"^quantize: .* is an exported program, to which it does not apply\. Leave it out\.$"),
     ],
 )
 def test_a_program_is_what_it_was_exported_as(options: dict[str, Any], message: str, folder: Path) -> None:

@@ -203,7 +203,7 @@ def test_squad_with_anything_missing_or_of_another_type_is_read_or_the_path_to_t
         (squad("c", {"question": None}), "data[0].paragraphs[0].qas[0].id: expected a text, got nothing. "),
         (squad("c", qa("?", ("c", True))), "qas[0].answers[0].answer_start: expected a whole number, got true or fal"),
         (squad("c", qa("?", (" \n", 0))), "qas[0].answers[0].text: expected an answer, got a blank text. "),
-        (squad("c", qa("?")), "qas[0].answers: expected one or more, got none. A question without has is_imposs"),
+        (squad("c", qa("?")), "qas[0].answers: expected one or more, got none. A question without answers needs is_"),
         (squad("c\ud800", qa("?")), "paragraphs[0].context: expected characters, got half of one at 1 of the text. "),
         (b'{"data": [}', "expected JSON, got an error: Expecting value: line 1 column 11 (char 10). "),
         (b"[" * 200_000, "expected JSON, got an error: "),
@@ -274,7 +274,7 @@ def test_a_text_comes_as_it_is_in_the_file(write: Write, name: str) -> None:
         ("a.jsonl", b'{"prompt": "", "completion": "a", "id": "x"}\n' * 2, ValueError, "expected an id of its own for "
          "each example, got 'x' more than once ({path}). "),
         ("a.json", json.dumps(squad("c", *[qa("?", ("c", 0), key="\n" + str(n % 7)) for n in range(14)])).encode(),
-         ValueError, r"expected an id of its own for each example, got '\n0', '\n1', '\n2', '\n3', '\n4' and 2 more "
+         ValueError, r"expected a different id for each example, got '\n0', '\n1', '\n2', '\n3', '\n4' and 2 more "
          "more than once ({path}). "),
     ],
 )  # fmt: skip

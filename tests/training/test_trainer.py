@@ -396,7 +396,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_trained(tmp_path: Path)
     for changes, eval_data, message in (
         ({"max_eval_samples": 2}, "a text", "--max_eval_samples: counts examples, and --dev_file is a text"),
         ({}, None, "--dev_file: expected one to evaluate on, got none"),
-        ({}, [data[0], data[0]], "eval_data: expected examples with ids of their own, got some more than once"),
+        ({}, [data[0], data[0]], "eval_data: expected a different id for each example, got some more than once"),
         ({"src_length": 60}, data, "expected at most 64 tokens together, the model's positions, got 76"),
     ):
         with pytest.raises(ValueError, match=message):

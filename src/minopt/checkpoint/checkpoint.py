@@ -15,6 +15,7 @@ from minopt.checkpoint.keys import described, is_decoders, left_out, own_keys
 from minopt.checkpoint.names import HF_HEAD, MOST_LAYERS, parameter_shapes, to_hf
 from minopt.checkpoint.tensors import Slice, SourceTensor, main_dtype, same_numbers
 from minopt.config import OPTConfig
+from minopt.progress import counted
 
 logger = logging.getLogger(__name__)
 
@@ -24,10 +25,10 @@ class Checkpoint:
     """An opened checkpoint.
 
     Attributes:
-        found: its files.
-        config: of the model.
-        config_source: where that comes from, in words.
-        tensors: by minopt's names. ``open_checkpoint`` gives those of ``OPT(config)``, no others, in its order.
+        found: the checkpoint's files.
+        config: the model's.
+        config_source: the origin of ``config``, in words.
+        tensors: the tensors by minopt's names. ``open_checkpoint`` gives those of ``OPT(config)``, in its order.
         heads: a stored head, slice by slice, with the row of the token table at which each begins.
     """
 
@@ -116,7 +117,7 @@ def named_slices(
 
     Args:
         stored: the tensors, by their keys in the files.
-        names_of: what a key means: see ``from_metaseq``.
+        names_of: gives the names of what a key holds: see ``from_metaseq``.
         ignore, where, say: see ``own_keys``.
     """
     named: dict[str, Slice] = {}
@@ -125,19 +126,21 @@ def named_slices(
     for key, plain in own_keys(stored, ignore, where, say=say).items():
         names, whole = names_of(plain), stored[key]
         if len(names) > 1 and (not whole.shape or whole.shape[0] % len(names)):
-            raise CheckpointError(f"{where}: {key} has shape {list(whole.shape)}, expected {len(names)} equal shares.")
+            raise CheckpointError(f"{where}: {key} holds {len(names)} tensors, so its first dim must be divisible by "
+                                  f"{len(names)}; its shape is {list(whole.shape)}.")  # fmt: skip
         rows = whole.shape[0] // len(names) if len(names) > 1 else 0
         for i, name in enumerate(names):
             twice += [f"{key_of[name]} and {key}"] if name in named else []
             named[name] = whole.rows(i * rows, (i + 1) * rows) if len(names) > 1 else whole
             key_of[name] = key
     if twice:
-        raise CheckpointError(f"{where}: {len(twice)} stored twice ({some(twice)}). Keep one of each.")
+        number = counted(len(twice), "tensor")
+        raise CheckpointError(f"{where}: {number} stored twice ({some(twice)}). Keep one of each.")
     if "embed_tokens.weight" not in named and HF_HEAD in named:
         named["embed_tokens.weight"] = named.pop(HF_HEAD)  # tied, written once under the head's name
     return named
 
 
 def _key(tensor: SourceTensor) -> str:
-    """What a tensor is called in its file."""
+    """The name of a tensor in its file."""
     return tensor.slices[0].runs[0].key if tensor.slices[0].runs else tensor.name

@@ -49,7 +49,7 @@ def facts_of(shapes: Mapping[str, tuple[int, ...]], where: object) -> dict[str, 
               "layers.0.self_attn.k_proj.weight")  # fmt: skip
     if absent := [name for name in needed if len(shapes.get(name, ())) != 2]:
         raise CheckpointError(
-            f"{where}: not an OPT's checkpoint, without matrices {some(absent)}: got {some(list(shapes))}."
+            f"{where}: not an OPT's checkpoint: expected the matrices {some(absent)}, got {some(list(shapes))}."
         )
     (vocab, embed), (positions, hidden) = shapes[needed[0]], shapes[needed[1]]
     affine = "layers.0.self_attn_layer_norm.weight" in shapes

@@ -59,13 +59,13 @@ def convert(
     anything fails, it is as it was.
 
     Args:
-        source: as ``name_or_path`` of ``minopt.load_model``.
+        source: a folder, file or name, as ``minopt.load_model`` takes it.
         destination: a folder, made if missing.
         format: ``"hf"``: safetensors, config.json, generation_config.json and the tokenizer's files, which
             transformers opens; or ``"metaseq"``: reshard.pt, or reshard-model_part-N.pt, with fused projections.
         parts: the number of files in metaseq's format; more than 1 needs a model without projections, whose heads,
             ffn_dim and vocab_size it divides.
-        dtype: of all tensors; ``"auto"`` keeps each as it is stored.
+        dtype: all tensors' dtype; ``"auto"`` keeps each as it is stored.
         quantize: ``"int8"`` rounds the layers' weights to 8 bits, with a float32 scale for each output channel, in the
             format that compressed-tensors calls int-quantized; ``dtype`` is then that of the other tensors, and weights
             that are int8 already are copied. ``None`` writes int8 weights as the floating point numbers they stand for.
@@ -116,13 +116,13 @@ def _check_options(format: str, parts: int, quantize: str | None, max_shard_byte
     if format not in ("hf", "metaseq"):
         raise ValueError(f"format: expected hf or metaseq, got {format!r}.")
     if format == "hf" and parts != 1:
-        raise ValueError(f"parts: metaseq's format has them, got {parts} with hf. Add --format metaseq.")
+        raise ValueError(f"parts: only metaseq's format has parts, got {parts} with hf. Add --format metaseq.")
     if int8.is_wanted(quantize) and format == "metaseq":
-        raise ValueError("quantize: metaseq's format has no int8 weights, got both. Leave out one of the two.")
+        raise ValueError("quantize: metaseq's format cannot hold int8 weights. Leave it out, or choose format hf.")
     if parts < 1:
         raise ValueError(f"parts: expected 1 or more, got {parts}.")
     if format == "metaseq" and max_shard_bytes != MAX_SHARD_BYTES:
-        raise ValueError("max_shard_bytes: metaseq's files are its parts. Leave it out, or name more parts.")
+        raise ValueError("max_shard_bytes: acts on format hf only, for metaseq has one file a part. Leave it out.")
     if max_shard_bytes < 1:
         raise ValueError(f"max_shard_bytes: expected a positive number, got {max_shard_bytes}.")
 
@@ -136,7 +136,7 @@ def _check_space(destination: Path, total_bytes: int) -> None:
 
 
 def _shown(checkpoint: Checkpoint, dtype: torch.dtype | None, quantize: str | None) -> dict[str, Tensor]:
-    """What is written, by its Hugging Face key, on the meta device; an int8 weight is followed by its scale."""
+    """The tensors to write, by Hugging Face key, on the meta device; an int8 weight is followed by its scale."""
     shown: dict[str, Tensor] = {}
     for name, tensor in checkpoint.tensors.items():
         in_int8 = int8.is_wanted(quantize) and int8.is_quantized(name)

@@ -1,4 +1,4 @@
-"""What the rooms of ``checkpoint`` say when a checkpoint cannot be used."""
+"""The errors that say why a checkpoint cannot be used."""
 
 from __future__ import annotations
 

@@ -38,8 +38,8 @@ class TensorFile:
 
     Attributes:
         path: the file.
-        shapes: by key.
-        dtypes: by key; ``None`` for a dtype that no OPT has (integers other than int8).
+        shapes: the tensors' shapes by key.
+        dtypes: their dtypes by key; ``None`` for one that no OPT has (integers other than int8).
         is_wrapped: whether the tensors lie in a dict under "model", as metaseq writes them.
         content: if so, all that the file holds, by key.
     """
@@ -206,7 +206,7 @@ def _read_pickle(path: Path, start: int = 0, length: int = 0) -> Any:
         if os.fstat(file.fileno()).st_size == 0:
             raise UnpickleError("the file is empty")
         mapped = mmap.mmap(file.fileno(), length and start - page + length, access=mmap.ACCESS_READ, offset=page)
-    with mapped:  # an archive may begin behind other bytes: zipfile looks for its end
+    with mapped:  # an archive may begin after other bytes: zipfile looks for its end
         is_zip = mapped[start - page : start - page + 4] == b"PK\3\4"
         content, storages = read_zip(mapped) if is_zip else read_legacy(mapped)
     for storage in storages:
@@ -245,7 +245,7 @@ def _unreadable(path: Path, wanted: str, error: Exception) -> CheckpointError:
 
 
 def _kind(value: object) -> str:
-    """What a value of a pickle is, in a word: the class that a placeholder stands for."""
+    """The kind of a value of a pickle, in a word: the class that a placeholder stands for."""
     if isinstance(value, Placeholder):
         return value.name[:80]
     return "nothing" if value == {} else type(value).__name__
@@ -270,6 +270,6 @@ def _state_dict(content: Any, path: Path) -> dict[Any, Any]:
     if len(found) > 1:
         names = some([place.removeprefix(".") for place in found])
         raise CheckpointError(f"{path}: expected one model's tensors, got {len(found)} dicts of them ({names}). "
-                              "Save the one that you want as a file of its own.")  # fmt: skip
+                              "Save the one that you want in a separate file.")  # fmt: skip
     model = content.get("model")
     return next(iter(found.values()), model if isinstance(model, dict) else content)

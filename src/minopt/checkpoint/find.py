@@ -34,8 +34,8 @@ class FileSet:
     """The files of one metaseq checkpoint, told by their names.
 
     Attributes:
-        folder, stem: what they share.
-        files: by part and shard, in order.
+        folder, stem: the folder and the beginning of names that all files share.
+        files: the files by part and shard, in order.
     """
 
     folder: Path
@@ -68,14 +68,14 @@ class Found:
     """The weight files that a path leads to.
 
     Attributes:
-        format: of the files.
-        layout: of the files, in words.
-        folder: that they lie in.
-        files: those that are there, in order.
-        parts, shards: how many files there ought to be: model parallel parts, and FSDP shards or files of each.
-        metaseq: as metaseq numbers them; ``None`` where they are not metaseq's.
+        format: what the files are.
+        layout: their layout, in words.
+        folder: the one that they lie in.
+        files: the files that are there, in order.
+        parts, shards: the numbers of files there ought to be: model parallel parts, and FSDP shards or files of each.
+        metaseq: the same files as metaseq numbers them; ``None`` for other formats.
         missing: names of files that are not there, the first hundred.
-        opened: those that have been opened to tell what they are.
+        opened: files that have been opened to tell what they are.
     """
 
     format: Format

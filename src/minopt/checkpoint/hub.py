@@ -94,7 +94,7 @@ def _find_local(name_or_path: str | Path, revision: str | None) -> Path | None:
     if isinstance(name_or_path, Path) or not _HUB_NAME.fullmatch(name_or_path):
         raise FileNotFoundError(f"{name_or_path}: no such folder, and not the name of a model on the hub (owner/name).")
     if name_or_path.lower() in PRESETS:
-        raise FileNotFoundError(f"{name_or_path}: no such folder, and a name on the hub has an owner."
+        raise FileNotFoundError(f"{name_or_path}: no such folder, and a name on the hub is owner/name."
                                 f"{_meant(name_or_path)}")  # fmt: skip
     return None
 

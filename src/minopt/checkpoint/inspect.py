@@ -1,4 +1,4 @@
-"""What a checkpoint is: its kind, files and configuration, and on request its values and their digests."""
+"""Describes a checkpoint: its kind, files and configuration, and on request its values and their digests."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ class TensorReport:
 
     Attributes:
         name: minopt's, which is Hugging Face's without "model.decoder.".
-        shape, dtype: of the whole tensor, as stored.
-        findings: what is suspicious in its values, in words; ``None`` without ``check``.
+        shape, dtype: the whole tensor's, as stored.
+        findings: suspicious values, in words; ``None`` without ``check``.
         digest: SHA-256 in hexadecimal; ``None`` without ``digest``.
     """
 
@@ -47,23 +47,23 @@ class TensorReport:
 
 @dataclass(frozen=True)
 class Report:
-    """What ``inspect_checkpoint`` found.
+    """The result of ``inspect_checkpoint``.
 
     Attributes:
-        path: where it lies on this machine.
-        kind: in words.
+        path: the checkpoint's place on this machine.
+        kind: the kind of checkpoint, in words.
         files: the weight files' names and bytes, in order.
         parts, shards: model parallel parts, and FSDP shards or files of each.
         missing: names of weight files that are not there.
         problem: why it cannot be loaded; ``None`` if it can. The fields below are then empty.
         config: the content of a config.json for it.
-        config_source: where that comes from.
+        config_source: the origin of ``config``.
         preset: the published size of this shape.
-        parameters: how many numbers the model has.
-        dtypes: how many of them by dtype.
+        parameters: the model's size, in numbers.
+        dtypes: how many numbers have each dtype.
         tokenizer: the folder of its files.
-        tensors: in the model's order.
-        digest: of all tensors.
+        tensors: all tensors, in the model's order.
+        digest: one digest for all tensors.
     """
 
     path: str

@@ -1,4 +1,4 @@
-"""Which of a checkpoint's keys are the OPT's, whatever wraps it or stands beside it.
+"""Finds the OPT's keys among those of a checkpoint, whatever wraps it or stands beside it.
 
 DDP, FSDP, torch.compile and larger models put names in front of a model's own; heads and other models lie beside them.
 """
@@ -116,7 +116,7 @@ def _unwrapped(key: str) -> str:
 
 
 def _root(names: list[str], where: object) -> str:
-    """What stands in front of all names of the one OPT."""
+    """The prefix of all names of the one OPT."""
     found: dict[str, set[str]] = {}
     for name in names:
         if len(name) <= _LONGEST and (match := _IN_DECODER.fullmatch(name)):
@@ -158,7 +158,7 @@ def described(key: str) -> str:
 
 
 def left_out(keys: Sequence[str]) -> str:
-    """What to do about keys that an OPT does not have: leave them out, but for an adapter's."""
+    """The advice about keys that an OPT does not have: leave them out, but for an adapter's."""
     if any(_ADAPTER.search(key) for key in keys):
         return "They are an adapter's: merge it into the model first (PEFT: merge_and_unload)."
     names: dict[str, None] = {}

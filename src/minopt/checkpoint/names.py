@@ -42,6 +42,8 @@ MOST_LAYERS = 1000  # the largest OPT has 96
 
 _LAYER = re.compile(r"^layers\.(0|[1-9]\d*)\.")
 _OF_LAYER = [name for name in PARAMETERS if name.startswith("layers.")]
+_BEFORE_LAYERS = [*PARAMETERS][: [*PARAMETERS].index(_OF_LAYER[0])]
+_AFTER_LAYERS = [*PARAMETERS][len(_BEFORE_LAYERS) + len(_OF_LAYER) :]
 
 # Modules that metaseq calls otherwise; it puts "decoder." in front of all.
 _TO_METASEQ = {"project_in": "project_in_dim", "project_out": "project_out_dim", "final_layer_norm": "layer_norm"}
@@ -67,17 +69,14 @@ def parameter_shapes(config: OPTConfig) -> dict[str, tuple[int, ...]]:
     """The shapes of the parameters of ``OPT(config)``, by name, in its order."""
     sizes = {"V": config.vocab_size, "E": config.embed_dim, "P": config.max_position_embeddings + POSITION_OFFSET,
              "C": config.hidden_size, "F": config.ffn_dim}  # fmt: skip
-    there = [name for name in PARAMETERS if _has(config, name)]
-    found: dict[str, tuple[int, ...]] = {}
-    for name in there:
-        shape = tuple(sizes[dim] for dim in PARAMETERS[name][0])
-        if name == _OF_LAYER[0]:  # all layers follow, one after another
-            layer = {n: tuple(sizes[dim] for dim in PARAMETERS[n][0]) for n in there if n in _OF_LAYER}
-            for i in range(config.num_hidden_layers):
-                found |= {n.replace("layers.N.", f"layers.{i}."): shape for n, shape in layer.items()}
-        elif name not in _OF_LAYER:
-            found[name] = shape
-    return found
+
+    def shapes(names: list[str]) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(sizes[dim] for dim in PARAMETERS[name][0]) for name in names if _has(config, name)}
+
+    found, layer = shapes(_BEFORE_LAYERS), shapes(_OF_LAYER)
+    for i in range(config.num_hidden_layers):
+        found |= {name.replace("layers.N.", f"layers.{i}."): shape for name, shape in layer.items()}
+    return found | shapes(_AFTER_LAYERS)
 
 
 def _has(config: OPTConfig, name: str) -> bool:
@@ -90,7 +89,7 @@ def _has(config: OPTConfig, name: str) -> bool:
 
 
 def shard_dim(name: str) -> int | None:
-    """The dim along which model parallel parts split a tensor; ``None`` if each has the whole, as of no parameter's."""
+    """The dim along which model parallel parts split a tensor; ``None`` if each has the whole, or for other names."""
     return PARAMETERS.get(_LAYER.sub("layers.N.", name), ("", None))[1]
 
 

@@ -77,7 +77,7 @@ class StoredTensor:
 
     @property
     def span(self) -> int:
-        """How many numbers lie between its first and its last, both included."""
+        """The number of numbers from its first to its last."""
         steps = sum((size - 1) * step for size, step in zip(self.shape, self.stride, strict=True))
         return 0 if 0 in self.shape else steps + 1
 
@@ -98,7 +98,7 @@ class Placeholder:
 
 
 def read_pickle(file: BinaryIO | mmap.mmap) -> tuple[Any, dict[str, Storage]]:
-    """Reads one pickle from where the file stands, and leaves the file behind the pickle's last byte.
+    """Reads one pickle from where the file stands, and leaves the file after the pickle's last byte.
 
     Returns:
         What the pickle holds, and the storages that it names, by their keys. A set becomes a list. A key of a dict that
@@ -304,7 +304,7 @@ def _begin(archive: mmap.mmap, record: zipfile.ZipInfo) -> int:
 
 
 def read_legacy(file: mmap.mmap) -> tuple[Any, Iterable[Storage]]:
-    """What a file by ``torch.save`` from before torch 1.6 holds: pickles, and the storages behind them.
+    """What a file by ``torch.save`` from before torch 1.6 holds: pickles, and the storages after them.
 
     Raises:
         UnpickleError: as ``read_zip`` does.

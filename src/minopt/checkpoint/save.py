@@ -109,7 +109,7 @@ def write_safetensors(
     """Writes tensors to one file, or to several with an index; one tensor at a time is in memory.
 
     Args:
-        folder: that is filled.
+        folder: the one to fill.
         shown: each tensor's shape and dtype, by its key in the files, in their order; may be on the meta device.
         numbers: the tensors themselves in the same order, each asked for when it is written.
         max_shard_bytes: the most that one file holds, unless a single tensor is larger.

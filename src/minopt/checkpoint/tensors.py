@@ -43,8 +43,8 @@ class Slice:
     """A tensor made of runs, one after another in row-major order: a model's tensor, or one part's share of it.
 
     Attributes:
-        shape, dtype: of the tensor; the dtype is ``None`` for one that no OPT has, such as int64.
-        runs: where its numbers lie.
+        shape, dtype: the tensor's; the dtype is ``None`` for one that no OPT has, such as int64.
+        runs: the places of its numbers.
         scale: float32 ``[out, 1]``, where the runs are int8 and stand for their products with it.
     """
 
@@ -126,15 +126,15 @@ class Share:
     """One process' part of what several divide: heads, inner units and the vocabulary (arXiv 1909.08053).
 
     Attributes:
-        index: of this process, from 0.
-        count: of all processes.
+        index: this process's number, from 0.
+        count: the number of processes.
     """
 
     index: int
     count: int
 
     def of(self, size: int) -> tuple[int, int]:
-        """Which of ``size`` rows or columns: the first, and the one behind the last. The last shares may be shorter."""
+        """This share of ``size`` rows or columns: the first, and the one after the last. Last shares may be shorter."""
         width = -(-size // self.count)
         return min(self.index * width, size), min((self.index + 1) * width, size)
 
@@ -145,8 +145,8 @@ class SourceTensor:
 
     Attributes:
         name: the model's.
-        shape: of the whole.
-        dtype: as stored (of an int8 weight, that of the other tensors); ``None`` for one that no OPT has.
+        shape: the whole tensor's.
+        dtype: the stored one (for an int8 weight, that of the other tensors); ``None`` for one that no OPT has.
         slices: one for each model parallel part.
         dim: along which the slices follow one another; ``None`` where each holds the whole.
     """
@@ -163,7 +163,7 @@ class SourceTensor:
 
     @property
     def scale(self) -> Tensor | None:
-        """Of an int8 weight: float32 ``[out, 1]``; ``None`` of any other tensor."""
+        """The scale of an int8 weight, float32 ``[out, 1]``; ``None`` for any other tensor."""
         return self.slices[0].scale if self.slices else None
 
     @property

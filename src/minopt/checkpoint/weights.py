@@ -33,7 +33,7 @@ def check(options: LoadOptions) -> None:
     """Refuses what the plain model does not do."""
     if options.quantize is not None:
         raise ValueError(
-            f"quantize: int8 weights are for inference, got optimize={options.optimize}. Leave one of the two out."
+            f"quantize: int8 weights need optimize, got optimize={options.optimize}. Leave out one of the two."
         )
 
 
@@ -56,7 +56,7 @@ def read_weights(
 
     Args:
         checkpoint: an open one.
-        device: where to.
+        device: the one to put them on.
         dtype: ``None`` is ``"auto"``.
         apart: large ones that are mapped from a file give their pages back when they are let go, and not with the
             last of the file's.
@@ -120,6 +120,6 @@ def _int8_names(checkpoint: Checkpoint) -> set[str]:
     names = {name for name in checkpoint.tensors if int8.is_quantized(name)}
     other = sorted(name for name in names if checkpoint.tensors[name].scale is None)
     if other and len(other) < len(names):
-        logger.warning("%s: %d of the layers' %d weights are not int8 (%s), so the others are not kept so either.",
-                       checkpoint.found.folder, len(other), len(names), some(other))  # fmt: skip
+        logger.warning("%s: only %d of the layers' %d weights are int8 (%s not), so those are converted to floats too.",
+                       checkpoint.found.folder, len(names) - len(other), len(names), some(other))  # fmt: skip
     return set() if other else names

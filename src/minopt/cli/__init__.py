@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _understood(words: list[str]) -> tuple[type[Command], dict[str, Any]]:
-    """The command, and what was typed behind it. Ends the program if that is all, or makes no sense."""
+    """The command, and what was typed after it. Ends the program if that is all, or makes no sense."""
     if words[:1] == ["--debug"]:
         words = [*words[1:], "--debug"]
     if words[:1] == ["help"]:

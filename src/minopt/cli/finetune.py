@@ -78,7 +78,7 @@ class Finetune(Command):
 
 
 def _this_command(config: TrainingConfig) -> str:
-    """What was typed, as far as environment variables tell it of torchrun, and what keeps it from beginning anew."""
+    """The command that goes on with this run: as typed, torchrun's part from environment variables."""
     command = ["minopt", *sys.argv[1:], *(["--resume", "auto"] if config.resume == "never" else [])]
     command += ["--overwrite-output-dir", "false"] if config.overwrite_output_dir else []
     if "LOCAL_WORLD_SIZE" in os.environ:

@@ -34,7 +34,7 @@ _NEAREST = {"--max-length": "--max-new-tokens", "--min-length": "--min-new-token
 
 @dataclass(frozen=True)
 class Command:
-    """A word behind ``minopt``, the name of its class. Its fields are flags; its docstring is shown by ``--help``."""
+    """A word after ``minopt``, the name of its class. Its fields are flags; its docstring is shown by ``--help``."""
 
     summary: ClassVar[str] = ""
     records: ClassVar[tuple[type, ...]] = ()  # dataclasses whose fields are flags too; of two of one name the first is
@@ -85,7 +85,7 @@ def fill(record: type[T], given: Mapping[str, Any]) -> T:
 
 
 def parse(command: type[Command], words: Sequence[str]) -> dict[str, Any]:
-    """What was typed behind a command, by the names of its fields. Raises ``ValueError`` for the first wrong word."""
+    """The words after a command, by the names of its fields. Raises ``ValueError`` for the first wrong word."""
     known, given = fields_of(command), dict[str, Any]()
     unflagged: list[str] = []
     queue = deque(words)
@@ -112,8 +112,8 @@ def parse(command: type[Command], words: Sequence[str]) -> dict[str, Any]:
     places = [f for f in known.values() if _is_word(f) and f.name not in given]
     if len(unflagged) > len(places):
         raise ValueError(
-            f"{unflagged[len(places)]}: expected nothing more. A text stands in quotes, and behind -- if it begins "
-            "with a hyphen"
+            f"{unflagged[len(places)]}: unexpected word. Put a text in quotes; if it begins with a hyphen, write -- "
+            "before it"
         )
     given |= {f.name: word for f, word in zip(places, unflagged, strict=False)}
     if missing := [flag_of(f) for f in known.values() if f.metadata.get("required") and f.name not in given]:
@@ -211,7 +211,7 @@ def _value(f: Field[Any], text: str) -> Any:
 
 
 def help_page(command: type[Command]) -> str:
-    """How a command is used, as wide as the terminal."""
+    """The help of a command, as wide as the terminal."""
     known, width = fields_of(command), shutil.get_terminal_size().columns
     words = [f.name if f.metadata.get("required") else f"[{f.name}]" for f in known.values() if _is_word(f)]
     lines = ["usage: " + " ".join(["minopt", command.__name__.lower(), *words, "[flags]"]), ""]

@@ -1,4 +1,4 @@
-"""What a command says on stderr: lines that begin with minopt:, and of an error one line of what to mend."""
+"""The messages of commands on stderr: lines that begin with minopt:, and for an error one line that says what to do."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def in_flags(text: str, command: type[Command]) -> str:
 
 @contextlib.contextmanager
 def warnings_told(command: type[Command]) -> Iterator[None]:
-    """What the library logs, as lines that name flags."""
+    """Shows what the library logs, as lines that name flags."""
     handler = logging.Handler()
     handler.emit = lambda record: tell(f"warning: {in_flags(record.getMessage(), command)}")  # type: ignore[method-assign]
     logger = logging.getLogger("minopt")

@@ -191,7 +191,7 @@ def write_results(results: Iterator[Any], work: Work, output: str | None) -> Non
 
 
 def _open(output: str | None, kept_bytes: int) -> contextlib.AbstractContextManager[Any]:
-    """The output, behind what is kept of it."""
+    """The output file, to be written on after what is kept of it."""
     if output is None:
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(encoding="utf-8")  # as JSON has to be, whatever the terminal's is
@@ -202,7 +202,7 @@ def _open(output: str | None, kept_bytes: int) -> contextlib.AbstractContextMana
 
 
 def _fields(record: Any) -> dict[str, Any]:
-    """What an output line has of a continuation."""
+    """The fields of an output line for a continuation."""
     found = {"text": record.text, "stop_reason": record.stop_reason}
     if record.score is not None:
         found["score"] = record.score if math.isfinite(record.score) else None  # JSON has no infinity

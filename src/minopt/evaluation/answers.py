@@ -1,4 +1,4 @@
-"""What a model is worth on examples: the loss of their completions, and the scores of the texts that it generates."""
+"""Measures a model on examples: the loss of their completions, and the scores of the texts that it generates."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from minopt.tokenizer import Tokenizer, pad_left
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """What was measured.
+    """The result of an evaluation.
 
     Attributes:
         metrics: ``loss``, the mean over the tokens of all completions in nats; ``perplexity``, its exponential;
@@ -43,11 +43,11 @@ def evaluate(
     Args:
         model: whole, on the device of the process.
         tokenizer: the model's.
-        rows: of each example the ids ``[T]`` and the index at which its completion begins.
+        rows: each example's ids ``[T]``, and the index at which its completion begins.
         references: the right texts by the examples' ids, in the order of ``rows``; empty for plain text, of which only
             the loss is measured.
-        scores: of generated texts.
-        generation: how to generate a batch, given the index of its first row.
+        scores: the function that scores generated texts.
+        generation: gives the options for a batch from the index of its first row.
         world: the processes; each has to call this.
         batch_size: rows that a process evaluates at once.
         stop: asked between batches; once it says yes in any process, there is no result.

@@ -1,4 +1,4 @@
-"""How far a model is from the published numbers of opt-125m and opt-350m, which are in published.json.
+"""Measures how far a model is from the published numbers of opt-125m and opt-350m, which are in published.json.
 
 They come from the tests of metaseq, transformers and CTranslate2, which run on the published weights: a model that
 holds them all has OPT's weights, layout and arithmetic right. Shapes as in ``model.py``; N values of a check.
@@ -50,7 +50,7 @@ class Comparison:
     """One check, and what a model gave.
 
     Attributes:
-        name, source, expected: of the check.
+        name, source, expected: the check's own.
         got: the model's values; ``None`` for those that are not finite.
         worst: index of the value furthest off, relative to what is allowed; of ids and texts the first wrong one.
         largest_difference, tolerance: absolute, at ``worst``; ``None`` for ids and texts.
@@ -93,8 +93,8 @@ def compare_with_published(
     """Compares a model with published numbers.
 
     Args:
-        model: in float32 and ``eval()`` mode, on any device. On a GPU leave TF32 off, as torch does by default.
-        tokenizer: for published texts; the other checks need none.
+        model: must be float32 and in ``eval()`` mode, on any device. On a GPU leave TF32 off, as torch does by default.
+        tokenizer: encodes published texts; the other checks need none.
         checks: ``None`` means those of the model's size.
 
     Returns:

@@ -49,7 +49,7 @@ def window_perplexity(
 
     Args:
         model: any form of the decoder; a plain model in ``eval()`` mode, or dropout acts.
-        input_ids: of the text, ``[T]``.
+        input_ids: the text's ids, ``[T]``.
         window: tokens; ``None`` is the model's number of positions, 2048 for OPT.
         stride: tokens; ``None`` is the window.
         world: processes that share the windows; each calls this, and gets the same result.

@@ -15,10 +15,10 @@ from collections.abc import Callable, Mapping, Sequence
 from minopt.checkpoint.errors import some
 
 UNANSWERABLE = "unanswerable"
-"""What a model is trained to write where a question has no answer."""
+"""The text that a model is trained to write where a question has no answer."""
 
 Scores = Callable[[Mapping[str, str], Mapping[str, Sequence[str]]], dict[str, float]]
-"""What scores generated texts: predictions and references, both by id -> metrics by name."""
+"""Scores generated texts: takes predictions and references, both by id, and gives metrics by name."""
 
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
@@ -108,7 +108,7 @@ def _checked(references: Sequence[str]) -> Sequence[str]:
 
 
 def _normalized(references: Sequence[str]) -> list[str]:
-    """Those of which normalisation leaves nothing do not count beside others; v1.1's script has no such rule."""
+    """Normalises references, and drops empty ones if others are left; v1.1's script has no such rule."""
     return [text for text in map(normalize_answer, _checked(references)) if text] or [""]
 
 

@@ -123,7 +123,7 @@ class EvaluationConfig:
     src_length: int = option(608, "the most tokens of a prompt; longer contexts are cut", least=1)
     tgt_length: int = option(160, "the most tokens of a completion, in the loss and when generated", least=1)
     seed: int = option(42, "seed of the order of examples, of dropout, and of drawn texts", least=0)
-    dev_file: str = option("squad", "data to evaluate on: .json, .jsonl, .txt, .raw, or squad, squad-v2 (downloads)")
+    dev_file: str = option("squad", "data to evaluate on: .json, .jsonl, .txt, .raw, or a download: squad, squad-v2")
     max_eval_samples: int | None = option(None, "evaluate on the first N examples only (all)", least=1)
     per_device_eval_batch_size: int = option(8, "examples that a process evaluates at once", least=1)
     num_beams: int = option(1, "beams (1: greedy)", least=1)
@@ -132,7 +132,9 @@ class EvaluationConfig:
     no_repeat_ngram_size: int = option(0, "no N tokens in a row occur twice in a generated text (0: no limit)", least=0)
     select_topk: bool = option(True, "take the most probable tokens; false: draw tokens")
     top_k: int = option(0, "draw from the N most probable tokens (0: from all)", least=0)
-    top_p: float = option(0.0, "draw from the fewest tokens of this probability (0: from all)", least=0, most=1)
+    top_p: float = option(  # 0 is off, as in PaddleNLP; GenerationConfig's 1 draws from all tokens too
+        0.0, "draw from the fewest tokens that together have probability X (0: from all)", least=0, most=1
+    )
 
     def __post_init__(self) -> None:
         for f in fields(self):

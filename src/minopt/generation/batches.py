@@ -19,9 +19,9 @@ def cut_batches(
     """Indices of rows, in batches of rows of like length. The longest come first: a lack of memory shows at once.
 
     Args:
-        lengths: of each row, in tokens.
+        lengths: each row's tokens.
         batch_size: the most rows in a batch; ``None`` is no limit.
-        max_batch_tokens: the most tokens in a batch, padding included; a longer row is a batch of its own. ``None``
+        max_batch_tokens: the most tokens in a batch, padding included; a longer row is alone in its batch. ``None``
             is ``MAX_BATCH_TOKENS``, or no limit beside a ``batch_size``.
         in_order: cut each few batches from rows next to each other, and keep the order of these groups.
 

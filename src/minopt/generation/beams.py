@@ -5,7 +5,7 @@ they were read. A mask says which of them belong to a beam. So a step that drops
 moves rows of that mask and no keys or values, and each step reads the prompt's once for all beams.
 
 Shapes: B prompts, K beams, M texts, T prompt tokens (padding included), N the most new tokens, C slots of the cache
-behind the prompt, V vocabulary.
+after the prompt, V vocabulary.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def _no_texts(request: Request) -> Texts:
 
 
 def _kept(config: GenerationConfig, logprobs: Tensor, scores: Tensor) -> tuple[Tensor | None, ...]:
-    """What of a step is asked for: scores ``[B, K, V]``, and the most probable tokens ``[B, K, top_logprobs]``."""
+    """The outputs that the options ask for: scores ``[B, K, V]``, and the best tokens ``[B, K, top_logprobs]``."""
     values, ids = logprobs.topk(config.top_logprobs) if config.top_logprobs else (None, None)
     return scores if config.output_scores else None, ids, values
 
@@ -163,7 +163,7 @@ def _topk(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def _ended(texts: Texts, config: GenerationConfig, length: int, which: Tensor) -> Texts:
-    """Those of the first K texts that ``which [B, M]`` says, as hypotheses of that length."""
+    """Makes hypotheses of the first K texts where ``which [B, M]`` is True; their length is ``length``."""
     first = Texts(*(tensor[:, : config.num_beams] for tensor in vars(texts).values()))
     scores = first.scores / length**config.length_penalty
     return replace(first, scores=scores.masked_fill(~which[:, : config.num_beams], -torch.inf))

@@ -44,8 +44,8 @@ class Step:
         tokens: ``[R]``, padding in rows without a new one.
         is_new: ``[R]``, whether a row got a token.
         reasons: ``[R]``, the number in ``STOP_REASONS`` of a row that has ended, now or before; else 0.
-        scores, logprobs, top_token_ids, top_logprobs: as in ``GenerationOutput``, of this step.
-        drafted_tokens, accepted_tokens: as in ``GenerationOutput``, so far.
+        scores, logprobs, top_token_ids, top_logprobs: this step's part of what ``GenerationOutput`` has.
+        drafted_tokens, accepted_tokens: the counts of ``GenerationOutput`` so far.
     """
 
     tokens: Tensor
@@ -76,7 +76,7 @@ def generate(
         decoder: usually an ``OPT``.
         input_ids: ``[B, T]`` integer ids on any device, shorter prompts padded on the left.
         attention_mask: ``[B, T]``, 1 = real, 0 = padding; ``None`` if nothing is padded.
-        config: how; ``None`` is ``GenerationConfig()``.
+        config: the options; ``None`` is ``GenerationConfig()``.
         logits_processor: your own rules, functions of the tokens so far ``[R, S]`` and their float32 scores ``[R, V]``
             (log-probabilities in beam search) to new scores; transformers' processors are such functions.
         stopping_criteria: functions of the tokens so far ``[R, S]`` and ``None`` to booleans ``[R]``, True = the row
@@ -100,7 +100,7 @@ def generate(
 
 
 def run(request: Request) -> GenerationOutput:
-    """What ``generate`` does once its arguments are checked."""
+    """Does what ``generate`` does once its arguments are checked."""
     request, config = request.on_device(), request.config
     if config.num_beams > 1:
         return beam_search(request)
@@ -126,7 +126,7 @@ def run(request: Request) -> GenerationOutput:
 def _look_every(request: Request) -> int:
     """How many steps may pass until the host looks whether any row goes on.
 
-    One on a CPU, where this costs nothing. One if a user's function or the clock must not see a step behind the last
+    One on a CPU, where this costs nothing. One if a user's function or the clock must not see a step after the last
     one, or if the host has to know each token.
     """
     config = request.config
@@ -157,12 +157,9 @@ def decode_steps(request: Request, look_every: int = 1) -> Iterator[Step]:
             t.repeat_interleave(copies, dim=0) for t in (logits, sequences, position_ids)
         )
         real = None if real is None else real.repeat_interleave(copies, dim=0)
-    reasons = torch.zeros(B * copies, dtype=torch.int8, device=decoder.device)
-    running = is_new = reasons == RUNNING
-    broken_at = torch.full_like(running, N, dtype=torch.long)  # the step in which a row's scores were no numbers
+    rows = _Rows(B * copies, N, look_every, decoder.device)
     lookup = None if config.prompt_lookup_num_tokens is None else PromptLookup(request, cache)
     draws = _random_numbers(N, B * copies, request) if config.do_sample else None
-    all_run = goes_on = True
     for step in range(N):
         length = T + step
         scores = logits.float()
@@ -171,49 +168,81 @@ def decode_steps(request: Request, look_every: int = 1) -> Iterator[Step]:
         best, tokens = scores.max(-1)
         if draws is not None:
             tokens = _draw(scores, draws[step])
-        found = _asked_for(config, logits, scores, tokens)
+        asked_for = _asked_for(config, logits, scores, tokens)
         sequences[:, length] = tokens
-        ends = stopper(tokens, step + 1, sequences[:, : length + 1])
-        if look_every > 1 or not (all_run and _all_go_on(best, ends)):  # until a row ends, only tokens change
-            has_token = best.abs() < torch.inf
-            broken_at = broken_at.where(~running | has_token | (best == -torch.inf), step)
-            is_new = running & has_token
-            tokens = tokens.where(is_new, request.pad_token_id)
+        if rows.take(step, best, stopper(tokens, step + 1, sequences[:, : length + 1])):
+            tokens = tokens.where(rows.have_new, request.pad_token_id)
             sequences[:, length] = tokens
-            reasons = torch.where(running, ends.masked_fill(~has_token, EXHAUSTED), reasons)
-            running, all_run = reasons == RUNNING, False
-            if (step + 1) % look_every == 0 or step == N - 1:
-                goes_on, first_broken = torch.stack([running.any(), broken_at.min()]).tolist()
-                refuse(first_broken < N, first_broken)
+            rows.look(step)
         if lookup is not None:
-            found |= lookup.counts()
-        yield Step(tokens, is_new, reasons, **found)
-        if not goes_on:
+            asked_for |= lookup.counts()
+        yield Step(tokens, rows.have_new, rows.reasons, **asked_for)
+        if rows.all_ended:
             return
         if lookup is not None:
-            logits = lookup.read(tokens, running)
+            logits = lookup.read(tokens, rows.running)
         else:
             logits = decoder.read(tokens[:, None], position_ids, step_mask(real, length + 1), None, cache)
             position_ids = position_ids + 1
 
 
+class _Rows:
+    """Which rows run, which have ended, and why.
+
+    Attributes:
+        running: ``[R]``, rows that have not ended.
+        have_new: ``[R]``, rows that got a token in the newest step.
+        reasons: ``[R]``, as in ``Step``.
+        all_ended: whether no row runs, as of the last look.
+    """
+
+    def __init__(self, rows: int, steps: int, look_every: int, device: torch.device) -> None:
+        self.reasons = torch.zeros(rows, dtype=torch.int8, device=device)
+        self.running = self.have_new = self.reasons == RUNNING
+        self.all_ended = False
+        self._none_ended, self._steps, self._look_every = True, steps, look_every
+        self._broken_at = torch.full_like(self.running, steps, dtype=torch.long)  # the step with NaN or infinity
+
+    def take(self, step: int, best: Tensor, reasons: Tensor) -> bool:
+        """Takes each row's highest score, and why its token ends it. Returns whether a row may lack a new token.
+
+        With a look at each step, as on a CPU, nothing is computed before the first row ends.
+        """
+        if self._look_every == 1 and self._none_ended and _all_go_on(best, reasons):
+            return False
+        has_token = best.abs() < torch.inf
+        is_sound = ~self.running | has_token | (best == -torch.inf)  # -inf: the rules left no token
+        self._broken_at = self._broken_at.where(is_sound, step)
+        self.have_new = self.running & has_token
+        self.reasons = torch.where(self.running, reasons.masked_fill(~has_token, EXHAUSTED), self.reasons)
+        self.running, self._none_ended = self.reasons == RUNNING, False
+        return True
+
+    def look(self, step: int) -> None:
+        """Every ``look_every`` steps, sets ``all_ended``, and refuses broken scores of rows that run."""
+        if (step + 1) % self._look_every == 0 or step == self._steps - 1:
+            any_runs, first_broken = torch.stack([self.running.any(), self._broken_at.min()]).tolist()
+            refuse(first_broken < self._steps, first_broken)
+            self.all_ended = not any_runs
+
+
+def _all_go_on(best: Tensor, reasons: Tensor) -> bool:
+    """Whether each row has a token and goes on. Compared in Python: cheaper than a few small kernels."""
+    return all(-math.inf < score < math.inf for score in best.tolist()) and not any(reasons.tolist())
+
+
 def _asked_for(config: GenerationConfig, logits: Tensor, scores: Tensor, tokens: Tensor) -> dict[str, Any]:
     """The parts of a ``Step`` that the configuration asks for."""
-    found = {}
+    parts = {}
     if config.output_scores:
-        found["scores"] = scores.clone()  # without rules it is the decoder's own tensor
+        parts["scores"] = scores.clone()  # without rules it is the decoder's own tensor
     if config.output_logprobs or config.top_logprobs:
         logprobs = logits.float().log_softmax(-1)
         if config.output_logprobs:
-            found["logprobs"] = logprobs.gather(1, tokens[:, None])[:, 0]
+            parts["logprobs"] = logprobs.gather(1, tokens[:, None])[:, 0]
         if config.top_logprobs:
-            found["top_logprobs"], found["top_token_ids"] = logprobs.topk(config.top_logprobs)
-    return found
-
-
-def _all_go_on(best: Tensor, ends: Tensor) -> bool:
-    """Whether each row has a token and goes on. Compared in Python: cheaper than a few small kernels."""
-    return all(-math.inf < score < math.inf for score in best.tolist()) and not any(ends.tolist())
+            parts["top_logprobs"], parts["top_token_ids"] = logprobs.topk(config.top_logprobs)
+    return parts
 
 
 def _random_numbers(steps: int, rows: int, request: Request) -> Tensor:

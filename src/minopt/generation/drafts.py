@@ -1,7 +1,7 @@
-"""Prompt lookup: where the newest tokens stand earlier in the text, the tokens behind them there are a draft.
+"""Prompt lookup: where the newest tokens stand earlier in the text, the tokens after them there are a draft.
 
 The model reads a draft in one pass. After Saxena 2023 (github.com/apoorvumang/prompt-lookup-decoding) and, for the
-check of drafts, Leviathan et al. 2023 (arXiv 2211.17192). ``decode_steps`` asks for the logits behind each token that
+check of drafts, Leviathan et al. 2023 (arXiv 2211.17192). ``decode_steps`` asks for the logits after each token that
 it has chosen. If a draft was right, they are here already. So rules and stop conditions act as without drafts.
 
 Shapes: B rows, K tokens read at once, T prompt tokens (padding included), S tokens so far, V vocabulary.
@@ -34,7 +34,7 @@ class Text:
         self.ids.append(token)
 
     def draft(self, ngram_size: int, count: int) -> list[int]:
-        """What followed the longest n-gram of the text's end at its latest earlier place; empty if there is none.
+        """The tokens that followed the longest n-gram of the text's end at its latest earlier place; empty if none.
 
         Where the text ends, the draft goes on with itself, as a text that repeats itself does.
         """
@@ -48,7 +48,7 @@ class Text:
         return [self.ids[start + i % (len(self.ids) - start)] for i in range(count)] if longest else []
 
     def _match(self, place: int, most: int) -> int:
-        """How many tokens up to ``place`` are those up to the end; at least one is."""
+        """Counts the tokens up to ``place`` that equal those at the end of the text; at least one does."""
         length = 1
         while length < min(most, place + 1) and self.ids[place - length] == self.ids[-1 - length]:
             length += 1
@@ -62,11 +62,11 @@ class PromptLookup:
     long as it is right in all running rows.
 
     Args:
-        request: of B rows, whose prompts ``cache`` has read.
-        cache: with room for the prompts and all new tokens.
+        request: B rows, whose prompts are in ``cache``.
+        cache: has room for the prompts and all new tokens.
 
     Attributes:
-        drafted, accepted: for each row, how many tokens were drafted, and how many of them saved a pass.
+        drafted, accepted: each row's number of drafted tokens, and of those that saved a pass.
     """
 
     def __init__(self, request: Request, cache: KVCache) -> None:
@@ -78,13 +78,13 @@ class PromptLookup:
         self.real = with_new_tokens(request.attention_mask, config.max_new_tokens)
         rows = zip(request.input_ids.tolist(), request.padding(1).tolist(), strict=True)
         self.texts = [Text(ids[padding:]) for ids, padding in rows]
-        # The rest of the draft, the next token last: a token of each row, and the logits [B, V] behind it.
+        # The rest of the draft, the next token last: a token of each row, and the logits [B, V] after it.
         self.ahead: list[tuple[tuple[int, ...], Tensor]] = []
         self.came_true = 0  # accepted tokens of the newest draft
         self.drafted, self.accepted = [0] * B, [0] * B
 
     def read(self, tokens: Tensor, running: Tensor) -> Tensor:
-        """Logits ``[B, V]`` behind the newest token of each row.
+        """Logits ``[B, V]`` after the newest token of each row.
 
         Args:
             tokens: ``[B]``.
@@ -109,7 +109,7 @@ class PromptLookup:
         return {"drafted_tokens": tuple(self.drafted), "accepted_tokens": tuple(self.accepted)}
 
     def _read_with_drafts(self, tokens: Tensor, rows: list[int]) -> Tensor:
-        """Logits behind the newest tokens. Those behind drafted tokens are kept for later."""
+        """Logits after the newest tokens. Those after drafted tokens are kept for later."""
         drafts = self._drafts(rows)
         if not drafts:
             ids = tokens[:, None]
@@ -122,13 +122,13 @@ class PromptLookup:
         mask = None if real is None else causal_mask(real, past, K, S, ids.device)
         position_ids = positions(real, past, K, ids.device).expand(B, K)
         logits = self.request.decoder.read(ids, position_ids, mask, None, self.cache).view(B, K, -1)
-        first, *behind = logits.unbind(1)
-        self.ahead = [*zip(drafts, behind, strict=True)][::-1]
+        first, *later = logits.unbind(1)
+        self.ahead = [*zip(drafts, later, strict=True)][::-1]
         return first
 
     def _drafts(self, rows: list[int]) -> list[tuple[int, ...]]:
         """The drafts: for each step a token of each row. Empty if one of ``rows``, which run, finds none."""
-        count = min(self.most, self.end - self.length - 1)  # one more token is chosen behind a draft
+        count = min(self.most, self.end - self.length - 1)  # one more token is chosen after a draft
         if self.request.decoder.device.type == "cpu":
             # On a CPU a pass takes longer the more it reads, so the draft length adapts: twice the tokens accepted last
             # time, plus two. Of six rules this was the fastest over texts that copy their prompt and texts that do not.

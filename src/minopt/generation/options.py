@@ -39,7 +39,7 @@ class GenerationConfig:
     max_new_tokens: int = option(20, "the most tokens to add to each prompt", least=1)
     min_new_tokens: int = option(0, "the fewest tokens to add to each prompt", least=0)
     truncate_prompt: bool = option(False, "cut the beginning of a prompt that is too long; otherwise it is an error")
-    stop_strings: tuple[str, ...] = option((), "end before this text, special tokens too; for several, repeat it")
+    stop_strings: tuple[str, ...] = option((), "end before this text or special token; for several, repeat the flag")
     eos_token_id: int | tuple[int, ...] | None = option(None, "ids that end a text, such as 2,50118 (the model's)")
     max_time: float | None = option(None, "seconds after which no further step begins, for each batch", above=0)
 
@@ -63,7 +63,7 @@ class GenerationConfig:
     )
     early_stopping: bool | Literal["never"] = _beams(
         False,
-        "beams: end once enough texts are finished (true), if no better one is likely (false), or possible (never)",
+        "beams: true: end with N finished texts; false: once a better one is unlikely; never: once it is impossible",
     )
 
     # Prompt lookup
@@ -94,7 +94,7 @@ class GenerationConfig:
         (), "add a number to the score of a sequence's last id: [[[5, 6], -2.5]]"
     )
     forced_bos_token_id: int | None = option(None, "the first new token, where the prompt is a single token", least=0)
-    pad_token_id: int | None = option(None, "the id behind texts of a batch that have ended (the model's)", least=0)
+    pad_token_id: int | None = option(None, "the id that fills up texts that have ended (the model's)", least=0)
 
     # What is returned beside the tokens
     output_scores: bool = option(False, "return the scores of every step, after all rules")
@@ -130,8 +130,8 @@ class GenerationConfig:
             )
         if self.prompt_lookup_num_tokens is not None and (self.do_sample or self.num_beams > 1):
             problems.append(
-                f"prompt_lookup_num_tokens is {self.prompt_lookup_num_tokens}, and only greedy decoding reads drafts: "
-                f"leave out {'do_sample' if self.do_sample else 'num_beams'}, or this"
+                f"prompt_lookup_num_tokens is {self.prompt_lookup_num_tokens}, and it needs greedy decoding: "
+                f"leave out {'do_sample' if self.do_sample else 'num_beams'} or prompt_lookup_num_tokens"
             )
         if self.forced_bos_token_id in self.suppress_tokens:
             problems.append(f"suppress_tokens holds the forced_bos_token_id {self.forced_bos_token_id}")
@@ -213,8 +213,8 @@ def read_defaults(path: Path, rows: int = 2**31) -> dict[str, Any]:
     One warning names all other settings that would change tokens.
 
     Args:
-        path: of the file.
-        rows: of the model's token table, beyond which an id means nothing.
+        path: the file.
+        rows: the model's token table has so many; an id beyond means nothing.
 
     Raises:
         ValueError: if the file is no JSON object, or an option in it that has an effect makes no sense.
@@ -228,9 +228,9 @@ def read_defaults(path: Path, rows: int = 2**31) -> dict[str, Any]:
     try:
         check_values({name: value for name, value in options.items() if name not in _idle(options)})
     except ValueError as error:
-        raise ValueError(f"{path}: {error} Mend the file, or remove it.") from None
+        raise ValueError(f"{path}: {error} Correct the file, or remove it.") from None
     if foreign := [name for name in given if name not in _DEFAULTS and given[name] not in (False, _OFF.get(name))]:
-        logger.warning("%s: ignored, for minopt does not have it: %s.", path, ", ".join(foreign))
+        logger.warning("%s: options that minopt does not have are ignored: %s.", path, ", ".join(foreign))
     return options
 
 

@@ -30,7 +30,7 @@ RUNNING, EOS, STOP, TIME, LENGTH, EXHAUSTED = range(6)
 
 
 class Decoder(Protocol):
-    """What generation and scoring drive. Every form of the model gives this: plain, fast, divided, a program."""
+    """The interface that generation and scoring drive. All forms have it: plain, fast, divided, programs."""
 
     config: OPTConfig
     max_batch: int | None
@@ -38,14 +38,14 @@ class Decoder(Protocol):
 
     @property
     def device(self) -> torch.device:
-        """Where ids must be."""
+        """The device on which ids must be."""
 
     def as_opt(self) -> OPT:
         """The model with its weights; ``ValueError`` where there are none."""
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of weights and cache."""
+        """The dtype of weights and cache."""
 
     def new_cache(self, batch_size: int, capacity: int) -> KVCache:
         """An empty cache for ``batch_size`` rows of up to ``capacity`` tokens."""
@@ -59,16 +59,16 @@ class Decoder(Protocol):
             input_ids, position_ids: int64 ``[B, T]``. Nothing but padding has a position below 0.
             mask: boolean ``[B or 1, 1, T, S]``, True = attend; S is the number of cached tokens, new ones included.
                 ``None``: a token attends to all cached ones, to itself, and to those before it in this call.
-            wanted: int64 ``[N]``, the tokens behind which logits are wanted, counted through all rows: 0 to
+            wanted: int64 ``[N]``, the tokens after which logits are wanted, counted through all rows: 0 to
                 ``B * T - 1``. ``None`` is all of them.
-            cache: of B rows.
+            cache: a cache of B rows.
 
         Returns:
             Logits ``[N, V]``. They hold until the next call.
         """
 
     def agreed(self, decision: Tensor) -> Tensor:
-        """The first process' decision where a model is divided among processes; else the tensor itself."""
+        """The first process' decision if a model is divided among processes; else the tensor itself."""
 
 
 @dataclass(frozen=True)
@@ -78,23 +78,23 @@ class GenerationOutput:
     Attributes:
         sequences: ``[R, T + N]`` int64: the prompt as given (or its kept end), then the new tokens; a row that ended
             goes on in padding.
-        lengths: how many new tokens each row has, the one that ended it included.
-        stop_reasons: a row each: ``"eos"``, ``"stop"`` (a stop string or criterion), ``"time"``, ``"length"``; or
+        lengths: the number of new tokens of each row, the one that ended it included.
+        stop_reasons: one a row: ``"eos"``, ``"stop"`` (a stop string or criterion), ``"time"``, ``"length"``; or
             ``"exhausted"`` if the rules left no token to go on with. A beam search that has fewer hypotheses than
-            ``num_return_sequences`` fills up with empty ones of that kind and score ``-inf``.
-        sequences_scores: ``[R]`` float32, of beam search: see ``GenerationConfig.length_penalty``. Best first.
+            ``num_return_sequences`` adds empty ones, with the reason ``"exhausted"`` and the score ``-inf``.
+        sequences_scores: ``[R]`` float32, beam search only: see ``GenerationConfig.length_penalty``. Best first.
         scores: ``[R, N, V]`` float32, after all rules, if ``output_scores`` asked for it. Those of beam search are
             log-probabilities of the beam that each token came from.
-        logprobs: ``[R, N]`` float32, if ``output_logprobs`` asked for it: of each new token under the model's own
+        logprobs: ``[R, N]`` float32, if ``output_logprobs`` asked for it: each new token's under the model's own
             distribution, before any rule.
         top_token_ids: ``[R, N, top_logprobs]`` int64, the most probable tokens of each step in falling order, before
             any rule; if ``top_logprobs`` asked for them.
-        top_logprobs: ``[R, N, top_logprobs]`` float32, theirs.
+        top_logprobs: ``[R, N, top_logprobs]`` float32, the log-probabilities of those.
         drafted_tokens: with ``prompt_lookup_num_tokens``, how many tokens were drafted for each row.
         accepted_tokens: how many of them were right, each of which saves a pass of the model: a row alone takes as many
             passes as it has new tokens, less these.
 
-    Numbers behind a row's length have no meaning.
+    Numbers after a row's length have no meaning.
     """
 
     sequences: Tensor
@@ -118,7 +118,7 @@ class Request:
         attention_mask: ``[B, T]`` boolean, padding on the left; ``None`` without padding.
         eos_token_ids, pad_token_id: the config's, or else the model's.
         logits_processor, stopping_criteria: the user's.
-        generator: of the draws; ``None`` is torch's own.
+        generator: the source of draws; ``None`` is torch's own.
     """
 
     decoder: Decoder
@@ -150,7 +150,7 @@ class Request:
         return build_rules(self.config, T, padding, self.eos_token_ids, self.logits_processor)
 
     def read_prompts(self, cache: KVCache) -> Tensor:
-        """Reads the prompts into an empty cache; returns the logits ``[B, V]`` behind them."""
+        """Reads the prompts into an empty cache; returns the logits ``[B, V]`` after them."""
         (B, T), mask, device = self.input_ids.shape, self.attention_mask, self.input_ids.device
         position_ids = positions(mask, 0, T, device).expand(B, T)
         last = torch.arange(T - 1, B * T, T, device=device)
@@ -189,7 +189,7 @@ class Stopper:
 
 
 def _checked(found: Any, tokens: Tensor) -> Tensor:
-    """What a criterion has found, as a boolean for each of the tokens."""
+    """A criterion's answer, checked: one boolean a row."""
     is_tensor = isinstance(found, Tensor)
     if (not is_tensor and not isinstance(found, bool)) or (is_tensor and found.numel() not in (1, tokens.numel())):
         got = list(found.shape) if is_tensor else found
@@ -294,7 +294,7 @@ def _check_prompt(vocab_size: int, input_ids: Tensor, attention_mask: Tensor | N
         )
     real = attention_mask.bool()
     if not bool(real[:, -1].all()) or bool((real[:, :-1] & ~real[:, 1:]).any()):
-        raise ValueError("attention_mask: expected padding on the left only, got some behind a token.")
+        raise ValueError("attention_mask: expected padding on the left only, got some after a token.")
 
 
 def check_room(limit: int, tokens: int, config: GenerationConfig) -> None:
@@ -315,7 +315,7 @@ def check_room(limit: int, tokens: int, config: GenerationConfig) -> None:
 def _fit(
     limit: int, input_ids: Tensor, attention_mask: Tensor | None, config: GenerationConfig, bos: int | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Prompts that leave room for the new tokens: as they are, or their ends, behind the bos if they began with it."""
+    """Cuts prompts so that the new tokens have room: their ends stay, after the bos if they began with it."""
     lengths = (torch.ones_like(input_ids) if attention_mask is None else attention_mask.bool()).sum(1)
     longest, room = int(lengths.max()), limit - config.max_new_tokens
     check_room(limit, longest, config)
@@ -331,7 +331,9 @@ def _fit(
 def _check_ids(vocab_size: int, config: GenerationConfig, eos: tuple[int, ...], pad: int) -> None:
     """Checks of options that depend on the model's vocabulary."""
     if config.stop_strings:
-        raise ValueError("stop_strings: ids have no text. Call LanguageModel.generate, or give stopping_criteria.")
+        raise ValueError(
+            "stop_strings: minopt.generate sees ids, not text. Call LanguageModel.generate, or give stopping_criteria."
+        )
     forced = () if config.forced_bos_token_id is None else (config.forced_bos_token_id,)
     words = [i for ids in (*config.bad_words_ids, *(ids for ids, _ in config.sequence_bias)) for i in ids]
     outside = [i for i in (*config.suppress_tokens, *forced, *words, *eos, pad) if i >= vocab_size]
@@ -359,5 +361,6 @@ def refuse(is_broken: bool, step: int) -> None:
     if is_broken:
         raise ValueError(
             f"scores: expected numbers, got NaN or infinity at new token {step}. In float16 a model may overflow: load "
-            "it as bfloat16 or float32. Otherwise its weights are damaged (minopt inspect --check tells), or a rule is."
+            "it as bfloat16 or float32. Otherwise its weights are damaged (see minopt inspect --check), or a "
+            "logits_processor gives such scores."
         )

@@ -35,11 +35,11 @@ def build_rules(
     """The rules that a configuration asks for, in the order in which they act.
 
     Args:
-        config: what is asked for.
+        config: the options that say which rules there are.
         prompt_length: T, padding included.
         padding: ``[R]`` int64, how many tokens at the left of each row are padding; on the device of the scores.
-        eos_token_ids: what ends a row.
-        logits_processor: the user's own rules; they act behind all others but those of sampling.
+        eos_token_ids: the ids that end a row.
+        logits_processor: the user's own rules; they act after all others but those of sampling.
     """
     device, rules = padding.device, []
     if config.sequence_bias:

@@ -30,9 +30,9 @@ def token_logprobs(model: Decoder, rows: Sequence[Sequence[int]], starts: Sequen
     What all rows begin with is read once. Dropout is active if the model is in training mode: call ``eval()`` first.
 
     Args:
-        model: on any device; or another decoder, such as an exported program.
+        model: an ``OPT`` on any device, or another decoder, such as an exported program.
         rows: ids, of any lengths.
-        starts: of each row, the index of the first token that is scored; at least 1, for a first token has none.
+        starts: each row's index of the first token that is scored; at least 1, for a first token has no score.
 
     Returns:
         For each row float32 ``[length - start]``, on the CPU.

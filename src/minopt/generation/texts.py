@@ -24,9 +24,9 @@ class GeneratedText:
     """One continuation, with what is known about it.
 
     Attributes:
-        text: the continuation, behind its prompt if ``echo`` asked for that, without the stop string that ended it.
+        text: the continuation, after its prompt if ``echo`` asked for that, without the stop string that ended it.
         token_ids: the new tokens, those that ended the text included.
-        logprobs: of each of them, natural, under the model's own distribution; empty if not asked for.
+        logprobs: their natural log-probabilities under the model's own distribution; empty if not asked for.
         stop_reason, score, drafted_tokens, accepted_tokens: see ``GenerationOutput``; ``score`` is of beam search.
         top_logprobs: for each new token the most probable ids in its place and their log-probabilities, if asked for.
     """
@@ -121,7 +121,7 @@ def run_each(batches: list[TextBatch], show_progress: bool) -> Iterator[tuple[in
 
 
 def in_rising_order(results: Iterator[tuple[int, list[GeneratedText]]]) -> Iterator[tuple[int, list[GeneratedText]]]:
-    """The same by rising index."""
+    """Puts results in the order of their indices."""
     waiting: dict[int, list[GeneratedText]] = {}
     count = 0
     for index, records in results:

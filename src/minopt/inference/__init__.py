@@ -1,1 +1,1 @@
-"""What makes a loaded model fast, or runs a program that was made of one."""
+"""Forms of a model that are made for inference, and programs that are exported from one."""

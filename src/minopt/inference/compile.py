@@ -56,7 +56,7 @@ class Int8Linear(nn.Module):
     """A linear layer of int8 weights and inputs, as inductor knows it: ``_int_mm``, to floats, times both scales.
 
     Args:
-        weight, scale: of ``int8.quantize``.
+        weight, scale: as ``int8.quantize`` gives them.
         bias: ``[O]``.
         outliers: see ``split_rows``.
     """
@@ -123,7 +123,7 @@ class Int8OPT(OPT):
 
 
 class Program(nn.Module):
-    """What is compiled: a model that takes all that varies from call to call as tensors."""
+    """The model that is compiled: it takes all that varies from call to call as tensors."""
 
     def __init__(self, model: OPT) -> None:
         super().__init__()
@@ -144,7 +144,7 @@ class Program(nn.Module):
             input_ids, position_ids: ``[B, T]`` int64.
             mask: boolean ``[B, 1, T, S]``, True = attend; its size says how many tokens of the cache are filled.
             wanted: ``[N]`` int64, tokens whose logits are wanted, counted through all rows: ``0`` to ``B * T - 1``.
-            keys, values: of L layers, ``[B, H, R, D]`` each; the new ones are written from slot ``S - T`` on.
+            keys, values: one a layer, ``[B, H, R, D]`` each; the new ones are written from slot ``S - T`` on.
 
         Returns:
             Logits ``[N, V]``.
@@ -354,7 +354,7 @@ def check_tokens(model: OPT, program: ExportedModel) -> None:
         if (wrong := ~(gaps <= rounding)).any():
             row, step = wrong.nonzero()[0].tolist()
             raise ValueError(
-                f"export: the program's token {step + 1} behind the check prompt {name!r} is {tokens[row, step]}, the "
+                f"export: the program's token {step + 1} after the check prompt {name!r} is {tokens[row, step]}, the "
                 f"model's is {best.indices[row, step]}, and their scores are {gaps[row, step]:.3g} apart (rounding "
                 f"explains {rounding[row, step]:.3g}). Nothing was written; try another dtype, and report it."
             )

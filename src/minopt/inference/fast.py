@@ -185,7 +185,7 @@ class FastLayer(Frozen):
         self._attn_norm, self._final_norm = self._norms.values()
 
     def forward(self, x: Tensor, mask: Tensor | Packed | None = None, cache: KVCache | None = None) -> Tensor:
-        """As ``DecoderLayer``'s."""
+        """See ``DecoderLayer.forward``."""
         B, T, _ = x.shape
         y = self._qkv(self._attn_norm(x) if self.norm_before else x)
         q, k, v = y.view(B, T, 3, -1, self.head_dim).permute(2, 0, 3, 1, 4).unbind()  # [B, H, T, D]

@@ -164,7 +164,7 @@ class InferenceOPT(Frozen, OPT):
         weights: all but the layers', by name.
         layers: modules that are called as ``DecoderLayer`` is.
         head: maps hidden states to logits.
-        lookup: of tokens; ``None`` looks into the table.
+        lookup: gives the embeddings of ids; ``None`` looks into the table.
         in_int8: whether the layers' weights are in int8, and have scales.
     """
 

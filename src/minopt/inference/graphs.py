@@ -25,7 +25,7 @@ ROUND = 256
 
 
 class GraphedOPT(FastOPT):
-    """A ``FastOPT`` whose steps behind a prompt are replayed CUDA graphs.
+    """A ``FastOPT`` whose steps after a prompt are replayed CUDA graphs.
 
     A step attends the whole capacity of its cache under a mask. The memory and the graphs of the last cache are kept.
     They serve the next text of the same batch size and rounded capacity, once nobody holds that cache any more.
@@ -121,7 +121,7 @@ class Graph:
             read = torch.compile(read)
 
         def step() -> Tensor:
-            # No token attends to slots behind its own, whatever the buffer holds there.
+            # No token attends to slots after its own, whatever the buffer holds there.
             mask = self.mask & plain_causal_mask(self.length, Q, S, device)
             return read(self.input_ids, self.position_ids, mask, None, own)
 

@@ -35,7 +35,7 @@ class StreamedOPT(InferenceOPT):
 
     Args:
         checkpoint: an open one; its files have to stay as they are.
-        device: which computes.
+        device: the one that computes.
         dtype: ``None`` is ``"auto"``.
         in_memory: let layers wait in pinned memory, for a GPU. Otherwise each pass reads them from the checkpoint's own
             files, of whatever kind, and casts them.
@@ -97,7 +97,7 @@ class _StreamedLayer(Frozen):
         self._run, self._weights = partial(functional_call, layer), partial(stream.take, index)
 
     def forward(self, x: Tensor, mask: Tensor | Packed | None = None, cache: KVCache | None = None) -> Tensor:
-        """As ``DecoderLayer``'s."""
+        """See ``DecoderLayer.forward``."""
         y: Tensor = self._run(self._weights(), (x, mask, cache))
         return y
 
@@ -134,7 +134,7 @@ class _Stream:
         """A layer's weights, which hold until the next layer's are taken; the next layer is sent for."""
         self._arrive()
         place = self._holder(index)
-        if place is None:  # the first, or one behind a pass that was broken off
+        if place is None:  # the first, or one after a pass that was broken off
             place = self.places[0]
             self._send_for(index, place)
             self._arrive()
@@ -149,7 +149,7 @@ class _Stream:
         return next((place for place in self.places if place.index == index), None)
 
     def _send_for(self, index: int, place: _Place) -> None:
-        """Has a place filled; on a GPU behind all work that was sent so far, which may use the place."""
+        """Has a place filled; on a GPU after all work that was sent so far, which may use the place."""
         passed = None if self._copies is None else torch.cuda.current_stream(self._device).record_event()
         self._coming = _Fetch(partial(self._fetch, index, place, passed))
         self._coming.begin()

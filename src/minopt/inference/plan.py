@@ -1,4 +1,4 @@
-"""How much of a device's memory a model needs, computed from its configuration alone.
+"""Computes how much of a device's memory a model needs, from its configuration alone.
 
 Shapes: B rows, T tokens of each (the prompt's and the new ones), V vocabulary, C hidden_size, F ffn_dim, L layers.
 """
@@ -50,12 +50,12 @@ class Plan:
 
     Attributes:
         devices, offload, quantize: see ``plan_generation``.
-        weights: with all copies in other layouts.
-        loading: what is held beside them for a moment, while they are read.
+        weights: the weights and all copies in other layouts.
+        loading: the most that is held beside them while they are read.
         cache: keys and values.
-        activations: of the prompt, and the scores of a step.
-        runtime: of Python, torch, CUDA.
-        host: what waits in the machine's memory for a GPU.
+        activations: the prompt's activations, and the scores of a step.
+        runtime: what Python, torch and CUDA take.
+        host: the layers that wait in the machine's memory for a GPU.
     """
 
     devices: int
@@ -84,13 +84,13 @@ def plan_generation(
     batch: int = 1,
     length: int | None = None,
 ) -> Plan:
-    """What ``minopt.load`` with these options, and ``generate``, take.
+    """Plans the memory that ``minopt.load`` with these options, and ``generate``, take.
 
     Args:
-        config: of the model.
-        dtype: of weights and activations.
+        config: the model's.
+        dtype: the weights' and activations'.
         device: ``"cpu"`` or ``"cuda"``.
-        devices: processes, each with a device of its own, that divide the model.
+        devices: the number of processes, one a device, that divide the model.
         offload, quantize: see ``minopt.load``.
         batch: B; beams count as rows.
         length: T; ``None`` is as long as the model's texts can be.
@@ -126,7 +126,7 @@ def plan_generation(
 
 
 def _bytes_of(name: str, shape: tuple[int, ...], itemsize: int, devices: int, quantize: str | None) -> int:
-    """Of the first process' share of a tensor."""
+    """The bytes of the first process' share of a tensor."""
     dim = shard_dim(name)
     own = [Share(0, devices).of(size)[1] if number == dim else size for number, size in enumerate(shape)]
     if int8.is_wanted(quantize) and int8.is_quantized(name):

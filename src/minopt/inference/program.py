@@ -30,22 +30,22 @@ from minopt.strangers import MANIFEST, NO_WEIGHTS
 PROGRAM = "program.pt2"
 
 FORMAT = 1
-"""Of the folder; grows when an older minopt could not run what a newer one writes."""
+"""The version of the folder's format; it grows when an older minopt could not run what a newer one writes."""
 
 _AGAIN = "Export the model again (minopt export), where it is to run."
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a program needs, and what it was made of: the content of ``manifest.json``.
+    """The content of ``manifest.json``: what a program needs, and what it was made of.
 
     Attributes:
         format: ``FORMAT`` of the minopt that wrote it.
         torch: the version that compiled it, the only one that runs it.
         platform: operating system and kind of processor, such as ``"Linux x86_64"``.
         device: ``"cpu"`` or ``"cuda"``.
-        instructions: what the machine that compiled it has, and the code may use.
-        dtype: of weights and cache, such as ``"bfloat16"``.
+        instructions: CPU instructions of the machine that compiled it, which the code may use.
+        dtype: the weights' and the cache's, such as ``"bfloat16"``.
         quantize: ``"int8"`` or ``None``.
         max_length: tokens of a row, new ones included.
         max_batch: rows; ``None`` where any number is fine.
@@ -100,7 +100,7 @@ def machine(device_type: str) -> tuple[str, tuple[str, ...]]:
 
 
 def sha256(path: Path) -> str:
-    """Of a file's content, in hexadecimal."""
+    """The SHA-256 of a file's content, in hexadecimal."""
     with path.open("rb") as file:
         state = hashlib.sha256()
         while block := file.read(1 << 22):
@@ -112,9 +112,9 @@ class ExportedModel:
     """A program that decodes as an ``OPT`` does.
 
     Args:
-        folder: that ``minopt export`` wrote, its files already checked against its manifest.
-        manifest: of it.
-        config: of the model; ``max_position_embeddings`` is the program's longest row.
+        folder: written by ``minopt export``; the caller has checked its files against the manifest.
+        manifest: what the folder's manifest says.
+        config: the model's; ``max_position_embeddings`` is the program's longest row.
     """
 
     def __init__(self, folder: Path, manifest: Manifest, config: OPTConfig) -> None:
@@ -216,7 +216,7 @@ def build(checkpoint: Checkpoint, options: LoadOptions) -> ExportedModel:
 def _refuse(folder: Path, **options: object) -> None:
     for name, given in options.items():
         if given is not None:
-            raise ValueError(f"{name}: {folder} is a program, compiled with its own. Leave it out.")
+            raise ValueError(f"{name}: {folder} is an exported program, to which it does not apply. Leave it out.")
 
 
 def _check_machine(program: Path, manifest: Manifest) -> None:

@@ -40,9 +40,9 @@ class ParallelOPT(FastOPT):
     Every process gets the same logits to the bit, for each number is computed by one of them.
 
     Args:
-        config: of the whole model.
+        config: the whole model's.
         weights: this process' share of them, as ``read_weights`` gives it.
-        mesh: of one dim: the processes.
+        mesh: a mesh of one dim: the processes.
 
     Raises:
         ValueError: if the model cannot be divided so, see ``plan.device_counts``.
@@ -70,7 +70,7 @@ class ParallelOPT(FastOPT):
         return every.movedim(0, -2).flatten(-2)[..., :V]
 
     def new_cache(self, batch_size: int, capacity: int) -> KVCache:
-        """As of any model, for this process' heads."""
+        """A cache for this process' heads; see ``Decoder.new_cache``."""
         heads = self.config.num_attention_heads // self.share.count
         return KVCache(self.config, batch_size, capacity, dtype=self.dtype, device=self.device, heads=heads)
 

@@ -57,14 +57,14 @@ def tokenise(
 
     A row is the prompt as ``Tokenizer.encode`` gives it, the completion, and an eos. A prompt that is too long loses
     tokens of its context; if it names none, its first tokens (but for the bos). A text becomes rows of
-    ``src_length + tgt_length`` tokens and the one behind them, of which all but the first count in the loss.
+    ``src_length + tgt_length`` tokens and the one after them, of which all but the first count in the loss.
 
     Args:
         data: examples, or one text.
         tokenizer: the model's.
         src_length: the most tokens of a prompt, bos included.
         tgt_length: the most tokens of a completion, eos included.
-        eos_token_id: what ends a completion; ``None`` is nothing.
+        eos_token_id: the id that ends a completion; ``None`` adds none.
         bos_token_id: the prompt of an example that has no tokens in its prompt; ``None`` is the eos.
         around_answer: cut what is farthest from the answer, and drop examples that cannot be cut to length: for
             training. Otherwise cut the end of the context, as if the answer were not known, and drop nothing.
@@ -101,7 +101,7 @@ def _cut(example: Example, ids: list[int], tokenizer: Tokenizer, src_length: int
     excess = len(ids) - src_length
     encoding = tokenizer.backend.encode(example.prompt)
     spans = encoding.offsets  # made anew at each access
-    first = encoding.special_tokens_mask.index(0)  # behind the bos
+    first = encoding.special_tokens_mask.index(0)  # after the bos
     begin, end = example.context
     begin = len(example.prompt[:begin].rstrip())  # a token may hold a space of the template and a first word
     context = [
@@ -130,9 +130,9 @@ class Order:
     """The order in which examples are seen: each once an epoch, in another order each epoch.
 
     Attributes:
-        lengths: of the examples, in tokens.
+        lengths: the examples' lengths in tokens.
         batch_size: examples of a step, of all processes together; the last step of an epoch may have fewer.
-        seed: of the order.
+        seed: the order's seed.
         grouped: examples of similar length share a step.
     """
 
@@ -184,11 +184,11 @@ class Batch:
 
     Attributes:
         input_ids: ``[R, T]``, int64, without the last token of each example, since nothing follows it.
-        lengths: of the texts that share the one row; ``None`` if each row is one text, padded behind its end, where
-            causal attention never looks.
-        at: where in ``input_ids``, flattened, the next token counts in the loss: ``[M]``.
+        lengths: tokens of the texts that share the one row; ``None`` if each row is one text, padded after its end,
+            where causal attention never looks.
+        at: indices in ``input_ids``, flattened, whose next token counts in the loss: ``[M]``.
         targets: those next tokens, ``[M]``.
-        tokens: how many of ``input_ids`` are no padding.
+        tokens: the number of ``input_ids`` without padding.
     """
 
     input_ids: Tensor
@@ -199,7 +199,7 @@ class Batch:
 
 
 def collate(rows: Sequence[Row], device: torch.device, *, packed: bool) -> Batch:
-    """Lays rows one behind another into one, or pads them; rows of one length are only stacked.
+    """Lays rows one after another into one, or pads them; rows of one length are only stacked.
 
     Without any row it is a batch of one token that does not count in the loss, for a process that has none left.
     """

@@ -33,8 +33,8 @@ def check_fit(model: OPT, config: EvaluationConfig, eval_data: Sequence[Example]
         )
     if model.config.layerdrop > 0:
         raise ValueError(
-            f"layerdrop: expected 0, got {model.config.layerdrop} (the model's config.json): processes would leave out "
-            "other layers and wait for each other. Set it to 0 there."
+            f"layerdrop: expected 0, got {model.config.layerdrop} (the model's config.json): each process would skip "
+            "different layers, and they would wait for each other. Set it to 0 there."
         )
     if eval_data is None and config.evaluates:
         raise ValueError("--dev_file: expected one to evaluate on, got none. Name one, or leave evaluation out.")
@@ -42,7 +42,7 @@ def check_fit(model: OPT, config: EvaluationConfig, eval_data: Sequence[Example]
         raise ValueError("--max_eval_samples: counts examples, and --dev_file is a text. Leave it out.")
     ids = [] if eval_data is None or isinstance(eval_data, str) else [example.id for example in eval_data]
     if len(set(ids)) < len(ids):
-        raise ValueError("eval_data: expected examples with ids of their own, got some more than once.")
+        raise ValueError("eval_data: expected a different id for each example, got some more than once.")
 
 
 def accumulation_of(config: TrainingConfig, world: World, batch_size: int) -> int:

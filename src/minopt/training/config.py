@@ -49,7 +49,7 @@ class TrainingConfig(EvaluationConfig):
     recipe: str | None = option(None, "settings of a published example, which other flags replace", choices=(*RECIPES,))
     train_file: str = option(
         "squad",
-        "data to train on: .json (SQuAD), .jsonl (prompt, completion), .txt or .raw; or squad, squad-v2 (downloads)",
+        "data to train on: .json (SQuAD), .jsonl (prompt, completion), .txt, .raw, or a download: squad, squad-v2",
     )
     batching: str = option(
         "packed",

@@ -50,8 +50,8 @@ class Example:
     """A prompt and what is to follow it.
 
     Attributes:
-        prompt: what the model is given.
-        completion: what it learns to write after that, with the space or newline between the two.
+        prompt: the text that the model is given.
+        completion: the text that it learns to write after that, with the space or newline between the two.
         references: all right texts, for scoring; ``""`` says that there is no answer. None: the completion.
         id: differs between the examples of a file.
         context: start and end of the characters of the prompt that may be cut if it is too long; empty if it has no
@@ -118,7 +118,7 @@ def read_data(
         raise ValueError(f"{split}_file: expected examples, got none for the template ({path}). {_FORMATS}")
     if repeated := [repr(key) for key, count in Counter(e.id for e in examples).items() if count > 1]:
         raise ValueError(
-            f"{split}_file: expected an id of its own for each example, got {some(repeated)} more than once ({path}). "
+            f"{split}_file: expected a different id for each example, got {some(repeated)} more than once ({path}). "
             "Rename or remove the repetitions."
         )
     return examples
@@ -143,7 +143,7 @@ def _download(name: str, split: str, show_progress: bool) -> Path:
 
 
 def read_text(path: Path, option: str) -> str:
-    """What a file holds, line ends as they are, but for a byte order mark; errors name the option."""
+    """The text of a file, its line ends unchanged, without a byte order mark; errors name the option."""
     if not path.is_file():
         raise FileNotFoundError(
             f"{option}: expected {', '.join(_SQUAD_VERSIONS)} or a file ({', '.join(_ENDINGS)}), got "
@@ -217,12 +217,14 @@ def _answers(record: dict[str, Any], at: str) -> list[tuple[str, int]]:
             raise ValueError(f"{in_answer}text: expected an answer, got a blank text. {_FORMATS}")
         answers.append((text.strip(), start + len(text) - len(text.lstrip())))
     if not answers and not is_v2:
-        raise ValueError(f"{at}answers: expected one or more, got none. A question without has is_impossible: true.")
+        raise ValueError(
+            f"{at}answers: expected one or more, got none. A question without answers needs is_impossible: true."
+        )
     return answers
 
 
 def _nearest(context: str, text: str, start: int) -> int | None:
-    """Where in a context a text stands, nearest to a place."""
+    """The place of a text in a context that is nearest to ``start``."""
     after = max(start, 0)
     places = (context.rfind(text, 0, after + len(text)), context.find(text, after))
     return min((p for p in places if p >= 0), key=lambda p: abs(p - start), default=None)

@@ -20,9 +20,9 @@ def apply_fsdp(module: nn.Module, model: OPT, dtype: torch.dtype | None, device:
 
     Args:
         module: the module whose forward is called; holds ``model``.
-        model: in float32. On the ``"meta"`` device, each process gets its shares unfilled.
-        dtype: in which parameters are gathered and used; gradients are summed in float32. ``None`` is float32.
-        device: of this process.
+        model: a float32 model. On the ``"meta"`` device, each process gets its shares unfilled.
+        dtype: parameters are gathered and used in it; gradients are summed in float32. ``None`` is float32.
+        device: this process's device.
     """
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=None if dtype is None else torch.float32)

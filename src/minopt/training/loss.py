@@ -33,7 +33,7 @@ class ModelWithLoss(nn.Module):
         """Sums the losses of a batch, in nats.
 
         Args:
-            batch: on the model's device.
+            batch: must be on the model's device.
             label_smoothing: the probability that is spread over all rows of the vocabulary, as in torch's.
         """
         h = self.model.hidden_states(batch.input_ids, None if batch.lengths is None else Packed(batch.lengths))

@@ -203,7 +203,7 @@ class RunFolder:
     # Checkpoints, ``checkpoints/step-00000120`` and the like
 
     def checkpoint(self, step: int) -> Path:
-        """Where the checkpoint after some steps is, or would be."""
+        """The folder of the checkpoint after some steps, which may not exist yet."""
         return self.checkpoints / f"step-{step:08}"
 
     def steps(self) -> list[int]:
@@ -330,8 +330,8 @@ def caught(run: Any) -> Iterator[None]:
 
     def note(number: int, frame: FrameType | None) -> None:
         if run.signal == 0:
-            run.signal, run.signalled = int(number), time.monotonic()
-        elif time.monotonic() - run.signalled > 5:
+            run.signal, run.signalled_at = int(number), time.monotonic()
+        elif time.monotonic() - run.signalled_at > 5:
             signal.signal(number, before[number])
             signal.raise_signal(number)
 

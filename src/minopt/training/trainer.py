@@ -44,14 +44,14 @@ MOST_SKIPPED = 20  # steps in a row whose gradients are not finite
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run came to.
+    """The result of a run.
 
     Attributes:
-        steps: how many there were, those before a resumption included.
-        skipped_steps: those of them that changed nothing because their gradients were not finite.
-        loss: mean over the tokens of the last steps that were written to metrics.jsonl; NaN without training.
-        metrics: of the last evaluation; empty if there was none. See ``EvaluationResult``.
-        predictions: of the last evaluation.
+        steps: the number of steps, those before a resumption included.
+        skipped_steps: the number of steps that changed nothing because their gradients were not finite.
+        loss: the mean over the tokens of the steps in the last line of metrics.jsonl; NaN without training.
+        metrics: the last evaluation's; empty if there was none. See ``EvaluationResult``.
+        predictions: the last evaluation's.
         output_dir: the folder that now holds the model.
     """
 
@@ -67,9 +67,9 @@ class TrainingStopped(RuntimeError):
     """A signal has ended the run, after a step and with a checkpoint.
 
     Attributes:
-        signal: its number.
-        step: how many steps are done.
-        checkpoint: from which the run goes on.
+        signal: the signal's number.
+        step: the number of steps that are done.
+        checkpoint: the one from which the run goes on.
     """
 
     def __init__(self, signal: int, step: int, checkpoint: Path) -> None:
@@ -91,12 +91,12 @@ def train(
     and microbatches. Order and dropout follow from seed and step, so that a checkpoint keeps no random state.
 
     Args:
-        model: on any device; it is moved, made float32, and trained in place. Under FSDP it stays sharded. Or the name
+        model: an ``OPT``; it is moved, made float32, and trained in place. Under FSDP it stays sharded. Or the name
             of one, as ``load_model`` takes it: then under FSDP each process reads its share, and none has it whole.
         train_data: examples, or one text, of which all tokens count; ``read_data`` gives either.
-        config: how.
+        config: the settings of the run.
         tokenizer: the model's; ``None``, with a name, takes the one beside its weights, or one folder up.
-        eval_data: what to evaluate on.
+        eval_data: the data to evaluate on.
 
     Returns:
         The result, the same in all processes; the model is saved, with its tokenizer.
@@ -115,7 +115,7 @@ def _train(
     model: OPT | str | Path, train_data: Sequence[Example] | str, config: TrainingConfig, tokenizer: Tokenizer | None,
     eval_data: Sequence[Example] | str | None, world: World,
 ) -> TrainResult:  # fmt: skip
-    """``train`` in the processes of a run, which leave their group when all that this made is gone."""
+    """``train`` in the processes of a run. All that this makes is gone before they leave their group."""
     checkpoint = None
     if not isinstance(model, OPT):
         checkpoint, tokenizer = find(model, tokenizer, world)
@@ -134,7 +134,7 @@ def _train(
 
 @dataclass
 class _Progress:
-    """How far a run has come: what a checkpoint keeps beside the weights."""
+    """The progress of a run, which a checkpoint keeps beside the weights."""
 
     step: int = 0
     skipped: int = 0
@@ -143,13 +143,25 @@ class _Progress:
     best_score: float = -math.inf
     evaluated_step: int = 0
     metrics: dict[str, float] = field(default_factory=dict)  # of that evaluation
-    loss: float = math.nan  # as metrics were last written; since then:
-    loss_sum: float = 0.0
-    loss_tokens: int = 0
+    loss: float = math.nan  # as last written to metrics.jsonl
+    loss_sum: float = 0.0  # since then
+    loss_tokens: int = 0  # since then
 
 
 class _Run:
-    """A run in one process."""
+    """A run in one process. ``wrapped`` sets the first three attributes, ``_begin`` two more, ``train`` the rest."""
+
+    module: Any  # the model with its loss, within DDP where that is used
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    batch_size: int  # examples of a step in all processes
+    accumulation: int  # microbatches of a step in one process
+    order: Order
+    total_steps: int
+    first_step: int  # above 0 in a run that goes on
+    began_at: float  # seconds of time.perf_counter
+    bar: tqdm[Any]
+    timed_since: float  # when metrics were last written; saving and evaluating since then move it on
 
     def __init__(
         self, model: OPT, tokenizer: Tokenizer, config: TrainingConfig, world: World,
@@ -157,9 +169,8 @@ class _Run:
     ) -> None:  # fmt: skip
         self.model, self.tokenizer, self.config, self.world = model, tokenizer, config, world
         self.rows = tokens_of(train_data, model, tokenizer, config, world, training=True)
-        self.eval_rows, self.references = None, references_of(eval_data or "")
-        if eval_data is not None:
-            self.eval_rows = tokens_of(eval_data, model, tokenizer, config, world)
+        self.eval_rows = None if eval_data is None else tokens_of(eval_data, model, tokenizer, config, world)
+        self.references = references_of(eval_data or "")
         warn(config.replace(do_train=True), world, eval_data, self.eval_rows)
         self.folder = RunFolder(config.output_dir, world)
         self.record: dict[str, Any] = {"settings": config.to_dict(), "data": self.rows.digest()}
@@ -167,7 +178,8 @@ class _Run:
         self.is_sharded = config.parallel == "fsdp" and world.size > 1
         self.is_ddp = config.parallel == "ddp" and world.size > 1
         self.progress, self.predictions = _Progress(), dict[str, str]()
-        self.tokens_seen, self.grad_norm, self.signal, self.signalled = 0, 0.0, 0, 0.0
+        self.signal, self.signalled_at = 0, 0.0  # set by caught
+        self.tokens_seen, self.grad_norm = 0, 0.0  # since metrics were last written; of the last step
 
     @contextlib.contextmanager
     def wrapped(self, checkpoint: Checkpoint | None) -> Iterator[None]:
@@ -178,7 +190,7 @@ class _Run:
         config, world, model = self.config, self.world, self.model
         model.float().train()
         with training_layers(model, dropout=config.dropout, recompute=config.recompute, compile=config.compile):
-            self.module: Any = ModelWithLoss(model)
+            self.module = ModelWithLoss(model)
             if self.is_sharded:
                 apply_fsdp(self.module, model, self.dtype, world.device)
             if checkpoint is not None:
@@ -203,12 +215,12 @@ class _Run:
         lengths = tuple(len(ids) for ids, _ in self.rows.rows)
         self.order = Order(lengths, self.batch_size, config.seed, grouped=config.batching == "grouped")
         epochs = math.ceil(config.num_train_epochs * self.order.steps_per_epoch)
-        self.total = config.max_steps if config.max_steps > 0 else epochs
+        self.total_steps = config.max_steps if config.max_steps > 0 else epochs
         shown = world.is_first and on_terminal()
         devices = [world.device.index or 0] if world.device.type == "cuda" else []
-        self.first_step, self.began = self.progress.step, time.perf_counter()
+        self.first_step, self.began_at = self.progress.step, time.perf_counter()
         with (
-            bar(self.total, "step", initial=self.first_step, shown=shown) as self.bar,
+            bar(self.total_steps, "step", initial=self.first_step, shown=shown) as self.bar,
             caught(self),
             torch.random.fork_rng(devices=devices),
         ):
@@ -221,7 +233,7 @@ class _Run:
     def _begin(self) -> None:
         """Takes the folder, and goes on from the checkpoint that is in it or was named."""
         world, config, folder = self.world, self.config, self.folder
-        world.sum(0.0)  # all have read their model: it may lie in the folder, and be overwritten
+        world.wait()  # until all have read their model: it may lie in the folder, and be overwritten
         path = world.first(lambda: folder.claim(self.record, config.resume, overwrite=config.overwrite_output_dir))
         state = {} if path is None else world.each(lambda: read_state(path))
         asked = config.per_device_train_batch_size * config.gradient_accumulation_steps * world.size
@@ -263,10 +275,9 @@ class _Run:
         )
 
     def _settle_buckets(self) -> None:
-        """Lets DDP arrange its buckets, which it does after a first backward pass.
+        """Lets DDP arrange its buckets now, which it does after a first backward pass.
 
-        Otherwise it would do so after the first step, also after that of a resumed run: sums over more than two
-        processes would be in another order there than in a run that was not interrupted.
+        With more than two processes a resumed run would otherwise sum in another order than an uninterrupted one.
         """
         for _ in range(2):
             with self._precision():
@@ -276,12 +287,12 @@ class _Run:
 
     def _loop(self) -> None:
         config, done = self.config, self.progress
-        self.last_written = time.perf_counter()
-        stopped = done.step > 0 and self._evaluate_if_due()  # what a kill has kept from being done
-        while done.step < self.total and not stopped:
+        self.timed_since = time.perf_counter()
+        stopped = done.step > 0 and self._evaluate_if_due()  # a run may be killed between a checkpoint and this
+        while done.step < self.total_steps and not stopped:
             stopped = self._step()
             done.step += 1
-            last = done.step == self.total
+            last = done.step == self.total_steps
             self._show(self._write_metrics() if done.step % config.logging_steps == 0 or last else None)
             if done.step % config.save_steps == 0 or last:
                 self._save()
@@ -295,7 +306,7 @@ class _Run:
         config, world, step = self.config, self.world, self.progress.step
         torch.manual_seed(seed_of(config.seed, step, world.rank))
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(step, self.total, config)
+            group["lr"] = learning_rate(step, self.total_steps, config)
         learned = self.rows.learned(self.order.examples(step))
         mine = self.order.microbatches(step, world.size * self.accumulation)[world.rank :: world.size]
         loss_sum = torch.zeros((), device=world.device)
@@ -349,12 +360,12 @@ class _Run:
             "step": done.step,
             "epoch": round(done.step / self.order.steps_per_epoch, 6),
             "loss": done.loss,
-            "learning_rate": learning_rate(done.step - 1, self.total, self.config),
+            "learning_rate": learning_rate(done.step - 1, self.total_steps, self.config),
             "grad_norm": self.grad_norm,
             "skipped_steps": done.skipped,
-            "tokens_per_second": round(self.tokens_seen / (now - self.last_written), 1),
+            "tokens_per_second": round(self.tokens_seen / (now - self.timed_since), 1),
         }
-        done.loss_sum, done.loss_tokens, self.tokens_seen, self.last_written = 0.0, 0, 0, now
+        done.loss_sum, done.loss_tokens, self.tokens_seen, self.timed_since = 0.0, 0, 0, now
         self.world.first(lambda: self.folder.add_metrics(metrics))
         return metrics
 
@@ -371,28 +382,32 @@ class _Run:
                 self.bar.set_postfix_str(text, refresh=False)
             self.bar.update()
         elif text and self.world.is_first:
-            left = (time.perf_counter() - self.began) / (step - self.first_step) * (self.total - step)
-            say(f"step {step}/{self.total}  {text}  {tqdm.format_interval(left)} left")
+            left = (time.perf_counter() - self.began_at) / (step - self.first_step) * (self.total_steps - step)
+            say(f"step {step}/{self.total_steps}  {text}  {tqdm.format_interval(left)} left")
+
+    @contextlib.contextmanager
+    def _not_timed(self) -> Iterator[None]:
+        """Time in here does not count in tokens a second, which are those of training."""
+        begin, since = time.perf_counter(), self.timed_since
+        yield
+        self.timed_since = since + time.perf_counter() - begin
 
     def _save(self) -> None:
-        begin, done = time.perf_counter(), self.progress
-        config = self.model.config.to_dict()  # a checkpoint opens as a model
+        done, config = self.progress, self.model.config.to_dict()  # with which a checkpoint opens as a model
         state = {**self.record, "config": config, "progress": asdict(done), "scaler": self.scaler.state_dict()}
-        self.folder.save(done.step, self.module, self.optimizer, state)
-        self.world.first(lambda: self.folder.remove_old(self.config.keep_last, done.best_step))
-        self.last_written += time.perf_counter() - begin  # tokens a second are those of training
+        with self._not_timed():
+            self.folder.save(done.step, self.module, self.optimizer, state)
+            self.world.first(lambda: self.folder.remove_old(self.config.keep_last, done.best_step))
 
     def _evaluate_if_due(self) -> bool:
         """Evaluates, and keeps the best model. Returns whether a signal has come meanwhile."""
         config, step = self.config, self.progress.step
         due = {"no": False, "steps": step % config.eval_steps == 0,
                "epoch": step % self.order.steps_per_epoch == 0}[config.evaluation_strategy]  # fmt: skip
-        if self.progress.evaluated_step == step or not (due or (config.do_eval and step == self.total)):
+        if self.progress.evaluated_step == step or not (due or (config.do_eval and step == self.total_steps)):
             return False
-        begin, last_written = time.perf_counter(), self.last_written
-        stopped = self._evaluate()
-        self.last_written = last_written + time.perf_counter() - begin
-        return stopped
+        with self._not_timed():
+            return self._evaluate()
 
     def _evaluate(self) -> bool:
         assert self.eval_rows is not None

@@ -50,7 +50,7 @@ def settings_of(content: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
 
 
 def to_settings(config: OPTConfig, parts: int) -> dict[str, Any]:
-    """What metaseq writes as ``cfg["model"]`` of a model in so many parts."""
+    """The ``cfg["model"]`` that metaseq writes for a model in so many parts."""
     settings = {theirs: getattr(config, ours) for ours, theirs in (_SIZES | _COPIED).items()}
     settings |= {theirs: not getattr(config, ours) for ours, theirs in _NEGATED.items()}
     return (

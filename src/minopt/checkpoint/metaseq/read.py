@@ -72,7 +72,7 @@ def open_metaseq(found: Found, override: OPTConfig | None, ignore: Sequence[str]
 
 @dataclass(frozen=True)
 class _Flat:
-    """What one shard says of a flat tensor: the tensors in it, over all shards, and the padding at its own end."""
+    """One shard's description of a flat tensor: the tensors in it, over all shards, and the padding at its own end."""
 
     shapes: tuple[tuple[str, tuple[int, ...]], ...]
     padding: int
@@ -99,7 +99,7 @@ def _unflattened(
             raise CheckpointError(f"{file.path}: its shard_metadata is not that of {first.path.name}. Is it of another "
                                   "model?")  # fmt: skip
         if wrong := sorted(own.keys() ^ {key for key in file.shapes if _FLAT.fullmatch(key)}):
-            raise CheckpointError(f"{file.path}: tensors and shard_metadata do not have these alike: {some(wrong)}.")
+            raise CheckpointError(f"{file.path}: tensors and shard_metadata differ in {some(wrong)}. Fetch it again.")
     for key, about in described[0].items():
         joined, start = _unpadded(key, files, [own[key] for own in described]), 0
         for name, shape in about.shapes:
@@ -111,7 +111,7 @@ def _unflattened(
 
 
 def _described(metadata: Any, path: Path) -> dict[str, _Flat]:
-    """What ``shard_metadata`` says of each flat tensor."""
+    """Reads how ``shard_metadata`` describes each flat tensor."""
     found: dict[str, _Flat] = {}
     try:
         for group in metadata["param_metadata"]:
@@ -139,13 +139,14 @@ def _unpadded(key: str, files: list[TensorFile], described: list[_Flat]) -> Slic
     for file, padding in zip(files, (about.padding for about in described), strict=True):
         size = math.prod(file.shapes[key])
         if len(file.shapes[key]) != 1 or padding > size or file.dtypes[key] != dtype:
-            raise CheckpointError(f"{file.path}: {key} has shape {list(file.shapes[key])}, {padding} of it padding, "
-                                  f"and is {file.dtypes[key]}; the first shard's is {dtype}.")  # fmt: skip
+            raise CheckpointError(f"{file.path}: {key} must be {dtype}, as in the first shard, and have one dim with "
+                                  f"room for its padding, got {file.dtypes[key]} of shape {list(file.shapes[key])} "
+                                  f"with {padding} of padding. Fetch the file again.")  # fmt: skip
         runs += [Run(file, key, 0, size - padding)] if size > padding else []
     there, numel = sum(run.stop for run in runs), sum(math.prod(shape) for _, shape in described[0].shapes)
     if there != numel:
-        raise CheckpointError(f"{files[0].path}: its {len(files)} shards hold {there:,} numbers of {key} without "
-                              f"padding, {numel:,} are described. Is a shard missing, or one too many?")  # fmt: skip
+        raise CheckpointError(f"{files[0].path}: its {len(files)} shards hold {there:,} numbers of {key} (padding not "
+                              f"counted), expected {numel:,}. Is a shard missing, or one too many?")  # fmt: skip
     return Slice((there,), dtype, tuple(runs))
 
 
@@ -273,7 +274,7 @@ def _check_count(tensors: Mapping[str, SourceTensor], found: Found) -> None:
         needed = width * parts // there if width * parts % there == 0 else None
         absent = [found.metaseq.name_of(part, 0) for part in range(parts, min(needed or 0, parts + 9))]
         raise MissingFileError(
-            f"{found.folder}: the {parts} parts of {found.metaseq.stem} have {there} of the model's {width} rows of "
-            f"attention, so there are {needed or 'not the right number of'} parts in all"
+            f"{found.folder}: the {parts} parts of {found.metaseq.stem} have {there} of the {width} rows of k_proj, so "
+            f"{f'{needed} parts' if needed else 'other parts'} are expected"
             + (f"; missing: {some(absent)}" if absent else "") + ". Fetch them again."
         )  # fmt: skip

@@ -42,10 +42,10 @@ def write_parts(
     """Writes a checkpoint's tensors; those of one file are in memory at a time.
 
     Args:
-        folder: that is filled.
+        folder: the one to fill.
         checkpoint: an open one.
-        parts: how many files; ``check_parts`` allows it.
-        dtype: of all tensors; ``None`` keeps each as it is stored.
+        parts: the number of files; ``check_parts`` allows it.
+        dtype: all tensors' dtype; ``None`` keeps each as it is stored.
         update: is called with the number of tensors of which a part was read.
 
     Raises:
