@@ -21,7 +21,7 @@ class KVCache:
         batch_size: B.
         capacity: S, the most tokens a row can hold.
         dtype: the model's, for keys and values.
-        device: the model's.
+        device: the model's too.
         heads: H, where they are not all of the model's.
 
     Attributes:

@@ -191,7 +191,7 @@ class OPTConfig:
     def from_dict(cls, values: Mapping[str, Any]) -> OPTConfig:
         """Builds a configuration from the content of a config.json; keys it does not know go to ``extra``.
 
-        From a larger model's (BLIP-2, say) it takes the OPT's part. A token id that is no row of the token table, such as
+        A larger model's (BLIP-2, say) gives the OPT's part. A token id that is no row of the token table, such as
         a pad of -1, means nothing: it becomes ``None``, with a warning.
 
         Raises:

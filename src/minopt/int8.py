@@ -14,7 +14,7 @@ from torch import Tensor
 
 from minopt.memory import CHUNK_NUMBERS, empty
 
-SCALE = "_scale"  # follows a weight's name, and makes its scale's
+SCALE = "_scale"  # a weight's name and this are the name of its scale
 CONFIG_KEY = "quantization_config"  # in config.json
 
 _QUANTIZED = re.compile(r"layers\.\d+\.(self_attn\.[kvq]_proj|self_attn\.out_proj|fc1|fc2)\.weight")

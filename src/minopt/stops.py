@@ -92,7 +92,7 @@ class StopStrings:
     tokens is also sought among the ids, of which the text may not show all.
 
     Args:
-        pieces: give the bytes of ids.
+        pieces: gives the bytes of each id.
         strings: at least one, none empty.
         prompt_length: ids at the beginning of each row in which nothing is sought.
     """

@@ -423,7 +423,10 @@ def test_a_cache_that_cannot_be_written_is_not_blamed_on_the_hub(monkeypatch: py
         ("models/opt/125m", "no such folder, and not the name"),
         ("./opt-125m", "no such folder, and not the name"),
         ("opt-125m", "no such folder, and a name on the hub is owner/name. Did you mean facebook/opt-125m?"),
-        ("Galactica-125m", "no such folder, and a name on the hub is owner/name. Did you mean facebook/galactica-125m?"),
+        (
+            "Galactica-125m",
+            "no such folder, and a name on the hub is owner/name. Did you mean facebook/galactica-125m?",
+        ),
     ],
 )
 def test_a_name_that_is_a_path_or_lacks_its_owner_is_said_so_and_nobody_is_asked(

@@ -271,7 +271,7 @@ def test_a_text_comes_as_it_is_in_the_file(write: Write, name: str) -> None:
         ("a.json", b"\xef\xbb\xbf \n", ValueError, "expected data, got an empty file ({path}). "),
         ("a.txt", b"ab\xff", ValueError, "expected UTF-8, got 'utf-8' codec can't decode byte 0xff in position 2"),
         ("a.json", b'{"data": []}', ValueError, "expected examples, got none for the template ({path}). "),
-        ("a.jsonl", b'{"prompt": "", "completion": "a", "id": "x"}\n' * 2, ValueError, "expected an id of its own for "
+        ("a.jsonl", b'{"prompt": "", "completion": "a", "id": "x"}\n' * 2, ValueError, "expected a different id for "
          "each example, got 'x' more than once ({path}). "),
         ("a.json", json.dumps(squad("c", *[qa("?", ("c", 0), key="\n" + str(n % 7)) for n in range(14)])).encode(),
          ValueError, r"expected a different id for each example, got '\n0', '\n1', '\n2', '\n3', '\n4' and 2 more "

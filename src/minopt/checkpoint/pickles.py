@@ -77,7 +77,7 @@ class StoredTensor:
 
     @property
     def span(self) -> int:
-        """The number of numbers from its first to its last."""
+        """How many numbers it spans, from its first to its last."""
         steps = sum((size - 1) * step for size, step in zip(self.shape, self.stride, strict=True))
         return 0 if 0 in self.shape else steps + 1
 

@@ -76,7 +76,7 @@ class Inspect(Reading):
     alone = True
 
     model: str = option("", MODEL, is_word=True, required=True)
-    tensors: bool = option(False, "list the tensors (--json always does)")
+    tensors: bool = option(False, "list the tensors, as --json always does")
     check: bool = option(False, "read all values: report those not finite or beyond 100, and tensors of zeros")
     hash: bool = option(False, "digests of the tensors, the same in every format")
     json: bool = option(False, "write the report as JSON")

@@ -52,7 +52,7 @@ class Command:
 @dataclass(frozen=True)
 class _Everywhere:
     help: bool = option(False, "show this page")
-    debug: bool = option(False, "show the traceback of an error (also: MINOPT_DEBUG=1)")
+    debug: bool = option(False, "show the traceback of an error, as MINOPT_DEBUG=1 does")
 
 
 def fields_of(command: type[Command]) -> dict[str, Field[Any]]:
