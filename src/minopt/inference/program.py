@@ -180,6 +180,7 @@ def check(options: LoadOptions) -> None:
 def open_files(path: Path, model_config: object, ignore: Sequence[str]) -> Checkpoint:
     """A program's folder as a checkpoint without tensors."""
     _refuse(path, model_config=model_config, ignore=ignore or None)
+    Manifest.read(path)  # another program's manifest.json is named before the files beside it
     if missing := [name for name in (PROGRAM, "config.json") if not (path / name).is_file()]:
         raise FileNotFoundError(f"{path}: expected {' and '.join(missing)} beside {MANIFEST}. Fetch the folder again.")
     found = Found(Format.PROGRAM, "one file", path, (path / PROGRAM,))
