@@ -48,7 +48,7 @@ def test_the_installed_script_is_the_same_program() -> None:
         (["x", "--temperature", "0", "--do-sample"], "--temperature must be from 1e-6 to 1e6"),
         (["x", "--seed", "1"], "--seed acts on sampling only, and --do-sample is off"),
         (["x", "--temperature", "0.5"], "--temperature acts on sampling only, and --do-sample is off"),
-        (["x", "--top-p", "2", "--do-sample"], "--top-p must be above 0 and at most 1, got 2.0"),
+        (["x", "--top-p", "2", "--do-sample"], "--top-p must be a number above 0 and at most 1, got 2.0"),
         (["x", "--max-new-tokens", "-1"], "--max-new-tokens must be an integer of at least 1, got -1"),
         (["x", "--max-new-tokens", "1024"], "positions, the model has 1024. Shorten the prompt, or ask for at most"),
         (["x " * 2000], "tokens + --max-new-tokens 30 = "),

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from minopt import OPT, KVCache, OPTConfig, masks
-from minopt.config import ACTIVATIONS
+from minopt.config import ACTIVATION_NAMES
 from minopt.model import POSITION_OFFSET
 from tests.conftest import KINDS, SIZE, build_ours, build_reference
 
@@ -89,7 +89,7 @@ def test_a_model_without_its_final_norm_is_that_of_transformers(kind: str) -> No
     assert error(ours(ids), reference(ids).logits) <= 1e-10
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("activation", ACTIVATION_NAMES)
 @torch.no_grad()
 def test_each_activation_goes_with_each_kind(kind: str, activation: str) -> None:
     reference, ids = build_reference(kind, dtype=torch.float64, activation_function=activation), ids_of(B, T)

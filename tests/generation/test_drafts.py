@@ -393,7 +393,7 @@ def test_prompts_of_a_list_run_alone_unless_a_limit_says_otherwise(monkeypatch: 
 @pytest.mark.parametrize("options", [{"do_sample": True}, {"num_beams": 2}, {"num_return_sequences": 2}], ids=str)
 def test_what_is_not_greedy_is_refused_before_anything_runs(options: dict[str, Any]) -> None:
     decoder = Watched(circle(4, 5))
-    with pytest.raises(ValueError, match=r"^generation: .*only greedy|one answer") as error:
+    with pytest.raises(ValueError, match=r"^generation: .*needs greedy decoding|one answer") as error:
         generate(decoder, torch.tensor([[4]]), prompt_lookup_num_tokens=3, **options)
     assert re.fullmatch(r"[^\n]+\.", str(error.value))
     assert not decoder.reads
