@@ -120,7 +120,7 @@ class Tokenizer:
         for place in (folder, folder.resolve().parent):
             for path in (place / name for form in _FORMS for name in form):
                 if path.is_symlink() and not path.exists():
-                    raise FileNotFoundError(f"{path}: a link to a file that is not there. Mend or remove the link.")
+                    raise FileNotFoundError(f"{path}: a link to a file that is not there. Repair or remove the link.")
             if _files_in(place):
                 return place
         return None

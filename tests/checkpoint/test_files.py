@@ -262,8 +262,8 @@ ODD: dict[str, tuple[str, Callable[[Weights], bytes]]] = {
         EMPTY_DICT + remember(0) + text("x") + recall(0) + b"s"),
     "6 million dicts": ("more than 1,000,000 operations", lambda w: EMPTY_DICT * 6_000_000 + w.state_dict()),
     "a remembered number of 2**32 - 1": ("right weights", lambda w: NONE + remember(2**32 - 1) + POP + w.state_dict()),
-    "bytes beyond the file": ("damaged pickle", lambda w: b"\x8e" + struct.pack("<Q", 2**60) + b"abc"),
-    "a byte array beyond the file": ("damaged pickle", lambda w: b"\x96" + struct.pack("<Q", 2**60) + b"abc"),
+    "bytes beyond the file": ("its pickle asks for", lambda w: b"\x8e" + struct.pack("<Q", 2**60) + b"abc"),
+    "a byte array beyond the file": ("its pickle asks for", lambda w: b"\x96" + struct.pack("<Q", 2**60) + b"abc"),
     "a text of -1 bytes": ("damaged pickle", lambda w: b"T" + struct.pack("<i", -1)),
     "a number of 10 million digits": ("right weights", lambda w: integer(2**30_000_000) + POP + w.state_dict()),
     "nothing to pop": ("damaged pickle, IndexError", lambda w: POP),
@@ -297,6 +297,14 @@ def test_an_odd_pickle_is_refused(what: str, folder: Path) -> None:
     message, write = ODD[what]
     weights = Weights(TENSORS)
     assert re.search(message, outcome(folder, BIN, weights.file(write(weights))))
+
+
+@pytest.mark.parametrize("texts", [["x" * 20_000], ["x" * 900] * 20])
+def test_a_pickle_is_not_read_beyond_its_limit(texts: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one large value, or in many."""
+    monkeypatch.setattr("minopt.checkpoint.pickles._MOST_PICKLE_BYTES", 10_000)
+    content = Weights(TENSORS).file(listing(*map(text, texts)))
+    assert "its pickle asks for" in outcome(folder, BIN, content)
 
 
 # --- files that are put together wrongly ---

@@ -112,7 +112,7 @@ HOSTILE: dict[str, tuple[str, str, Callable[[], bytes]]] = {
     "a number repeated 2**34 times": (BIN, "fit into", lambda: big(shape=sizes(2**17, 2**17), stride=sizes(0, 0))),
     "a storage of 4 GB": (BIN, "fit into", lambda: big(shape=sizes(2**15, 2**15), stride=sizes(2**15, 1))),
     "2**48 positions of no numbers": (METASEQ, "", positions_without_numbers),
-    "a directory of a million files": (BIN, "its directory has 54,000,0", lambda: directory_of(1_000_000)),
+    "a directory of a million files": (BIN, "its directory asks for 54,000,0", lambda: directory_of(1_000_000)),
     "a directory of 90,000 files": (BIN, "a list|expected a dict", lambda: directory_of(90_000)),
     "tuples 200,000 deep": (BIN, "extra: tuple", lambda: beside(EMPTY_TUPLE + b"\x85" * 200_000)),
     "6 million dicts": (BIN, "more than 1,000,000 operations", lambda: beside(EMPTY_DICT * 6_000_001)),

@@ -206,7 +206,7 @@ class Runs:
                      "LOCAL_WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}  # fmt: skip
             environment = world if size > 1 else {}
             started.append(self.start(name, *patches, rank=number, environment=environment, arguments=arguments))
-        until = time.monotonic() + 120
+        until = time.monotonic() + 60
         for process in started:
             process.join(max(0.0, until - time.monotonic()))
         hanging = [number for number, process in enumerate(started) if process.is_alive()]

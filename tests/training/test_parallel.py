@@ -198,7 +198,7 @@ def together(size: int, folder: Path, cases: dict[str, Case]) -> Together:
     for process in started:
         process.start()
     for process in started:
-        process.join(400)
+        process.join(100)
         process.kill()
     found = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(size)]
     for report in found:

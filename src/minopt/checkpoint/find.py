@@ -271,4 +271,4 @@ def check_link(path: Path) -> None:
     """Refuses a link that leads to no file, and says where it leads; links to any file are followed."""
     if path.is_symlink() and not path.is_file():
         why = "is there, but no file" if path.exists() else "is not there, or a link that leads back here"
-        raise MissingFileError(f"{path}: a link to {os.readlink(path)}, which {why}. Mend or remove the link.")
+        raise MissingFileError(f"{path}: a link to {os.readlink(path)}, which {why}. Repair or remove the link.")

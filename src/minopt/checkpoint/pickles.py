@@ -25,6 +25,7 @@ from minopt.config import is_int
 # What a file may ask for. The largest OPT has 2e11 parameters, and a checkpoint's pickle some 1e5 operations.
 _MOST_NUMBERS = 2**48
 _MOST_OPERATIONS = 1_000_000
+_MOST_PICKLE_BYTES = 256_000_000  # the numbers of tensors are beside it
 _MOST_DIRECTORY_BYTES = 5_000_000  # of an archive: some 70 bytes a tensor; zipfile takes ten times as much memory
 _MOST_DIMS = 8
 
@@ -107,11 +108,12 @@ def read_pickle(file: BinaryIO | mmap.mmap) -> tuple[Any, dict[str, Storage]]:
     Raises:
         UnpickleError: if it is damaged, or describes a tensor that does not lie within its storage.
     """
-    machine = _Machine()
+    machine, bounded, start = _Machine(), _Bounded(file, _MOST_PICKLE_BYTES, "pickle"), file.tell()
     try:
-        for count, (opcode, argument, _) in enumerate(pickletools.genops(file)):  # type: ignore[arg-type]
+        for count, (opcode, argument, _) in enumerate(pickletools.genops(bounded)):  # type: ignore[arg-type]
             if count > _MOST_OPERATIONS:
                 raise UnpickleError(f"more than {_MOST_OPERATIONS:,} operations, no checkpoint needs that many")
+            bounded.check(file.tell() - start)
             if opcode.name not in _OPERATIONS:
                 raise UnpickleError(f"the operation {opcode.name}, which torch.save does not write")
             _OPERATIONS[opcode.name](machine, argument)
@@ -252,16 +254,20 @@ def _storage(identifier: Any) -> Storage:
     return Storage(key, dtype, numel)
 
 
-class _Archive:
-    """A mapped archive for zipfile, which reads the directory as a whole."""
+class _Bounded:
+    """A file that gives at most ``most`` bytes of its ``part`` at once: a single value, or an archive's directory."""
 
-    def __init__(self, archive: mmap.mmap) -> None:
-        self.seek, self.tell, self._read = archive.seek, archive.tell, archive.read
+    def __init__(self, file: Any, most: int, part: str) -> None:
+        self.seek, self.tell, self.readline, self._read = file.seek, file.tell, file.readline, file.read
+        self._most, self._part = most, part
 
     def read(self, count: int = -1) -> bytes:
-        if count > _MOST_DIRECTORY_BYTES:
-            raise UnpickleError(f"its directory has {count:,} bytes, at most {_MOST_DIRECTORY_BYTES:,} are expected")
+        self.check(count)
         return self._read(count)
+
+    def check(self, count: int) -> None:
+        if count > self._most:
+            raise UnpickleError(f"its {self._part} asks for {count:,} bytes, at most {self._most:,} are expected")
 
 
 def read_zip(archive: mmap.mmap) -> tuple[Any, Iterable[Storage]]:
@@ -271,7 +277,8 @@ def read_zip(archive: mmap.mmap) -> tuple[Any, Iterable[Storage]]:
         UnpickleError: if it is damaged, or holds less than it describes.
     """
     try:
-        records = {e.filename: e for e in zipfile.ZipFile(_Archive(archive)).infolist()}  # type: ignore[call-overload]
+        directory = _Bounded(archive, _MOST_DIRECTORY_BYTES, "directory")
+        records = {entry.filename: entry for entry in zipfile.ZipFile(directory).infolist()}
     except Exception as error:  # a damaged archive fails in several ways
         raise UnpickleError(f"damaged zip archive, {first_line(error)[:100]}") from None
     pickles = [name for name in records if name.endswith("/data.pkl")]
