@@ -94,24 +94,13 @@ def test_a_process_that_is_stopped_is_named_and_the_run_goes_on_from_its_checkpo
 def test_so_is_one_that_is_stopped_while_it_evaluates_loads_or_generates(
     runs: Runs, verb: str, module: str, function: str
 ) -> None:
-    arguments = {
-        "evaluate": [
-            "evaluate",
-            "--task",
-            "squad",
-            "--model",
-            str(runs.model),
-            "--dev-file",
-            str(runs.data),
-            "--src-length",
-            "48",
-            "--tgt-length",
-            "16",
-        ],
-        "generate": ["generate", "--model", str(runs.model), "--input", str(runs.data)],
+    words = {
+        "evaluate": f"--task squad --dev-file {runs.data} --src-length 48 --tgt-length 16",
+        "generate": f"--input {runs.data}",
     }[verb]
+    arguments = [verb, "--model", str(runs.model), "--device", "cpu", *words.split()]
     patch = partial(at_first_call, module, function, 1, stop)
-    assert last_line_of_the_other(runs, function, patch, 1, [*arguments, "--device", "cpu"]) == the_line(1)
+    assert last_line_of_the_other(runs, function, patch, 1, arguments) == the_line(1)
 
 
 def test_a_process_that_works_for_longer_than_the_limit_is_waited_for(runs: Runs, monkeypatch: Any) -> None:

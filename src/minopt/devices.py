@@ -24,7 +24,15 @@ def resolve_device(device: torch.device | str | None, local_rank: int | None = N
     try:
         chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if chosen.type == "cuda" and local_rank is not None:
-            chosen = _own_gpu(chosen, local_rank)
+            if chosen.index is not None:
+                raise ValueError(f"device: expected cuda, as each process takes its own GPU, got '{chosen}'.")
+            gpus, processes = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+            if 0 < gpus < processes:
+                raise ValueError(
+                    f"device: expected a GPU for each process of this machine, got {processes} processes and {gpus} "
+                    "GPU(s). Start fewer processes."
+                )
+            chosen = torch.device("cuda", local_rank)
         torch.zeros(1, device=chosen).item()
     except (RuntimeError, AssertionError, ImportError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0].split(". ")[0]
@@ -32,25 +40,8 @@ def resolve_device(device: torch.device | str | None, local_rank: int | None = N
     return chosen
 
 
-def _own_gpu(device: torch.device, local_rank: int) -> torch.device:
-    """The GPU of one of several processes."""
-    if device.index is not None:
-        raise ValueError(f"device: expected cuda, as each process takes its own GPU, got '{device}'.")
-    gpus, processes = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if 0 < gpus < processes:
-        raise ValueError(
-            f"device: expected a GPU for each process of this machine, got {processes} processes and {gpus} GPU(s). "
-            "Start fewer processes."
-        )
-    return torch.device("cuda", local_rank)
-
-
 def resolve_dtype(dtype: torch.dtype | str) -> torch.dtype | None:
-    """The dtype asked for; ``None`` for ``"auto"``.
-
-    Raises:
-        ValueError: if an OPT does not compute in it.
-    """
+    """The dtype asked for; ``None`` for ``"auto"``. Raises ``ValueError`` if an OPT does not compute in it."""
     if dtype == "auto":
         return None
     name = str(dtype).removeprefix("torch.")

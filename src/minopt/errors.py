@@ -8,6 +8,7 @@ from opcode import opname
 
 # What gloo and NCCL say of a process that is gone.
 _CONNECTION_LOST = re.compile("connection (closed|reset|refused)|broken pipe|timed out|socket", re.IGNORECASE)
+_OUT_OF_MEMORY = re.compile("OutOfMemoryError|out of memory|can't allocate memory")
 
 
 def is_users(error: BaseException) -> bool:
@@ -15,11 +16,9 @@ def is_users(error: BaseException) -> bool:
 
     A ``ValueError`` that torch, numpy or Python raised beneath minopt is a bug of minopt's.
     """
-    if isinstance(error, OSError):
-        return True
     at = error.__traceback__
-    if not isinstance(error, ValueError) or at is None:
-        return False
+    if isinstance(error, OSError) or not isinstance(error, ValueError) or at is None:
+        return isinstance(error, OSError)
     while at.tb_next is not None:
         at = at.tb_next
     is_minopts = at.tb_frame.f_globals.get("__name__", "").partition(".")[0] == "minopt"
@@ -28,10 +27,8 @@ def is_users(error: BaseException) -> bool:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether there was not enough memory, on a GPU or on the machine."""
-    said = f"{type(error).__name__}: {error}" if isinstance(error, RuntimeError) else ""
-    return isinstance(error, MemoryError) or any(
-        words in said for words in ("OutOfMemoryError", "out of memory", "can't allocate memory")
-    )
+    said = _OUT_OF_MEMORY.search(f"{type(error).__name__}: {error}")
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and said is not None)
 
 
 def is_connection_lost(error: BaseException) -> bool:

@@ -19,6 +19,12 @@ _LARGE = 2**25  # bytes from which on the C library gives memory an area of its 
 _MADV_COLLAPSE = 25  # from Linux 6.1 on
 _GROUPS, _GROUP_ROOT = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 
+# Of each version of Linux' control groups: the files of limit and use; in memory.stat, page cache and files in memory.
+_GROUP_FILES = {
+    True: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache", "total_shmem"),
+    False: ("memory.max", "memory.current", "file", "shmem"),
+}
+
 
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
     """A tensor, not filled; on a CPU (``None``) in pages of its own if it is large.
@@ -40,10 +46,7 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device | None 
 
 @contextlib.contextmanager
 def in_large_pages() -> Iterator[None]:
-    """Moves large memory that is allocated within, and not by ``empty``, to pages of 2 MB, where Linux can.
-
-    That takes a second a GB.
-    """
+    """Moves large memory that is allocated within to pages of 2 MB, where Linux can: a second a GB."""
     before = set(_areas())
     yield
     for first, end in set(_areas()) - before:
@@ -78,24 +81,15 @@ def available_memory(device: torch.device) -> int | None:
 
 def _free_in_cgroup() -> Iterator[int]:
     """What the limits of a container, and of those around it, leave: page cache counts against them, and gives way."""
-    try:
-        groups = [line.split(":", 2)[1:] for line in _GROUPS.read_text().splitlines()]
-    except OSError:
-        return
-    for controllers, path in groups:
+    lines = _GROUPS.read_text().splitlines() if _GROUPS.is_file() else []
+    for controllers, path in (line.split(":", 2)[1:] for line in lines):
         if controllers not in ("", "memory"):
             continue
-        root = _GROUP_ROOT / controllers
-        limit, used, cache, shared = (
-            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache", "total_shmem") if controllers
-            else ("memory.max", "memory.current", "file", "shmem")
-        )  # fmt: skip
+        root, (limit, used, cache, shared) = _GROUP_ROOT / controllers, _GROUP_FILES[bool(controllers)]
         own = root / path.lstrip("/")  # not there where it is a path of the host's
         for folder in dict.fromkeys((own, *own.parents[: len(own.relative_to(root).parts)], root)):
-            try:
+            with contextlib.suppress(OSError, ValueError, KeyError):
                 most = int((folder / limit).read_text())  # "max" is none
                 stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
                 kept = int(stat[cache]) - int(stat.get(shared, 0))  # files in memory (tmpfs) do not give way
                 yield most - int((folder / used).read_text()) + kept
-            except (OSError, ValueError, KeyError):
-                continue

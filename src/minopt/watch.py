@@ -37,9 +37,6 @@ class Watch:
         store: the process group's; the watch makes its own connection to it.
         rank: this process's rank.
         ranks: all processes that have such a watch, this one among them.
-
-    Raises:
-        ValueError: if the environment variable ``MINOPT_TIMEOUT_SECONDS`` is not a number of seconds.
     """
 
     def __init__(self, store: Any, rank: int, ranks: Iterable[int]) -> None:
@@ -60,11 +57,7 @@ class Watch:
             self._threads[-1].start()
 
     def stop(self, well: bool = True) -> None:
-        """Ends the watch.
-
-        Args:
-            well: whether this process has done its part: the others do not expect it to count on then.
-        """
+        """Ends the watch. ``well``: this process has done its part, and the others do not expect it to count on."""
         if not self._threads:
             return
         self._done.set()
@@ -77,57 +70,51 @@ class Watch:
 
     def _count(self) -> None:
         """Counts, and reads the others' counts, which takes for ever where the process that holds the store hangs."""
-        with contextlib.suppress(RuntimeError):  # it is gone, which the exchange itself notices
+        try:
             while not self._done.wait(self._seconds / _TICKS):
                 self._store.add(str(self._rank), 1)
                 self._counts = {other: self._store.add(str(other), 0) for other in self._others}
-            return
-        self._done.set()
+        except RuntimeError:  # the store is gone, which the exchange itself notices
+            self._done.set()
 
     def _judge(self, waiting: int) -> None:
         """Looks at what was counted, and at the thread that waits."""
         counts, place = self._counts, None
-        silent, unread, unmoved = Counter[int](), 0, 0
+        silent, unread, unmoved = Counter[int](), 0, 0  # ticks without a new count, new counts at all, and a move
         while not self._done.wait(self._seconds / _TICKS):
-            found = self._counts
-            unread = unread + 1 if found is counts else 0
-            for other, count in found.items() if found is not counts else ():
-                silent[other] = silent[other] + 1 if count == counts.get(other, 0) and count >= 0 else 0
-            frame = sys._current_frames().get(waiting)
+            found, frame = self._counts, sys._current_frames().get(waiting)
             here = None if frame is None else (id(frame), frame.f_lasti)
             del frame
+            for other, count in found.items() if found is not counts else ():
+                silent[other] = silent[other] + 1 if count == counts.get(other, 0) and count >= 0 else 0
+            unread = unread + 1 if found is counts else 0
             unmoved = unmoved + 1 if here == place else 0
             counts, place = found, here
-            if unmoved < _TICKS:
-                continue
-            if hanging := [other for other in self._others if silent[other] >= _TICKS]:
-                tells = True
+            hanging = [str(other) for other in self._others if silent[other] >= _TICKS]
+            if unmoved >= _TICKS and hanging:
+                is_first = True  # to find it: torchrun ends the others once one has ended
                 with contextlib.suppress(RuntimeError):
-                    tells = self._store.add("told", 1) == 1  # the first one to find it; torchrun ends the others then
-                self._end(f"process {', '.join(map(str, hanging))}", tells)
-            if unread >= _TICKS:
+                    is_first = self._store.add("told", 1) == 1
+                if not is_first:
+                    time.sleep(5)
+                    os._exit(2)
+                self._end(f"process {', '.join(hanging)}")
+            if unmoved >= _TICKS and unread >= _TICKS:
                 self._end("torchrun" if "TORCHELASTIC_USE_AGENT_STORE" in os.environ else "process 0")
 
-    def _end(self, hanging: str, tells: bool = True) -> None:
+    def _end(self, hanging: str) -> None:
         """Ends this process, whose main thread cannot be reached."""
         text = (
             f"minopt: error: {hanging} has not answered for {self._seconds:g} seconds: stopped, swapped out, or "
             f"waiting for a disk. Checkpoints are whole: start the run again. {VARIABLE} sets the time limit.\n"
         )
         with contextlib.suppress(OSError):
-            if tells:
-                os.write(2, text.encode())
-            else:
-                time.sleep(5)
+            os.write(2, text.encode())
         os._exit(2)
 
 
 def limit_seconds() -> float:
-    """After how many seconds a process that says nothing counts as one that hangs.
-
-    Raises:
-        ValueError: if the environment variable is no such number.
-    """
+    """After how many seconds a process that says nothing counts as one that hangs."""
     text = os.environ.get(VARIABLE, str(_DEFAULT_SECONDS))
     try:
         seconds = float(text)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -394,20 +395,10 @@ ANOTHER = (
 UNUSABLE = r"model\.safetensors: {} of its int8 weights cannot be used: {}\. Fetch the files again, or convert"
 
 
-def in_scale(value: float, dtype: torch.dtype = torch.float32) -> Callable[[Path], None]:
-    def change(tensors: dict[str, Tensor]) -> None:
-        tensors[SCALE] = tensors[SCALE].to(dtype)
-        tensors[SCALE][9] = value
-
-    return lambda folder: change_tensors(folder, change)
-
-
-def replace_tensor(name: str, make: Callable[[dict[str, Tensor]], Tensor]) -> Callable[[Path], None]:
-    return lambda folder: change_tensors(folder, lambda tensors: tensors.update({name: make(tensors)}))
-
-
-def remove_tensors(*names: str) -> Callable[[Path], None]:
-    return lambda folder: change_tensors(folder, lambda tensors: [tensors.pop(name) for name in names])
+def in_row_9(scale: Tensor, value: float) -> Tensor:
+    scale = scale.clone()
+    scale[9] = value
+    return scale
 
 
 def int8_head(folder: Path) -> None:
@@ -419,18 +410,12 @@ def int8_head(folder: Path) -> None:
 
 SCHEMES: dict[str, tuple[Any, str]] = {
     "gptq": ({"quant_method": "gptq", "bits": 4}, "gptq"),
-    "awq": ({"quant_method": "awq", "bits": 4}, "awq"),
-    "bitsandbytes": ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "bitsandbytes"),
     "no method": ({"bits": 4}, "no quant_method"),
     "no object": ([1, 2], "no quant_method"),
     "int4": (int8.CONFIG | {"format": "pack-quantized"} | with_weights(num_bits=4, strategy="group", group_size=128),
              "compressed-tensors, pack-quantized, int4, symmetric, a scale for each group"),
     "asymmetric": (int8.CONFIG | with_weights(symmetric=False),
                    "compressed-tensors, int-quantized, int8, asymmetric, a scale for each channel"),
-    "one scale": (int8.CONFIG | with_weights(strategy="tensor"),
-                  "compressed-tensors, int-quantized, int8, symmetric, a scale for each tensor"),
-    "float8": (int8.CONFIG | {"format": "float-quantized"} | with_weights(type="float"),
-               "compressed-tensors, float-quantized, float8, symmetric, a scale for each channel"),
     "fixed activations": (
         int8.CONFIG | {"config_groups": {"a": int8.CONFIG["config_groups"]["group_0"] | {
             "input_activations": {"num_bits": 8, "type": "int", "strategy": "tensor", "dynamic": False}}}},
@@ -440,6 +425,23 @@ SCHEMES: dict[str, tuple[Any, str]] = {
                  "compressed-tensors, int-quantized, a scheme without weights"),
     "no groups": (int8.CONFIG | {"config_groups": {}}, "compressed-tensors"),
 }  # fmt: skip
+
+# Changes of one tensor, and what is said of its name.
+TENSORS: dict[str, tuple[str, Callable[[dict[str, Tensor]], Tensor], str]] = {
+    "a scale of a float": (FC1, lambda t: t[FC1].float(), r"expected int8, as it has a scale, got torch\.float32"),
+    "a scale of groups": (SCALE, lambda t: t[SCALE].repeat(1, 4), r"expected shape \[64, 1\], got \[64, 4\]"),
+    "a scale of another weight": (SCALE, lambda t: t[SCALE][:32], r"expected shape \[64, 1\], got \[32, 1\]"),
+    "a scale of integers": (SCALE, lambda t: t[SCALE].long(), r"expected a float dtype, got another kind"),
+    "nan": (SCALE, lambda t: in_row_9(t[SCALE], torch.nan), r"expected positive, finite scales, got nan at row 9"),
+    "infinite": (SCALE, lambda t: in_row_9(t[SCALE], torch.inf), r"expected positive, .* got inf at row 9"),
+    "negative": (SCALE, lambda t: in_row_9(t[SCALE], -0.5), r"expected positive, finite scales, got -0\.5 at row 9"),
+    "zero": (SCALE, lambda t: in_row_9(t[SCALE], 0.0), r"expected positive, finite scales, got 0 at row 9"),
+    "beyond float32": (SCALE, lambda t: in_row_9(t[SCALE], 3e36), r"expected positive, .* got 3e\+36 at row 9"),
+    "beneath float32": (SCALE, lambda t: in_row_9(t[SCALE].double(), 1e-60), r"expected positive, .* got 0 at row 9"),
+    "int8 embeddings": (EMBEDDINGS, lambda t: t[EMBEDDINGS].to(torch.int8), r"expected a float dtype, got int8, .*"),
+    "a weight of one dim": (FC1, lambda t: t[FC1].flatten(), r"expected a float dtype, got int8, which only .*"),
+    "zero points": (f"{FC1}_zero_point", lambda t: torch.zeros(64, 1).to(torch.int8), r"expected a float .*"),
+}
 
 REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no quantization_config": (
@@ -452,64 +454,18 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
         r"model\.safetensors: expected int8 weights as config\.json's quantization_config says, got none\. If its "
         r"weights are plain, take quantization_config out of config\.json\.",
     ),
-    "a weight without scale": (
-        remove_tensors(SCALE),
-        UNUSABLE.format(1, r"layers\.0\.fc1\.weight_scale: expected shape \[64, 1\], got no such tensor"),
-    ),
-    "a scale without weight": (
-        remove_tensors(FC1),
-        UNUSABLE.format(1, r"layers\.0\.fc1\.weight: expected int8, as it has a scale, got nothing"),
-    ),
-    "a scale of a float": (
-        replace_tensor(FC1, lambda tensors: tensors[FC1].float()),
-        UNUSABLE.format(1, r"layers\.0\.fc1\.weight: expected int8, as it has a scale, got torch\.float32"),
-    ),
-    "all of these": (
-        remove_tensors(SCALE, "layers.1.fc1.weight"),
-        UNUSABLE.format(2, r"layers\.0\.fc1\.weight_scale: expected .*, layers\.1\.fc1\.weight: expected int8, .*"),
-    ),
-    "a scale of groups": (
-        replace_tensor(SCALE, lambda tensors: tensors[SCALE].repeat(1, 4)),
-        UNUSABLE.format(1, r"layers\.0\.fc1\.weight_scale: expected shape \[64, 1\], got \[64, 4\]"),
-    ),
-    "a scale of another weight": (
-        replace_tensor(SCALE, lambda tensors: tensors[SCALE][:32]),
-        UNUSABLE.format(1, r"layers\.0\.fc1\.weight_scale: expected shape \[64, 1\], got \[32, 1\]"),
-    ),
-    "a scale of integers": (
-        replace_tensor(SCALE, lambda tensors: tensors[SCALE].long()),
-        UNUSABLE.format(1, r"layers\.0\.fc1\.weight_scale: expected a float dtype, got another kind"),
-    ),
-    "a scale of int8": (
-        replace_tensor(SCALE, lambda tensors: tensors[SCALE].to(torch.int8)),
-        UNUSABLE.format(1, r"layers\.0\.fc1\.weight_scale: expected a float dtype, got torch\.int8"),
-    ),
-    "nan": (in_scale(torch.nan), UNUSABLE.format(1, r".*scale: expected positive, finite scales, got nan at row 9")),
-    "infinite": (in_scale(torch.inf), UNUSABLE.format(1, r".*positive, finite scales, got inf at row 9")),
-    "negative": (in_scale(-0.5), UNUSABLE.format(1, r".*positive, finite scales, got -0\.5 at row 9")),
-    "zero": (in_scale(0.0), UNUSABLE.format(1, r".*positive, finite scales, got 0 at row 9")),
-    "beyond float32": (in_scale(3e36), UNUSABLE.format(1, r".*positive, finite scales, got 3e\+36 at row 9")),
-    "beneath float32": (in_scale(1e-60, torch.float64), UNUSABLE.format(1, r".*finite scales, got 0 at row 9")),
-    "int8 embeddings": (
-        replace_tensor(EMBEDDINGS, lambda tensors: tensors[EMBEDDINGS].to(torch.int8)),
-        UNUSABLE.format(1, r"embed_tokens\.weight: expected a float dtype, got int8, which only weights of linear .*"),
-    ),
-    "an int8 bias": (
-        replace_tensor("layers.0.fc1.bias", lambda tensors: tensors["layers.0.fc1.bias"].to(torch.int8)),
-        UNUSABLE.format(1, r"layers\.0\.fc1\.bias: expected a float dtype, got int8, .*"),
-    ),
-    "a weight of one dim": (
-        replace_tensor(FC1, lambda tensors: tensors[FC1].flatten()),
-        UNUSABLE.format(1, r"layers\.0\.fc1\.weight: expected a float dtype, got int8, which only .*"),
+    "a weight without scale, and a scale without weight": (
+        lambda folder: change_tensors(folder, lambda t: [t.pop(name) for name in (SCALE, "layers.1.fc1.weight")]),
+        UNUSABLE.format(
+            2,
+            r"layers\.0\.fc1\.weight_scale: expected shape \[64, 1\], got no such tensor, "
+            r"layers\.1\.fc1\.weight: expected int8, as it has a scale, got nothing",
+        ),
     ),
     "a weight of another shape": (
-        replace_tensor(FC1, lambda tensors: tensors[FC1][:, :16]),
+        lambda folder: change_tensors(folder, lambda t: t.update({FC1: t[FC1][:, :16]})),
         r"int8: the tensors are not those of config\.json: 1 of the wrong shape or kind \(layers\.0\.fc1\.weight: "
         r"expected \[64, 32\], got \[64, 16\]\)",
-    ),
-    "zero points": (
-        replace_tensor("layers.0.fc1.weight_zero_point", lambda tensors: torch.zeros(64, 1, dtype=torch.int8)),
-        UNUSABLE.format(1, r"layers\.0\.fc1\.weight_zero_point: expected a float dtype, got int8, .*"),
     ),
     "an int8 head": (
         int8_head,
@@ -519,9 +475,13 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "cut short": (lambda folder: truncate(folder / "model.safetensors", 0.6), r"model\.safetensors: cut short or not"),
     **{
         name: (
-            lambda folder, scheme=scheme: change_config(folder, quantization_config=scheme),
-            ANOTHER.format(words),
+            lambda folder, key=key, make=make: change_tensors(folder, lambda t: t.update({key: make(t)})),
+            UNUSABLE.format(1, f"{re.escape(key)}: {words}"),
         )
+        for name, (key, make, words) in TENSORS.items()
+    },
+    **{
+        name: (lambda folder, scheme=scheme: change_config(folder, quantization_config=scheme), ANOTHER.format(words))
         for name, (scheme, words) in SCHEMES.items()
     },
 }

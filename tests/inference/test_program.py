@@ -246,7 +246,6 @@ def test_a_single_row_is_as_exact_as_one_of_a_batch_whatever_its_size(
 
 
 def test_a_program_runs_in_a_process_that_did_not_compile_it(int8: tuple[OPT, Path]) -> None:
-    """Whatever of the processor compiling it switches on."""
     code = (
         "import sys, torch, minopt; "
         "ids = torch.arange(27).view(3, 9); program = minopt.load(sys.argv[1]).decoder; "
@@ -274,7 +273,6 @@ def test_int8_is_for_linear_layers_and_the_head_alone(bfloat16: tuple[OPT, Path]
 def test_what_is_compiled_is_the_model_whatever_its_files(
     quantize: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of an int8 folder with the folder's integers, without being asked for."""
     compiled: list[OPT] = []
     monkeypatch.setattr(export, "_compile", lambda model, _: compiled.append(model) or 1 / 0)
     minopt.convert(saved(tmp_path, "125m"), tmp_path / "int8", quantize="int8")
@@ -368,47 +366,21 @@ def change_a_weight(folder: Path) -> None:
     (folder / "program.pt2").write_bytes(content)
 
 
-NOT_THE_FILE = (
-    r"program\.pt2: is not the file that manifest\.json describes \(its SHA-256 differs\): cut short, damaged, or of "
-    r"another export\. Fetch the folder again\."
-)
+NOT_THE_FILE = r"is not the file that manifest\.json describes \(its SHA-256 differs\): .* Fetch the folder again\."
 AGAIN = r"Export the model again \(minopt export\), where it is to run\."
+TORCH = torch.__version__.replace("+", ".")
 DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "cut short": (cut, NOT_THE_FILE),
     "other weights": (change_a_weight, NOT_THE_FILE),
-    "no program": (
-        lambda f: (f / "program.pt2").unlink(),
-        r"expected program\.pt2 beside manifest\.json\. Fetch the folder again\.",
-    ),
-    "no config": (
-        lambda f: (f / "config.json").unlink(),
-        r"expected weights, got program\.pt2: a program of minopt export, .*",
-    ),
-    "no JSON": (
-        lambda f: (f / "manifest.json").write_text("{"),
-        r"manifest\.json: expected JSON, .* Fetch the file again\.",
-    ),
+    "no program": (lambda f: (f / "program.pt2").unlink(), r"expected program\.pt2 beside manifest\.json\. Fetch .*"),
+    "no config": (lambda f: (f / "config.json").unlink(), r"expected weights, got program\.pt2: a program of .*"),
+    "no JSON": (lambda f: (f / "manifest.json").write_text("{"), r"manifest\.json: expected JSON, .* Fetch .*"),
     "newer format": (edit(format=2), rf"manifest\.json: expected format 1, got 2\. {AGAIN}"),
-    "lacking": (
-        edit(dtype="gone", flavour="x"),
-        r"manifest\.json: dtype, flavour missing or unknown\. Fetch the folder again\.",
-    ),
-    "unknown dtype": (
-        edit(dtype="float8"),
-        rf"manifest\.json: expected dtype float32 or bfloat16 or float16 or float64, got 'float8'\. {AGAIN}",
-    ),
-    "another torch": (
-        edit(torch="2.11.0"),
-        rf"program\.pt2: was compiled by torch 2\.11\.0, this is {torch.__version__.replace('+', '.')}\. {AGAIN}",
-    ),
-    "another system": (
-        edit(platform="Darwin arm64"),
-        rf"program\.pt2: was compiled for Darwin arm64, this is .*\. {AGAIN}",
-    ),
-    "another processor": (
-        edit(instructions=["avx2", "avx99", "sve7"]),
-        rf"program\.pt2: was compiled for a machine with .*avx99, sve7, which this one lacks\. {AGAIN}",
-    ),
+    "lacking": (edit(dtype="gone", flavour="x"), r"manifest\.json: dtype, flavour missing or unknown\. Fetch the .*"),
+    "unknown dtype": (edit(dtype="float8"), rf"manifest\.json: expected dtype float32 or .*, got 'float8'\. {AGAIN}"),
+    "another torch": (edit(torch="2.11.0"), rf"was compiled by torch 2\.11\.0, this is {TORCH}\. {AGAIN}"),
+    "another system": (edit(platform="Darwin arm64"), rf"was compiled for Darwin arm64, this is .*\. {AGAIN}"),
+    "another processor": (edit(instructions=["avx2", "avx99", "sve7"]), rf"with .*avx99, sve7, .* lacks\. {AGAIN}"),
     "a GPU": (edit(device="cuda"), rf"program\.pt2: was compiled for a GPU, and torch sees none here\. {AGAIN}"),
 }
 
@@ -472,20 +444,16 @@ def test_a_full_cache_is_not_written_beyond(exported: LanguageModel) -> None:
             read_next(program, ids.view(2, 1)[: shape[0]], None, cache)
 
 
-@pytest.mark.parametrize("verb", ["save", "finetune"])
 def test_what_needs_weights_says_that_a_program_has_none(
-    verb: str, exported: LanguageModel, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    exported: LanguageModel, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     message = "model: this is an exported program, which generates and scores, but has no weights to train"
-    if verb == "save":
-        with pytest.raises(ValueError, match=f"^{message}"):
-            exported.save(tmp_path / "run")
-    else:
-        (tmp_path / "text.txt").write_text(TEXT)
-        flags = ["--model_name_or_path", str(folder), "--do_train", "--train_file", str(tmp_path / "text.txt"),
-                 "--output_dir", str(tmp_path / "run"), "--device", "cpu"]  # fmt: skip
-        assert main([verb, *flags]) == 2
-        assert message in capsys.readouterr().err.splitlines()[-1]
+    with pytest.raises(ValueError, match=f"^{message}"):
+        exported.save(tmp_path / "run")
+    (tmp_path / "text.txt").write_text(TEXT)
+    flags = f"--model {folder} --do_train --train_file {tmp_path}/text.txt --output_dir {tmp_path}/run --device cpu"
+    assert main(["finetune", *flags.split()]) == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "run").exists()
 
 
@@ -508,33 +476,23 @@ def test_options_that_make_no_sense_are_refused(
 ) -> None:
     with pytest.raises(error, match=message):
         export_model(minopt.DEMO, tmp_path / "program", **options)
-    assert list(tmp_path.iterdir()) == []
-    with pytest.raises(
-        ValueError, match=r"^quantize: int8 programs run on a CPU, got cuda\. Leave it out, or export for"
-    ):
-        export._check_options("int8", torch.device("cuda"), None, None)
-
-
-def test_a_model_where_its_name_is_wanted_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"^model: expected a folder or a name on the hub, got OPT\. Save a model"):
         export_model(build_ours(build_reference("125m")), tmp_path / "program")  # type: ignore[arg-type]
     assert list(tmp_path.iterdir()) == []
+    with pytest.raises(ValueError, match=r"^quantize: int8 programs run on a CPU, got cuda\. Leave it out, or export "):
+        export._check_options("int8", torch.device("cuda"), None, None)
 
 
-@pytest.mark.parametrize("kind", ["file", "folder", "model", "source"])
+@pytest.mark.parametrize("kind", ["file", "folder", "source"])
 def test_what_is_there_is_not_replaced_unasked(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path, source = tmp_path / "program", minopt.DEMO
+    path = tmp_path / "program"
     if kind == "file":
         path.write_text("mine")
-    elif kind == "folder":
-        path.mkdir()
-        (path / "notes.txt").write_text("mine")
     else:
         copy_of(minopt.DEMO, path)
-    if kind == "source":
-        source = str(path)
+    source, force = (str(path), ["--force"]) if kind == "source" else (minopt.DEMO, [])
     before = sorted(tmp_path.rglob("*"))
-    assert main(["export", source, str(path), *(["--force"] if kind == "source" else [])]) == 2
+    assert main(["export", source, str(path), *force]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     expected = {"file": "expected a folder to write to, got a file", "source": "program: is, or holds, the source"}
     assert expected.get(kind, "replace it with --force") in line

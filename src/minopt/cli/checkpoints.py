@@ -6,16 +6,12 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from minopt.cli.flags import Command
-from minopt.cli.messages import tell
-from minopt.cli.records import FORCE, MODEL, Reading, ReadingText
+from minopt.cli.records import DESTINATION, FORCE, MODEL, Reading, tell
 from minopt.settings import option
-
-DESTINATION = "the folder to write; it is created"
 
 
 @dataclass(frozen=True)
-class Convert(ReadingText):
+class Convert(Reading):
     """Converts a checkpoint of any kind (Hugging Face or metaseq; one file, parts or shards) to a Hugging Face folder
     or to metaseq's files.
     """
@@ -35,13 +31,14 @@ class Convert(ReadingText):
     def run(self, given: dict[str, Any]) -> None:
         from minopt.checkpoint.convert import convert
 
-        others = _renamed(self, source="", destination="", max_shard_size="max_shard_bytes")
-        convert(self.source, self.destination, **others, show_progress=True)
+        options = {**vars(self), "show_progress": True}
+        options["max_shard_bytes"] = options.pop("max_shard_size")
+        convert(options.pop("source"), options.pop("destination"), **options)
         tell(f"wrote {self.destination}")
 
 
 @dataclass(frozen=True)
-class Export(ReadingText):
+class Export(Reading):
     """Compiles a model with AOTInductor, checks that the program decodes as the model does, and writes it with the
     tokenizer's files to a folder that minopt generate --model opens. This takes about a minute and needs a C++
     compiler. The program runs with this version of torch, on processors with the same instructions.
@@ -62,7 +59,8 @@ class Export(ReadingText):
     def run(self, given: dict[str, Any]) -> None:
         from minopt.inference.compile import export_model
 
-        export_model(self.model, self.destination, **_renamed(self, model="", destination=""))
+        options = {**vars(self)}
+        export_model(options.pop("model"), options.pop("destination"), **options)
         tell(f"wrote {self.destination}")
 
 
@@ -74,6 +72,7 @@ class Inspect(Reading):
 
     summary = "show what a checkpoint is and whether it is complete"
     alone = True
+    without = ("tokenizer",)
 
     model: str = option("", MODEL, is_word=True, required=True)
     tensors: bool = option(False, "list the tensors, as --json always does")
@@ -84,12 +83,8 @@ class Inspect(Reading):
     def run(self, given: dict[str, Any]) -> int:
         from minopt.checkpoint.inspect import inspect_checkpoint
 
-        others = _renamed(self, model="", hash="digest", tensors="", json="")
-        report = inspect_checkpoint(self.model, **others, show_progress=True)
+        names = ("revision", "local_files_only", "model_config", "ignore", "check")
+        options = {name: getattr(self, name) for name in names}
+        report = inspect_checkpoint(self.model, **options, digest=self.hash, show_progress=True)
         print(json.dumps(report.to_dict(), indent=2) if self.json else report.to_text(tensors=self.tensors))
         return 0 if report.is_sound else 1
-
-
-def _renamed(command: Command, **names: str) -> dict[str, Any]:
-    """Flags as arguments of the library, some by another name or, with ``""``, left out."""
-    return {names.get(name, name): value for name, value in vars(command).items() if names.get(name, name)}

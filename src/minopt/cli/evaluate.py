@@ -8,20 +8,19 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from minopt.cli.flags import given_to
 from minopt.cli.records import MODEL, Loading, check_output
 from minopt.evaluation.tasks import TASKS, EvaluationConfig
 from minopt.settings import option
 
 if TYPE_CHECKING:
     from minopt.distributed import World
+    from minopt.evaluation.answers import EvaluationResult
     from minopt.text import LanguageModel
 
-_SETTINGS = tuple(f.name for f in fields(EvaluationConfig) if f.name != "task")
-_TASKS_OF = {
-    **dict.fromkeys(("data", "window", "stride"), ("perplexity",)),
-    **dict.fromkeys((*_SETTINGS, "output"), (*TASKS,)),
-}
 _NAMES = ", ".join(TASKS)
+_OF_PERPLEXITY = ("data", "window", "stride")
+_OF_TASKS = ("output", *(f.name for f in fields(EvaluationConfig) if f.name != "task"))
 
 
 @dataclass(frozen=True)
@@ -53,74 +52,72 @@ class Evaluate(Loading):
     def run(self, given: dict[str, Any]) -> int:
         self._check_combination(given)
         if self.task == "reference":
-            return self._reference()
-        return self._perplexity() if self.task == "perplexity" else self._questions(given)
+            from minopt.evaluation.harness import compare_with_published, format_table
+
+            lm = self.load(dtype="float32", optimize=False)
+            rows = compare_with_published(lm.model, lm.tokenizer)
+            print(json.dumps([asdict(row) for row in rows], indent=2) if self.json else format_table(rows))
+            return 0 if all(row.passed for row in rows) else 1
+
+        from minopt.distributed import processes
+
+        with processes(self.device) as world:
+            measured = self._perplexity(world) if self.task == "perplexity" else self._questions(world, given)
+            if world.is_first:
+                print(json.dumps(measured, indent=2) if self.json else table_of(measured))
+        return 0
 
     def _check_combination(self, given: dict[str, Any]) -> None:
         """Refuses flags that do not go together."""
         if self.model is None:
             raise ValueError("--model: expected a checkpoint to measure, got none. Name one.")
-        for name, tasks in _TASKS_OF.items():
-            if name in given and self.task not in tasks:
-                names = " or ".join(tasks)
-                raise ValueError(f"--{name}: goes with --task {names}, got --task {self.task}. Leave it out.")
+        for names, tasks in ((_OF_PERPLEXITY, ("perplexity",)), (_OF_TASKS, tuple(TASKS))):
+            for name in names:
+                if name in given and self.task not in tasks:
+                    wanted = " or ".join(tasks)
+                    raise ValueError(f"--{name}: goes with --task {wanted}, got --task {self.task}. Leave it out.")
         if self.force and self.output is None:
             raise ValueError("--force: goes with --output, got none. Leave it out.")
-        if self.task == "reference" and self.dtype not in ("auto", "float32"):
-            raise ValueError(f"--dtype: published numbers are float32's, got {self.dtype}. Leave it out.")
-        if self.task == "reference" and self.quantize is not None:
-            raise ValueError(f"--quantize: published numbers are float32's, got {self.quantize}. Leave it out.")
+        for name in ("dtype", "quantize"):
+            if self.task == "reference" and given.get(name, "float32") not in ("auto", "float32"):
+                raise ValueError(f"--{name}: published numbers are float32's, got {given[name]}. Leave it out.")
 
-    def _load(self, device: Any, **changes: Any) -> LanguageModel:
-        from minopt.loading import load
+    def _perplexity(self, world: World) -> dict[str, float]:
+        from minopt.evaluation.perplexity import wikitext_text, window_perplexity
+        from minopt.training.data import read_text
 
-        others = {f.name: getattr(self, f.name) for f in fields(Loading) if f.name not in ("model", "device")}
-        return load(str(self.model), device=device, **others | changes)
+        path = Path(self.data or "")
+        if path.suffix.lower() not in (".txt", ".raw") or not path.is_file():
+            got = "none" if self.data is None else path if path.is_file() else f"{path}, which is no file"
+            wanted = "a text (.txt, .raw) such as WikiText-2's wiki.test.raw"
+            raise ValueError(f"--data: expected {wanted}, got {got}. Name one.")
+        text = read_text(path, "data")
+        if path.suffix == ".raw":
+            text = wikitext_text(io.StringIO(text))  # lines are joined as for published figures
+        lm = world.first_then_all(lambda: self.load(device=world.device))
+        ids = _tokenizer_of(lm).encode(text)
+        return asdict(window_perplexity(lm.decoder, ids, self.window, self.stride, world))
 
-    def _reference(self) -> int:
-        from minopt.evaluation.harness import compare_with_published, format_table
-
-        lm = self._load(self.device, dtype="float32", optimize=False)
-        comparisons = compare_with_published(lm.model, lm.tokenizer)
-        print(json.dumps([asdict(c) for c in comparisons], indent=2) if self.json else format_table(comparisons))
-        return 0 if all(comparison.passed for comparison in comparisons) else 1
-
-    def _perplexity(self) -> int:
-        from minopt.distributed import processes
-        from minopt.evaluation.perplexity import window_perplexity
-
-        text = _text_of(self.data)
-        with processes(self.device) as world:
-            lm = world.first_then_all(lambda: self._load(world.device))
-            ids = _tokenizer_of(lm).encode(text)
-            result = window_perplexity(lm.decoder, ids, self.window, self.stride, world)
-        if world.is_first:
-            _print(asdict(result), self.json)
-        return 0
-
-    def _questions(self, given: dict[str, Any]) -> int:
-        from minopt.distributed import processes
+    def _questions(self, world: World, given: dict[str, Any]) -> dict[str, float]:
+        from minopt.atomic import write_text
         from minopt.training.data import read_data
 
-        config = EvaluationConfig(**{f.name: given[f.name] for f in fields(EvaluationConfig) if f.name in given})
+        config = EvaluationConfig(**given_to(EvaluationConfig, given))
         task = config.resolved_task()
         if self.output is not None:
             check_output(Path(self.output), self.force)
-        with processes(self.device) as world:
-            data = world.first_then_all(lambda: read_data(config.dev_file, task, split="dev"))
-            if self.output is not None and isinstance(data, str):
-                raise ValueError(f"--output: there are no predictions for a text ({config.dev_file}). Leave it out.")
-            lm = world.first_then_all(lambda: self._load(world.device))
-            evaluate_examples(lm, data, config, world, self.json, self.output)
-        return 0
+        data = world.first_then_all(lambda: read_data(config.dev_file, task, split="dev"))
+        if self.output is not None and isinstance(data, str):
+            raise ValueError(f"--output: there are no predictions for a text ({config.dev_file}). Leave it out.")
+        lm = world.first_then_all(lambda: self.load(device=world.device))
+        result = evaluate_examples(lm, data, config, world)
+        if world.is_first and self.output is not None:
+            write_text(Path(self.output), json.dumps(dict(result.predictions), ensure_ascii=False) + "\n")
+        return dict(result.metrics)
 
 
-def evaluate_examples(
-    lm: LanguageModel, data: Any, config: EvaluationConfig, world: World, as_json: bool = False,
-    output: str | None = None,
-) -> None:  # fmt: skip
-    """Evaluates on examples in all processes, and writes the result in the first."""
-    from minopt.atomic import write_text
+def evaluate_examples(lm: LanguageModel, data: Any, config: EvaluationConfig, world: World) -> EvaluationResult:
+    """Evaluates on examples or a text, in all processes."""
     from minopt.evaluation.answers import evaluate
     from minopt.training.checks import check_fit, tokens_of, warn
     from minopt.training.data import references_of
@@ -136,11 +133,7 @@ def evaluate_examples(
         batch_size=config.per_device_eval_batch_size,
     )  # fmt: skip
     assert result is not None
-    if world.is_first:
-        if output is not None:
-            text = json.dumps(dict(result.predictions), ensure_ascii=False)
-            write_text(Path(output), text + "\n")
-        _print(dict(result.metrics), as_json)
+    return result
 
 
 def _tokenizer_of(lm: LanguageModel) -> Any:
@@ -149,27 +142,8 @@ def _tokenizer_of(lm: LanguageModel) -> Any:
     return lm.tokenizer
 
 
-def _text_of(name: str | None) -> str:
-    """The text in ``--data``. The lines of a .raw are joined as for published figures."""
-    from minopt.evaluation.perplexity import wikitext_text
-    from minopt.training.data import read_text
-
-    if name is None:
-        raise ValueError("--data: expected a text file, such as WikiText-2's wiki.test.raw, got none. Name one.")
-    path = Path(name)
-    if not path.is_file():
-        what = "a folder" if path.is_dir() else "nothing of that name"
-        raise FileNotFoundError(f"--data: expected a file, got {what} ({path}). Check the path.")
-    if path.suffix.lower() not in (".txt", ".raw"):
-        raise ValueError(f"--data: expected a text (.txt, .raw), got {path}. Name another.")
-    text = read_text(path, "data")
-    return wikitext_text(io.StringIO(text)) if path.suffix == ".raw" else text
-
-
-def _print(values: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        print(json.dumps(values, indent=2))
-        return
+def table_of(values: dict[str, float]) -> str:
+    """A line for each value."""
     width = max(map(len, values))
-    for name, value in values.items():
-        print(f"{name:{width}}  {value:,.0f}" if float(value).is_integer() else f"{name:{width}}  {value:.4f}")
+    shown = {name: f"{value:,.0f}" if float(value).is_integer() else f"{value:.4f}" for name, value in values.items()}
+    return "\n".join(f"{name:{width}}  {text}" for name, text in shown.items())

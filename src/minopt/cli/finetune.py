@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from minopt.cli.evaluate import evaluate_examples
-from minopt.cli.flags import Command
-from minopt.cli.messages import tell
-from minopt.cli.records import MODEL
+from minopt.cli.evaluate import evaluate_examples, table_of
+from minopt.cli.flags import Command, given_to
+from minopt.cli.records import MODEL, tell
 from minopt.progress import counted
 from minopt.settings import option
 from minopt.training.config import TrainingConfig, with_recipe
@@ -39,10 +38,9 @@ class Finetune(Command):
     config: str | None = option(None, "settings as JSON, such as a run's run.json; flags replace them", kind="file")
 
     def run(self, given: dict[str, Any]) -> int:
-        settings = TrainingConfig.from_file(self.config) if self.config is not None else {}
-        typed = {f.name: given[f.name] for f in fields(TrainingConfig) if f.name in given}
-        config = TrainingConfig(**(settings | with_recipe(typed)))
-        if config.model_name_or_path is None:
+        settings = {} if self.config is None else TrainingConfig.from_file(self.config)
+        config = TrainingConfig(**(settings | with_recipe(given_to(TrainingConfig, given))))
+        if (name := config.model_name_or_path) is None:
             raise ValueError(f"--model_name_or_path: expected {MODEL}, got none. Name one.")
 
         from minopt.distributed import processes
@@ -52,19 +50,20 @@ class Finetune(Command):
         from minopt.training.weights import NO_TOKENIZER
 
         task = config.resolved_task()
+        train_data: Any = None
+        eval_data: Any = None
         with processes(config.device) as world:
-            train_data: Any = None
-            eval_data: Any = None
             if config.trains:
                 train_data = world.first_then_all(lambda: read_data(config.train_file, task))
             if config.evaluates:
                 eval_data = world.first_then_all(lambda: read_data(config.dev_file, task, split="dev"))
-            name = config.model_name_or_path
             if not config.trains:
                 lm = world.first_then_all(lambda: load(name, device=world.device, dtype="float32", optimize=False))
                 if lm.tokenizer is None:
                     raise ValueError(NO_TOKENIZER.format(name))
-                evaluate_examples(lm, eval_data, config, world)
+                measured = evaluate_examples(lm, eval_data, config, world)
+                if world.is_first:
+                    print(table_of(dict(measured.metrics)))
                 return 0
             try:
                 result = train(name, train_data, config, eval_data=eval_data)

@@ -13,18 +13,20 @@ import re
 import shutil
 import textwrap
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import MISSING, Field, dataclass, fields
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import Field, dataclass, fields
+from functools import partial
 from inspect import get_annotations
 from typing import Any, ClassVar, TypeVar
 
 from minopt.settings import option, problems
 
 T = TypeVar("T")
+
 # Names for one thing, here and in other programs. A field of the very name that was typed comes first.
 _SYNONYMS = (
     ("model", "model_name_or_path", "model_dir"), ("destination", "output_path"), ("max_new_tokens", "tgt_length"),
-    ("resume", "resume_from_checkpoint"), ("keep_last", "save_total_limit"), ("help", "h"),
+    ("resume", "resume_from_checkpoint"), ("keep_last", "save_total_limit"),
     ("label_smoothing", "label_smoothing_factor"), ("evaluation_strategy", "eval_strategy"),
 )  # fmt: skip
 
@@ -76,9 +78,14 @@ def flag_of(f: Field[Any]) -> str:
     return name if _is_word(f) else f"--{name}"
 
 
+def given_to(record: type, given: Mapping[str, Any]) -> dict[str, Any]:
+    """What was typed of a record's fields."""
+    return {f.name: given[f.name] for f in fields(record) if f.name in given}
+
+
 def fill(record: type[T], given: Mapping[str, Any]) -> T:
     """A record of what was typed, and of defaults. Raises ``ValueError`` for values that make no sense."""
-    found = record(**{f.name: given[f.name] for f in fields(record) if f.name in given})  # type: ignore[arg-type]
+    found = record(**given_to(record, given))
     if wrong := problems(found):
         raise ValueError("; ".join(wrong) + ".")
     return found
@@ -86,9 +93,8 @@ def fill(record: type[T], given: Mapping[str, Any]) -> T:
 
 def parse(command: type[Command], words: Sequence[str]) -> dict[str, Any]:
     """The words after a command, by the names of its fields. Raises ``ValueError`` for the first wrong word."""
-    known, given = fields_of(command), dict[str, Any]()
-    unflagged: list[str] = []
-    queue = deque(words)
+    known, spellings = fields_of(command), _spellings(command)
+    given, unflagged, queue = dict[str, Any](), list[str](), deque(words)
     while queue:
         word = queue.popleft()
         if word == "--":
@@ -98,16 +104,20 @@ def parse(command: type[Command], words: Sequence[str]) -> dict[str, Any]:
             unflagged.append(word)
             continue
         typed, equals, text = word.partition("=")
-        f, negated = _find(known, typed)
-        if f.type == "bool" and not equals:
-            text = queue.popleft() if queue and queue[0].lower() in ("true", "false") and not negated else "true"
-        elif negated:
+        if _name(typed) not in spellings:
+            typed = typed.replace("_", "-")
+            flags = [f"--{name.replace('_', '-')}" for name in spellings]
+            raise ValueError(f"{typed}: no such flag{meant(_NEAREST.get(typed, typed), flags)}")
+        f, is_off = spellings[_name(typed)]
+        if is_off and equals:
             raise ValueError(f"{typed}: expected no value, got {text!r}")
+        if f.type == "bool" and not equals:
+            text = queue.popleft() if queue and queue[0].lower() in ("true", "false") and not is_off else "true"
         elif not equals:
-            if not queue or (queue[0].startswith("--") and _named(known, queue[0])):
+            if not queue or (queue[0].startswith("--") and _name(queue[0]) in spellings):
                 raise ValueError(f"{flag_of(f)}: expected a value, got none")
             text = queue.popleft()
-        value = not negated and _value(f, text)
+        value = not is_off and _value(f, text)
         given[f.name] = (*given.get(f.name, ()), value) if f.type == "tuple[str, ...]" else value
     places = [f for f in known.values() if _is_word(f) and f.name not in given]
     if len(unflagged) > len(places):
@@ -121,23 +131,18 @@ def parse(command: type[Command], words: Sequence[str]) -> dict[str, Any]:
     return given
 
 
-def _named(known: Mapping[str, Field[Any]], typed: str) -> Field[Any] | None:
-    """The field of a flag in either spelling, or of another program's."""
-    name = typed.partition("=")[0].lstrip("-").replace("-", "_")
-    names = (name, *(word for words in _SYNONYMS if name in words for word in words))
-    return next((known[name] for name in names if name in known), None)
+def _name(typed: str) -> str:
+    return typed.partition("=")[0].lstrip("-").replace("-", "_")
 
 
-def _find(known: Mapping[str, Field[Any]], typed: str) -> tuple[Field[Any], bool]:
-    """The field of a flag, and whether it is ``--no-...``."""
-    if f := _named(known, typed):
-        return f, False
-    typed = typed.replace("_", "-")
-    negated = {f"--no{flag_of(f)[1:]}": f for f in known.values() if f.type == "bool"}
-    if typed in negated:
-        return negated[typed], True
-    flags = [f"--{flag_of(f).lstrip('-')}" for f in known.values()]
-    raise ValueError(f"{typed}: no such flag{meant(_NEAREST.get(typed, typed), [*flags, *negated])}")
+def _spellings(command: type[Command]) -> dict[str, tuple[Field[Any], bool]]:
+    """The field of each name that a flag may have, other programs' and ``no_...`` too; and whether it is ``no_...``."""
+    known = fields_of(command)
+    found = {name: (f, False) for name, f in known.items()}
+    for names in _SYNONYMS:
+        of = [known[name] for name in names if name in known]
+        found |= {name: (of[0], False) for name in names if of and name not in known}
+    return found | {f"no_{name}": (f, True) for name, f in known.items() if f.type == "bool"}
 
 
 def meant(word: str, words: Iterable[str]) -> str:
@@ -174,10 +179,15 @@ def _ids(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split(",") if text.strip())
 
 
+def _choice(choices: Sequence[str], text: str) -> Any:
+    word = text.lower() if "true" in choices else text
+    return {"true": True, "false": False}.get(word, choices[choices.index(word)])
+
+
 # For each type of a field: what reads a word, what stands for it in the help, and what an error expects.
-_IDS = (_ids, "IDS", "ids such as 5 or 5,6")
-_OTHERS = (json.loads, "JSON", "JSON")
-_KINDS: dict[str, tuple[Callable[[str], Any], str, str]] = {
+_Kind = tuple[Callable[[str], Any], str, str]
+_IDS: _Kind = (_ids, "IDS", "ids such as 5 or 5,6")
+_KINDS: dict[str, _Kind] = {
     "int": (int, "N", "an integer"), "float": (float, "X", "a number"), "str": (str, "TEXT", "a text"),
     "file": (str, "FILE", "a file"), "folder": (str, "FOLDER", "a folder"),
     "size": (_size, "SIZE", "a size above 0 with its unit, such as 16GB or 500MB"),
@@ -186,28 +196,27 @@ _KINDS: dict[str, tuple[Callable[[str], Any], str, str]] = {
 }  # fmt: skip
 
 
-def _choices(f: Field[Any]) -> Collection[str]:
+def _choices(f: Field[Any]) -> Sequence[str]:
     """The words that a field takes, if they are few."""
-    is_bool = str(f.type).startswith("bool")
-    return ("true", "false", *re.findall(r"Literal\[.(\w+).\]", str(f.type))) if is_bool else f.metadata["choices"]
+    if str(f.type).startswith("bool"):
+        return ("true", "false", *re.findall(r"Literal\[.(\w+).\]", str(f.type)))
+    return tuple(f.metadata["choices"])
 
 
-def _kind(f: Field[Any]) -> tuple[Callable[[str], Any], str, str]:
-    return _KINDS.get(f.metadata.get("kind", f.type.removesuffix(" | None")), _OTHERS)
+def _kind(f: Field[Any]) -> _Kind:
+    if choices := _choices(f):
+        return partial(_choice, choices), "|".join(choices), " or ".join(choices)
+    return _KINDS.get(f.metadata.get("kind", f.type.removesuffix(" | None")), (json.loads, "JSON", "JSON"))
 
 
 def _value(f: Field[Any], text: str) -> Any:
     """A typed word as a value of a field."""
-    if choices := _choices(f):
-        word = text.lower() if "true" in choices else text
-        if word not in choices:
-            raise ValueError(f"{flag_of(f)}: expected {' or '.join(choices)}, got {text!r}{meant(text, choices)}")
-        return {"true": True, "false": False}.get(word, word)
     read, _, wanted = _kind(f)
     try:
         return read(text)
     except (ValueError, RecursionError):
-        raise ValueError(f"{flag_of(f)}: expected {wanted}, got {text[:80]!r}") from None
+        nearest = meant(text, _choices(f))
+        raise ValueError(f"{flag_of(f)}: expected {wanted}, got {text[:80]!r}{nearest}") from None
 
 
 def help_page(command: type[Command]) -> str:
@@ -220,16 +229,12 @@ def help_page(command: type[Command]) -> str:
         if name in command.titles:
             lines += ["", f"{command.titles[name]}:"]
         default, text = command.defaults.get(name, f.default), f.metadata["help"]
-        if default not in (None, "", (), MISSING) and default is not False and not text.endswith(")"):
+        if default not in (None, "", ()) and default is not False and not text.endswith(")"):
             text += f" ({str(default).lower()})"
-        value = "" if f.type == "bool" and not default else "|".join(_choices(f)) or _kind(f)[1]
-        head = f"  {flag_of(f)} {'' if _is_word(f) else value}".rstrip()
+        value = "" if _is_word(f) or (f.type == "bool" and not default) else f" {_kind(f)[1]}"
+        head = f"  {flag_of(f)}{value}"
         body = textwrap.wrap(re.sub(r"--\w+", lambda m: m[0].replace("_", "-"), text), max(20, width - 24))
         lines += [f"{head:24}{body.pop(0)}"] if len(head) < 23 else [head]
         lines += [f"{'':24}{line}" for line in body]
-    lines += [
-        "",
-        "A flag that takes no value is off; --flag turns it on, --no-flag off.",
-        "Flags may have _ in place of -.",
-    ]
-    return "\n".join(lines)
+    lines += ["", "A flag that takes no value is off; --flag turns it on, --no-flag off."]
+    return "\n".join([*lines, "Flags may have _ in place of -."])

@@ -50,93 +50,81 @@ class Plan(Command):
         length = self.length or longest
         if length > longest:
             raise ValueError(f"--length: expected at most {longest} tokens, the model's positions, got {length}.")
-        dtype = resolve_dtype(self.dtype) or (torch.float32 if device == "cpu" else stored)
         memory = self.memory
         if memory is None and (device == "cpu" or torch.cuda.is_available()):
             memory = available_memory(torch.device(device))
         if memory is None:
             raise ValueError("--memory: what is free cannot be read on this machine. Say how much there is.")
         is_shared = self.memory is None and device == "cpu"  # by all processes on it
+        dtype = resolve_dtype(self.dtype) or (torch.float32 if device == "cpu" else stored)
         quantize = self.quantize or ("int8" if int8.CONFIG_KEY in config.extra else None)
         common: dict[str, Any] = {"dtype": dtype, "device": device, "length": length}
-        possible = device_counts(config)
-        ways: list[dict[str, Any]] = [{"devices": n, "quantize": quantize} for n in possible if n <= self.devices]
+        counts = device_counts(config)
+        ways: list[dict[str, Any]] = [{"devices": n, "quantize": quantize} for n in counts]
         if self.quantize is None:
             ways += [{"offload": to} for to in ("cpu", "disk")[device == "cpu" :]]
-        plans = [plan_generation(config, batch=self.batch, **way, **common) for way in ways]
-        free = [memory // plan.devices if is_shared else memory for plan in plans]
-        rows = [rows_that_fit(config, most, **way, **common) for way, most in zip(ways, free, strict=True)]
-        best = next((i for i, plan in enumerate(plans) if plan.total <= free[i]), None)
+        every = [(way, plan_generation(config, batch=self.batch, **way, **common)) for way in ways]
+        free = {plan.devices: memory // plan.devices if is_shared else memory for _, plan in every}
+        here = [(way, plan) for way, plan in every if plan.devices <= self.devices]
+        plans = [plan for _, plan in here]
+        rows = [rows_that_fit(config, free[plan.devices], **way, **common) for way, plan in here]
+        best = next((i for i, plan in enumerate(plans) if plan.total <= free[plan.devices]), None)
         name = str(dtype).removeprefix("torch.")
-        command = None if best is None else _command(self, plans[best], name, rows[best] * length)
+        command = None if best is None else self._command(plans[best], name, rows[best] * length)
         if self.json:
             lines = [asdict(p) | {"total": p.total, "rows": most} for p, most in zip(plans, rows, strict=True)]
             print(json.dumps({"memory": memory, "plans": lines, "command": command}, indent=2))
             return 0 if command else 1
-        print(f"{self.model} as {name}, {self.batch} x {length:,} tokens (prompt and new ones), on "
-              f"{'a GPU' if device == 'cuda' else 'a CPU'} with {size_of(memory)}\n")  # fmt: skip
+        texts = f"{self.batch} x {length:,} tokens"
+        kind = "a GPU" if device == "cuda" else "a CPU"
+        print(f"{self.model} as {name}, {texts} (prompt and new ones), on {kind} with {size_of(memory)}\n")
         _print_table(plans, rows)
-        if self.devices not in possible:
-            print(f"The model has {config.num_attention_heads} heads and can be divided among {_listed(possible)} "
-                  f"devices, not among {self.devices}.")  # fmt: skip
-        if best is None or command is None:
-            more = () if is_shared else (n for n in possible if n > self.devices and plan_generation(
-                config, batch=self.batch, devices=n, quantize=quantize, **common).total <= memory)  # fmt: skip
-            print(_advice(self, plans, dtype.itemsize, next(iter(more), None)))
+        if self.devices not in counts:
+            print(f"The model has {config.num_attention_heads} heads and can be divided among "
+                  f"{', '.join(map(str, counts))} devices, not among {self.devices}.")  # fmt: skip
+        if best is None:
+            more = [plan.devices for _, plan in every if plan.devices > self.devices and plan.total <= memory]
+            print(self._advice(plans, dtype.itemsize, None if is_shared else next(iter(more), None)))
             return 1
         if plans[best].host:
             print(f"Beside it, {size_of(plans[best].host)} of the machine's own memory.")
         if plans[best].offload is None and (count := plans[best].devices) < self.devices:
-            print(f"{count} of the {self.devices} devices {'are' if count > 1 else 'is'} enough for "
-                  f"{self.batch} x {length:,} tokens.")  # fmt: skip
+            print(f"{count} of the {self.devices} devices {'are' if count > 1 else 'is'} enough for {texts}.")
         print(f"Use: {command}")
         return 0
+
+    def _command(self, plan: Way, dtype: str, most_tokens: int) -> str:
+        from minopt.generation.batches import MAX_BATCH_TOKENS
+        from minopt.inference.plan import published
+
+        size = None if Path(self.model).exists() else published(self.model)
+        model = f"facebook/{size}" if size is not None and size.startswith("opt-") else self.model
+        command = [] if plan.devices == 1 else ["torchrun", "--nproc-per-node", str(plan.devices), "-m"]
+        command += ["minopt", "generate", "--model", model, "--dtype", dtype]
+        command += [] if self.quantize is None else ["--quantize", self.quantize]
+        command += [] if plan.offload is None else ["--offload", plan.offload]
+        if plan.offload is not None or most_tokens < MAX_BATCH_TOKENS:  # where many prompts are to run together
+            command += ["--max-batch-tokens", str(most_tokens)]
+        return shlex.join(command)
+
+    def _advice(self, plans: list[Way], itemsize: int, more: int | None) -> str:
+        least = min(plans, key=lambda plan: plan.total)
+        changes = ["--batch 1"] * (self.batch > 1) + ["a smaller --length"] * (self.length != 1)
+        changes += ["--dtype bfloat16"] * (itemsize > 2) + [f"--devices {more}"] * (more is not None)
+        advice = ", or ".join(changes) or "a smaller model"
+        return f"Nothing fits: the least is {size_of(least.total)} ({_label(least)}). Try {advice}."
 
 
 def _print_table(plans: list[Way], rows: list[int]) -> None:
     print(f"{'':28}{'weights':>11}{'cache':>11}{'activations':>13}{'runtime':>10}{'together':>12}{'rows that fit':>15}")
     for plan, most in zip(plans, rows, strict=True):
-        weights, cache, activations, runtime, total = map(
-            size_of, (plan.weights, plan.cache, plan.activations, plan.runtime, plan.total)
-        )
-        print(f"{_label(plan):28}{weights:>11}{cache:>11}{activations:>13}{runtime:>10}{total:>12}{most:>15,}")
+        sizes = (plan.weights, plan.cache, plan.activations, plan.runtime, plan.total)
+        columns = "".join(f"{size_of(size):>{width}}" for size, width in zip(sizes, (11, 11, 13, 10, 12), strict=True))
+        print(f"{_label(plan):28}{columns}{most:>15,}")
     print()
-
-
-def _listed(counts: list[int]) -> str:
-    return ", ".join(map(str, counts[:-1])) + f" or {counts[-1]}" if len(counts) > 1 else str(counts[0])
 
 
 def _label(plan: Way) -> str:
     if plan.offload is not None:
         return f"--offload {plan.offload}"
     return "one device" if plan.devices == 1 else f"each of {plan.devices} devices"
-
-
-def _command(flags: Plan, plan: Way, dtype: str, most_tokens: int) -> str:
-    from minopt.generation.batches import MAX_BATCH_TOKENS
-    from minopt.inference.plan import published
-
-    size = None if Path(flags.model).exists() else published(flags.model)
-    model = f"facebook/{size}" if size is not None and size.startswith("opt-") else flags.model
-    command = ["minopt"] if plan.devices == 1 else ["torchrun", "--nproc-per-node", str(plan.devices), "-m", "minopt"]
-    command += ["generate", "--model", model, "--dtype", dtype]
-    if flags.quantize is not None:
-        command += ["--quantize", flags.quantize]
-    if plan.offload is not None:
-        command += ["--offload", plan.offload]
-    if plan.offload is not None or most_tokens < MAX_BATCH_TOKENS:  # where many prompts are to run together
-        command += ["--max-batch-tokens", str(most_tokens)]
-    return shlex.join(command)
-
-
-def _advice(flags: Plan, plans: list[Way], itemsize: int, more: int | None) -> str:
-    least = min(plans, key=lambda plan: plan.total)
-    changes = [
-        "--batch 1" if flags.batch > 1 else "",
-        "a smaller --length" if flags.length != 1 else "",
-        "--dtype bfloat16" if itemsize > 2 else "",
-        f"--devices {more}" if more is not None else "",
-    ]
-    advice = ", or ".join(filter(None, changes))
-    return f"Nothing fits: the least is {size_of(least.total)} ({_label(least)}). Try {advice or 'a smaller model'}."

@@ -1,14 +1,21 @@
-"""Flags that several commands share: how a checkpoint is found, read and run."""
+"""What several commands share: how a checkpoint is found, read and run, and lines on stderr."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from minopt import DEMO
 from minopt.cli.flags import Command
+from minopt.progress import say
 from minopt.settings import option
 
+if TYPE_CHECKING:
+    from minopt.text import LanguageModel
+
 MODEL = "a folder, any one file of a checkpoint, or a name such as facebook/opt-125m"
+DESTINATION = "the folder to write; it is created"
 FORCE = "replace a model or program that is already in the destination"
 
 
@@ -16,6 +23,7 @@ FORCE = "replace a model or program that is already in the destination"
 class Reading(Command):
     """Arguments of everything that opens a checkpoint."""
 
+    tokenizer: str | None = option(None, "the tokenizer's files (beside the weights, or one folder up)", kind="folder")
     revision: str | None = option(None, "branch, tag or commit of a model on the hub")
     local_files_only: bool = option(False, "use only files that are already on this machine")
     model_config: str | None = option(None, "a preset (opt-1.3b) or a config.json, in place of the checkpoint's own")
@@ -23,20 +31,25 @@ class Reading(Command):
 
 
 @dataclass(frozen=True)
-class ReadingText(Reading):
-    """Arguments of everything that opens a tokenizer too."""
-
-    tokenizer: str | None = option(None, "the tokenizer's files (beside the weights, or one folder up)", kind="folder")
-
-
-@dataclass(frozen=True)
-class Loading(ReadingText):
+class Loading(Reading):
     """Arguments of ``load``."""
 
     model: str | None = option(None, f"{MODEL} (the small model in the package)")
     device: str | None = option(None, "cpu, cuda, cuda:1, ... (the GPU if there is one)")
     dtype: str = option("auto", "float32, bfloat16, float16 or float64 (auto: float32 on a CPU, else the file's own)")
     quantize: str | None = option(None, "round the weights to 8 bits: a quarter of float32's bytes", choices=("int8",))
+
+    def load(self, **others: Any) -> LanguageModel:
+        """The model that is asked for, with other arguments of ``load`` too."""
+        from minopt.loading import load
+
+        options = {f.name: getattr(self, f.name) for f in fields(Loading)} | others
+        return load(options.pop("model") or DEMO, **options)
+
+
+def tell(text: str) -> None:
+    """One line on stderr."""
+    say(f"minopt: {text}")
 
 
 def check_output(output: Path, force: bool, remedy: str = "replace it with --force") -> None:

@@ -35,38 +35,29 @@ _INNER = {Blocked: 5, OneDNN: 4, Plain: 4}
 _INNER_INT8 = 8
 
 # What to try where memory is short.
+_TO_DISK: dict[str, Any] = {"devices": 1, "offload": "disk", "quantize": None}
 _WAYS: dict[str, dict[str, Any]] = {
     "dtype bfloat16": {"dtype": torch.bfloat16},
     "quantize int8": {"quantize": "int8", "offload": None},
-    "offload cpu": {"devices": 1, "offload": "cpu", "quantize": None},
-    "offload disk": {"devices": 1, "offload": "disk", "quantize": None},
-    "offload disk and dtype bfloat16": {"devices": 1, "offload": "disk", "quantize": None, "dtype": torch.bfloat16},
+    "offload cpu": _TO_DISK | {"offload": "cpu"},
+    "offload disk": _TO_DISK,
+    "offload disk and dtype bfloat16": _TO_DISK | {"dtype": torch.bfloat16},
 }
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The most that one device holds while a model generates, in bytes.
+    """The most that one device holds while a model generates, in bytes."""
 
-    Attributes:
-        devices, offload, quantize: see ``plan_generation``.
-        weights: the weights and all copies in other layouts.
-        loading: the most that is held beside them while they are read.
-        cache: keys and values.
-        activations: the prompt's activations, and the scores of a step.
-        runtime: what Python, torch and CUDA take.
-        host: the layers that wait in the machine's memory for a GPU.
-    """
-
-    devices: int
+    devices: int  # this and the next two as in `plan_generation`
     offload: str | None
     quantize: str | None
-    weights: int
-    loading: int
-    cache: int
-    activations: int
-    runtime: int
-    host: int = 0
+    weights: int  # and all copies in other layouts
+    loading: int  # the most that is held beside them while they are read
+    cache: int  # keys and values
+    activations: int  # the prompt's, and the scores of a step
+    runtime: int  # Python, torch and CUDA
+    host: int = 0  # layers that wait in the machine's memory for a GPU
 
     @property
     def total(self) -> int:
@@ -86,17 +77,9 @@ def plan_generation(
 ) -> Plan:
     """Plans the memory that ``minopt.load`` with these options, and ``generate``, take.
 
-    Args:
-        config: the model's.
-        dtype: the weights' and activations'.
-        device: ``"cpu"`` or ``"cuda"``.
-        devices: the number of processes, one a device, that divide the model.
-        offload, quantize: see ``minopt.load``.
-        batch: B; beams count as rows.
-        length: T; ``None`` is as long as the model's texts can be.
-
-    Raises:
-        ValueError: if the model cannot be divided so.
+    ``device`` is ``"cpu"`` or ``"cuda"``; ``devices`` the number of processes, one a device, that divide the model;
+    ``batch`` is B, beams count as rows; ``length`` is T, ``None`` the model's positions. Raises ``ValueError`` if the
+    model cannot be divided so.
     """
     check_divides("devices", config, devices)
     size = dtype.itemsize
@@ -142,11 +125,7 @@ def device_counts(config: OPTConfig) -> list[int]:
 
 
 def check_divides(option: str, config: OPTConfig, count: int) -> None:
-    """Refuses a number of processes among which a model cannot be divided.
-
-    Raises:
-        ValueError: naming those that can.
-    """
+    """Refuses a number of processes among which a model cannot be divided, and names those that can."""
     if count not in (fitting := device_counts(config)):
         raise ValueError(
             f"{option}: a model of {config.num_attention_heads} heads, {config.ffn_dim} inner units and a vocabulary "
@@ -164,46 +143,41 @@ def rows_that_fit(config: OPTConfig, memory: int, **options: Any) -> int:
 
 
 def check_fits(checkpoint: Checkpoint, options: LoadOptions, devices: int = 1) -> None:
-    """Refuses a checkpoint that does not fit into the memory that is free, divided among so many devices.
-
-    Raises:
-        ValueError: saying what would fit.
-    """
-    device, dtype, offload, quantize = options.device, options.dtype, options.offload, options.quantize
+    """Refuses a checkpoint that, divided among so many devices, does not fit into the memory that is free."""
+    device, where = options.device, checkpoint.found.folder
     free, host = available_memory(device), available_memory(torch.device("cpu"))
     if free is None:
         return
-    dtype = dtype or checkpoint.dtype_on(device)
-    if any(tensor.scale is not None for tensor in checkpoint.tensors.values()):
-        quantize = "int8"
-    asked: dict[str, Any] = {"dtype": dtype, "devices": devices, "offload": offload, "quantize": quantize}
+    dtype = options.dtype or checkpoint.dtype_on(device)
+    is_int8 = any(tensor.scale is not None for tensor in checkpoint.tensors.values())
+    quantize = "int8" if is_int8 else options.quantize
+    asked = {"dtype": dtype, "devices": devices, "offload": options.offload, "quantize": quantize}
 
-    def plan(**changes: Any) -> Plan:
-        return plan_generation(checkpoint.config, device=device.type, length=1, **(asked | changes))
+    def plan(changes: dict[str, Any]) -> Plan:
+        return plan_generation(checkpoint.config, device=device.type, length=1, **(asked | changes))  # type: ignore[arg-type]
 
-    def needed(**changes: Any) -> int:
-        found = plan(**changes)
+    def needed(changes: dict[str, Any]) -> int:
+        found = plan(changes)
         on_one_machine = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device.type == "cpu" else 1
         return (found.weights + found.loading) * (on_one_machine if found.devices > 1 else 1)
 
-    where, waiting = checkpoint.found.folder, plan().host if offload == "cpu" else 0
+    waiting = plan({}).host if options.offload == "cpu" else 0
     if host is not None and waiting > host:
         raise ValueError(
             f"memory: the layers of {where} take {size_of(waiting)} of the machine's memory, and "
             f"{size_of(host)} are free. What fits: offload disk."
         )
-    if needed() <= free:
+    if needed({}) <= free:
         return
     fitting = [
         f"{name} (without torchrun)" if devices > 1 and "devices" in changes else name
         for name, changes in _WAYS.items()
-        if needed(**changes) <= free and not (device.type == "cpu" and changes.get("offload") == "cpu")
+        if needed(changes) <= free and not (device.type == "cpu" and changes.get("offload") == "cpu")
     ]
-    name = quantize or str(dtype).removeprefix("torch.")
-    among = f", divided among {devices}" if devices > 1 else ""
     raise ValueError(
-        f"memory: {where} takes {size_of(needed())} as {name}{among}, and "
-        f"{size_of(free)} are free on this {'GPU' if device.type == 'cuda' else 'machine'}. "
+        f"memory: {where} takes {size_of(needed({}))} as {quantize or str(dtype).removeprefix('torch.')}"
+        f"{f', divided among {devices}' if devices > 1 else ''}, and {size_of(free)} are free on this "
+        f"{'GPU' if device.type == 'cuda' else 'machine'}. "
         + (f"What fits: {'; '.join(fitting)}." if fitting else "See minopt plan.")
     )
 
@@ -217,11 +191,8 @@ def published(model: str) -> str | None:
 def find_config(model: str) -> tuple[OPTConfig, torch.dtype]:
     """The configuration of a model, and the dtype of its files; nothing is downloaded but a config.json.
 
-    Args:
-        model: a folder or file of a checkpoint, a config.json, a published size, or a name on the hub.
-
-    Raises:
-        ValueError, FileNotFoundError, OSError: as of ``minopt.load_model``.
+    ``model`` is a folder or file of a checkpoint, a config.json, a published size, or a name on the hub. Errors are
+    those of ``minopt.load_model``.
     """
     if not Path(model).exists() and (name := published(model)) is not None:
         return OPTConfig.preset(name), torch.float16
