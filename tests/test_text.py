@@ -22,7 +22,7 @@ from torch import Tensor
 
 import minopt
 from minopt import GenerationConfig, Tokenizer
-from minopt.checkpoint.open import open_checkpoint
+from minopt.checkpoint.checkpoint import open_checkpoint
 from minopt.cli import main
 from minopt.generation.texts import SCORES_IN_TOKENS
 from minopt.stops import Pieces

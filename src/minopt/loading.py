@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from minopt.checkpoint.checkpoint import open_checkpoint
 from minopt.checkpoint.hub import find_model
-from minopt.checkpoint.open import open_checkpoint
 from minopt.checkpoint.weights import load_checkpoint
 from minopt.config import OPTConfig
 from minopt.devices import resolve_device, resolve_dtype

@@ -50,22 +50,6 @@ def test_a_round_trip_is_exact_and_transformers_opens_it_to_the_same_logits(
     assert (expected - got).abs().max() <= 1e-5 * expected.abs().max()
 
 
-def test_saving_over_a_model_leaves_nothing_of_the_old_weights_and_keeps_all_else(tmp_path: Path) -> None:
-    folder = tmp_path / "saved"
-    save_model(small_model(0), folder, max_shard_bytes=20_000)
-    (folder / "logs").mkdir()
-    kept = {"notes.txt": "mine", "model_old.safetensors": "mine", "logs/a.txt": "too"}
-    for name, text in (*kept.items(), ("pytorch_model-00001-of-00002.bin", "old")):
-        (folder / name).write_text(text)
-    save_model(small_model(2), folder / "checkpoint-1")
-    save_model(small_model(1), folder, force=True)
-    inner = ["checkpoint-1/config.json", "checkpoint-1/model.safetensors"]
-    assert sorted(content(folder)) == sorted([*inner, *kept, "config.json", "model.safetensors"])
-    assert {name: (folder / name).read_text() for name in kept} == kept
-    assert_saved(small_model(1), folder)
-    assert [p.name for p in tmp_path.iterdir()] == ["saved"]
-
-
 def test_a_loaded_model_can_be_saved_over_its_own_folder(write_checkpoint: Callable[..., Path]) -> None:
     """Its weights are mapped from the very file that is replaced."""
     folder = write_checkpoint()
@@ -74,33 +58,6 @@ def test_a_loaded_model_can_be_saved_over_its_own_folder(write_checkpoint: Calla
     save_model(model, folder, force=True)
     assert torch.equal(model.layers[0].fc1.weight, expected)
     assert_saved(model, folder)
-
-
-@pytest.mark.parametrize(
-    ("error", "reason"),
-    [
-        (OSError(28, "No space left on device"), r"No space left on device"),
-        (
-            RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos\nmore"),
-            r"\[enforce.*unexpected pos",
-        ),
-    ],
-)
-def test_a_full_disk_is_told_and_the_old_model_stays(
-    error: Exception, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Interrupts and kills: tests/test_atomic.py."""
-    save_model(small_model(0), tmp_path / "saved")
-    before = content(tmp_path)
-
-    def full(*args: object, **options: object) -> None:
-        raise error
-
-    monkeypatch.setattr(save, "write_config", full)
-    with pytest.raises(OSError, match=rf"saved: cannot be written \({reason}\)\. Is the disk full\?$"):
-        save_model(small_model(1), tmp_path / "saved", force=True)
-    assert content(tmp_path) == before
-    assert [p.name for p in tmp_path.iterdir()] == ["saved"]
 
 
 def test_what_is_not_to_be_replaced_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

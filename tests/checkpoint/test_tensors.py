@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from minopt import CheckpointError, convert
-from minopt.checkpoint import tensors
-from minopt.checkpoint.checkpoint import Checkpoint
-from minopt.checkpoint.names import shard_dim
-from minopt.checkpoint.open import open_checkpoint
+from minopt.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from minopt.checkpoint.files import TensorFile
 from minopt.checkpoint.tensors import Share
 from tests.checkpoint.sources import SOURCES, change_tensor, place_of, write_source
 
@@ -28,19 +27,18 @@ def opened(source: str, folder: Path) -> Checkpoint:
 def test_rows_are_those_of_the_whole_and_all_that_is_read(
     source: str, count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read, read_into = [0], tensors.Slice.read_into
+    read, read_into = [0], TensorFile.read_into
 
-    def counted(piece: tensors.Slice, out: torch.Tensor, start: int = 0) -> None:
+    def counted(file: TensorFile, out: torch.Tensor, *place: Any) -> None:
         read[0] += out.numel()
-        read_into(piece, out, start)
+        read_into(file, out, *place)
 
-    monkeypatch.setattr(tensors.Slice, "read_into", counted)
+    monkeypatch.setattr(TensorFile, "read_into", counted)
     for name, tensor in opened(source, tmp_path).tensors.items():
         whole, read[0] = tensor.read(torch.float32), 0
         shares = [tensor.rows(*Share(k, count).of(tensor.shape[0])) for k in range(count)]
         assert torch.equal(torch.cat([share.read(torch.float32) for share in shares]), whole), name
-        copies = len(tensor.slices) - 1 if shard_dim(name) is None else 0  # compared in pairs
-        assert read[0] == tensor.stored.numel * ((1 if tensor.scale is None else 2) + 2 * copies), name
+        assert read[0] == tensor.numel * (1 + 2 * len(tensor.copies)), name  # copies are compared in pairs
 
 
 def test_rows_that_parts_hold_in_copies_are_compared(tmp_path: Path) -> None:

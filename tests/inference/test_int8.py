@@ -20,8 +20,8 @@ from torch import Tensor
 
 import minopt
 from minopt import CheckpointError, OPTConfig, convert, inspect_checkpoint, int8, load_model, save_model
+from minopt.checkpoint.checkpoint import open_checkpoint
 from minopt.checkpoint.names import from_hf
-from minopt.checkpoint.open import open_checkpoint
 from minopt.checkpoint.weights import read_weights
 from tests.checkpoint.sources import change_file, content, expected_tensors, write_source
 from tests.checkpoint.test_convert import assert_identical, stored
@@ -464,7 +464,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "a weight of another shape": (
         lambda folder: change_tensors(folder, lambda t: t.update({FC1: t[FC1][:, :16]})),
-        r"int8: the tensors are not those of config\.json: 1 of the wrong shape or kind \(layers\.0\.fc1\.weight: "
+        r"the tensors are not those of config\.json: 1 of the wrong shape or kind \(layers\.0\.fc1\.weight: "
         r"expected \[64, 32\], got \[64, 16\]\)",
     ),
     "an int8 head": (

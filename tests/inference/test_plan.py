@@ -15,7 +15,7 @@ import torch
 import minopt
 from minopt import OPTConfig, memory
 from minopt.checkpoint import tensors
-from minopt.checkpoint.open import open_checkpoint
+from minopt.checkpoint.checkpoint import open_checkpoint
 from minopt.cli import main
 from minopt.config import PRESETS
 from minopt.inference import plan

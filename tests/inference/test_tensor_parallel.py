@@ -23,9 +23,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import minopt
 from minopt import LanguageModel
-from minopt.checkpoint import tensors
+from minopt.checkpoint.checkpoint import open_checkpoint
+from minopt.checkpoint.files import TensorFile
 from minopt.checkpoint.names import shard_dim
-from minopt.checkpoint.open import open_checkpoint
 from minopt.checkpoint.tensors import Share
 from minopt.checkpoint.weights import read_weights
 from minopt.inference import plan, tensor_parallel
@@ -223,20 +223,20 @@ def test_shares_together_are_the_checkpoint(source: str, count: int, tmp_path: P
 def test_a_share_is_all_that_is_read(source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """But for what is divided by columns, whose rows pass through memory."""
     checkpoint = open_checkpoint(write_source(source, tmp_path / "model"))
-    read, read_into = [0], tensors.Slice.read_into
+    read, read_into = [0], TensorFile.read_into
 
-    def counted(piece: tensors.Slice, out: torch.Tensor, start: int = 0) -> None:
+    def counted(file: TensorFile, out: torch.Tensor, *place: Any) -> None:
         read[0] += out.numel()
-        read_into(piece, out, start)
+        read_into(file, out, *place)
 
-    monkeypatch.setattr(tensors.Slice, "read_into", counted)
+    monkeypatch.setattr(TensorFile, "read_into", counted)
     with mock.patch.object(type(checkpoint), "check_head"):  # which reads a head of its own
         list(read_weights(checkpoint, torch.device("cpu"), torch.bfloat16, share=Share(1, 2)))
     expected = copies = 0
     for name, tensor in checkpoint.tensors.items():
-        halved = shard_dim(name) == 0 or (shard_dim(name) == 1 and len(tensor.slices) > 1)
+        halved = shard_dim(name) == 0 or tensor.beside
         expected += tensor.numel // 2 if halved else tensor.numel
-        copies += 2 * tensor.numel * (len(tensor.slices) - 1) if shard_dim(name) is None else 0  # compared in pairs
+        copies += 2 * tensor.numel * len(tensor.copies)  # compared in pairs
     assert expected <= read[0] <= expected + copies
 
 

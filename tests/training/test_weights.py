@@ -22,8 +22,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from minopt import OPT, CheckpointError, convert, load_model
-from minopt.checkpoint import save, tensors
-from minopt.checkpoint.open import open_checkpoint
+from minopt.checkpoint import save
+from minopt.checkpoint.checkpoint import open_checkpoint
+from minopt.checkpoint.files import TensorFile
 from minopt.checkpoint.tensors import Share, SourceTensor
 from minopt.distributed import World
 from minopt.training import weights
@@ -91,13 +92,13 @@ def read(folder: Path, world: World, saved: str = "{} of {}") -> Read:
 @contextmanager
 def counted() -> Iterator[list[int]]:
     """Counts the numbers that are read of files."""
-    numbers, read_into = [0], tensors.Slice.read_into
+    numbers, read_into = [0], TensorFile.read_into
 
-    def watch(piece: tensors.Slice, out: Tensor, start: int = 0) -> None:
+    def watch(file: TensorFile, out: Tensor, *place: Any) -> None:
         numbers[0] += out.numel()
-        read_into(piece, out, start)
+        read_into(file, out, *place)
 
-    with mock.patch.object(tensors.Slice, "read_into", watch):
+    with mock.patch.object(TensorFile, "read_into", watch):
         yield numbers
 
 

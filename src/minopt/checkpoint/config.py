@@ -1,4 +1,4 @@
-"""The configuration of a checkpoint: the one that is given, a JSON file's, or what the shapes of its tensors tell."""
+"""The configuration of a checkpoint: the one that is given, a JSON file's, or what its files and their tensors tell."""
 
 from __future__ import annotations
 
@@ -6,17 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from minopt.checkpoint.divided import METADATA
 from minopt.checkpoint.errors import CheckpointError, some
 from minopt.config import PRESETS, OPTConfig, read_json
 from minopt.model import POSITION_OFFSET
 
 
 def resolve_config(model_config: OPTConfig | str | Path | None) -> OPTConfig | None:
-    """A configuration, from itself, the name of a preset ("opt-125m", "facebook/opt-125m", "125m") or a config.json.
-
-    Raises:
-        ValueError: if there is no such preset or file, or the file is none.
-    """
+    """A configuration, from itself, the name of a preset ("opt-125m", "facebook/opt-125m", "125m") or a config.json."""
     if model_config is None or isinstance(model_config, OPTConfig):
         return model_config
     if not isinstance(model_config, str | Path):
@@ -33,11 +30,18 @@ def resolve_config(model_config: OPTConfig | str | Path | None) -> OPTConfig | N
         raise ValueError(f"model_config: {model_config}: no such file, and {error}") from None
 
 
-def read_config(path: Path, key: str | None = None) -> OPTConfig:
-    """The configuration in a JSON file: all that it holds, or what is under a key."""
+def known_config(folder: Path, given: OPTConfig | None) -> tuple[OPTConfig | None, str]:
+    """The configuration that is given or lies in a folder, and where it is from; ``None`` without one."""
+    if given is not None:
+        return given, "as given"
+    is_run = (folder / METADATA).is_file()
+    path = next((folder / name for name in ("config.json", "state.json")[: 1 + is_run] if (folder / name).is_file()),
+                None)  # fmt: skip
+    if path is None:
+        return None, ""
     try:
-        values = read_json(path) if key is None else read_json(path).get(key)
-        return OPTConfig.from_dict(values if isinstance(values, dict) else {})
+        values = read_json(path) if path.name == "config.json" else read_json(path).get("config")
+        return OPTConfig.from_dict(values if isinstance(values, dict) else {}), path.name
     except ValueError as error:
         message = str(error)
         raise CheckpointError(message if message.startswith(str(path)) else f"{path}: {message}") from None
@@ -74,7 +78,7 @@ def infer_config(facts: Mapping[str, Any], where: object) -> OPTConfig:
     for preset in map(OPTConfig.preset, PRESETS):
         if all(getattr(preset, field) == facts[field] for field in telling):
             unseen = ("num_attention_heads", "bos_token_id", "activation_function")
-            return build_config({**facts, **{field: getattr(preset, field) for field in unseen}}, where)
+            return _built({**facts, **{field: getattr(preset, field) for field in unseen}}, where)
     raise CheckpointError(
         f"{where}: no configuration beside its tensors, and they are of no published size (hidden_size "
         f"{facts['hidden_size']}, {facts['num_hidden_layers']} layers), so the number of heads is unknown. Name a "
@@ -82,7 +86,32 @@ def infer_config(facts: Mapping[str, Any], where: object) -> OPTConfig:
     )
 
 
-def build_config(values: Mapping[str, Any], where: object) -> OPTConfig:
+def config_of(told: Mapping[str, Any], facts: Mapping[str, Any], where: object) -> OPTConfig:
+    """The configuration of metaseq's ``cfg``, which may not contradict what the tensors show."""
+    told, wrong = dict(told), []
+    if told.pop("alibi", False):
+        wrong.append("its cfg has alibi instead of learned positions, which OPT has")
+    if not told.pop("no_scale_embedding", True):
+        wrong.append("its cfg scales embeddings, which OPT does not")
+    seen = facts.keys() - {"max_position_embeddings"}
+    wrong = [f"{name} is {value} in its cfg and {facts[name]} in its tensors"
+             for name, value in told.items() if name in seen and facts[name] != value] + wrong  # fmt: skip
+    if wrong:
+        raise CheckpointError(f"{where}: {'; '.join(wrong)}. If the tensors are right, name a config.json with "
+                              "--model-config.")  # fmt: skip
+    return _built({**told, **facts}, where)
+
+
+def check_agreement(config: OPTConfig, told: Mapping[str, Any], path: object) -> None:
+    """A config.json beside metaseq's files may say more than their ``cfg``, but nothing else."""
+    free = {"dropout", "attention_dropout", "max_position_embeddings"}
+    wrong = [f"{name} is {getattr(config, name)} there and {value} in the cfg of the weights" for name, value in
+             told.items() if name not in free and value != getattr(config, name, value)]  # fmt: skip
+    if wrong:
+        raise CheckpointError(f"{path}: {'; '.join(wrong)}. Name the right one with --model-config.")
+
+
+def _built(values: Mapping[str, Any], where: object) -> OPTConfig:
     """A configuration of fields; ``CheckpointError`` where they break a rule."""
     try:
         return OPTConfig(**values)

@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 from minopt import int8
-from minopt.checkpoint.checkpoint import Checkpoint
+from minopt.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from minopt.checkpoint.hub import find_model
 from minopt.checkpoint.metaseq.write import check_parts, write_parts, write_vocabulary
 from minopt.checkpoint.names import to_hf
-from minopt.checkpoint.open import open_checkpoint
 from minopt.checkpoint.save import (
     check_apart,
     check_destination,

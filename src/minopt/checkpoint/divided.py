@@ -11,7 +11,7 @@ from pathlib import Path
 from minopt.checkpoint.errors import CheckpointError, MissingFileError
 from minopt.checkpoint.files import TensorFile, open_pieces
 from minopt.checkpoint.pickles import UnpickleError, read_pickle
-from minopt.checkpoint.tensors import Run, Slice
+from minopt.checkpoint.tensors import Run, SourceTensor
 from minopt.config import is_int
 
 METADATA = ".metadata"
@@ -21,13 +21,8 @@ _OTHERS = ("optimizer.", "optim.")  # what training keeps beside the model
 _Piece = tuple[tuple[int, ...], str, int, int]  # its beginning in the tensor; file, first byte there, and length
 
 
-def open_divided(folder: Path) -> dict[str, Slice]:
-    """The model's tensors in a checkpoint, by their keys; no numbers are read.
-
-    Raises:
-        MissingFileError: naming a file that is not there.
-        CheckpointError: if the files are damaged, or tensors are divided otherwise than by rows.
-    """
+def open_divided(folder: Path) -> dict[str, SourceTensor]:
+    """The model's tensors in a checkpoint, by their keys; no numbers are read."""
     path = folder / METADATA
     try:
         shapes, pieces = _read_metadata(path)
@@ -70,7 +65,7 @@ def _read_metadata(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, li
 
 def _joined(
     folder: Path, key: str, shape: tuple[int, ...], pieces: list[_Piece], files: dict[str, TensorFile]
-) -> Slice:
+) -> SourceTensor:
     """A tensor from its pieces, which must follow one another along dim 0, each in a file of its own."""
     rows, dtype = 0, files[pieces[0][1]].dtypes[key]
     for offset, name, _, _ in pieces:
@@ -83,4 +78,4 @@ def _joined(
     if rows != (shape[0] if shape else 1):
         raise CheckpointError(f"{folder}: {key}: expected {shape[0]} rows, got {rows}. Is a process' file missing?")
     runs = [Run(files[name], key, 0, math.prod(files[name].shapes[key])) for _, name, _, _ in pieces]
-    return Slice(shape, dtype, tuple(runs))
+    return SourceTensor(key, shape, dtype, tuple(runs))

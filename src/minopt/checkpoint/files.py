@@ -15,15 +15,7 @@ from torch import Tensor
 
 from minopt.checkpoint.errors import CheckpointError, first_line, some
 from minopt.checkpoint.keys import is_decoders
-from minopt.checkpoint.pickles import (
-    OtherDtypeError,
-    Placeholder,
-    Storage,
-    StoredTensor,
-    UnpickleError,
-    read_legacy,
-    read_zip,
-)
+from minopt.checkpoint.pickles import OtherDtypeError, Placeholder, Storage, StoredTensor, UnpickleError, read_torch
 from minopt.config import MOST_TEXT_BYTES
 from minopt.strangers import what_it_is
 
@@ -63,9 +55,7 @@ class TensorFile:
     def map(self, key: str, *, apart: bool = False) -> Tensor:
         """A tensor in the file's own pages: nothing is read until it is used. Writing to it leaves the file alone.
 
-        Args:
-            key: one of ``shapes``.
-            apart: in pages that are freed with it. Such a tensor holds an open file.
+        ``apart``: in pages that are freed with it. Such a tensor holds an open file.
         """
         tensor = self._tensors[key]
         if apart or tensor.span == 0 or tensor.begin % tensor.dtype.itemsize:
@@ -81,16 +71,7 @@ class TensorFile:
         return numbers.as_strided(tensor.shape, tensor.stride)
 
     def read_into(self, out: Tensor, key: str, start: int = 0) -> None:
-        """Fills ``out`` with numbers of a tensor, cast to its dtype.
-
-        Args:
-            out: one dim, contiguous, on the CPU.
-            key: one of ``shapes``.
-            start: the first number to read, counted in row-major order.
-
-        Raises:
-            CheckpointError: if the file has become shorter.
-        """
+        """Fills ``out`` (one dim, on the CPU) with numbers from number ``start`` on, cast to its dtype."""
         stored, begin = self.dtypes[key], self.begins_at(key)
         assert stored is not None
         if begin is None:
@@ -151,76 +132,23 @@ class TensorFile:
 
 
 def open_file(path: Path) -> TensorFile:
-    """Opens a .safetensors file, or one of ``torch.save`` of either of its formats.
-
-    Raises:
-        CheckpointError: if it is damaged, or is something else.
-        OSError: if it cannot be opened.
-    """
-    return _open_safetensors(path) if path.suffix == ".safetensors" else _open_pickle(path)
-
-
-def open_pieces(path: Path, places: Mapping[str, tuple[int, int]]) -> TensorFile:
-    """Opens a file of several archives by ``torch.save`` of one tensor each, as torch.distributed.checkpoint has it.
-
-    Args:
-        path: the file.
-        places: the first byte of each archive and its length, by the key that its tensor is to have.
-    """
-    tensors = {}
-    for key, (start, length) in places.items():
-        try:
-            tensor = _read_pickle(path, start, length)
-        except (UnpickleError, ValueError) as error:
-            raise CheckpointError(f"{path}: cut short or damaged at {key} ({error}). Use another checkpoint.") from None
-        if not isinstance(tensor, StoredTensor) or not tensor.is_contiguous:
-            raise CheckpointError(f"{path}: expected an ordinary tensor at {key}, got another kind.")
-        tensors[key] = tensor
-    return TensorFile(path, tensors)
-
-
-def _open_safetensors(path: Path) -> TensorFile:
+    """Opens a .safetensors file, or one of ``torch.save``; ``CheckpointError`` if it is damaged or something else."""
+    is_safetensors = path.suffix == ".safetensors"
+    wanted = "safetensors" if is_safetensors else "a checkpoint"
     try:
-        with path.open("rb") as file:
-            header_bytes = int.from_bytes(file.read(8), "little")
-            if MOST_TEXT_BYTES < header_bytes < path.stat().st_size:  # beyond its end it is said to be cut short
-                raise ValueError(f"its header has {header_bytes:,} bytes, at most {MOST_TEXT_BYTES:,} are expected")
-            with safetensors.safe_open(path, framework="pt"):  # checks the header
-                header: dict[str, Any] = json.loads(file.read(header_bytes))
+        content = _read_safetensors(path) if is_safetensors else read_torch(path)
+    except (FileNotFoundError, PermissionError):
+        raise
     except (safetensors.SafetensorError, OSError, ValueError) as error:
-        raise _unreadable(path, "safetensors", error) from None
-    header.pop("__metadata__", None)
-    tensors = {}
-    for key, entry in header.items():
-        shape, (begin, end) = tuple(entry["shape"]), entry["data_offsets"]
-        dtype = DTYPES.get(entry["dtype"], torch.uint8)
-        storage = Storage(key, dtype, (end - begin) // dtype.itemsize, 8 + header_bytes + begin)
-        tensors[key] = StoredTensor(storage, 0, shape, torch.empty(shape, device="meta").stride())
-    return TensorFile(path, tensors)
-
-
-def _read_pickle(path: Path, start: int = 0, length: int = 0) -> Any:
-    """What a file by ``torch.save`` holds, or an archive that lies in a file."""
-    page = start - start % mmap.ALLOCATIONGRANULARITY
-    with path.open("rb") as file:
-        if os.fstat(file.fileno()).st_size == 0:
-            raise UnpickleError("the file is empty")
-        mapped = mmap.mmap(file.fileno(), length and start - page + length, access=mmap.ACCESS_READ, offset=page)
-    with mapped:  # an archive may begin after other bytes: zipfile looks for its end
-        is_zip = mapped[start - page : start - page + 4] == b"PK\3\4"
-        content, storages = read_zip(mapped) if is_zip else read_legacy(mapped)
-    for storage in storages:
-        storage.begin += page
-    return content
-
-
-def _open_pickle(path: Path) -> TensorFile:
-    try:
-        content = _read_pickle(path)
-    except (UnpickleError, OSError) as error:
-        if isinstance(error, FileNotFoundError | PermissionError):
-            raise
-        raise _unreadable(path, "a checkpoint", error) from None
+        if (what := what_it_is(path)) is not None:
+            raise CheckpointError(f"{path}: expected {wanted}, got {what}") from None
+        if isinstance(error, OtherDtypeError):
+            dtypes = ", ".join(DTYPES)
+            raise CheckpointError(f"{path}: expected tensors of {dtypes}, got {error}. Cast them first.") from None
+        raise CheckpointError(f"{path}: cut short or not {wanted} ({first_line(error)}). Fetch the file again."
+                              ) from None  # fmt: skip
+    if is_safetensors:
+        return TensorFile(path, content)
     tensors = _state_dict(content, path)
     strange = [
         f"{key[:80] if isinstance(key, str) else f'({_kind(key)} as a key)'}: {_kind(tensor)}"
@@ -236,12 +164,38 @@ def _open_pickle(path: Path) -> TensorFile:
     return TensorFile(path, tensors, content if is_wrapped else None)
 
 
-def _unreadable(path: Path, wanted: str, error: Exception) -> CheckpointError:
-    if (what := what_it_is(path)) is not None:
-        return CheckpointError(f"{path}: expected {wanted}, got {what}")
-    if isinstance(error, OtherDtypeError):
-        return CheckpointError(f"{path}: expected tensors of {', '.join(DTYPES)}, got {error}. Cast them first.")
-    return CheckpointError(f"{path}: cut short or not {wanted} ({first_line(error)}). Fetch the file again.")
+def open_pieces(path: Path, places: Mapping[str, tuple[int, int]]) -> TensorFile:
+    """Opens a file of several archives by ``torch.save`` of one tensor each, as torch.distributed.checkpoint has it.
+
+    ``places``: the first byte of each archive and its length, by the key of its tensor.
+    """
+    tensors = {}
+    for key, (start, length) in places.items():
+        try:
+            tensor = read_torch(path, start, length)
+        except (UnpickleError, ValueError) as error:
+            raise CheckpointError(f"{path}: cut short or damaged at {key} ({error}). Use another checkpoint.") from None
+        if not isinstance(tensor, StoredTensor) or not tensor.is_contiguous:
+            raise CheckpointError(f"{path}: expected an ordinary tensor at {key}, got another kind.")
+        tensors[key] = tensor
+    return TensorFile(path, tensors)
+
+
+def _read_safetensors(path: Path) -> dict[str, StoredTensor]:
+    with path.open("rb") as file:
+        header_bytes = int.from_bytes(file.read(8), "little")
+        if MOST_TEXT_BYTES < header_bytes < path.stat().st_size:  # beyond its end it is said to be cut short
+            raise ValueError(f"its header has {header_bytes:,} bytes, at most {MOST_TEXT_BYTES:,} are expected")
+        with safetensors.safe_open(path, framework="pt"):  # checks the header
+            header: dict[str, Any] = json.loads(file.read(header_bytes))
+    header.pop("__metadata__", None)
+    tensors = {}
+    for key, entry in header.items():
+        shape, (begin, end) = tuple(entry["shape"]), entry["data_offsets"]
+        dtype = DTYPES.get(entry["dtype"], torch.uint8)
+        storage = Storage(key, dtype, (end - begin) // dtype.itemsize, 8 + header_bytes + begin)
+        tensors[key] = StoredTensor(storage, 0, shape, torch.empty(shape, device="meta").stride())
+    return tensors
 
 
 def _kind(value: object) -> str:
@@ -252,11 +206,7 @@ def _kind(value: object) -> str:
 
 
 def _state_dict(content: Any, path: Path) -> dict[Any, Any]:
-    """The one dict of a model's tensors in what a file holds: all of it, or a part, as in training's checkpoints.
-
-    Raises:
-        CheckpointError: if there are several.
-    """
+    """The one dict of a model's tensors in what a file holds: all of it, or a part, as in training's checkpoints."""
     if not isinstance(content, dict):
         return {}
     places, seen, found = [("", content)], {id(content)}, {}

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
-from itertools import islice
+from itertools import islice, product
 from pathlib import Path
 
 from minopt.checkpoint.divided import METADATA
@@ -29,31 +29,6 @@ LAYOUTS = (*SAFETENSORS[:2], *PICKLES[:2])
 _NAME = re.compile(r"(?P<stem>.+?)(?:-model_part-(?P<part>\d{1,4}))?(?:-shard(?P<shard>\d{1,4}))?(?P<suffix>\.\w+)")
 
 
-@dataclass(frozen=True)
-class FileSet:
-    """The files of one metaseq checkpoint, told by their names.
-
-    Attributes:
-        folder, stem: the folder and the beginning of names that all files share.
-        files: the files by part and shard, in order.
-    """
-
-    folder: Path
-    stem: str
-    files: Mapping[tuple[int, int], Path]
-
-    @property
-    def first(self) -> Path:
-        return next(iter(self.files.values()))
-
-    def name_of(self, part: int, shard: int) -> str:
-        """The name of the file of a part and shard, after the pattern of the others."""
-        match = _NAME.fullmatch(self.first.name)
-        assert match is not None
-        name = self.stem + (f"-model_part-{part}" if match["part"] else "")
-        return name + (f"-shard{shard}" if match["shard"] else "") + match["suffix"]
-
-
 class Format(Enum):
     """What files are, by which ``open_checkpoint`` chooses what reads them; the value is its name in words."""
 
@@ -73,7 +48,6 @@ class Found:
         folder: the one that they lie in.
         files: the files that are there, in order.
         parts, shards: the numbers of files there ought to be: model parallel parts, and FSDP shards or files of each.
-        metaseq: the same files as metaseq numbers them; ``None`` for other formats.
         missing: names of files that are not there, the first hundred.
         opened: files that have been opened to tell what they are.
     """
@@ -84,7 +58,6 @@ class Found:
     files: tuple[Path, ...]
     parts: int = 1
     shards: int = 1
-    metaseq: FileSet | None = None
     missing: tuple[str, ...] = ()
     opened: Mapping[Path, TensorFile] = field(default_factory=dict, repr=False)
 
@@ -93,8 +66,31 @@ class Found:
         """Format and layout in words."""
         return f"{self.format.value}, {self.layout}"
 
+    @property
+    def where(self) -> Path:
+        """What messages name: the only file, or the folder."""
+        return self.files[0] if len(self.files) == 1 else self.folder
 
-def group_files(paths: list[Path]) -> list[FileSet]:
+    def open(self) -> list[TensorFile]:
+        """All files, opened."""
+        return [self.opened.get(path) or open_file(path) for path in self.files]
+
+
+def stem_of(path: Path) -> str:
+    """The beginning that the names of all files of a metaseq checkpoint share."""
+    match = _NAME.fullmatch(path.name)
+    return match["stem"] if match else path.stem
+
+
+def name_of(path: Path, part: int, shard: int) -> str:
+    """The name of the file of a part and shard, after the pattern of another one's."""
+    match = _NAME.fullmatch(path.name)
+    assert match is not None
+    name = match["stem"] + (f"-model_part-{part}" if match["part"] else "")
+    return name + (f"-shard{shard}" if match["shard"] else "") + match["suffix"]
+
+
+def group_files(paths: list[Path]) -> list[Found]:
     """Sorts files into metaseq checkpoints by their names."""
     groups: dict[tuple[Path, str, bool, bool], dict[tuple[int, int], Path]] = {}
     for path in sorted(paths):
@@ -106,22 +102,28 @@ def group_files(paths: list[Path]) -> list[FileSet]:
         if key in group:
             raise CheckpointError(f"{path}: {group[key].name} is the same part and shard. Remove one of them.")
         group[key] = path
-    return [FileSet(folder, stem, dict(sorted(files.items()))) for (folder, stem, _, _), files in groups.items()]
+    found = []
+    for group in groups.values():
+        files, (parts, shards) = sorted(group), (max(numbers) + 1 for numbers in zip(*group, strict=True))
+        first = group[files[0]]
+        gaps = (name_of(first, *key) for key in product(range(parts), range(shards)) if key not in group)
+        layout = "FSDP shards" if shards > 1 else "model parallel parts" if len(files) > 1 else "one file"
+        there = tuple(group[key] for key in files)
+        found.append(Found(Format.METASEQ, layout, first.parent, there, parts, shards, tuple(islice(gaps, 100))))
+    return found
 
 
 def find_files(path: Path) -> Found:
     """The weight files of a folder, or of the checkpoint that one file belongs to.
 
     Raises:
-        MissingFileError: if there are none.
-        AmbiguousPathError: if there are several checkpoints.
-        CheckpointError: if a file cannot be read, or an index names files out of the folder.
+        CheckpointError: if there are none, or of several checkpoints, or an index names files out of the folder.
     """
     if path.is_dir():
         return _in_folder(path)
     check_link(path)
     if not path.exists() and (parts := parts_of(path)) is not None:
-        return _as_metaseq(parts)
+        return parts
     if path.is_symlink() and not (path.parent / "config.json").exists():  # one file of a folder elsewhere
         target = path.resolve()
         path = target if (target.parent / "config.json").is_file() else path
@@ -134,55 +136,42 @@ def find_files(path: Path) -> Found:
             return _in_folder(path.parent)
         except MissingFileError as error:
             raise MissingFileError(f"{path}: holds no weights, and nothing beside it does: {error}") from None
-    for index in (path.parent / layout for layout in LAYOUTS):
-        if index.name.endswith(".index.json") and index.is_file() and path.name in _shard_names(index):
+    for index in (path.parent / layout for layout in LAYOUTS if layout.endswith(".index.json")):
+        if index.is_file() and path.name in _shard_names(index):
             return _indexed(index)
-    return _single(path) if path.suffix == ".safetensors" else _of_torch(path)
-
-
-def _of_torch(path: Path) -> Found:
-    """What a file of torch.save belongs to: metaseq's files have others beside them."""
-    beside = group_files([p for p in path.parent.iterdir() if p.suffix == path.suffix and p.is_file()])
-    files = next((files for files in beside if path in files.files.values()), None)
-    try:
-        file = open_file(path)
-    except CheckpointError:  # opening it again says what is wrong
-        return _as_metaseq(files) if files is not None and path.suffix == ".pt" else _single(path)
-    return _as_metaseq(files, file) if files is not None and _is_metaseq(file) else _single(path, file)
+    if path.suffix == ".safetensors":
+        return _single(path)
+    own = next((found for found in group_files(_beside(path)) if path in found.files), None)
+    file = _opened(path)
+    if file is None:  # opening it again says what is wrong
+        return own if own is not None and path.suffix == ".pt" else _single(path)
+    return replace(own, opened={path: file}) if own is not None and _is_metaseq(file) else _single(path, file)
 
 
 def _in_folder(folder: Path) -> Found:
     layout = next((name for name in LAYOUTS if (folder / name).is_file() or (folder / name).is_symlink()), None)
-    groups = group_files(_files(folder, METASEQ))
-    decoders: list[tuple[FileSet, TensorFile]] = []
-    errors: list[CheckpointError] = []
-    for files in groups:
-        try:
-            file = open_file(files.first)
-        except CheckpointError as error:
-            errors.append(error)
-        else:  # a training run has an optimizer.pt too
-            decoders += [(files, file)] if any(map(is_decoders, file.shapes)) else []
-    found = [*([layout] if layout else []), *sorted(files.first.name for files, _ in decoders)]
+    groups = group_files([path for path in folder.glob(METASEQ) if path.is_file()])  # a pipe would be waited for
+    opened = [(found, _opened(found.files[0])) for found in groups]
+    # A training run has an optimizer.pt too.
+    decoders = [(found, file) for found, file in opened if file is not None and any(map(is_decoders, file.shapes))]
+    names = [*([layout] if layout else []), *sorted(found.files[0].name for found, _ in decoders)]
     if len(decoders) > 1 and any(folder.glob("*zero_pp_rank_*_model_states.pt")):
         raise no_weights(folder)
-    if len(found) > 1:
-        raise AmbiguousPathError(f"{folder}: holds {len(found)} checkpoints ({some(found)}). Name the file of one.")
+    if len(names) > 1:
+        raise AmbiguousPathError(f"{folder}: holds {len(names)} checkpoints ({some(names)}). Name the file of one.")
     if layout is not None:
         return _indexed(folder / layout) if layout.endswith(".index.json") else _single(folder / layout)
     if decoders:
-        files, file = decoders[0]
-        return _as_metaseq(files, file) if _is_metaseq(file) else _single(file.path, file)
+        found, file = decoders[0]
+        return replace(found, opened={file.path: file}) if _is_metaseq(file) else _single(file.path, file)
     if (folder / METADATA).is_file():
         paths = tuple(sorted(folder.glob("*.distcp")))
-        layout = f"{len(paths)} file{'s' * (len(paths) > 1)}"
-        return Found(Format.DIVIDED, layout, folder, paths, shards=len(paths))
-    for path in sorted(folder.glob("*")):
-        check_link(path) if not path.is_dir() else None
-    if errors and len(groups) == 1:  # damaged: opening it says how
-        return _as_metaseq(groups[0])
-    if errors and what_it_holds(folder) is None:
-        raise errors[0]
+        return Found(Format.DIVIDED, f"{len(paths)} file{'s' * (len(paths) > 1)}", folder, paths, shards=len(paths))
+    for path in sorted(path for path in folder.iterdir() if not path.is_dir()):
+        check_link(path)
+    damaged = [found for found, file in opened if file is None]
+    if damaged and (len(groups) == 1 or what_it_holds(folder) is None):  # opening it again says how
+        return damaged[0]
     raise no_weights(folder)
 
 
@@ -190,48 +179,40 @@ def no_weights(folder: Path, name: str | None = None) -> MissingFileError:
     """The error of a folder without weights, a model's of that name, which says what is there instead."""
     if (what := what_it_holds(folder)) is not None:
         return MissingFileError(f"{name or folder}: expected weights, got {what}")
-    expected = f"{name or folder}: expected weights ({', '.join((*LAYOUTS, METASEQ))}),"
     names = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
     found = f"{some(names) or 'nothing'}{' from the hub' if name else ''}"
-    return MissingFileError(f"{expected} got {found}. Is this a model's folder, and did its download finish?")
+    return MissingFileError(f"{name or folder}: expected weights ({', '.join((*LAYOUTS, METASEQ))}), got {found}. "
+                            "Is this a model's folder, and did its download finish?")  # fmt: skip
 
 
-def parts_of(path: Path) -> FileSet | None:
+def parts_of(path: Path) -> Found | None:
     """The parts or shards of a checkpoint that is called, as metaseq calls it, by a name that no file has."""
-    beside = [p for p in path.parent.glob("*") if p.suffix == path.suffix and p.is_file()]
-    sets = [files for files in group_files(beside) if files.stem in (path.stem, path.name)]
-    return sets[0] if path.suffix and len(sets) == 1 else None
+    found = [found for found in group_files(_beside(path)) if stem_of(found.files[0]) in (path.stem, path.name)]
+    return found[0] if path.suffix and len(found) == 1 else None
 
 
 def weight_files(folder: Path) -> list[str]:
     """The names of all files in a folder that hold weights, of whatever checkpoints: what a new one replaces."""
     names = {path.name for pattern in (*SAFETENSORS, *PICKLES) for path in folder.glob(pattern)}
-    for path in _files(folder, METASEQ):
-        try:
-            names |= {path.name} if any(map(is_decoders, open_file(path).shapes)) else set()
-        except CheckpointError:
-            continue
-    return sorted(names)
+    files = [_opened(path) for path in folder.glob(METASEQ) if path.is_file()]
+    return sorted(names | {file.path.name for file in files if file is not None and any(map(is_decoders, file.shapes))})
 
 
-def _files(folder: Path, pattern: str) -> list[Path]:
-    """Files alone: a pipe would wait for somebody to write to it."""
-    return [path for path in folder.glob(pattern) if path.is_file()]
+def _beside(path: Path) -> list[Path]:
+    """The files of a folder with the same suffix."""
+    return [other for other in path.parent.glob("*") if other.suffix == path.suffix and other.is_file()]
+
+
+def _opened(path: Path) -> TensorFile | None:
+    """An opened file; ``None`` if it is damaged or something else."""
+    try:
+        return open_file(path)
+    except CheckpointError:
+        return None
 
 
 def _is_metaseq(file: TensorFile) -> bool:
     return is_metaseq(file.shapes) or (file.is_wrapped and all(key.startswith("decoder.") for key in file.shapes))
-
-
-def _as_metaseq(files: FileSet, file: TensorFile | None = None) -> Found:
-    parts, shards = (max(numbers) + 1 for numbers in zip(*files.files, strict=True))
-    wanted = ((part, shard) for part in range(parts) for shard in range(shards))
-    missing = tuple(files.name_of(*key) for key in islice((key for key in wanted if key not in files.files), 100))
-    layout = "one file" if len(files.files) == 1 else "model parallel parts"
-    layout = "FSDP shards" if shards > 1 else layout
-    opened = {} if file is None else {file.path: file}
-    there = tuple(files.files.values())
-    return Found(Format.METASEQ, layout, files.folder, there, parts, shards, files, missing, opened)
 
 
 def _single(path: Path, file: TensorFile | None = None) -> Found:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Sequence
+from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -39,8 +39,7 @@ def find_model(
 ) -> Path:
     """Where a model lies: a local folder or file, or its folder in the hub's cache, downloaded if it is not there yet.
 
-    A hub that sends almost nothing is given up after three times the longer of ``HF_HUB_ETAG_TIMEOUT`` and
-    ``HF_HUB_DOWNLOAD_TIMEOUT``; then a copy in the cache is used, or a ConnectionError is raised.
+    A hub that sends almost nothing is given up, see ``HubWatch``; then a copy in the cache is used.
 
     Args:
         name_or_path: see ``minopt.load_model``.
@@ -54,22 +53,6 @@ def find_model(
         PermissionError: if the hub wants another login.
         ConnectionError: if the hub cannot be reached and the cache has no copy, or a download breaks off.
     """
-    local = _find_local(name_or_path, revision)
-    if local is not None:
-        return local
-    name = str(name_or_path)
-    folder = _find_on_hub(name, revision, local_files_only, config_only)
-    if config_only:
-        if not (folder / "config.json").is_file():
-            raise MissingFileError(f"{name}: expected a config.json, the hub has none there. Name a size.")
-        return folder
-    if _has_weights(folder) or any(folder.glob(f"*/{METASEQ}")):
-        return _model_folder(folder)
-    raise no_weights(folder, name)
-
-
-def _find_local(name_or_path: str | Path, revision: str | None) -> Path | None:
-    """A folder or file of this machine; ``None`` for a name that may be on the hub."""
     if not isinstance(name_or_path, (str, Path)):
         raise ValueError(
             f"model: expected a folder or a name on the hub, got {type(name_or_path).__name__}. Save a model first: "
@@ -77,10 +60,9 @@ def _find_local(name_or_path: str | Path, revision: str | None) -> Path | None:
         )
     if name_or_path == "":
         raise FileNotFoundError("model: no such folder: expected a folder or a name on the hub, got an empty text.")
-    try:
-        path = Path(name_or_path).expanduser()
-    except RuntimeError:  # "~name" of nobody
-        path = Path(name_or_path)
+    path = Path(name_or_path)
+    with suppress(RuntimeError):  # "~name" of nobody
+        path = path.expanduser()
     if path.exists() and revision is not None:
         raise ValueError(f"{path}: a local model has no revisions, got {revision!r}. Leave revision out.")
     if path.is_dir():
@@ -89,14 +71,21 @@ def _find_local(name_or_path: str | Path, revision: str | None) -> Path | None:
     if path.exists() or parts_of(path) is not None:
         is_program = path.name in ("program.pt2", MANIFEST) and (path.parent / MANIFEST).is_file()
         return path.parent if is_program else path
+    name = str(name_or_path)
     if path.suffix.lower() in _FILE_SUFFIXES:
-        raise FileNotFoundError(f"{name_or_path}: no such file. Check the path.")
-    if isinstance(name_or_path, Path) or not _HUB_NAME.fullmatch(name_or_path):
-        raise FileNotFoundError(f"{name_or_path}: no such folder, and not the name of a model on the hub (owner/name).")
-    if name_or_path.lower() in PRESETS:
-        raise FileNotFoundError(f"{name_or_path}: no such folder, and a name on the hub is owner/name."
-                                f"{_meant(name_or_path)}")  # fmt: skip
-    return None
+        raise FileNotFoundError(f"{name}: no such file. Check the path.")
+    if isinstance(name_or_path, Path) or not _HUB_NAME.fullmatch(name):
+        raise FileNotFoundError(f"{name}: no such folder, and not the name of a model on the hub (owner/name).")
+    if name.lower() in PRESETS:
+        raise FileNotFoundError(f"{name}: no such folder, and a name on the hub is owner/name.{_meant(name)}")
+    folder = _find_on_hub(name, revision, local_files_only, config_only)
+    if config_only:
+        if not (folder / "config.json").is_file():
+            raise MissingFileError(f"{name}: expected a config.json, the hub has none there. Name a size.")
+        return folder
+    if _has_weights(folder) or any(folder.glob(f"*/{METASEQ}")):
+        return _model_folder(folder)
+    raise no_weights(folder, name)
 
 
 def _meant(name: str) -> str:
@@ -146,20 +135,14 @@ def _find_on_hub(name: str, revision: str | None, local_files_only: bool, config
             raise _explained(name, revision, error) from None
         logger.warning("%s: the hub cannot be asked (%s); the copy in its cache is used.", name, first_line(error))
         return folder
+    published = (patterns for patterns in (SAFETENSORS, PICKLES) if {*patterns[:2]} & {*files})  # the first, if any
+    weights = next(published, (METASEQ, f"*/{METASEQ}"))
+    patterns = ["config.json"] if config_only else [*_TEXT_FILES, *weights]
     try:
         with HubWatch():
-            patterns = ["config.json"] if config_only else [*_TEXT_FILES, *_weights(files)]
             return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except Exception as error:
         raise _explained(name, revision, error) from None
-
-
-def _weights(files: Sequence[str]) -> Sequence[str]:
-    """Patterns of the weights to download: safetensors if there are any, else pickles, else metaseq's."""
-    for patterns in (SAFETENSORS, PICKLES):
-        if {*patterns[:2]} & {*files}:
-            return patterns
-    return (METASEQ, f"*/{METASEQ}")
 
 
 def _cached(name: str, revision: str | None) -> Path | None:

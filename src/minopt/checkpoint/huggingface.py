@@ -1,12 +1,13 @@
 """Hugging Face's checkpoints: one file or shards, with config.json; of weights in floats, or in int8 with scales.
 
-The state dicts of torch.distributed.checkpoint, as training writes them, have the same names and are opened here too.
+The state dicts of torch.distributed.checkpoint, as training writes them, have the same names and are read here too.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,42 +15,40 @@ import torch
 from torch import Tensor
 
 from minopt import int8
-from minopt.checkpoint.checkpoint import Checkpoint, named_slices
-from minopt.checkpoint.config import facts_of, infer_config, read_config
-from minopt.checkpoint.divided import METADATA, open_divided
+from minopt.checkpoint.divided import open_divided
 from minopt.checkpoint.errors import CheckpointError, some
-from minopt.checkpoint.files import open_file
 from minopt.checkpoint.find import Format, Found
 from minopt.checkpoint.names import HF_HEAD, from_hf
-from minopt.checkpoint.tensors import Slice, SourceTensor, main_dtype
+from minopt.checkpoint.tensors import Contents, SourceTensor, main_dtype, own_tensors, stored_tensor
 from minopt.config import OPTConfig, read_json
 
 _PLAIN = "If its weights are plain, take quantization_config out of config.json."
 
 
-def open_huggingface(found: Found, override: OPTConfig | None, ignore: Sequence[str]) -> Checkpoint:
-    """``open_checkpoint`` of files under Hugging Face's names; scales of int8 weights are read too."""
-    quantization = _quantization_of(found.folder, override)
-    is_divided = found.format is Format.DIVIDED
-    stored = open_divided(found.folder) if is_divided else _stored(found)
-    where = found.files[0] if len(found.files) == 1 else found.folder
-    named = named_slices(stored, _names_of, ignore, where, say=not is_divided)
-    if HF_HEAD in named and named[HF_HEAD].dtype == torch.int8:
+def read_huggingface(found: Found, known: OPTConfig | None, ignore: Sequence[str]) -> Contents:
+    """The tensors of files under Hugging Face's names; no numbers are read but scales of int8 weights."""
+    is_int8 = _is_int8(found.folder, known)
+    is_divided, where = found.format is Format.DIVIDED, found.where
+    if is_divided:
+        stored = open_divided(found.folder)
+    else:
+        files = found.open()
+        stored = {key: stored_tensor(file, key) for file in files for key in file.shapes}
+        counts = Counter(key for file in files for key in file.shapes)
+        if twice := sorted(key for key, count in counts.items() if count > 1):
+            raise CheckpointError(f"{where}: stored in several of its files: {some(twice)}. Fetch the files again.")
+    tensors = own_tensors(stored, _names_of, ignore, where, say=not is_divided)
+    head = tensors.pop(HF_HEAD, None)
+    if head is not None and head.dtype == torch.int8:
         raise CheckpointError(f"{where}: {HF_HEAD}: expected the token embeddings, to which OPT's head is tied, got "
                               "int8. Make the int8 weights anew, and ignore lm_head.")  # fmt: skip
-    if empty := [name for name, piece in named.items() if 0 in piece.shape]:
+    if empty := [name for name, tensor in tensors.items() if 0 in tensor.shape]:
         raise CheckpointError(
             f"{where}: {len(empty)} of its tensors hold no numbers ({some(empty)}): saved in training under ZeRO-3, "
             "which divides them among processes. Put them together first (python zero_to_fp32.py, which lies beside "
             "DeepSpeed's checkpoints), or save with stage3_gather_16bit_weights_on_model_save."
         )
-    head = named.pop(HF_HEAD, None)
-    tensors = {name: SourceTensor(name, piece.shape, piece.dtype, (piece,)) for name, piece in named.items()}
-    tensors = _with_scales(tensors, quantization is not None, where)
-    config, source = _config_of(found.folder, override)
-    if config is None:
-        config = infer_config(facts_of({name: tensor.shape for name, tensor in tensors.items()}, where), where)
-    return Checkpoint(found, config, source, tensors, () if head is None else ((head, 0),))
+    return Contents(_with_scales(tensors, is_int8, where), (head,))
 
 
 def _names_of(key: str) -> tuple[str, ...]:
@@ -57,35 +56,13 @@ def _names_of(key: str) -> tuple[str, ...]:
     return () if name is None else (name,)
 
 
-def _stored(found: Found) -> dict[str, Slice]:
-    """The tensors of all files, by their keys."""
-    files = [found.opened.get(path) or open_file(path) for path in found.files]
-    counts = Counter(key for file in files for key in file.shapes)
-    if twice := sorted(key for key, count in counts.items() if count > 1):
-        raise CheckpointError(f"{found.folder}: stored in several of its files: {some(twice)}. Fetch the files again.")
-    return {key: Slice.whole(file, key) for file in files for key in file.shapes}
-
-
-def _config_of(folder: Path, override: OPTConfig | None) -> tuple[OPTConfig | None, str]:
-    """The configuration and where it is from; ``None`` where there is only that of the tensors."""
-    if override is not None:
-        return override, "as given"
-    if (folder / "config.json").is_file():
-        return read_config(folder / "config.json"), "config.json"
-    if (folder / METADATA).is_file() and (folder / "state.json").is_file():
-        return read_config(folder / "state.json", "config"), "state.json"
-    return None, "its tensors"
-
-
-def _quantization_of(folder: Path, override: OPTConfig | None) -> object:
-    """The ``quantization_config`` of a folder, or of the configuration that takes its place; ``None`` without one."""
-    found, path = None if override is None else override.extra.get(int8.CONFIG_KEY), folder / "config.json"
-    if found is None and path.is_file():
-        try:
+def _is_int8(folder: Path, known: OPTConfig | None) -> bool:
+    """Whether the configuration, or else the folder's config.json, has a ``quantization_config``, of int8 as ours."""
+    path = folder / "config.json"
+    found = None if known is None else known.extra.get(int8.CONFIG_KEY)
+    if found is None and path.is_file():  # another one may be given
+        with suppress(ValueError):
             found = read_json(path).get(int8.CONFIG_KEY)
-        except ValueError as error:
-            if override is None:
-                raise CheckpointError(str(error)) from None
     other = None if found is None else int8.other_scheme(found)
     if other is not None:
         raise CheckpointError(
@@ -93,7 +70,7 @@ def _quantization_of(folder: Path, override: OPTConfig | None) -> object:
             f"int-quantized), got {other}. Fetch the model that it was made from, and convert that with --quantize "
             f"int8. {_PLAIN}"
         )
-    return found
+    return found is not None
 
 
 def _with_scales(tensors: Mapping[str, SourceTensor], declared: bool, where: Path) -> dict[str, SourceTensor]:
@@ -118,8 +95,7 @@ def _with_scales(tensors: Mapping[str, SourceTensor], declared: bool, where: Pat
         if isinstance(scale, str):
             problems.append(scale)
         else:
-            numbers = replace(found[name].slices[0], dtype=dtype, scale=scale)
-            found[name] = replace(found[name], dtype=dtype, slices=(numbers,))
+            found[name] = replace(found[name], dtype=dtype, scale=scale)
     if problems:
         raise CheckpointError(
             f"{where}: {len(problems)} of its int8 weights cannot be used: {some(problems)}. Fetch the files again, or "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -12,12 +11,11 @@ from typing import Any
 
 import torch
 
-from minopt.checkpoint.checkpoint import Checkpoint
+from minopt.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from minopt.checkpoint.errors import AmbiguousPathError, CheckpointError, MissingFileError, some
 from minopt.checkpoint.find import Format, find_files, weight_files
 from minopt.checkpoint.hub import find_model
-from minopt.checkpoint.open import open_checkpoint
-from minopt.checkpoint.tensors import Slice, SourceTensor
+from minopt.checkpoint.tensors import SourceTensor
 from minopt.config import OPTConfig
 from minopt.memory import CHUNK_NUMBERS
 from minopt.progress import bar, size_of
@@ -56,8 +54,7 @@ class Report:
         parts, shards: model parallel parts, and FSDP shards or files of each.
         missing: names of weight files that are not there.
         problem: why it cannot be loaded; ``None`` if it can. The fields below are then empty.
-        config: the content of a config.json for it.
-        config_source: the origin of ``config``.
+        config, config_source: the content of a config.json for it, and its origin.
         preset: the published size of this shape.
         parameters: the model's size, in numbers.
         dtypes: how many numbers have each dtype.
@@ -111,6 +108,31 @@ class Report:
         return "\n".join(lines)
 
 
+def _rows(report: Report) -> Iterator[tuple[str, str]]:
+    yield "path", report.path
+    yield "kind", report.kind
+    if report.parts > 1 or report.kind.startswith(Format.METASEQ.value):
+        yield "parts x shards", f"{report.parts} x {report.shards}"
+    names, size = list(report.files), size_of(sum(report.files.values()))
+    listed = ", ".join(names) if len(names) <= 4 else f"{names[0]} ... {names[-1]}"
+    yield "files", f"{len(names)}, {size} ({listed})" if names else "none that can be read"
+    if report.missing:
+        yield "missing", f"{len(report.missing)}: {some(report.missing, 8)}"
+    if (c := report.config) is not None:
+        yield "preset", report.preset or "none of the published sizes"
+        yield "config", (f"from {report.config_source}: {c['num_hidden_layers']} layers, hidden_size "
+                         f"{c['hidden_size']}, {c['num_attention_heads']} heads, ffn_dim {c['ffn_dim']}")  # fmt: skip
+        norm = "pre-norm" if c["do_layer_norm_before"] else "post-norm"
+        biases = "" if c["enable_bias"] else ", no biases"
+        yield "", (f"vocab_size {c['vocab_size']} x {c['word_embed_proj_dim']}, {c['max_position_embeddings']} "
+                   f"positions, {norm}, {c['activation_function']}{biases}")  # fmt: skip
+        yield "parameters", f"{report.parameters:,}"
+        yield "dtypes", ", ".join(f"{name} ({count:,})" for name, count in report.dtypes.items())
+        yield "tokenizer", report.tokenizer or "none beside the weights or one folder up"
+    if report.digest is not None:
+        yield "sha256", report.digest
+
+
 def inspect_checkpoint(
     name_or_path: str | Path,
     *,
@@ -125,13 +147,12 @@ def inspect_checkpoint(
     """Describes a checkpoint of any kind, also one that is damaged or incomplete.
 
     Args:
-        name_or_path: see ``minopt.load_model``.
+        name_or_path, revision, local_files_only, model_config, ignore: see ``minopt.load_model``.
         check: read all values and look for numbers that are not finite or beyond 100, and for tensors of zeros.
         digest: read all values and compute SHA-256 digests that do not depend on how the file was saved: of each
             tensor, over its name, dtype and shape as three lines (``layers.0.fc1.weight``, ``float16``, ``3072,768``)
             and then its little-endian bytes in row-major order, those of an int8 weight followed by its scales' as
             float32; and of the whole, over the lines ``<name> <digest>`` sorted by name. Each line ends with a newline.
-        revision, local_files_only, model_config, ignore: see ``minopt.load_model``.
         show_progress: draw a bar on stderr, if that is a terminal, while values are read.
 
     Raises:
@@ -194,57 +215,44 @@ def _describe(base: Report, checkpoint: Checkpoint, check: bool, digest: bool, s
     )
 
 
-def _suspicious(tensor: SourceTensor) -> list[str]:
+def _suspicious(tensor: SourceTensor) -> Iterator[str]:
     """What is suspicious in a tensor's values, in words that name the file and place of the first of each kind."""
     counts: Counter[str] = Counter()
     places: dict[str, str] = {}
     largest = 0.0
-    for piece in tensor.slices if tensor.dim is not None else tensor.slices[:1]:
+    for piece in tensor.beside or (tensor,):
         for begin, numbers in _chunks(piece, torch.float32):
             sizes, finite = numbers.abs(), numbers.isfinite()
             for kind, wrong in (("nan", ~finite), ("large", finite & (sizes > _LARGEST_WEIGHT))):
                 if count := int(wrong.sum()):
                     counts[kind] += count
-                    places.setdefault(kind, _place(piece, begin + int(wrong.nonzero()[0])))
+                    at = begin + int(wrong.nonzero()[0])
+                    run = next(piece.runs_of(at, at + 1))
+                    places.setdefault(kind, f"first at {run.file.path.name}: {run.key}[{run.start}]")
             largest = max(largest, float(sizes.where(finite, 0.0).max()))
-    findings = []
     if counts["nan"]:
-        findings.append(f"{counts['nan']:,} not finite, first at {places['nan']}")
+        yield f"{counts['nan']:,} not finite, {places['nan']}"
     if counts["large"]:
-        findings.append(f"{counts['large']:,} beyond {_LARGEST_WEIGHT:g} (up to {largest:.4g}), "
-                        f"first at {places['large']}")  # fmt: skip
+        yield f"{counts['large']:,} beyond {_LARGEST_WEIGHT:g} (up to {largest:.4g}), {places['large']}"
     if not largest and not counts and tensor.numel:
-        findings.append(f"all {tensor.numel:,} are zero")
-    return findings
+        yield f"all {tensor.numel:,} are zero"
 
 
-def _chunks(tensor: Slice | SourceTensor, dtype: torch.dtype | None) -> Iterator[tuple[int, torch.Tensor]]:
+def _chunks(tensor: SourceTensor, dtype: torch.dtype | None) -> Iterator[tuple[int, torch.Tensor]]:
     """All numbers in their order, some at a time, each time with the index of the first."""
-    numel = math.prod(tensor.shape)
-    for begin in range(0, numel, CHUNK_NUMBERS):
-        numbers = torch.empty(min(CHUNK_NUMBERS, numel - begin), dtype=dtype)
+    for begin in range(0, tensor.numel, CHUNK_NUMBERS):
+        numbers = torch.empty(min(CHUNK_NUMBERS, tensor.numel - begin), dtype=dtype)
         tensor.read_into(numbers, begin)
         yield begin, numbers
 
 
-def _place(piece: Slice, index: int) -> str:
-    (run,) = piece.part(index, (1,)).runs
-    return f"{run.file.path.name}: {run.key}[{run.start}]"
-
-
 def digest_of(tensor: SourceTensor) -> str:
-    """SHA-256 of a tensor, as ``inspect_checkpoint`` defines it.
-
-    Raises:
-        CheckpointError: if parts hold different numbers where each should hold the same.
-    """
+    """SHA-256 of a tensor, as ``inspect_checkpoint`` defines it."""
     stored, shape = tensor.stored, ",".join(map(str, tensor.shape))
     state = hashlib.sha256(f"{tensor.name}\n{_name(stored.dtype)}\n{shape}\n".encode())
-    if len(stored.slices) > 1 and stored.dim != 0:
-        _update(state, stored.read())
-    else:
-        for _, numbers in _chunks(stored, stored.dtype):
-            _update(state, numbers)
+    stored.check_copies()
+    for _, numbers in _chunks(stored, stored.dtype):
+        _update(state, numbers)
     if tensor.scale is not None:
         _update(state, tensor.scale)
     return state.hexdigest()
@@ -260,10 +268,10 @@ def fingerprint(checkpoint: Checkpoint) -> str:
     """SHA-256 of names, dtypes, shapes and a few numbers of each tensor from each file: tells checkpoints apart."""
     state = hashlib.sha256(repr(checkpoint.config).encode())
     for tensor in checkpoint.tensors.values():
-        stored = tensor.stored
-        state.update(f"{tensor.name} {stored.dtype} {tensor.shape}\n".encode())
-        for run in (run for piece in stored.slices for run in piece.runs):
-            numbers = torch.empty(min(64, run.stop - run.start), dtype=stored.dtype)
+        dtype = tensor.stored.dtype
+        state.update(f"{tensor.name} {dtype} {tensor.shape}\n".encode())
+        for run in (run for piece in (tensor, *tensor.beside, *tensor.copies) for run in piece.runs):
+            numbers = torch.empty(min(64, run.stop - run.start), dtype=dtype)
             run.file.read_into(numbers, run.key, run.start)
             _update(state, numbers)
         if tensor.scale is not None:
@@ -272,11 +280,7 @@ def fingerprint(checkpoint: Checkpoint) -> str:
 
 
 def check_same_seen(folder: Path, seen: Sequence[str]) -> None:
-    """Compares what processes see of the checkpoint in ``folder``: the ``fingerprint`` of each, by rank.
-
-    Raises:
-        CheckpointError: naming a process that sees another one than the first.
-    """
+    """Refuses processes that see other checkpoints in ``folder``: ``seen`` has the ``fingerprint`` of each, by rank."""
     other = next((rank for rank, fingerprint in enumerate(seen) if fingerprint != seen[0]), None)
     if other is not None:
         raise CheckpointError(
@@ -290,28 +294,3 @@ def _update(state: Any, numbers: torch.Tensor) -> None:
 
 def _name(dtype: torch.dtype | None) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _rows(report: Report) -> Iterator[tuple[str, str]]:
-    yield "path", report.path
-    yield "kind", report.kind
-    if report.parts > 1 or report.kind.startswith(Format.METASEQ.value):
-        yield "parts x shards", f"{report.parts} x {report.shards}"
-    names, size = list(report.files), size_of(sum(report.files.values()))
-    listed = ", ".join(names) if len(names) <= 4 else f"{names[0]} ... {names[-1]}"
-    yield "files", f"{len(names)}, {size} ({listed})" if names else "none that can be read"
-    if report.missing:
-        yield "missing", f"{len(report.missing)}: {some(report.missing, 8)}"
-    if (c := report.config) is not None:
-        yield "preset", report.preset or "none of the published sizes"
-        yield "config", (f"from {report.config_source}: {c['num_hidden_layers']} layers, hidden_size "
-                         f"{c['hidden_size']}, {c['num_attention_heads']} heads, ffn_dim {c['ffn_dim']}")  # fmt: skip
-        norm = "pre-norm" if c["do_layer_norm_before"] else "post-norm"
-        biases = "" if c["enable_bias"] else ", no biases"
-        yield "", (f"vocab_size {c['vocab_size']} x {c['word_embed_proj_dim']}, {c['max_position_embeddings']} "
-                   f"positions, {norm}, {c['activation_function']}{biases}")  # fmt: skip
-        yield "parameters", f"{report.parameters:,}"
-        yield "dtypes", ", ".join(f"{name} ({count:,})" for name, count in report.dtypes.items())
-        yield "tokenizer", report.tokenizer or "none beside the weights or one folder up"
-    if report.digest is not None:
-        yield "sha256", report.digest

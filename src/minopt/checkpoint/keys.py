@@ -50,18 +50,6 @@ _HEADS = {
     "lm_head": "of a head that is more than the token table, to which OPT's is tied",
 }
 
-# Keys by which other models can be told, for a helpful error.
-_OTHERS = {
-    "LLaMA (or a model of its shape)": r"mlp\.gate_proj\.weight$|feed_forward\.w1\.weight$",
-    "GPT-2": r"(^|\.)h\.\d+\.attn\.c_attn\.weight$",
-    "GPT-NeoX": r"gpt_neox\.layers\.|\.attention\.dense_h_to_4h\.",
-    "GPT-J": r"\.h\.\d+\.attn\.q_proj\.weight$",
-    "BLOOM or Falcon": r"\.self_attention\.query_key_value\.weight$",
-    "BERT or RoBERTa": r"encoder\.layer\.\d+\.attention\.self\.query\.weight$",
-    "T5": r"(encoder|decoder)\.block\.\d+\.layer\.",
-    "BART or another encoder-decoder": r"(^|\.)encoder\.layers\.\d+\.",
-}
-
 
 def is_metaseq(keys: Iterable[str]) -> bool:
     """Whether keys are those of a metaseq file and not of a Hugging Face one."""
@@ -74,19 +62,15 @@ def is_decoders(key: str) -> bool:
 
 
 def own_keys(keys: Iterable[str], ignore: Sequence[str], where: object, *, say: bool = True) -> dict[str, str]:
-    """The keys of the one OPT in a checkpoint, and what each is called where nothing wraps the model.
+    """The keys of the one OPT among those of a checkpoint, and what each is called where nothing wraps the model.
 
-    What a wrapper or a larger model has put in front of all keys is taken off, whatever it is. Other parts of a larger
-    model are left out. A key of the OPT that is none of its tensors stays, so that it is reported.
+    What stands in front of all keys is taken off. Other parts of a larger model are left out. A key of the OPT that is
+    none of its tensors stays, so that it is reported.
 
     Args:
-        keys: all keys of the checkpoint.
+        keys, where: all keys, and the file or folder that messages name.
         ignore: patterns of keys to leave out.
-        where: the file or folder that messages name.
         say: whether to log what was taken off and left out.
-
-    Raises:
-        CheckpointError: if they are of several decoders, or of none.
     """
     plain = {key: _unwrapped(key) for key in keys}
     for pattern in [ignore] if isinstance(ignore, str) else ignore:
@@ -97,9 +81,11 @@ def own_keys(keys: Iterable[str], ignore: Sequence[str], where: object, *, say: 
     root = _root(list(plain.values()), where)
     own: dict[str, str] = {}
     for key, name in plain.items():
-        inside = _without_common(name, root)
-        if name.startswith(root) or inside.split(".")[0] in _HEADS:
-            own[key] = inside
+        inside, front = name.split("."), root.split(".")[:-1]
+        while front and inside[0] == front[0] and len(inside) > 1:  # a head may lie one wrapper further out
+            inside, front = inside[1:], front[1:]
+        if name.startswith(root) or inside[0] in _HEADS:
+            own[key] = ".".join(inside)
     wrapped = next((key for key, name in own.items() if key != name and is_decoders(key)), None)
     if say and wrapped is not None:
         beside = Counter(name.partition(".")[0] for key, name in plain.items() if key not in own)
@@ -125,9 +111,6 @@ def _root(names: list[str], where: object) -> str:
     for tables in ({"embed_positions.weight", "embed_tokens.weight"}, {"embed_positions.weight"}):
         if whole := [front for front, inner in found.items() if tables <= inner]:
             break
-    for other, form in _OTHERS.items() if len(whole) != 1 else ():
-        if any(re.search(form, name) for name in names):
-            raise CheckpointError(f"{where}: this looks like {other}, not an OPT. minopt opens OPT and Galactica.")
     if len(whole) > 1:
         raise CheckpointError(
             f"{where}: expected one OPT, got {len(whole)} decoders, whose names begin with {some(sorted(whole))}. "
@@ -138,17 +121,11 @@ def _root(names: list[str], where: object) -> str:
     if not found:
         raise CheckpointError(
             f"{where}: none of its tensors is called as an OPT's: expected {to_hf('embed_tokens.weight')}, "
-            f"{to_hf('layers.0.fc1.weight')} and so on, whatever stands in front, got {some(names) or 'nothing'}."
+            f"{to_hf('layers.0.fc1.weight')} and so on, whatever stands in front, got {some(names) or 'nothing'}. "
+            "minopt opens OPT and Galactica."
         )
     front = whole[0] if whole else max(found, key=lambda front: len(found[front]))
     return next((front.removesuffix(end) for end in HF_PREFIXES if f".{front}".endswith(f".{end}")), front)
-
-
-def _without_common(name: str, root: str) -> str:
-    """A name without the components with which it begins as ``root`` does."""
-    parts, own = root.split(".")[:-1], name.split(".")
-    count = next((i for i, part in enumerate(parts) if own[i : i + 1] != [part]), len(parts))
-    return ".".join(own[count:])
 
 
 def described(key: str) -> str:

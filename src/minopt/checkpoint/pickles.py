@@ -1,20 +1,20 @@
 """Reads the files of ``torch.save`` as data: nothing that they name is imported, looked up or called.
 
 A pickle is a program for a small stack machine. This is such a machine, over the operations that the standard library's
-``pickletools`` reads. It differs from ``pickle`` in what a name means: the few names by which torch writes tensors make
-descriptions of tensors, and every other name makes a ``Placeholder``, which does nothing. So a file opens whose classes
-are not installed, and a file that wants to run code has nothing to run it with. docs/checkpoints.md says why torch.load
-does not do this.
+``pickletools`` reads. The few names by which torch writes tensors make descriptions of tensors; every other name makes
+a ``Placeholder``, which does nothing. docs/checkpoints.md says why torch.load does not do this.
 """
 
 from __future__ import annotations
 
 import math
 import mmap
+import os
 import pickletools
 import zipfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
@@ -60,12 +60,23 @@ class Storage:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor as a file describes it. It lies within its storage. Offset and strides count numbers, not bytes."""
+    """A tensor as a file describes it, within its storage. Offset and strides count numbers, not bytes."""
 
     storage: Storage
     offset: int
     shape: tuple[int, ...]
     stride: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        storage, shape, stride = self.storage, self.shape, self.stride
+        if not isinstance(storage, Storage):
+            raise UnpickleError(f"a tensor without a storage, with a {type(storage).__name__} in its place")
+        is_form = isinstance(shape, tuple) and isinstance(stride, tuple) and len(shape) == len(stride) <= _MOST_DIMS
+        if not is_form or not all(is_int(n) and 0 <= n <= _MOST_NUMBERS for n in (self.offset, *shape, *stride)):
+            raise UnpickleError("a tensor whose shape, strides or offset are not numbers in range")
+        if max(self.span + self.offset, math.prod(shape)) > storage.numel:
+            raise UnpickleError(f"a tensor of shape {list(shape)}, strides {list(stride)} and offset {self.offset} "
+                                f"does not fit into its storage of {storage.numel} numbers")  # fmt: skip
 
     @property
     def dtype(self) -> torch.dtype:
@@ -99,14 +110,9 @@ class Placeholder:
 
 
 def read_pickle(file: BinaryIO | mmap.mmap) -> tuple[Any, dict[str, Storage]]:
-    """Reads one pickle from where the file stands, and leaves the file after the pickle's last byte.
+    """What one pickle holds, which begins where the file stands, and the storages that it names, by their keys.
 
-    Returns:
-        What the pickle holds, and the storages that it names, by their keys. A set becomes a list. A key of a dict that
-        is no text becomes a ``Placeholder``.
-
-    Raises:
-        UnpickleError: if it is damaged, or describes a tensor that does not lie within its storage.
+    A set becomes a list. A key of a dict that is no text becomes a ``Placeholder``.
     """
     machine, bounded, start = _Machine(), _Bounded(file, _MOST_PICKLE_BYTES, "pickle"), file.tell()
     try:
@@ -216,7 +222,7 @@ def _called(function: Any, arguments: Any) -> Any:
     if name == "torch._tensor._rebuild_from_type_v2" and len(arguments) == 4:  # a tensor with attributes of its own
         return _called(arguments[0], arguments[2])
     if name in ("torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor") and len(arguments) >= 4:
-        return _tensor(*arguments[:4])
+        return StoredTensor(*arguments[:4])
     if name in ("torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state") and arguments:
         return arguments[0]
     if name == "torch.Size" and len(arguments) == 1:
@@ -224,19 +230,6 @@ def _called(function: Any, arguments: Any) -> Any:
     if name == "collections.OrderedDict" and not arguments:
         return {}
     return Placeholder(name, arguments)
-
-
-def _tensor(storage: Any, offset: Any, shape: Any, stride: Any) -> StoredTensor:
-    if not isinstance(storage, Storage):
-        raise UnpickleError(f"a tensor without a storage, with a {type(storage).__name__} in its place")
-    is_form = isinstance(shape, tuple) and isinstance(stride, tuple) and len(shape) == len(stride) <= _MOST_DIMS
-    if not is_form or not all(is_int(n) and 0 <= n <= _MOST_NUMBERS for n in (offset, *shape, *stride)):
-        raise UnpickleError("a tensor whose shape, strides or offset are not numbers in range")
-    tensor = StoredTensor(storage, offset, shape, stride)
-    if max(tensor.span + offset, math.prod(shape)) > storage.numel:
-        raise UnpickleError(f"a tensor of shape {list(shape)}, strides {list(stride)} and offset {offset} does not fit "
-                            f"into its storage of {storage.numel} numbers")  # fmt: skip
-    return tensor
 
 
 def _storage(identifier: Any) -> Storage:
@@ -270,12 +263,23 @@ class _Bounded:
             raise UnpickleError(f"its {self._part} asks for {count:,} bytes, at most {self._most:,} are expected")
 
 
-def read_zip(archive: mmap.mmap) -> tuple[Any, Iterable[Storage]]:
-    """What an archive by ``torch.save`` holds, and its storages.
+def read_torch(path: Path, start: int = 0, length: int = 0) -> Any:
+    """What a file by ``torch.save`` holds, or an archive of ``length`` bytes that begins at a byte of a file."""
+    page = start - start % mmap.ALLOCATIONGRANULARITY
+    with path.open("rb") as file:
+        if os.fstat(file.fileno()).st_size == 0:
+            raise UnpickleError("the file is empty")
+        mapped = mmap.mmap(file.fileno(), length and start - page + length, access=mmap.ACCESS_READ, offset=page)
+    with mapped:  # an archive may begin after other bytes: zipfile looks for its end
+        is_zip = mapped[start - page : start - page + 4] == b"PK\3\4"
+        content, storages = _read_zip(mapped) if is_zip else _read_legacy(mapped)
+    for storage in storages:
+        storage.begin += page
+    return content
 
-    Raises:
-        UnpickleError: if it is damaged, or holds less than it describes.
-    """
+
+def _read_zip(archive: mmap.mmap) -> tuple[Any, Iterable[Storage]]:
+    """What an archive holds, and its storages."""
     try:
         directory = _Bounded(archive, _MOST_DIRECTORY_BYTES, "directory")
         records = {entry.filename: entry for entry in zipfile.ZipFile(directory).infolist()}
@@ -310,12 +314,8 @@ def _begin(archive: mmap.mmap, record: zipfile.ZipInfo) -> int:
     return begin
 
 
-def read_legacy(file: mmap.mmap) -> tuple[Any, Iterable[Storage]]:
-    """What a file by ``torch.save`` from before torch 1.6 holds: pickles, and the storages after them.
-
-    Raises:
-        UnpickleError: as ``read_zip`` does.
-    """
+def _read_legacy(file: mmap.mmap) -> tuple[Any, Iterable[Storage]]:
+    """What a file from before torch 1.6 holds: pickles, and the storages after them."""
     if read_pickle(file)[0] != _LEGACY_MAGIC or read_pickle(file)[0] != _LEGACY_VERSION:
         raise UnpickleError("not a file of torch.save")
     system = read_pickle(file)[0]

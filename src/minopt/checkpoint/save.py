@@ -40,8 +40,7 @@ def save_model(
 ) -> None:
     """Writes config.json, safetensors (several with an index, if large) and the tokenizer's files.
 
-    Everything is written to a folder beside ``folder`` that then takes its place, together with any other file
-    that ``folder`` held, see ``minopt.atomic.replacing``.
+    The folder appears whole; other files that it held stay. If anything fails, it is as it was.
 
     Args:
         model: saved in its own dtype; one of int8 weights as ``minopt.convert(..., quantize="int8")`` writes it.
@@ -58,7 +57,7 @@ def save_model(
         FileExistsError: if ``folder`` holds something and ``force`` is not given; if it is a file, a mount point or the
             current folder, or holds something other than a model.
         ValueError: if the model was changed: wrapped, parametrised, layers shared.
-        OSError: if it cannot be written; the old folder is as it was.
+        OSError: if it cannot be written.
     """
     folder, model = Path(folder).expanduser(), decoder_of(model)
     check_destination(folder, force)
@@ -108,11 +107,7 @@ def write_safetensors(
 ) -> None:
     """Writes tensors to one file, or to several with an index; one tensor at a time is in memory.
 
-    Args:
-        folder: the one to fill.
-        shown: each tensor's shape and dtype, by its key in the files, in their order; may be on the meta device.
-        numbers: the tensors themselves in the same order, each asked for when it is written.
-        max_shard_bytes: the most that one file holds, unless a single tensor is larger.
+    ``shown`` has their shapes and dtypes by key, maybe on the meta device; ``numbers`` gives them in the same order.
     """
     shards: list[list[str]] = [[]]
     filled = 0
@@ -147,19 +142,11 @@ def _write_file(path: Path, shown: Mapping[str, Tensor], numbers: Iterator[Tenso
         data = file.tell()
         for key in shown:
             file.seek(data + header[key]["data_offsets"][0])
-            file.write(_bytes(next(numbers)))
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    return tensor.contiguous().cpu().view(-1).view(torch.uint8).numpy().data
+            file.write(next(numbers).contiguous().cpu().view(-1).view(torch.uint8).numpy().data)
 
 
 def named_tensors(model: OPT) -> dict[str, Tensor]:
-    """The model's parameters under Hugging Face's names.
-
-    Raises:
-        ValueError: if they are not just those of an OPT of its configuration.
-    """
+    """The model's parameters under Hugging Face's names; ``ValueError`` if they are not just those of an OPT."""
     parameters = dict(model.named_parameters())
     expected = set(parameter_shapes(model.config))
     if any(name.endswith(int8.SCALE) for name in parameters):
@@ -170,11 +157,7 @@ def named_tensors(model: OPT) -> dict[str, Tensor]:
 
 
 def check_destination(folder: Path, force: bool) -> None:
-    """Refuses a folder that cannot be written to, or holds something that ``force`` does not allow to replace.
-
-    Raises:
-        FileExistsError: saying which.
-    """
+    """Refuses a folder that cannot be written to, or holds something that ``force`` does not allow to replace."""
     file = next((p for p in (folder, *folder.parents) if p.exists() and not p.is_dir()), None)
     if file is not None:
         above = "" if file == folder else f" above it, {file}"
@@ -184,11 +167,7 @@ def check_destination(folder: Path, force: bool) -> None:
 
 
 def check_apart(checkpoint: Checkpoint, destination: Path) -> None:
-    """Refuses a destination whose replacement would remove the files that are read.
-
-    Raises:
-        ValueError: saying so.
-    """
+    """Refuses a destination whose replacement would remove the files that are read."""
     source = checkpoint.found.folder
     if source.resolve().is_relative_to(destination.resolve()):
         raise ValueError(f"{destination}: is, or holds, the source {source}. Name another destination.")
@@ -198,10 +177,7 @@ def check_apart(checkpoint: Checkpoint, destination: Path) -> None:
 def replacing_model(folder: Path, replaced: Iterable[str]) -> Iterator[Path]:
     """Gives an empty folder to fill, which takes the place of ``folder`` if the block ends well.
 
-    Args:
-        folder: made, with its parents, if missing.
-        replaced: names of files in ``folder`` that are left out of the new one, as are config.json and weights of any
-            kind. All other files come along.
+    Files of ``folder`` come along, but for config.json, weights of any kind and those of the names ``replaced``.
 
     Raises:
         FileExistsError: if ``folder`` is a mount point or the current folder, or holds something other than a model.

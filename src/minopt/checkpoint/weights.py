@@ -85,7 +85,15 @@ def read_weights(
         elif columns is not None:
             read = [(name, source.columns(*columns, dtype))]
         elif device.type == "cpu" and source.dtype == dtype:
-            read = [(name, _map(source, taken, apart))]
+            is_small = apart and source.numel * dtype.itemsize < _WORTH_A_FILE
+            tensor = None if is_small else source.map(apart)
+            if tensor is None:
+                tensor = source.read()
+            elif not tensor.is_contiguous() or (source.place in taken and not apart):  # a view, or under two names
+                tensor = tensor.clone(memory_format=torch.contiguous_format)
+            taken.add(source.place)
+            read = [(name, tensor)]
+            del tensor
         else:
             read = [(name, source.read(dtype))]
         while read:  # nothing here holds a weight while it is packed, or while the next is read
@@ -98,21 +106,6 @@ def _read_int8(source: SourceTensor, columns: tuple[int, int] | None) -> list[tu
     if columns is not None:
         weight = weight[:, slice(*columns)].contiguous()
     return [(source.name, weight), (source.name + int8.SCALE, scale)]
-
-
-def _map(source: SourceTensor, taken: set[object], apart: bool) -> Tensor:
-    """A weight in its file's pages if it can be; ``taken`` are the places of those that are."""
-    assert source.dtype is not None
-    if apart and source.numel * source.dtype.itemsize < _WORTH_A_FILE:
-        return source.read()
-    tensor = source.map(apart)
-    if tensor is None:
-        return source.read()
-    place = source.slices[0].place
-    if not tensor.is_contiguous() or (place in taken and not apart):  # a view, or one tensor under two names
-        return tensor.clone(memory_format=torch.contiguous_format)
-    taken.add(place)
-    return tensor
 
 
 def _int8_names(checkpoint: Checkpoint) -> set[str]:

@@ -26,11 +26,10 @@ from torch.export import Dim, ExportedProgram
 
 from minopt import int8
 from minopt.cache import KVCache
-from minopt.checkpoint.checkpoint import Checkpoint
+from minopt.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from minopt.checkpoint.errors import first_line
 from minopt.checkpoint.hub import find_model
 from minopt.checkpoint.inspect import digest_of, digest_of_all
-from minopt.checkpoint.open import open_checkpoint
 from minopt.checkpoint.save import (
     check_apart,
     check_destination,

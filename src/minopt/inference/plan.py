@@ -14,10 +14,9 @@ from typing import Any
 import torch
 
 from minopt import int8
-from minopt.checkpoint.checkpoint import Checkpoint
+from minopt.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from minopt.checkpoint.hub import find_model
 from minopt.checkpoint.names import parameter_shapes, shard_dim
-from minopt.checkpoint.open import open_checkpoint
 from minopt.checkpoint.tensors import Share, main_dtype
 from minopt.config import PRESETS, OPTConfig
 from minopt.devices import DTYPES

@@ -8,10 +8,9 @@ from pathlib import Path
 import torch
 from torch.distributed.tensor import DTensor
 
-from minopt.checkpoint.checkpoint import Checkpoint
+from minopt.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from minopt.checkpoint.hub import find_model
 from minopt.checkpoint.inspect import check_same_seen, fingerprint
-from minopt.checkpoint.open import open_checkpoint
 from minopt.checkpoint.save import save_model
 from minopt.checkpoint.tensors import Share
 from minopt.checkpoint.weights import read_weights

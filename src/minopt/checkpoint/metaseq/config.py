@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from minopt.checkpoint.config import build_config
-from minopt.checkpoint.errors import CheckpointError
 from minopt.checkpoint.pickles import Placeholder
 from minopt.config import OPTConfig, is_int
 
@@ -21,8 +19,6 @@ _SIZES = {
 }
 _NEGATED = {"enable_bias": "disable_bias", "layer_norm_elementwise_affine": "disable_affine_ln"}
 _COPIED = {"activation_function": "activation_fn", "dropout": "dropout", "attention_dropout": "attention_dropout"}
-_OTHER_MODELS = {("alibi", True): "its cfg has alibi instead of learned positions, which OPT has",
-                 ("no_scale_embedding", False): "its cfg scales embeddings, which OPT does not"}  # fmt: skip
 
 _ALWAYS = {
     **dict.fromkeys(("_name", "arch"), "transformer_lm_megatron"),
@@ -32,11 +28,11 @@ _ALWAYS = {
 }
 
 
-def settings_of(content: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+def settings_of(content: Mapping[str, Any]) -> dict[str, Any]:
     """What a file's ``cfg["model"]`` says, or ``args`` in older files, whatever classes these were objects of.
 
     Returns:
-        Fields of a configuration by minopt's names, and what says that the model is not an OPT.
+        Fields of a configuration by minopt's names; ``alibi`` and ``no_scale_embedding`` where no OPT has such.
     """
     of_model = _fields(_fields(content.get("cfg")).get("model")) or _fields(content.get("args"))
     plain = {key: _plain(value) for key, value in of_model.items() if isinstance(key, str)}
@@ -46,48 +42,24 @@ def settings_of(content: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     told |= {
         ours: plain[theirs] for ours, theirs in _COPIED.items() if isinstance(plain.get(theirs), (str, float, int))
     }
-    return told, [what for (name, value), what in _OTHER_MODELS.items() if plain.get(name) is value]
+    odd = {"alibi": True, "no_scale_embedding": False}
+    return told | {name: value for name, value in odd.items() if plain.get(name) is value}
 
 
 def to_settings(config: OPTConfig, parts: int) -> dict[str, Any]:
     """The ``cfg["model"]`` that metaseq writes for a model in so many parts."""
     settings = {theirs: getattr(config, ours) for ours, theirs in (_SIZES | _COPIED).items()}
     settings |= {theirs: not getattr(config, ours) for ours, theirs in _NEGATED.items()}
+    settings |= dict.fromkeys(("decoder_input_dim", "decoder_output_dim"), config.embed_dim)
     return (
         settings
         | _ALWAYS
         | {
-            "decoder_input_dim": config.embed_dim,
-            "decoder_output_dim": config.embed_dim,
             "decoder_normalize_before": config.do_layer_norm_before,
             "tokens_per_sample": config.max_position_embeddings,
             "model_parallel_size": parts,
         }
     )
-
-
-def config_of(told: Mapping[str, Any], wrong: list[str], facts: Mapping[str, Any], path: object) -> OPTConfig:
-    """The configuration, from ``settings_of`` and the tensors' ``facts_of``.
-
-    Raises:
-        CheckpointError: if the two contradict each other, or the model is not an OPT.
-    """
-    seen = facts.keys() - {"max_position_embeddings"}
-    wrong = [f"{name} is {value} in its cfg and {facts[name]} in its tensors"
-             for name, value in told.items() if name in seen and facts[name] != value] + wrong  # fmt: skip
-    if wrong:
-        raise CheckpointError(f"{path}: {'; '.join(wrong)}. If the tensors are right, name a config.json with "
-                              "--model-config.")  # fmt: skip
-    return build_config({**told, **facts}, path)
-
-
-def check_agreement(config: OPTConfig, told: Mapping[str, Any], path: object) -> None:
-    """A config.json beside metaseq's files may say more than their ``cfg``, but nothing else."""
-    shared = told.keys() - {"dropout", "attention_dropout", "max_position_embeddings"}
-    wrong = [f"{name} is {getattr(config, name)} there and {value} in the cfg of the weights"
-             for name, value in told.items() if name in shared and value != getattr(config, name)]  # fmt: skip
-    if wrong:
-        raise CheckpointError(f"{path}: {'; '.join(wrong)}. Name the right one with --model-config.")
 
 
 def _fields(value: Any) -> Mapping[Any, Any]:

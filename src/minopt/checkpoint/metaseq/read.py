@@ -11,18 +11,16 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from minopt.checkpoint.checkpoint import Checkpoint, named_slices
-from minopt.checkpoint.config import facts_of, infer_config, read_config
 from minopt.checkpoint.errors import CheckpointError, MissingFileError, some
-from minopt.checkpoint.files import TensorFile, open_file
-from minopt.checkpoint.find import Found
-from minopt.checkpoint.metaseq.config import check_agreement, config_of, settings_of
+from minopt.checkpoint.files import TensorFile
+from minopt.checkpoint.find import Found, name_of, stem_of
+from minopt.checkpoint.metaseq.config import settings_of
 from minopt.checkpoint.names import (
     HF_HEAD,
     MOST_LAYERS,
@@ -32,89 +30,74 @@ from minopt.checkpoint.names import (
     shard_dim,
     to_metaseq,
 )
-from minopt.checkpoint.tensors import Run, Slice, SourceTensor
+from minopt.checkpoint.tensors import Contents, Run, SourceTensor, own_tensors, stored_tensor
 from minopt.config import PRESETS, OPTConfig, is_int
 
 _FLAT = re.compile(r"(?:.*\.)?flat_param_\d+")
 _TOKENS = "decoder.embed_tokens.weight"
 
+# What a shard has of one flat tensor: keys and shapes of the tensors in it, over all shards, and its own padding.
+_Flat = tuple[dict[str, tuple[int, ...]], int]
 
-def open_metaseq(found: Found, override: OPTConfig | None, ignore: Sequence[str]) -> Checkpoint:
-    """``open_checkpoint`` of metaseq's files; a sample of each file's numbers is read too."""
-    files = [found.opened.get(path) or open_file(path) for path in found.files]
+
+def read_metaseq(found: Found, known: OPTConfig | None, ignore: Sequence[str]) -> Contents:
+    """The tensors of metaseq's files; a sample of each file's numbers is read."""
+    files = found.open()
     parts = [files[i : i + found.shards] for i in range(0, len(files), found.shards)]
-    paths, path = [shards[0].path for shards in parts], found.folder / "config.json"
-    told, wrong = settings_of(files[0].content)
-    beside = read_config(path) if override is None and path.is_file() else None
-    named: list[dict[str, Slice]] = []
+    told = settings_of(files[0].content)
+    named: list[dict[str, SourceTensor]] = []
     for shards in parts:
-        stored = _unflattened(shards, told, override or beside, len(parts))
-        named.append(named_slices(stored, from_metaseq, ignore, shards[0].path, say=not named))
+        stored = _unflattened(shards, told, known, len(parts))
+        named.append(own_tensors(stored, from_metaseq, ignore, shards[0].path, say=not named))
     heads = [part.pop(HF_HEAD, None) for part in named]
-    _check_distinct(parts, named)
-    tensors = _joined(named, paths)
+    for shards in parts:  # one may have been copied over another
+        _check_distinct(Run(file, key, 0, math.prod(file.shapes[key])) for file in shards for key in file.shapes
+                        if _FLAT.fullmatch(key) and file.dtypes[key] is not None)  # fmt: skip
+    divided = (tensor for part in named for name, tensor in part.items() if shard_dim(name) is not None)
+    _check_distinct(run for tensor in divided if tensor.dtype is not None for run in tensor.runs)
+    tensors = named[0] if len(named) == 1 else _joined(named, [shards[0].path for shards in parts])
     _check_count(tensors, found)
-    facts = facts_of({name: tensor.shape for name, tensor in tensors.items()}, paths[0])
-    if override is not None:
-        config, source = override, "as given"
-    elif beside is not None:
-        check_agreement(beside, told, path)
-        config, source = beside, "config.json"
-    elif "num_attention_heads" in told:
-        config, source = config_of(told, wrong, facts, paths[0]), "its cfg"
-    else:
-        config, source = infer_config(facts, paths[0]), "its tensors"
-    tables = [part["embed_tokens.weight"].shape[0] for part in named]
-    placed = [(head, 0 if head.shape[:1] == (sum(tables),) else sum(tables[:number]))  # each has all rows, or its own
-              for number, head in enumerate(heads) if head is not None]  # fmt: skip
-    return Checkpoint(found, config, source, tensors, tuple(placed))
-
-
-@dataclass(frozen=True)
-class _Flat:
-    """One shard's description of a flat tensor: the tensors in it, over all shards, and the padding at its own end."""
-
-    shapes: tuple[tuple[str, tuple[int, ...]], ...]
-    padding: int
+    return Contents(tensors, tuple(heads), told)
 
 
 def _unflattened(
     files: list[TensorFile], told: Mapping[str, Any], known: OPTConfig | None, parts: int
-) -> dict[str, Slice]:
+) -> dict[str, SourceTensor]:
     """One part's tensors under metaseq's keys, from its shards."""
     first = files[0]
-    flat = [key for key in first.shapes if _FLAT.fullmatch(key)]
-    stored = {key: Slice.whole(first, key) for key in first.shapes if key not in flat}
-    if not flat:
+    stored = {key: stored_tensor(first, key) for key in first.shapes if not _FLAT.fullmatch(key)}
+    if len(stored) == len(first.shapes):
         if len(files) > 1:
             raise CheckpointError(f"{first.path}: one of {len(files)} shards, but its tensors are whole. Rename it.")
         return stored
-    metadata = [file.content.get("shard_metadata") for file in files]
-    if all(data is None for data in metadata):
+    if all(file.content.get("shard_metadata") is None for file in files):
         described = _guessed(files, told, known, parts)
     else:
-        described = [_described(data, file.path) for data, file in zip(metadata, files, strict=True)]
+        described = [_described(file) for file in files]
     for file, own in zip(files, described, strict=True):
-        if [(key, about.shapes) for key, about in own.items()] != [(k, a.shapes) for k, a in described[0].items()]:
+        if [(key, list(flat.items())) for key, (flat, _) in own.items()] != [
+            (key, list(flat.items())) for key, (flat, _) in described[0].items()
+        ]:
             raise CheckpointError(f"{file.path}: its shard_metadata is not that of {first.path.name}. Is it of another "
                                   "model?")  # fmt: skip
         if wrong := sorted(own.keys() ^ {key for key in file.shapes if _FLAT.fullmatch(key)}):
             raise CheckpointError(f"{file.path}: tensors and shard_metadata differ in {some(wrong)}. Fetch it again.")
-    for key, about in described[0].items():
-        joined, start = _unpadded(key, files, [own[key] for own in described]), 0
-        for name, shape in about.shapes:
-            if name in stored:
-                raise CheckpointError(f"{first.path}: {name} is there twice.")
-            stored[name] = joined.part(start, shape)
-            start += math.prod(shape)
+    for key, (shapes, _) in described[0].items():
+        if twice := sorted(shapes.keys() & stored):
+            raise CheckpointError(f"{first.path}: {twice[0]} is there twice.")
+        flat, start = _unpadded(key, files, [own[key] for own in described]), 0
+        for name, shape in shapes.items():
+            tensor = flat.rows(start, start + math.prod(shape))
+            stored[name] = replace(tensor, name=name, shape=shape)
+            start += tensor.numel
     return stored
 
 
-def _described(metadata: Any, path: Path) -> dict[str, _Flat]:
-    """Reads how ``shard_metadata`` describes each flat tensor."""
+def _described(file: TensorFile) -> dict[str, _Flat]:
+    """Reads how a shard's ``shard_metadata`` describes each flat tensor."""
     found: dict[str, _Flat] = {}
     try:
-        for group in metadata["param_metadata"]:
+        for group in file.content["shard_metadata"]["param_metadata"]:
             if not isinstance(group["fsdp_path"], str):
                 raise ValueError("an fsdp_path that is no text")
             prefix = f"{group['fsdp_path']}." if group["fsdp_path"] else ""
@@ -126,28 +109,31 @@ def _described(metadata: Any, path: Path) -> dict[str, _Flat]:
                     raise ValueError("a size that is none")
                 if [*about["numels"]] != [math.prod(shape) for shape in sizes]:
                     raise ValueError("sizes that are not those of its shapes")
-                found[prefix + flat] = _Flat(tuple(zip(names, sizes, strict=True)), padding)
+                if len({*names}) < len(names):
+                    raise ValueError("a name that is there twice")
+                found[prefix + flat] = dict(zip(names, sizes, strict=True)), padding
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{path}: its shard_metadata does not add up ({error}). Fetch the file again.") from None
+        raise CheckpointError(f"{file.path}: its shard_metadata does not add up ({error}). Fetch the file again."
+                              ) from None  # fmt: skip
     return found
 
 
-def _unpadded(key: str, files: list[TensorFile], described: list[_Flat]) -> Slice:
+def _unpadded(key: str, files: list[TensorFile], described: list[_Flat]) -> SourceTensor:
     """The numbers of a flat tensor over all shards, without each one's padding."""
     dtype = files[0].dtypes[key]
     runs: list[Run] = []
-    for file, padding in zip(files, (about.padding for about in described), strict=True):
+    for file, (_, padding) in zip(files, described, strict=True):
         size = math.prod(file.shapes[key])
         if len(file.shapes[key]) != 1 or padding > size or file.dtypes[key] != dtype:
             raise CheckpointError(f"{file.path}: {key} must be {dtype}, as in the first shard, and have one dim with "
                                   f"room for its padding, got {file.dtypes[key]} of shape {list(file.shapes[key])} "
                                   f"with {padding} of padding. Fetch the file again.")  # fmt: skip
         runs += [Run(file, key, 0, size - padding)] if size > padding else []
-    there, numel = sum(run.stop for run in runs), sum(math.prod(shape) for _, shape in described[0].shapes)
+    there, numel = sum(run.stop for run in runs), sum(map(math.prod, described[0][0].values()))
     if there != numel:
         raise CheckpointError(f"{files[0].path}: its {len(files)} shards hold {there:,} numbers of {key} (padding not "
                               f"counted), expected {numel:,}. Is a shard missing, or one too many?")  # fmt: skip
-    return Slice((there,), dtype, tuple(runs))
+    return SourceTensor(key, (there,), dtype, tuple(runs))
 
 
 def _guessed(
@@ -166,7 +152,7 @@ def _guessed(
         chunks = {key: -(-numel // count) for key, numel in numels.items()}  # fairscale: torch.chunk, then padded
         if layout and sizes == {key: [chunk] * count for key, chunk in chunks.items()}:
             return [
-                {key: _Flat(tuple(inner.items()), min(chunks[key], max(0, (i + 1) * chunks[key] - numels[key])))
+                {key: (inner, min(chunks[key], max(0, (i + 1) * chunks[key] - numels[key])))
                  for key, inner in layout.items()} for i in range(count)
             ]  # fmt: skip
     raise CheckpointError(
@@ -181,7 +167,7 @@ def _candidates(told: Mapping[str, Any], known: OPTConfig | None) -> Iterator[tu
     if known is not None:
         yield known, 0
         return
-    with suppress(ValueError):
+    with suppress(ValueError, TypeError):  # TypeError: it says that it is another model
         yield OPTConfig(**told), 2**31  # metaseq's cfg says nothing of the vocabulary
     yield from ((OPTConfig.preset(name), 1024) for name in PRESETS)
 
@@ -216,16 +202,7 @@ def _layout(
     return layout
 
 
-def _check_distinct(parts: list[list[TensorFile]], named: list[dict[str, Slice]]) -> None:
-    """Compares samples of what each file alone should hold, so that one copied over another is found."""
-    for shards in parts:
-        _compare(Run(file, key, 0, math.prod(file.shapes[key])) for file in shards for key in file.shapes
-                 if _FLAT.fullmatch(key) and file.dtypes[key] is not None)  # fmt: skip
-    split = (piece for part in named for name, piece in part.items() if shard_dim(name) is not None)
-    _compare(run for piece in split if piece.dtype is not None for run in piece.runs)
-
-
-def _compare(runs: Iterable[Run]) -> None:
+def _check_distinct(runs: Iterable[Run]) -> None:
     """Refuses two files of which the first four runs begin with the same numbers."""
     samples: dict[Path, list[torch.Tensor]] = {}
     for run in runs:
@@ -243,7 +220,7 @@ def _compare(runs: Iterable[Run]) -> None:
             raise CheckpointError(f"{path}: holds the same numbers as {first.name}. Was one copied over the other?")
 
 
-def _joined(named: list[dict[str, Slice]], paths: list[Path]) -> dict[str, SourceTensor]:
+def _joined(named: list[dict[str, SourceTensor]], paths: list[Path]) -> dict[str, SourceTensor]:
     """The model's tensors, from those of its parts, which must hold the same ones in the same shapes and dtypes."""
     for part, path in zip(named, paths, strict=True):
         if differing := sorted(part.keys() ^ named[0].keys()):
@@ -255,26 +232,31 @@ def _joined(named: list[dict[str, Slice]], paths: list[Path]) -> dict[str, Sourc
                                       f"{one.dtype} in {paths[0].name}. Are the parts of one model?")  # fmt: skip
     tensors = {}
     for name, first in named[0].items():
-        shape, dim = list(first.shape), shard_dim(name) if len(named) > 1 else None
-        if dim is not None and dim >= len(shape):
-            raise CheckpointError(f"{first}: {name} has shape {shape}, expected {dim + 1} dims.")
-        if dim is not None:
-            shape[dim] *= len(named)
-        tensors[name] = SourceTensor(name, tuple(shape), first.dtype, tuple(part[name] for part in named), dim)
+        pieces, dim = tuple(part[name] for part in named), shard_dim(name)
+        if dim is None:
+            tensors[name] = replace(first, copies=pieces[1:])
+            continue
+        if dim >= len(first.shape):
+            raise CheckpointError(f"{first}: {name} has shape {list(first.shape)}, expected {dim + 1} dims.")
+        shape = tuple(size * len(named) if i == dim else size for i, size in enumerate(first.shape))
+        if dim == 0:
+            tensors[name] = replace(first, shape=shape, runs=tuple(run for piece in pieces for run in piece.runs))
+        else:
+            tensors[name] = replace(first, shape=shape, runs=(), beside=pieces)
     return tensors
 
 
 def _check_count(tensors: Mapping[str, SourceTensor], found: Found) -> None:
     """A missing last part leaves no gap in the names, but in the shapes."""
     table, rows = tensors.get("embed_positions.weight"), tensors.get("layers.0.self_attn.k_proj.weight")
-    if found.metaseq is None or table is None or rows is None or len(table.shape) != 2 or not rows.numel:
+    if table is None or rows is None or len(table.shape) != 2 or not rows.numel:
         return
     width, there, parts = table.shape[1], rows.shape[0], found.parts
     if there != width:
         needed = width * parts // there if width * parts % there == 0 else None
-        absent = [found.metaseq.name_of(part, 0) for part in range(parts, min(needed or 0, parts + 9))]
+        absent = [name_of(found.files[0], part, 0) for part in range(parts, min(needed or 0, parts + 9))]
         raise MissingFileError(
-            f"{found.folder}: the {parts} parts of {found.metaseq.stem} have {there} of the {width} rows of k_proj, so "
-            f"{f'{needed} parts' if needed else 'other parts'} are expected"
+            f"{found.folder}: the {parts} parts of {stem_of(found.files[0])} have {there} of the {width} rows of "
+            f"k_proj, so {f'{needed} parts' if needed else 'other parts'} are expected"
             + (f"; missing: {some(absent)}" if absent else "") + ". Fetch them again."
         )  # fmt: skip

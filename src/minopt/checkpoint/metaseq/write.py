@@ -20,11 +20,7 @@ from minopt.tokenizer import Tokenizer
 
 
 def check_parts(config: OPTConfig, parts: int) -> None:
-    """Refuses a number of parts that does not divide the model.
-
-    Raises:
-        ValueError: naming the numbers that would do.
-    """
+    """Refuses a number of parts that does not divide the model, and names those that would do."""
     if parts > 1 and config.embed_dim != config.hidden_size:
         raise ValueError(f"parts: a model with projections (word_embed_proj_dim {config.embed_dim}, hidden_size "
                          f"{config.hidden_size}) has one part in metaseq, got {parts}.")  # fmt: skip
@@ -39,17 +35,9 @@ def check_parts(config: OPTConfig, parts: int) -> None:
 def write_parts(
     folder: Path, checkpoint: Checkpoint, parts: int, dtype: torch.dtype | None, update: Callable[[int], object]
 ) -> None:
-    """Writes a checkpoint's tensors; those of one file are in memory at a time.
+    """Fills a folder with a checkpoint's tensors in so many files; those of one file are in memory at a time.
 
-    Args:
-        folder: the one to fill.
-        checkpoint: an open one.
-        parts: the number of files; ``check_parts`` allows it.
-        dtype: all tensors' dtype; ``None`` keeps each as it is stored.
-        update: is called with the number of tensors of which a part was read.
-
-    Raises:
-        CheckpointError: if tensors that are fused have several dtypes, or the files cannot be read.
+    ``dtype`` is all tensors', or ``None``. ``update`` is called with the number of tensors of which a part was read.
     """
     cfg = {"model": argparse.Namespace(**to_settings(checkpoint.config, parts))}  # as metaseq's own files have it
     for part in range(parts):
