@@ -1,4 +1,7 @@
-"""The key-value cache of a decoder: preallocated, owned by the caller, filled in place."""
+"""The key-value cache of a decoder: preallocated, owned by the caller, filled in place.
+
+Shapes: B batch, T tokens this call, S capacity or filled length, H heads, D head_dim, C = H * D, L layers.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,6 @@ import torch
 from torch import Tensor
 
 from minopt.config import OPTConfig
-
-# Shapes: B batch, T tokens this call, S capacity or filled length, H heads, D head_dim, C = H * D, L layers.
 
 
 class KVCache:
@@ -50,7 +51,7 @@ class KVCache:
         shape = (batch_size, heads or config.num_attention_heads, capacity, config.head_dim)
         # Zeros, for a masked slot is still multiplied (by 0), and 0 * NaN is NaN.
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
-        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
+        self.values = [torch.zeros_like(keys) for keys in self.keys]
         self.length: int | Tensor = 0
         self.window: int | None = None
 
@@ -80,12 +81,11 @@ class KVCache:
         return sum(t.nbytes for t in (*self.keys, *self.values))
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Writes one layer's new keys and values ``[B, H, T, D]`` after the filled part, where the model has made sure
-        that there is room.
+        """Writes one layer's new keys and values ``[B, H, T, D]`` after the filled part; the model checks the room.
 
         Returns:
             Keys and values to attend: views ``[B, H, length + T, D]``, or the whole capacity where ``length``
-            is a tensor. ``length`` itself moves once all layers have written (the model does that).
+            is a tensor. The model moves ``length`` once all layers have written.
         """
         keys, values, new = self.keys[layer], self.values[layer], key.shape[2]
         if isinstance(self.length, Tensor):
@@ -109,21 +109,9 @@ class KVCache:
         self.length = self.length.fill_(length) if isinstance(self.length, Tensor) else length
 
     def compact(self, start: int, slots: Tensor) -> None:
-        """Keeps the first ``start`` tokens of each row, and after them only some of the others.
-
-        Args:
-            start: tokens that stay where they are.
-            slots: ``[B, M]`` integer indices of filled ones, counted from ``start``, that follow now. Their values are
-                not checked, for reading them would wait for a GPU.
-
-        Raises:
-            ValueError: if there are more of them than are filled, or not for each row.
-        """
-        filled = int(self.length) - start
-        if slots.ndim != 2 or len(slots) != self.batch_size or not 0 <= slots.shape[1] <= filled or start < 0:
-            raise ValueError(
-                f"KVCache.compact: expected indices [{self.batch_size}, at most {filled}], got {list(slots.shape)}."
-            )
+        """Keeps the first ``start`` tokens of each row, and of the others only ``slots [B, M]``, counted from there."""
+        assert len(slots) == self.batch_size
+        assert slots.shape[1] <= int(self.length) - start
         index = slots[:, None, :, None].expand(-1, self.keys[0].shape[1], -1, self.keys[0].shape[3])
         end = start + slots.shape[1]
         for tensor in (*self.keys, *self.values):
@@ -131,12 +119,6 @@ class KVCache:
         self.truncate(end)
 
     def expand(self, copies: int) -> None:
-        """Repeats each row ``copies`` times, copies side by side: ``[B, ...]`` becomes ``[B * copies, ...]``.
-
-        Raises:
-            ValueError: if ``copies`` is not positive.
-        """
-        if copies < 1:
-            raise ValueError(f"KVCache.expand: copies must be positive, got {copies}.")
+        """Repeats each row ``copies`` times, copies side by side: ``[B, ...]`` becomes ``[B * copies, ...]``."""
         self.keys = [t.repeat_interleave(copies, dim=0) for t in self.keys]
         self.values = [t.repeat_interleave(copies, dim=0) for t in self.values]

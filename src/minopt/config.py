@@ -125,13 +125,9 @@ class OPTConfig:
             raise ValueError("OPTConfig: " + "; ".join(problems) + ".")
 
     def _problems(self) -> list[str]:
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        problems = [
-            f"{name} must be {expected}, got {values[name]!r}"
-            for names, fits, expected in _RULES
-            for name in names
-            if not fits(values[name])
-        ]
+        values, problems = vars(self), []
+        for names, fits, expected in _RULES:
+            problems += [f"{name} must be {expected}, got {values[name]!r}" for name in names if not fits(values[name])]
         C, H = self.hidden_size, self.num_attention_heads
         if _is_size(C) and _is_size(H) and C % H:
             problems.append(f"hidden_size must be a multiple of num_attention_heads, got {C} and {H}")
@@ -139,9 +135,8 @@ class OPTConfig:
         for name in TOKEN_IDS:
             ids = self.eos_token_ids if name == "eos_token_id" else (values[name],)
             if values[name] is not None and not all(is_int(i) and 0 <= i < rows for i in ids):
-                problems.append(
-                    f"{name} must be a row of the vocabulary (0 to {rows - 1}) or null, got {values[name]!r}"
-                )
+                wanted = f"a row of the vocabulary (0 to {rows - 1}) or null"
+                problems.append(f"{name} must be {wanted}, got {values[name]!r}")
         return problems
 
     @property
@@ -169,11 +164,7 @@ class OPTConfig:
 
     @classmethod
     def preset(cls, name: str) -> OPTConfig:
-        """The configuration of a published size, for example ``"opt-125m"`` or ``"galactica-6.7b"``.
-
-        Raises:
-            ValueError: for any other name; the message lists the known ones.
-        """
+        """The configuration of a published size, such as ``"opt-125m"``. ``ValueError`` lists the known ones."""
         if name not in _PRESETS:
             raise ValueError(f"OPTConfig.preset: unknown name {name!r}, expected one of {', '.join(_PRESETS)}.")
         return cls(**_PRESETS[name])
@@ -181,21 +172,16 @@ class OPTConfig:
     @property
     def preset_name(self) -> str | None:
         """The published size of this shape, whatever its vocabulary; ``None`` where there is none."""
-        for name in PRESETS:
-            preset = OPTConfig.preset(name)
-            if all(getattr(self, field) == getattr(preset, field) for field in _SHAPE):
-                return name
-        return None
+        shape = [getattr(self, name) for name in _SHAPE]
+        return next((name for name in PRESETS if [getattr(OPTConfig.preset(name), f) for f in _SHAPE] == shape), None)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> OPTConfig:
         """Builds a configuration from the content of a config.json; keys it does not know go to ``extra``.
 
         A larger model's (BLIP-2, say) gives the OPT's part. A token id that is no row of the token table, such as
-        a pad of -1, means nothing: it becomes ``None``, with a warning.
-
-        Raises:
-            ValueError: if ``model_type`` is not ``"opt"``, or the values break a rule.
+        a pad of -1, means nothing: it becomes ``None``, with a warning. ``ValueError`` if ``model_type`` is not
+        ``"opt"``, or the values break a rule.
         """
         if values.get("model_type") != "opt":
             inner = [v for v in values.values() if isinstance(v, dict) and v.get("model_type") == "opt"]
@@ -221,12 +207,7 @@ class OPTConfig:
 
     @classmethod
     def load(cls, path: str | Path) -> OPTConfig:
-        """Reads a config.json, or the one in a folder.
-
-        Raises:
-            FileNotFoundError: if there is none.
-            ValueError: if it is not JSON, not of ``model_type`` opt, or breaks a rule; the file is named.
-        """
+        """Reads a config.json, or the one in a folder. ``ValueError`` names a file that is none of an OPT."""
         path = Path(path)
         path = path / "config.json" if path.is_dir() else path
         values = read_json(path)
@@ -237,32 +218,20 @@ class OPTConfig:
 
 
 def check_text_size(path: Path, most_bytes: int = MOST_TEXT_BYTES) -> None:
-    """Refuses a configuration or a tokenizer that is too large to be one, before it is read.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is too large.
-    """
+    """Raises ``ValueError`` for a configuration or a tokenizer that is too large to be one, before it is read."""
     size = path.stat().st_size
     if size > most_bytes:
         raise ValueError(f"{path}: expected at most {most_bytes:,} bytes, got {size:,}. Fetch the file again.")
 
 
 def read_json(path: Path, most_bytes: int = MOST_JSON_BYTES) -> dict[str, Any]:
-    """The JSON object in a file of at most so many bytes.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it holds anything else; the file is named.
-    """
+    """The JSON object in a file of at most so many bytes. ``ValueError`` names a file that holds anything else."""
     check_text_size(path, most_bytes)
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:  # JSON and UTF-8 errors alike
-        what = what_it_is(path)
-        raise ValueError(
-            f"{path}: expected JSON, {f'got {what}' if what else f'{error}. Fetch the file again.'}"
-        ) from None
+        got = f"got {what}" if (what := what_it_is(path)) else f"{error}. Fetch the file again."
+        raise ValueError(f"{path}: expected JSON, {got}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}. Fetch the file again.")
     if isinstance(content.get("error"), str):

@@ -21,25 +21,15 @@ _VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """The options of ``minopt.load`` that say how a model runs.
-
-    Attributes:
-        device: one that this machine has.
-        dtype: the weights' and activations'; ``None`` is ``"auto"``: float32 on a CPU, the file's own elsewhere.
-        quantize, optimize, mesh, offload: see ``minopt.load``.
-        any_device: the user named no device.
-
-    Raises:
-        ValueError: if a value is none that the option has. Which values go together, each form says (its ``check``).
-    """
+    """The options of ``minopt.load`` that say how a model runs. Which go together, each form says (its ``check``)."""
 
     device: torch.device
-    dtype: torch.dtype | None = None
+    dtype: torch.dtype | None = None  # None is "auto": float32 on a CPU, the file's own elsewhere
     quantize: str | None = None
     optimize: bool | str = True
     mesh: DeviceMesh | None = None
     offload: str | None = None
-    any_device: bool = False
+    any_device: bool = False  # the user named none
 
     def __post_init__(self) -> None:
         for name, (fits, expected) in _VALUES.items():

@@ -35,8 +35,8 @@ class Form:
 
     Attributes:
         name: the form's name.
-        module: is imported once the form is chosen, and has two functions: ``check(options)`` refuses options that do
-            not go with this form, and ``build(checkpoint, options)`` gives the ``Decoder``.
+        module: is imported once the form is chosen. Its ``check(options)`` refuses options that do not go with this
+            form, and its ``build(checkpoint, options)`` gives the ``Decoder``.
         fits: whether options, and a folder if it is known already, ask for it.
         has_own_files: its files are no checkpoint: the module's ``open_files(path, model_config, ignore)`` opens them.
     """
@@ -77,9 +77,8 @@ def load(
     """Loads a model with its tokenizer: ``minopt.load("facebook/opt-125m").generate("Today is")``.
 
     Args:
-        name_or_path: see ``load_model``; also a folder that ``minopt export`` wrote. Such a program is machine code,
-            which runs with your rights: load only programs that you trust.
-        device, dtype, revision, local_files_only, model_config, ignore: see ``load_model``.
+        name_or_path: see ``load_model``, as for all options that are not below; also a folder that ``minopt export``
+            wrote. Such a program is machine code, which runs with your rights: load only programs that you trust.
         quantize: ``"int8"`` rounds the weights of the layers and of the head to 8 bits, with a scale for each output
             channel. ``None`` leaves the weights as the checkpoint has them.
         optimize: ``True`` makes the model fast, for inference only. ``False`` gives the plain model, which can be
@@ -99,8 +98,7 @@ def load(
 
     Raises:
         FileNotFoundError, OSError: as ``load_model`` does.
-        ValueError: as ``load_model`` does; also if options do not go together, the model does not fit into memory, or
-            the tokenizer's files or generation_config.json cannot be read.
+        ValueError: as ``load_model`` does; also if options do not go together, or the model does not fit into memory.
     """
     target = resolve_device(device if device is not None or mesh is None else mesh.device_type)
     options = LoadOptions(target, resolve_dtype(dtype), quantize, optimize, mesh, offload, any_device=device is None)
@@ -149,9 +147,6 @@ def load_model(
         model_config: replaces the checkpoint's own configuration: an ``OPTConfig``, the name of a preset such as
             ``"opt-1.3b"``, or a config.json.
         ignore: tensors to leave out, as patterns of their names in the files: ``"score.*"``, ``"v_head.*"``.
-
-    Returns:
-        The model, in ``eval()`` mode.
 
     Raises:
         FileNotFoundError: if there is no such folder, repository or file.

@@ -88,12 +88,9 @@ def step_mask(real: Tensor | None, S: int) -> Tensor | None:
 
 
 def beam_mask(attention_mask: Tensor | None, T: int, visible: Tensor) -> Tensor:
-    """The mask of the newest tokens of K beams, ``[B, 1, K, T + C]``.
+    """The mask ``[B, 1, K, T + C]`` of the newest tokens of K beams, which share a prompt of T tokens.
 
-    Args:
-        attention_mask: the prompts' ``[B, T]``; ``None`` without padding.
-        T: tokens of the prompts, which all beams of a row share.
-        visible: ``[B, K, C]``, which of the C tokens after the prompt belong to a beam.
+    ``attention_mask`` is the prompts'; ``visible [B, K, C]`` says which of the C tokens after them belong to a beam.
     """
     B, K, _ = visible.shape
     prompts = visible.new_ones(B, T) if attention_mask is None else attention_mask

@@ -10,6 +10,7 @@ parameter: the head is the token table, so that the two cannot come apart.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -22,10 +23,6 @@ from minopt.masks import Packed, causal_mask, positions
 # Rows 0 and 1 of the position table belong to no token: fairseq, where OPT was trained, counts positions
 # from padding_idx + 1 = 2 and gives padding row 1 (metaseq, utils.make_positions).
 POSITION_OFFSET = 2
-
-
-def _gelu_tanh(x: Tensor) -> Tensor:
-    return F.gelu(x, approximate="tanh")
 
 
 def _quick_gelu(x: Tensor) -> Tensor:
@@ -43,7 +40,8 @@ def _linear(x: Tensor) -> Tensor:
 # Published models have the first two; the others are what transformers computes under these names.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu, "gelu": F.gelu, "gelu_python": F.gelu,
-    **dict.fromkeys(("gelu_new", "gelu_fast", "gelu_accurate", "gelu_pytorch_tanh", "gelu_python_tanh"), _gelu_tanh),
+    **dict.fromkeys(("gelu_new", "gelu_fast", "gelu_accurate", "gelu_pytorch_tanh", "gelu_python_tanh"),
+                    partial(F.gelu, approximate="tanh")),
     "quick_gelu": _quick_gelu, "silu": F.silu, "swish": F.silu, "relu2": _squared_relu, "relu6": F.relu6,
     "leaky_relu": F.leaky_relu, "hardswish": F.hardswish, "mish": F.mish, "tanh": torch.tanh,
     "sigmoid": torch.sigmoid, "linear": _linear,
@@ -84,14 +82,12 @@ class Attention(nn.Module):
 
     def __init__(self, config: OPTConfig, index: int, device: torch.device | str | None, dtype: torch.dtype | None):
         super().__init__()
-        self.index = index
-        self.head_dim = config.head_dim
-        self.dropout = config.attention_dropout
-        C = config.hidden_size
-        self.k_proj = Linear(C, C, bias=config.enable_bias, device=device, dtype=dtype)
-        self.v_proj = Linear(C, C, bias=config.enable_bias, device=device, dtype=dtype)
-        self.q_proj = Linear(C, C, bias=config.enable_bias, device=device, dtype=dtype)
-        self.out_proj = Linear(C, C, bias=config.enable_bias, device=device, dtype=dtype)
+        self.index, self.head_dim, self.dropout = index, config.head_dim, config.attention_dropout
+        C, bias = config.hidden_size, config.enable_bias
+        self.k_proj = Linear(C, C, bias, device, dtype)
+        self.v_proj = Linear(C, C, bias, device, dtype)
+        self.q_proj = Linear(C, C, bias, device, dtype)
+        self.out_proj = Linear(C, C, bias, device, dtype)
 
     def forward(self, x: Tensor, mask: Tensor | Packed | None, cache: KVCache | None) -> Tensor:
         B, T, _ = x.shape
@@ -149,8 +145,8 @@ class DecoderLayer(nn.Module):
         C, affine = config.hidden_size, config.layer_norm_elementwise_affine
         self.self_attn = Attention(config, index, device, dtype)
         self.self_attn_layer_norm = nn.LayerNorm(C, elementwise_affine=affine, device=device, dtype=dtype)
-        self.fc1 = Linear(C, config.ffn_dim, bias=config.enable_bias, device=device, dtype=dtype)
-        self.fc2 = Linear(config.ffn_dim, C, bias=config.enable_bias, device=device, dtype=dtype)
+        self.fc1 = Linear(C, config.ffn_dim, config.enable_bias, device, dtype)
+        self.fc2 = Linear(config.ffn_dim, C, config.enable_bias, device, dtype)
         self.final_layer_norm = nn.LayerNorm(C, elementwise_affine=affine, device=device, dtype=dtype)
 
     def forward(self, x: Tensor, mask: Tensor | Packed | None = None, cache: KVCache | None = None) -> Tensor:
@@ -191,18 +187,13 @@ class OPT(nn.Module):
         C, E = config.hidden_size, config.embed_dim
         # A padding_idx as in fairseq and transformers: looking its row up gives it no gradient, the head does.
         self.embed_tokens = Embedding(config.vocab_size, E, config.pad_token_id, device=device, dtype=dtype)
-        self.embed_positions = Embedding(
-            config.max_position_embeddings + POSITION_OFFSET, C, device=device, dtype=dtype
-        )
-        self.project_in = Linear(E, C, bias=False, device=device, dtype=dtype) if E != C else None
+        rows = config.max_position_embeddings + POSITION_OFFSET
+        self.embed_positions = Embedding(rows, C, device=device, dtype=dtype)
+        self.project_in = Linear(E, C, False, device, dtype) if E != C else None
         self.layers = nn.ModuleList(DecoderLayer(config, i, device, dtype) for i in range(config.num_hidden_layers))
-        affine = config.layer_norm_elementwise_affine
-        self.final_layer_norm = (
-            nn.LayerNorm(C, elementwise_affine=affine, device=device, dtype=dtype)
-            if config.has_final_layer_norm
-            else None
-        )
-        self.project_out = Linear(C, E, bias=False, device=device, dtype=dtype) if E != C else None
+        norm = partial(nn.LayerNorm, C, elementwise_affine=config.layer_norm_elementwise_affine)
+        self.final_layer_norm = norm(device=device, dtype=dtype) if config.has_final_layer_norm else None
+        self.project_out = Linear(C, E, False, device, dtype) if E != C else None
         if not self.embed_tokens.weight.is_meta:
             self.reset_parameters()
 
@@ -354,22 +345,21 @@ class OPT(nn.Module):
         length = 0 if cache is None else cache.length
         on_device = isinstance(length, Tensor)  # then its owner keeps it within bounds: reading it would wait for it
         S = cache.capacity if cache is not None and on_device else int(length) + T
-        if cache is not None and S > cache.capacity:
-            raise ValueError(
-                f"cache: {length} tokens cached + {T} new = {S}, its capacity is {cache.capacity}. "
-                "Make it larger, or feed less."
-            )
+        if cache is not None and S > (most := cache.capacity):
+            what = f"cache: {length} tokens cached + {T} new = {S}, its capacity is {most}"
+            raise ValueError(f"{what}. Make it larger, or feed less.")
         if isinstance(mask, Packed):
             if B != 1 or cache is not None or sum(mask.lengths) != T or min(mask.lengths) < 1:
                 raise ValueError(
                     f"attention_mask: expected one row without a cache, as long as the packed texts together, got "
-                    f"{list(input_ids.shape)} ids and texts of {list(mask.lengths)}."
+                    f"{[B, T]} ids and texts of {list(mask.lengths)}."
                 )
             S, mask = max(mask.lengths), None
-        expected = ([B, S],) if mask is None or mask.ndim != 4 else ([B, 1, T, S], [1, 1, T, S])
+        is_whole = mask is not None and mask.ndim == 4  # says all about which token attends to which
+        expected = ([B, 1, T, S], [1, 1, T, S]) if is_whole else ([B, S],)
         if mask is not None and list(mask.shape) not in expected:
             raise ValueError(f"attention_mask: expected {expected[0]} (cached and new tokens), got {list(mask.shape)}.")
-        if mask is not None and mask.ndim == 4 and mask.dtype != torch.bool:
+        if mask is not None and is_whole and mask.dtype != torch.bool:
             raise ValueError(
                 f"attention_mask: expected booleans where it has 4 dims (True = attend), got {mask.dtype}."
             )
@@ -378,9 +368,7 @@ class OPT(nn.Module):
         limit = self.config.max_position_embeddings
         if position_ids is None and S > limit and not on_device:
             # Padding takes no position; counting it synchronises a GPU, so only where it can matter.
-            longest = S if mask is None or mask.ndim == 4 else int(mask.sum(1).max())
+            longest = S if mask is None or is_whole else int(mask.sum(1).max())
             if longest > limit:
-                raise ValueError(
-                    f"input_ids: {length} tokens cached + {T} new = {longest} positions, the model has {limit}. "
-                    "Shorten the input."
-                )
+                what = f"input_ids: {length} tokens cached + {T} new = {longest} positions, the model has {limit}"
+                raise ValueError(f"{what}. Shorten the input.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import Field, field, fields
 from typing import Any
 
@@ -18,6 +18,7 @@ def option(
     above: float | None = None,
     below: float | None = None,
     most: float | None = None,
+    fits: tuple[Callable[[Any], bool], str] | None = None,
     **marks: Any,
 ) -> Any:
     """A field of a dataclass of options.
@@ -30,14 +31,18 @@ def option(
         least: the least value allowed.
         above, below: what the value must stay above, or below.
         most: the largest value allowed.
+        fits: where type and limits do not say which values are allowed: what does, and how that reads in an error.
         **marks: what else a reader of the field's ``metadata`` needs.
     """
-    limits = {"choices": choices, "least": least, "above": above, "below": below, "most": most}
+    limits = {"choices": choices, "least": least, "above": above, "below": below, "most": most, "fits": fits}
     return field(default=default, metadata={"help": help, **limits, **marks})
 
 
 def expected(f: Field[Any], value: Any) -> str | None:
     """Says what a field expects if ``value`` does not fit; ``None`` if it fits, or the field has no such limits."""
+    if f.metadata["fits"] is not None:
+        fits, wanted = f.metadata["fits"]
+        return None if fits(value) else wanted
     kind = f.type.removesuffix(" | None")
     if kind not in ("bool", "str", "int", "float") or (value is None and kind != f.type):
         return None
@@ -45,11 +50,11 @@ def expected(f: Field[Any], value: Any) -> str | None:
         return None if isinstance(value, bool) else "true or false"
     if kind == "str":
         choices = f.metadata["choices"]
-        fits = isinstance(value, str) and (not choices or value in choices)
-        return None if fits else " or ".join(choices) or "a text"
+        is_one = isinstance(value, str) and (not choices or value in choices)
+        return None if is_one else " or ".join(choices) or "a text"
     least, above, below, most = (f.metadata[name] for name in ("least", "above", "below", "most"))
-    fits = is_int(value) if kind == "int" else is_number(value)
-    inside = fits and (least is None or value >= least) and (above is None or value > above)
+    inside = is_int(value) if kind == "int" else is_number(value)
+    inside = inside and (least is None or value >= least) and (above is None or value > above)
     if inside and (below is None or value < below) and (most is None or value <= most):
         return None
     bounds = [f"of at least {least}"] * (least is not None) + [f"above {above}"] * (above is not None)

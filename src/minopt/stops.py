@@ -28,8 +28,7 @@ _BYTE_OF_CHARACTER = _byte_alphabet()
 class Pieces(dict[int, str]):
     """What each id stands for: a string with one character for each byte (Latin-1).
 
-    An added token that is not shown as it is written, such as a special token that is skipped, is a single character,
-    from U+10000 on.
+    An added token that is not shown as it is written, such as a skipped special one, is one character from U+10000 on.
     """
 
     def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool) -> None:
@@ -67,8 +66,7 @@ class StreamDecoder:
     """Decodes ids one by one; holds back an unfinished character, and what may begin one of ``stops``."""
 
     def __init__(self, pieces: Pieces, stops: StopStrings | None = None) -> None:
-        self._pieces, self._stops = pieces, stops
-        self._ids, self._held = list[int](), ""
+        self._pieces, self._stops, self._ids, self._held = pieces, stops, list[int](), ""
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, token_id: int) -> str:
@@ -79,22 +77,12 @@ class StreamDecoder:
         text, self._held = self._utf8.decode(self._held[:ready].encode("latin-1")), self._held[ready:]
         return text
 
-    def finish(self) -> str:
-        """What was held back, U+FFFD for a last character that never came whole; mostly ``""``."""
-        held, self._held = self._held, ""
-        return self._utf8.decode(held.encode("latin-1"), final=True)
-
 
 class StopStrings:
-    """Ends rows in which the newest token completes one of some strings.
+    """Ends rows in which the newest token completes one of some strings; nothing is sought in their first ids.
 
     A string is sought in the bytes that the text shows: a token may begin or end within it. A string that holds added
     tokens is also sought among the ids, of which the text may not show all.
-
-    Args:
-        pieces: gives the bytes of each id.
-        strings: at least one, none empty.
-        prompt_length: ids at the beginning of each row in which nothing is sought.
     """
 
     def __init__(self, pieces: Pieces, strings: Sequence[str], prompt_length: int) -> None:

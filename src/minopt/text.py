@@ -18,7 +18,7 @@ from minopt.generation.batches import cut_batches
 from minopt.generation.options import GenerationConfig, with_defaults
 from minopt.generation.request import Decoder, check_room, prepare
 from minopt.generation.scoring import token_logprobs
-from minopt.generation.texts import GeneratedText, TextBatch, cost_of, in_rising_order, most_prompts, run_each
+from minopt.generation.texts import GeneratedText, TextBatch, cut_prompts, in_rising_order, run_each
 from minopt.model import OPT
 from minopt.progress import bar
 from minopt.stops import Pieces, StopStrings
@@ -80,11 +80,7 @@ class LanguageModel:
 
     @property
     def model(self) -> OPT:
-        """The model itself.
-
-        Raises:
-            ValueError: if this is an exported program.
-        """
+        """The model itself. ``ValueError`` if this is an exported program."""
         return self.decoder.as_opt()
 
     @overload
@@ -117,8 +113,7 @@ class LanguageModel:
                 tokenizer's, or the model's if the tokenizer has none.
             echo: put the prompt before its continuation.
             return_details: return a ``GeneratedText`` for each continuation instead of its text.
-            show_progress: draw a bar on stderr, if that is a terminal and there is more than one batch.
-            **options: as ``generate_each`` takes them.
+            show_progress, **options: see ``generate_each``.
 
         Returns:
             The continuation, or a list of them in the order of the prompts. With ``num_return_sequences`` above 1, a
@@ -173,28 +168,21 @@ class LanguageModel:
         return in_rising_order(results) if in_order else results
 
     def stream(self, prompt: str, **options: Any) -> Iterator[str]:
-        """Continues a text piece by piece, as the tokens come: greedy or sampled.
-
-        Args:
-            prompt: one text.
-            **options: as ``generate_each`` takes them.
+        """Continues a text piece by piece, as the tokens come: greedy or sampled. Options are as in ``generate_each``.
 
         Returns:
             An iterator of pieces that add up to what ``generate`` returns; each is whole characters.
 
         Raises:
-            ValueError: as ``generate`` does, before the first piece is asked for; or if beams or several continuations
-                are asked for.
+            ValueError: as ``generate`` does, before the first piece is asked for; also for several beams or results.
         """
         _check_text("prompt", prompt, " A list of texts goes to generate.")
         _refuse_details(options)
         (batch,) = self._batches([prompt], **options)
         config = batch.request.config
         for name in ("num_beams", "num_return_sequences"):
-            if getattr(config, name) > 1:
-                raise ValueError(
-                    f"{name}: a stream has one continuation, got {getattr(config, name)}. Set it to 1, or use generate."
-                )
+            if (count := getattr(config, name)) > 1:
+                raise ValueError(f"{name}: a stream has one continuation, got {count}. Set it to 1, or use generate.")
         return batch.stream()
 
     @overload
@@ -224,8 +212,7 @@ class LanguageModel:
             text: one text, or a list of any number of them; with ``continuations``, the prompt.
             continuations: texts that may follow ``text``.
             add_bos: see ``Tokenizer.encode``.
-            show_progress: draw a bar on stderr, if that is a terminal and there is more than one batch.
-            **limits: ``batch_size`` and ``max_batch_tokens``, see ``generate_each``.
+            show_progress, batch_size, max_batch_tokens: see ``generate_each``.
 
         Returns:
             A ``ScoredText``; a list of them, in order, for several texts or continuations.
@@ -238,12 +225,11 @@ class LanguageModel:
         batches = cut_batches([len(ids) for ids, _ in pairs], **{"batch_size": self.decoder.max_batch, **limits})
         with bar(len(texts), "text", shown=show_progress and len(batches) > 1) as drawn:
             for batch in batches:
-                rows = [pairs[i][0] for i in batch]
-                values = token_logprobs(self.decoder, rows, [max(1, pairs[i][1]) for i in batch])
-                for i, logprobs in zip(batch, values, strict=True):
-                    ids, start = pairs[i]
-                    first: list[float | None] = [None] if start == 0 else []
-                    found[i] = ScoredText(texts[i], tuple(ids[start:]), tuple(first + logprobs.tolist()))
+                rows, starts = zip(*(pairs[i] for i in batch), strict=True)
+                values = token_logprobs(self.decoder, rows, [max(1, start) for start in starts])
+                for i, ids, start, logprobs in zip(batch, rows, starts, values, strict=True):
+                    first = () if start else (None,)
+                    found[i] = ScoredText(texts[i], tuple(ids[start:]), (*first, *logprobs.tolist()))
                 drawn.update(len(batch))
         return found if continuations is not None or not isinstance(text, str) else found[0]
 
@@ -251,24 +237,23 @@ class LanguageModel:
         self, text: str | Sequence[str], continuations: Sequence[str] | None, add_bos: bool | None
     ) -> tuple[list[str], list[tuple[list[int], int]]]:
         """The texts; for each, the ids of prompt and text, and the index of the first id that is scored."""
-        tokenizer = self._tokenizer()
-        if continuations is not None:
-            if not isinstance(text, str) or isinstance(continuations, str) or not isinstance(continuations, Sequence):
-                raise ValueError("score: expected one prompt and a list of continuations.")
-            texts = list(continuations)
-            for c in texts:
-                _check_text("continuation", c)
+        tokenizer, given = self._tokenizer(), text if continuations is None else continuations
+        is_list = isinstance(given, Sequence) and not isinstance(given, str)
+        if continuations is not None and not (isinstance(text, str) and is_list):
+            raise ValueError("score: expected one prompt and a list of continuations.")
+        if not isinstance(given, Sequence):
+            raise ValueError(f"score: expected a text or several, got {type(given).__name__}.")
+        texts = [given] if isinstance(given, str) else list(given)
+        for t in texts:
+            _check_text("text" if continuations is None else "continuation", t)
+        if continuations is None:
+            pairs = [(ids, 0) for ids in tokenizer.encode_each(texts, add_bos)]
+        else:
+            assert isinstance(text, str)
             pairs = tokenizer.encode_continuations(text, texts, add_bos)
             bos = tokenizer.beginning(self.decoder.config)
             if text == "" and add_bos is None and bos is not None and not tokenizer.encode(""):
                 pairs = [([bos, *ids], start + 1) for ids, start in pairs]  # as generate("") goes on
-        else:
-            if not isinstance(text, Sequence):
-                raise ValueError(f"score: expected a text or several, got {type(text).__name__}.")
-            texts = [text] if isinstance(text, str) else list(text)
-            for t in texts:
-                _check_text("text", t)
-            pairs = [(ids, 0) for ids in tokenizer.encode_each(texts, add_bos)]
         for t, (ids, start) in zip(texts, pairs, strict=True):
             if start == len(ids):
                 raise ValueError(f"score: expected some text, got {t!r}, which has no tokens.")
@@ -327,9 +312,7 @@ class LanguageModel:
     ) -> list[TextBatch]:
         """All that is to run, checked."""
         tokenizer, decoder = self._tokenizer(), self.decoder
-        if not isinstance(config, GenerationConfig | None):
-            raise ValueError(f"config: expected a minopt.GenerationConfig, got {type(config).__name__}.")
-        config = with_defaults(self.generation_defaults, options) if config is None else config.replace(**options)
+        config = with_defaults(self.generation_defaults, options, config)
         if not isinstance(skip_special_tokens, bool):
             raise ValueError(f"skip_special_tokens: expected True or False, got {skip_special_tokens!r}.")
         if config.output_scores:
@@ -353,11 +336,8 @@ class LanguageModel:
         for number, row in enumerate(rows, 1):
             with _where(number, len(rows)):
                 check_room(decoder.config.max_position_embeddings, len(row), config)
-        if batch_size is None:
-            batch_size = most_prompts(decoder, config, max_batch_tokens)
-        most = decoder.config.max_position_embeddings - config.max_new_tokens
-        costs, batches = [cost_of(min(len(row), most), config) for row in rows], []
-        for indices in cut_batches(costs, batch_size, max_batch_tokens, in_order):
+        batches = []
+        for indices in cut_prompts(decoder, config, [*map(len, rows)], in_order, batch_size, max_batch_tokens):
             input_ids, mask = pad_left([rows[i] for i in indices], decoder.config.pad_token_id)
             request = prepare(decoder, input_ids, mask, config, logits_processor, stopping_criteria, generator, bos)
             stops = None
@@ -378,10 +358,9 @@ def _where(number: int, count: int) -> Iterator[None]:
 
 
 def _refuse_details(options: Mapping[str, Any]) -> None:
-    if given := [name for name in ("output_logprobs", "top_logprobs") if options.get(name)]:
-        raise ValueError(
-            f"{given[0]}: cannot be returned where the result is plain text. Use generate with return_details=True."
-        )
+    for name in ("output_logprobs", "top_logprobs"):
+        if options.get(name):
+            raise ValueError(f"{name}: cannot be returned with plain text. Use generate with return_details=True.")
 
 
 def _check_text(name: str, text: object, hint: str = "") -> None:

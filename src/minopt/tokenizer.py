@@ -40,15 +40,12 @@ class Tokenizer:
     OPT puts ``</s>`` (2) before every text and pads with ``<pad>`` (1); Galactica puts nothing.
 
     Args:
-        backend: the tokenizer of the ``tokenizers`` library.
+        backend: the tokenizer of the ``tokenizers`` library, a byte-level BPE.
         settings: the content of a tokenizer_config.json: ``bos_token``, ``eos_token``, ``pad_token`` (each a string),
             and all else that is to be saved again.
 
     Attributes:
         bos_token_id, eos_token_id, pad_token_id: ids, or ``None`` where the files name none.
-
-    Raises:
-        ValueError: if the backend is not a byte-level BPE.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, settings: Mapping[str, Any]) -> None:
@@ -66,14 +63,10 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder: str | Path) -> Tokenizer:
-        """Reads ``tokenizer.json``, or ``vocab.json`` and ``merges.txt``, with the settings beside them.
+        """Reads the files in a folder (any one of them leads to it), under their names in transformers or in metaseq.
 
-        Settings are in ``tokenizer_config.json``, ``special_tokens_map.json`` and ``added_tokens.json``, all optional.
-        As in transformers, the last two count only if the first has no ``added_tokens_decoder``. metaseq's names are
-        known too: ``gpt2-unified.json``, and ``gpt2-vocab.json`` with ``gpt2-merges.txt``.
-
-        Args:
-            folder: the folder of the files, or any one of them.
+        Settings beside them are optional. As in transformers, ``special_tokens_map.json`` and ``added_tokens.json``
+        count only if ``tokenizer_config.json`` has no ``added_tokens_decoder``.
 
         Raises:
             FileNotFoundError: if the files are not there.
@@ -88,12 +81,14 @@ class Tokenizer:
                 f"{folder}: expected tokenizer.json, or vocab.json and merges.txt, found {found}. "
                 "Copy the tokenizer's files there."
             )
-        settings, added = _read_json(folder / "tokenizer_config.json"), {}
-        is_metaseqs = files == ("gpt2-unified.json",) and not (folder / "tokenizer_config.json").is_file()
-        is_silent = len(files) == 2 or is_metaseqs
+
+        def read(name: str) -> dict[str, Any]:
+            return read_json(folder / name) if (folder / name).is_file() else {}
+
+        settings, added = read("tokenizer_config.json"), dict[str, Any]()
+        is_silent = len(files) == 2 or (files == ("gpt2-unified.json",) and not settings)
         if "added_tokens_decoder" not in settings:
-            settings |= _read_json(folder / "special_tokens_map.json")
-            added = _read_json(folder / "added_tokens.json")
+            settings, added = settings | read("special_tokens_map.json"), read("added_tokens.json")
         if is_silent:
             settings = _OPT_SETTINGS | settings
         backend = _read_backend([folder / name for name in files], bool(settings.get("add_prefix_space", False)))
@@ -101,16 +96,13 @@ class Tokenizer:
         if backend.token_to_id("<|endoftext|>") == 50256 and backend.token_to_id("</s>") is None:
             raise ValueError(
                 f"{folder}: this is GPT-2's vocabulary (<|endoftext|> is 50256, there is no </s>); OPT numbers the "
-                "same tokens differently, so its output would be garbage. Use the vocab.json of a facebook/opt-* "
-                "repository."
+                "same tokens otherwise, so its output would be garbage. Use the vocab.json of a facebook/opt-* model."
             )
         try:
             _add_tokens(backend, settings, added, folder)
         except (AttributeError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{folder}: the tokenizer's settings name tokens in an unknown form ({error}). "
-                "Fetch tokenizer_config.json, special_tokens_map.json and added_tokens.json again."
-            ) from None
+            what = f"{folder}: tokenizer_config.json, special_tokens_map.json or added_tokens.json"
+            raise ValueError(f"{what} names tokens in an unknown form ({error}). Fetch them again.") from None
         _add_frame(backend, settings, with_eos=len(files) == 2)
         return cls(backend, settings)
 
@@ -127,11 +119,7 @@ class Tokenizer:
 
     @classmethod
     def beside(cls, weights: Path, folder: str | Path | None = None) -> Tokenizer | None:
-        """The tokenizer in ``folder``; if that is ``None``, the one that ``find`` gives for ``weights``, if any.
-
-        Raises:
-            FileNotFoundError, ValueError: as ``load`` does.
-        """
+        """The tokenizer in ``folder``; if that is ``None``, the one that ``find`` gives for ``weights``, if any."""
         found = cls.find(weights) if folder is None else Path(folder).expanduser()
         return None if found is None else cls.load(found)
 
@@ -185,7 +173,7 @@ class Tokenizer:
         return self.encode_each([text], add_bos)[0]
 
     def encode_each(self, texts: Sequence[str], add_bos: bool | None = None) -> list[list[int]]:
-        """Ids of several texts, together and so faster than one by one; see ``encode``, also for what it raises."""
+        """Ids of several texts, together and so faster than one by one; see ``encode``."""
         self.check(texts, add_bos)
         encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=add_bos is None)
         return [self._with_bos(encoding.ids) if add_bos else encoding.ids for encoding in encodings]
@@ -207,14 +195,11 @@ class Tokenizer:
     def encode_continuations(
         self, prompt: str, continuations: Sequence[str], add_bos: bool | None = None
     ) -> list[tuple[list[int], int]]:
-        """Ids of a prompt followed by each continuation, as one text.
+        """Ids of a prompt followed by each continuation, as one text; raises as ``encode`` does.
 
         Returns:
             For each the ids, and the index of the first that reaches into the continuation: a token may hold the end
             of the prompt, such as its last space, and the beginning of what follows.
-
-        Raises:
-            ValueError: as ``encode`` does.
         """
         texts = [prompt + continuation for continuation in continuations]
         self.check(texts, add_bos)
@@ -226,11 +211,7 @@ class Tokenizer:
         return pairs
 
     def encode_batch(self, texts: Sequence[str], add_bos: bool | None = None) -> tuple[Tensor, Tensor | None]:
-        """Ids of several texts, padded on the left to one length; returns what ``pad_left`` does.
-
-        Raises:
-            ValueError: as ``encode`` does, or if there is no text, or one without any token.
-        """
+        """Ids of several texts, padded on the left to one length; raises as ``encode`` and ``pad_left`` do."""
         if isinstance(texts, str):
             raise ValueError("texts: expected a list of texts, got one. Put it into a list.")
         return pad_left(self.encode_each(texts, add_bos), self.pad_token_id)
@@ -243,16 +224,11 @@ class Tokenizer:
 def pad_left(rows: Sequence[Sequence[int]], pad_token_id: int | None) -> tuple[Tensor, Tensor | None]:
     """Stacks rows of ids, shorter ones padded on the left, so that each row ends with its newest token.
 
-    Args:
-        rows: at least one, each of at least one id.
-        pad_token_id: the id to pad with; ``None`` pads with 0. Padding is masked, so its id changes nothing.
+    The id of padding (``None`` is 0) changes nothing, for it is masked. ``ValueError`` if there is no row, or an empty
+    one.
 
     Returns:
-        ``input_ids [B, T]`` and ``attention_mask [B, T]``, int64 on the CPU, 1 = real; ``None`` for a mask without
-        padding.
-
-    Raises:
-        ValueError: if there is no row, or an empty one.
+        ``input_ids [B, T]`` and ``attention_mask [B, T]``, int64 on the CPU, 1 = real; no mask without padding.
     """
     if not all(rows) or not rows:
         raise ValueError("texts: expected at least one, each of at least one token.")
@@ -268,10 +244,6 @@ def _files_in(folder: Path) -> tuple[str, ...]:
     return next((form for form in _FORMS if all((folder / name).is_file() for name in form)), ())
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.is_file() else {}
-
-
 def _read_backend(paths: Sequence[Path], add_prefix_space: bool) -> tokenizers.Tokenizer:
     """The library's tokenizer of a tokenizer.json, or of a vocabulary and its merges."""
     if len(paths) == 2:
@@ -285,10 +257,8 @@ def _read_backend(paths: Sequence[Path], add_prefix_space: bool) -> tokenizers.T
             return backend
         backend = tokenizers.Tokenizer(models.BPE.from_file(*map(str, paths)))
     except Exception as error:  # the library raises bare Exception
-        what = what_it_is(paths[-1])
-        raise ValueError(
-            f"{paths[-1]}: not a tokenizer file, {f'but {what}' if what else f'{error}. Fetch the file again.'}"
-        ) from None
+        what = f"but {what}" if (what := what_it_is(paths[-1])) else f"{error}. Fetch the file again."
+        raise ValueError(f"{paths[-1]}: not a tokenizer file, {what}") from None
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)
     backend.decoder = decoders.ByteLevel()
     return backend

@@ -40,21 +40,6 @@ def test_every_row_comes_once_in_batches_that_are_full_and_keep_the_limits(
         assert not fits([*batch, max(following, key=lambda index: lengths[index])])
 
 
-@pytest.mark.parametrize(
-    ("limits", "expected"),
-    [
-        ({}, [[0, 1, 2, 3, 4]]),
-        ({"batch_size": 2}, [[1, 2], [0, 4], [3]]),
-        ({"max_batch_tokens": 18}, [[1, 2], [0, 3, 4]]),
-        ({"max_batch_tokens": 17}, [[1], [2], [0, 3, 4]]),
-        ({"max_batch_tokens": 8}, [[1], [2], [0], [3, 4]]),
-        ({"batch_size": 2, "max_batch_tokens": 17}, [[1], [2], [0, 4], [3]]),
-    ],
-)
-def test_batches_of_an_example(limits: dict[str, int], expected: list[list[int]]) -> None:
-    assert cut_batches([5, 9, 9, 1, 4], **limits) == expected
-
-
 def test_without_limits_a_batch_holds_so_many_tokens_and_beside_a_size_any_number() -> None:
     lengths = [MAX_BATCH_TOKENS // 4] * 9
     assert list(map(len, cut_batches(lengths))) == [4, 4, 1]

@@ -254,9 +254,11 @@ def test_tokens_and_scores_are_those_of_transformers(kind: str) -> None:
 
 @pytest.mark.parametrize("falling", [True, False], ids=["best first", "best last"])
 def test_sampled_beams_are_those_of_transformers(kind: str, falling: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where both draw the most probable candidates, in this order or that: the best of them may end."""
+    """From the same probabilities; where both draw the most probable ones, in this order or that: the best may end."""
+    drawn_from: list[Tensor] = []
 
     def most_probable(probabilities: Tensor, num_samples: int, **_: Any) -> Tensor:
+        drawn_from.append(probabilities)
         picks = probabilities.topk(num_samples).indices
         return picks if falling else picks.flip(-1)
 
@@ -273,12 +275,15 @@ def test_sampled_beams_are_those_of_transformers(kind: str, falling: bool, monke
             "early_stopping": draw.choice([False, True, "never"]), "length_penalty": draw.choice([0.0, 1.0, 1.5]),
         }  # fmt: skip
         prompts = draw_prompts(draw)
+        drawn_from.clear()
         theirs = of_transformers(reference, prompts, **options)
+        steps = len(drawn_from)
         if any(row.score < -1e8 for row in theirs):  # filters have left it fewer texts than beams, see above
             seen["too few"] += 1
             continue
         ids, mask = pad_left(prompts)
         found = generate(ours, ids, mask, **as_ours(options), output_scores=True)
+        assert all(map(are_close, drawn_from[steps:], drawn_from[:steps]))
         for row, other in zip(hypotheses(found, ids.shape[1]), theirs, strict=True):
             assert row.tokens == other.tokens, (n, prompts, options)
             assert row.score == pytest.approx(other.score, rel=1e-5), (n, prompts, options)
@@ -293,59 +298,6 @@ def test_sampled_beams_are_those_of_transformers(kind: str, falling: bool, monke
 
 def random_table(vocab_size: int, seed: int = 0, scale: float = 1.0) -> Tensor:
     return scale * torch.randn(vocab_size, vocab_size, generator=torch.Generator().manual_seed(seed))
-
-
-def chi_square(counts: Counter[Any], expected: dict[Any, float]) -> float:
-    """In standard deviations from its mean; what is expected less than 5 times counts as one outcome."""
-    draws = sum(counts.values())
-    assert set(counts) <= set(expected)
-    pairs = [(counts[outcome], draws * p) for outcome, p in expected.items()]
-    often = [pair for pair in pairs if pair[1] >= 5]
-    rare = [pair for pair in pairs if pair[1] < 5]
-    often.append((sum(n for n, _ in rare), sum(p for _, p in rare) + 1e-9))
-    freedom = len(often) - 1
-    return (sum((n - p) ** 2 / p for n, p in often) - freedom) / math.sqrt(2 * freedom)
-
-
-def best_two_drawn(q: dict[Any, float], draws: int) -> dict[frozenset[Any], float]:
-    """Which two of weighted items are the weightiest of so many drawn without replacement."""
-    total, found = sum(q.values()), Counter[frozenset[Any]]()
-    for drawn in itertools.permutations(q, draws):
-        left = [total - sum(q[item] for item in drawn[:n]) for n in range(draws)]
-        best = sorted(drawn, key=lambda item: -q[item])[:2]
-        found[frozenset(best)] += math.prod(q[item] / rest for item, rest in zip(drawn, left, strict=True))
-    return dict(found)
-
-
-def drawn_pairs(table: Tensor, steps: int, temperature: float, rows: int = 8000) -> Counter[frozenset[Any]]:
-    found = generate(
-        Table(table), torch.zeros(rows, 1, dtype=torch.long), num_beams=2, num_return_sequences=2, do_sample=True,
-        max_new_tokens=steps, temperature=temperature, top_k=0, seed=5,
-    )  # fmt: skip
-    texts = [tuple(row) for row in found.sequences[:, 1:].tolist()]
-    best, second = scores_of(found).view(-1, 2).unbind(1)
-    assert (best >= second).all()
-    return Counter(frozenset(texts[i : i + 2]) for i in range(0, len(texts), 2))
-
-
-@pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_two_beams_of_one_step_are_the_best_of_four_drawn_without_replacement(temperature: float) -> None:
-    table = random_table(6)
-    counts = drawn_pairs(table, 1, temperature)
-    q = {(token,): p for token, p in enumerate((table[0].log_softmax(-1) / temperature).softmax(-1).tolist())}
-    assert abs(chi_square(counts, best_two_drawn(q, 4))) < 4
-    assert chi_square(counts, best_two_drawn(q, 2)) > 8  # the first two drawn
-
-
-def test_beams_of_a_second_step_are_drawn_in_proportion_to_whole_texts() -> None:
-    """Of five tokens four are drawn, the best two go on; the best two of four drawn of their continuations remain."""
-    table, expected = random_table(5, seed=3), Counter[frozenset[Any]]()
-    first, then = table[0].softmax(-1).tolist(), table.softmax(-1).tolist()
-    for running, p_running in best_two_drawn(dict(enumerate(first)), 4).items():
-        q = {(a, b): first[a] * then[a][b] for a in running for b in range(5)}
-        for pair, p in best_two_drawn(q, 4).items():
-            expected[pair] += p_running * p
-    assert abs(chi_square(drawn_pairs(table, 2, 1.0), expected)) < 4
 
 
 # --- brute force
@@ -525,27 +477,6 @@ def test_a_row_without_a_token_to_go_on_with_ends_with_its_beams(early_stopping:
         assert (reason, len(row.tokens)) == ("exhausted", 3) if row.tokens[-1] != 2 else reason == "eos"
         assert math.isfinite(row.score)
     assert "exhausted" in found.stop_reasons
-
-
-@pytest.mark.parametrize("sampled", [False, True], ids=["best", "drawn"])
-def test_a_row_without_a_first_token_is_its_prompt(sampled: bool) -> None:
-    """All of them, or one beside a row that has some."""
-    ids = torch.tensor([[3, 4], [5, 4]])
-    options: dict[str, Any] = {**BEAMS, "output_logprobs": True, "top_logprobs": 2, "do_sample": sampled}
-    found = generate(ODD, ids, **options, logits_processor=ban_behind(0))
-    assert found.sequences.tolist() == [[3, 4]] * 3 + [[5, 4]] * 3
-    assert found.lengths == (0,) * 6
-    assert found.stop_reasons == ("exhausted",) * 6
-    assert scores_of(found).tolist() == [-math.inf] * 6
-    shapes = [t.shape for t in (found.scores, found.logprobs, found.top_token_ids, found.top_logprobs) if t is not None]
-    assert shapes == [(6, 0, 12), (6, 0), (6, 0, 2), (6, 0, 2)]
-    found = generate(ODD, ids, **options, max_new_tokens=5, logits_processor=ban_behind(0, marked=3))
-    assert found.lengths == (0,) * 3 + (5,) * 3
-    assert found.stop_reasons == ("exhausted",) * 3 + ("length",) * 3
-    if not sampled:
-        alone = generate(ODD, ids[1:], **options, max_new_tokens=5)
-        assert torch.equal(found.sequences[3:], alone.sequences)
-        assert torch.equal(scores_of(found)[3:], scores_of(alone))
 
 
 @pytest.mark.parametrize("length", [1, 2])

@@ -162,15 +162,6 @@ def test_each_filter_is_that_of_transformers(name: str, num_beams: int, eos: tup
         assert (found.isfinite().sum(1) >= scores.isfinite().sum(1).clamp(max=least)).all()
 
 
-def test_sequences_longer_than_the_row_change_nothing() -> None:
-    options = {"sequence_bias": [[[*IDS[0].tolist(), 3], 2.0]], "bad_words_ids": [[*IDS[0].tolist(), 4]]}
-    rules = build_rules(GenerationConfig(**options), 1, NO_PADDING, ())
-    for length in range(1, IDS.shape[1]):
-        assert torch.equal(apply(rules, IDS[:, :length], SCORES["random"]), SCORES["random"])
-    changed = apply(rules, IDS, SCORES["random"]) != SCORES["random"]
-    assert changed.nonzero().tolist() == [[0, 3], [0, 4]]
-
-
 @pytest.mark.parametrize(
     ("options", "eos"),
     [({}, EOS), (sampling(), EOS), ({"min_new_tokens": 3}, ()), ({"num_beams": 4}, EOS)],
@@ -505,15 +496,7 @@ def test_no_rule_changes_what_it_is_given_or_remembers_it(name: str) -> None:
         assert not differ(first, backwards[::-1])
 
 
-# --- what is drawn
-
-
-def test_a_forced_token_that_another_rule_excludes_is_not_forced_as_transformers_would() -> None:
-    scores = random_scores()
-    rules = build(1, (2,), {"forced_bos_token_id": 7, "bad_words_ids": [[7]]})
-    assert apply(rules, IDS[:, :1], scores).eq(-INF).all()
-    theirs = transformers.ForcedBOSTokenLogitsProcessor(7)(IDS[:, :1], apply(rules[:1], IDS[:, :1], scores))
-    assert theirs[:, 7].eq(0).all()
+# --- filters of large vocabularies
 
 
 @pytest.mark.parametrize("least", [1, 3])
@@ -553,11 +536,3 @@ def test_min_p_is_exact_close_to_its_edge() -> None:
     for row, ratio in zip(scores.split(1), ratios.tolist(), strict=True):
         assert keep_min_p(row, ratio * (1 - 1e-9))[0, 7].isfinite()
         assert ratio == 1 or not keep_min_p(row, ratio * (1 + 1e-9))[0, 7].isfinite()
-
-
-def test_a_nucleus_of_a_peaked_large_vocabulary_sorts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    scores = 8 * torch.randn(3, 5000, generator=torch.Generator().manual_seed(0))
-    monkeypatch.setattr(Tensor, "sort", None)
-    keep_top_p(scores, 0.9)
-    with pytest.raises(TypeError):
-        keep_top_p(scores / 100, 0.9)

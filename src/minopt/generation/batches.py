@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 
 from minopt.config import is_int
 
@@ -31,35 +32,24 @@ def cut_batches(
     for name, limit in (("batch_size", batch_size), ("max_batch_tokens", max_batch_tokens)):
         if limit is not None and not (is_int(limit) and limit >= 1):
             raise ValueError(f"{name}: expected an integer of at least 1, got {limit!r}.")
-    if max_batch_tokens is None and batch_size is None:
-        max_batch_tokens = MAX_BATCH_TOKENS
-    if in_order:
-        return [batch for pool in _pools(lengths, batch_size, max_batch_tokens)
-                for batch in sorted(_cut([*pool], lengths, batch_size, max_batch_tokens))]  # fmt: skip
-    return _cut([*range(len(lengths))], lengths, batch_size, max_batch_tokens)
+    rows = batch_size or math.inf
+    tokens = max_batch_tokens or (math.inf if batch_size else MAX_BATCH_TOKENS)
+    if not in_order:
+        return _cut(range(len(lengths)), lengths, rows, tokens)
+    begin, count, batches = 0, 0, []
+    for end, length in enumerate(lengths, 1):
+        count += length
+        if end == len(lengths) or count >= POOLED_BATCHES * tokens or end - begin >= POOLED_BATCHES * rows:
+            batches += sorted(_cut(range(begin, end), lengths, rows, tokens))
+            begin, count = end, 0
+    return batches
 
 
-def _pools(lengths: Sequence[int], batch_size: int | None, max_batch_tokens: int | None) -> list[range]:
-    """Ranges of neighbouring rows, each enough for ``POOLED_BATCHES`` batches."""
-    begin, tokens, pools = 0, 0, []
-    for index, length in enumerate(lengths, 1):
-        tokens += length
-        full = max_batch_tokens is not None and tokens >= POOLED_BATCHES * max_batch_tokens
-        if full or index == len(lengths) or (batch_size is not None and index - begin >= POOLED_BATCHES * batch_size):
-            pools.append(range(begin, index))
-            begin, tokens = index, 0
-    return pools
-
-
-def _cut(
-    indices: list[int], lengths: Sequence[int], batch_size: int | None, max_batch_tokens: int | None
-) -> list[list[int]]:
+def _cut(indices: Iterable[int], lengths: Sequence[int], rows: float, tokens: float) -> list[list[int]]:
+    """Batches of at most so many rows and tokens; the first row of each is the longest until all are cut."""
     batches: list[list[int]] = []
     for index in sorted(indices, key=lambda i: -lengths[i]):
-        rows = len(batches[-1]) + 1 if batches else 1
-        too_many = batch_size is not None and rows > batch_size
-        too_wide = max_batch_tokens is not None and batches and rows * lengths[batches[-1][0]] > max_batch_tokens
-        if not batches or too_many or too_wide:
+        if not batches or (full := len(batches[-1]) + 1) > rows or full * lengths[batches[-1][0]] > tokens:
             batches.append([])
         batches[-1].append(index)
     return [sorted(batch) for batch in batches]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -67,16 +68,18 @@ def beam_search(request: Request) -> GenerationOutput:
     is_open = torch.ones(B, dtype=torch.bool, device=device)  # whether a row's finished hypotheses may still change
     visible = torch.zeros(B, K, 0, dtype=torch.bool, device=device)  # [B, K, C] which slots belong to a beam
     own = torch.eye(K, dtype=torch.bool, device=device).expand(B, -1, -1)
-    seen: list[tuple[Tensor | None, ...]] = []  # what each step has kept
+    seen: list[dict[str, Any]] = []  # what the options ask for of each step
     for step in range(N):
         logprobs = logits.flatten(0, 1).float().log_softmax(-1)
         scores = logprobs
         for rule in rules:
             scores = rule(running.ids[..., : T + step].flatten(0, 1), scores)
         logprobs, scores = logprobs.view(B, K, -1), scores.view(B, K, -1)
-        seen.append(_kept(config, logprobs, scores))
+        seen.append({"scores": scores} if config.output_scores else {})
+        if config.top_logprobs:
+            seen[-1]["top_logprobs"], seen[-1]["top_token_ids"] = logprobs.topk(config.top_logprobs)
         candidates = _candidates(request, running, scores, logprobs, step)
-        texts = candidates.ids[..., : T + step + 1].flatten(0, 1) if stopper.criteria else None
+        texts = candidates.ids[..., : T + step + 1].flatten(0, 1)
         candidates.reasons = stopper(candidates.ids[..., T + step], step + 1, texts)
         ends = candidates.reasons != RUNNING
         finished = finished.best(_ended(candidates, config, step + 1, ends & is_open[:, None]))
@@ -111,12 +114,6 @@ def _no_texts(request: Request) -> Texts:
     zeros = torch.zeros(B, K, N, dtype=torch.long, device=ids.device)
     logprobs = zeros.float()
     return Texts(logprobs[..., 0] - torch.inf, zeros[..., 0], zeros[..., 0].to(torch.int8), ids, logprobs, zeros)
-
-
-def _kept(config: GenerationConfig, logprobs: Tensor, scores: Tensor) -> tuple[Tensor | None, ...]:
-    """The outputs that the options ask for: scores ``[B, K, V]``, and the best tokens ``[B, K, top_logprobs]``."""
-    values, ids = logprobs.topk(config.top_logprobs) if config.top_logprobs else (None, None)
-    return scores if config.output_scores else None, ids, values
 
 
 def _candidates(request: Request, running: Texts, scores: Tensor, logprobs: Tensor, step: int) -> Texts:
@@ -189,8 +186,8 @@ def _compact(cache: KVCache, prompt_length: int, visible: Tensor) -> Tensor:
     return visible.gather(2, slots[:, None].expand(-1, visible.shape[1], -1))
 
 
-def _output(request: Request, finished: Texts, seen: list[tuple[Tensor | None, ...]]) -> GenerationOutput:
-    (B, T), R = request.input_ids.shape, request.config.num_return_sequences
+def _output(request: Request, finished: Texts, seen: list[dict[str, Any]]) -> GenerationOutput:
+    T, R = request.input_ids.shape[1], request.config.num_return_sequences
     best = Texts(*(tensor[:, :R] for tensor in vars(finished).values()))
     nothing = best.scores == -torch.inf
     lengths, reasons = best.lengths.masked_fill(nothing, 0), best.reasons.masked_fill(nothing, EXHAUSTED)
@@ -198,21 +195,17 @@ def _output(request: Request, finished: Texts, seen: list[tuple[Tensor | None, .
     at = torch.arange(T + N, device=lengths.device)
     ids = best.ids[..., : T + N].where(at < T + lengths[..., None], request.pad_token_id)
 
-    def along(which: int) -> Tensor | None:
-        """What each step has kept, ``[B, K, X]``, as ``[B * R, N, X]`` along the hypotheses."""
-        steps = [tensor for kept in seen if (tensor := kept[which]) is not None]
-        if not steps:
-            return None
-        rows = [steps[n].gather(1, best.sources[:, :, n, None].expand(-1, -1, steps[0].shape[2])) for n in range(N)]
-        return torch.stack(rows, 2).flatten(0, 1) if rows else steps[0].new_zeros(B * R, 0, steps[0].shape[2])
+    def along(name: str) -> Any:
+        """What the steps have seen, ``[B, K, X]`` each, as ``[B * R, N, X]`` along the hypotheses."""
+        sources = best.sources[..., None].expand(-1, -1, -1, seen[0][name].shape[2])
+        rows = [parts[name].gather(1, sources[:, :, step]) for step, parts in enumerate(seen)]
+        return torch.stack(rows, 2)[:, :, :N].flatten(0, 1)
 
     return GenerationOutput(
         ids.flatten(0, 1),
         tuple(lengths.flatten().tolist()),
         tuple(STOP_REASONS[reason] for reason in reasons.flatten().tolist()),
         best.scores.flatten(),
-        along(0),
-        best.logprobs[..., :N].flatten(0, 1) if request.config.output_logprobs else None,
-        along(1),
-        along(2),
+        logprobs=best.logprobs[..., :N].flatten(0, 1) if request.config.output_logprobs else None,
+        **{name: along(name) for name in seen[0]},
     )

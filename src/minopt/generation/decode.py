@@ -6,7 +6,6 @@ vocabulary.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from minopt.generation.beams import beam_search
 from minopt.generation.drafts import PromptLookup
-from minopt.generation.options import GenerationConfig
+from minopt.generation.options import GenerationConfig, with_defaults
 from minopt.generation.request import (
     EXHAUSTED,
     RUNNING,
@@ -44,19 +43,16 @@ class Step:
         tokens: ``[R]``, padding in rows without a new one.
         is_new: ``[R]``, whether a row got a token.
         reasons: ``[R]``, the number in ``STOP_REASONS`` of a row that has ended, now or before; else 0.
-        scores, logprobs, top_token_ids, top_logprobs: this step's part of what ``GenerationOutput`` has.
-        drafted_tokens, accepted_tokens: the counts of ``GenerationOutput`` so far.
+        asked_for: this step's part of ``scores``, ``logprobs``, ``top_token_ids`` and ``top_logprobs`` of a
+            ``GenerationOutput``, if the options ask for them.
+        drafts: ``drafted_tokens`` and ``accepted_tokens`` of a ``GenerationOutput`` so far, with prompt lookup.
     """
 
     tokens: Tensor
     is_new: Tensor
     reasons: Tensor
-    scores: Tensor | None = None
-    logprobs: Tensor | None = None
-    top_token_ids: Tensor | None = None
-    top_logprobs: Tensor | None = None
-    drafted_tokens: tuple[int, ...] | None = None
-    accepted_tokens: tuple[int, ...] | None = None
+    asked_for: dict[str, Any]
+    drafts: dict[str, Any]
 
 
 def generate(
@@ -92,34 +88,28 @@ def generate(
             ``max_new_tokens`` exceed the model's positions, padding is not on the left, or there is a generator
             beside a seed or without sampling; nothing has run then. And if scores are no numbers (NaN).
     """
-    if not isinstance(config, GenerationConfig | None):
-        raise ValueError(f"config: expected a minopt.GenerationConfig, got {type(config).__name__}.")
-    config = (config or GenerationConfig()).replace(**options)
-    request = prepare(decoder, input_ids, attention_mask, config, logits_processor, stopping_criteria, generator)
-    return run(request)
+    config = with_defaults({}, options, config)
+    return run(prepare(decoder, input_ids, attention_mask, config, logits_processor, stopping_criteria, generator))
 
 
 def run(request: Request) -> GenerationOutput:
     """Does what ``generate`` does once its arguments are checked."""
-    request, config = request.on_device(), request.config
-    if config.num_beams > 1:
+    request = request.on_device()
+    if request.config.num_beams > 1:
         return beam_search(request)
     steps = list(decode_steps(request, _look_every(request)))
-    lengths = torch.stack([step.is_new for step in steps]).sum(0).tolist()
+    lengths, last = torch.stack([step.is_new for step in steps]).sum(0).tolist(), steps[-1]
 
-    def stacked(name: str) -> Tensor | None:
-        values = [getattr(step, name) for step in steps]
-        return None if values[0] is None else torch.stack(values, dim=1)[:, : max(lengths)]
+    def stacked(parts: list[Tensor]) -> Any:
+        return torch.stack(parts, dim=1)[:, : max(lengths)]
 
-    tokens = stacked("tokens")
-    assert tokens is not None
+    prompts = request.input_ids.repeat_interleave(request.config.num_return_sequences, dim=0)
     return GenerationOutput(
-        torch.cat([request.input_ids.repeat_interleave(config.num_return_sequences, dim=0), tokens], dim=1),
+        torch.cat([prompts, stacked([step.tokens for step in steps])], dim=1),
         tuple(lengths),
-        tuple(STOP_REASONS[reason] for reason in steps[-1].reasons.tolist()),
-        **{name: stacked(name) for name in ("scores", "logprobs", "top_token_ids", "top_logprobs")},
-        drafted_tokens=steps[-1].drafted_tokens,
-        accepted_tokens=steps[-1].accepted_tokens,
+        tuple(STOP_REASONS[reason] for reason in last.reasons.tolist()),
+        **{name: stacked([step.asked_for[name] for step in steps]) for name in last.asked_for},
+        **last.drafts,
     )
 
 
@@ -131,9 +121,8 @@ def _look_every(request: Request) -> int:
     """
     config = request.config
     is_seen = request.logits_processor or request.stopping_criteria or config.max_time is not None
-    if request.decoder.device.type == "cpu" or is_seen or config.prompt_lookup_num_tokens is not None:
-        return 1
-    return LOOK_EVERY
+    is_known = request.decoder.device.type == "cpu" or config.prompt_lookup_num_tokens is not None
+    return 1 if is_seen or is_known else LOOK_EVERY
 
 
 @torch.inference_mode()
@@ -144,22 +133,23 @@ def decode_steps(request: Request, look_every: int = 1) -> Iterator[Step]:
     ``look_every - 1`` steps without a new token may follow the last one.
     """
     decoder, config, copies = request.decoder, request.config, request.config.num_return_sequences
-    (B, T), N = request.input_ids.shape, config.max_new_tokens
+    (B, T), N, device = request.input_ids.shape, config.max_new_tokens, decoder.device
     rules, stopper = request.rules(copies), Stopper(request)
     cache = decoder.new_cache(B, T + N)
     logits = request.read_prompts(cache)
     sequences = torch.nn.functional.pad(request.input_ids, (0, N), value=request.pad_token_id)
     real = with_new_tokens(request.attention_mask, N)
-    position_ids = positions(real, T, 1, decoder.device).expand(B, 1)
+    position_ids = positions(real, T, 1, device).expand(B, 1)
     if copies > 1:
         cache.expand(copies)
         logits, sequences, position_ids = (
             t.repeat_interleave(copies, dim=0) for t in (logits, sequences, position_ids)
         )
         real = None if real is None else real.repeat_interleave(copies, dim=0)
-    rows = _Rows(B * copies, N, look_every, decoder.device)
     lookup = None if config.prompt_lookup_num_tokens is None else PromptLookup(request, cache)
     draws = _random_numbers(N, B * copies, request) if config.do_sample else None
+    reasons = torch.zeros(B * copies, dtype=torch.int8, device=device)
+    broken_at = torch.full((B * copies,), N, device=device)  # the step in which a row's scores are no numbers
     for step in range(N):
         length = T + step
         scores = logits.float()
@@ -170,68 +160,28 @@ def decode_steps(request: Request, look_every: int = 1) -> Iterator[Step]:
             tokens = _draw(scores, draws[step])
         asked_for = _asked_for(config, logits, scores, tokens)
         sequences[:, length] = tokens
-        if rows.take(step, best, stopper(tokens, step + 1, sequences[:, : length + 1])):
-            tokens = tokens.where(rows.have_new, request.pad_token_id)
-            sequences[:, length] = tokens
-            rows.look(step)
-        if lookup is not None:
-            asked_for |= lookup.counts()
-        yield Step(tokens, rows.have_new, rows.reasons, **asked_for)
-        if rows.all_ended:
+        ends = stopper(tokens, step + 1, sequences[:, : length + 1])
+        running, has_token = reasons == RUNNING, best.abs() < torch.inf
+        broken_at = broken_at.where(~running | has_token | (best == -torch.inf), step)  # -inf: no token is left
+        reasons = torch.where(running, ends.masked_fill(~has_token, EXHAUSTED), reasons)
+        is_new, running = running & has_token, reasons == RUNNING
+        tokens = tokens.where(is_new, request.pad_token_id)
+        sequences[:, length] = tokens
+        any_runs = True
+        if (step + 1) % look_every == 0 or step == N - 1:
+            any_runs, first_broken = torch.stack([running.any(), broken_at.min()]).tolist()
+            refuse(first_broken < N, first_broken)
+        yield Step(tokens, is_new, reasons, asked_for, {} if lookup is None else lookup.counts())
+        if not any_runs:
             return
         if lookup is not None:
-            logits = lookup.read(tokens, rows.running)
+            logits = lookup.read(tokens, running)
         else:
             logits = decoder.read(tokens[:, None], position_ids, step_mask(real, length + 1), None, cache)
             position_ids = position_ids + 1
 
 
-class _Rows:
-    """Which rows run, which have ended, and why.
-
-    Attributes:
-        running: ``[R]``, rows that have not ended.
-        have_new: ``[R]``, rows that got a token in the newest step.
-        reasons: ``[R]``, as in ``Step``.
-        all_ended: whether no row runs, as of the last look.
-    """
-
-    def __init__(self, rows: int, steps: int, look_every: int, device: torch.device) -> None:
-        self.reasons = torch.zeros(rows, dtype=torch.int8, device=device)
-        self.running = self.have_new = self.reasons == RUNNING
-        self.all_ended = False
-        self._none_ended, self._steps, self._look_every = True, steps, look_every
-        self._broken_at = torch.full_like(self.running, steps, dtype=torch.long)  # the step with NaN or infinity
-
-    def take(self, step: int, best: Tensor, reasons: Tensor) -> bool:
-        """Takes each row's highest score, and why its token ends it. Returns whether a row may lack a new token.
-
-        With a look at each step, as on a CPU, nothing is computed before the first row ends.
-        """
-        if self._look_every == 1 and self._none_ended and _all_go_on(best, reasons):
-            return False
-        has_token = best.abs() < torch.inf
-        is_sound = ~self.running | has_token | (best == -torch.inf)  # -inf: the rules left no token
-        self._broken_at = self._broken_at.where(is_sound, step)
-        self.have_new = self.running & has_token
-        self.reasons = torch.where(self.running, reasons.masked_fill(~has_token, EXHAUSTED), self.reasons)
-        self.running, self._none_ended = self.reasons == RUNNING, False
-        return True
-
-    def look(self, step: int) -> None:
-        """Every ``look_every`` steps, sets ``all_ended``, and refuses broken scores of rows that run."""
-        if (step + 1) % self._look_every == 0 or step == self._steps - 1:
-            any_runs, first_broken = torch.stack([self.running.any(), self._broken_at.min()]).tolist()
-            refuse(first_broken < self._steps, first_broken)
-            self.all_ended = not any_runs
-
-
-def _all_go_on(best: Tensor, reasons: Tensor) -> bool:
-    """Whether each row has a token and goes on. Compared in Python: cheaper than a few small kernels."""
-    return all(-math.inf < score < math.inf for score in best.tolist()) and not any(reasons.tolist())
-
-
-def _asked_for(config: GenerationConfig, logits: Tensor, scores: Tensor, tokens: Tensor) -> dict[str, Any]:
+def _asked_for(config: GenerationConfig, logits: Tensor, scores: Tensor, tokens: Tensor) -> dict[str, Tensor]:
     """The parts of a ``Step`` that the configuration asks for."""
     parts = {}
     if config.output_scores:

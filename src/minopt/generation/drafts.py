@@ -38,21 +38,16 @@ class Text:
 
         Where the text ends, the draft goes on with itself, as a text that repeats itself does.
         """
-        longest, start = 0, 0
-        for place in reversed(self.places[self.ids[-1]][:-1]):
-            length = self._match(place, ngram_size)
+        ids, longest, start = self.ids, 0, 0
+        for place in reversed(self.places[ids[-1]][:-1]):
+            length = 1  # of the n-gram that ends at this place and at the end of the text
+            while length < min(ngram_size, place + 1) and ids[place - length] == ids[-1 - length]:
+                length += 1
             if length > longest:
                 longest, start = length, place + 1
             if longest == ngram_size:
                 break
-        return [self.ids[start + i % (len(self.ids) - start)] for i in range(count)] if longest else []
-
-    def _match(self, place: int, most: int) -> int:
-        """Counts the tokens up to ``place`` that equal those at the end of the text; at least one does."""
-        length = 1
-        while length < min(most, place + 1) and self.ids[place - length] == self.ids[-1 - length]:
-            length += 1
-        return length
+        return [ids[start + i % (len(ids) - start)] for i in range(count)] if longest else []
 
 
 class PromptLookup:
@@ -61,12 +56,7 @@ class PromptLookup:
     A pass has one length, and so has the cache: there is a draft only if each running row finds one, and it is used as
     long as it is right in all running rows.
 
-    Args:
-        request: B rows, whose prompts are in ``cache``.
-        cache: has room for the prompts and all new tokens.
-
-    Attributes:
-        drafted, accepted: each row's number of drafted tokens, and of those that saved a pass.
+    ``cache`` holds the prompts of the request, and has room for all new tokens.
     """
 
     def __init__(self, request: Request, cache: KVCache) -> None:
@@ -76,12 +66,16 @@ class PromptLookup:
         self.most, self.ngram_size = config.prompt_lookup_num_tokens, config.max_matching_ngram_size
         self.length, self.end = T, T + config.max_new_tokens
         self.real = with_new_tokens(request.attention_mask, config.max_new_tokens)
-        rows = zip(request.input_ids.tolist(), request.padding(1).tolist(), strict=True)
+        rows = zip(request.input_ids.tolist(), request.padding().tolist(), strict=True)
         self.texts = [Text(ids[padding:]) for ids, padding in rows]
         # The rest of the draft, the next token last: a token of each row, and the logits [B, V] after it.
         self.ahead: list[tuple[tuple[int, ...], Tensor]] = []
         self.came_true = 0  # accepted tokens of the newest draft
-        self.drafted, self.accepted = [0] * B, [0] * B
+        self.drafted = self.accepted = torch.zeros(B, dtype=torch.long)  # of each row; accepted ones saved a pass
+
+    def counts(self) -> dict[str, tuple[int, ...]]:
+        """The parts of a ``Step`` about drafts."""
+        return {"drafted_tokens": tuple(self.drafted.tolist()), "accepted_tokens": tuple(self.accepted.tolist())}
 
     def read(self, tokens: Tensor, running: Tensor) -> Tensor:
         """Logits ``[B, V]`` after the newest token of each row.
@@ -90,39 +84,28 @@ class PromptLookup:
             tokens: ``[B]``.
             running: ``[B]``, whether a row goes on. The logits of a row that has ended have no meaning.
         """
-        newest, rows = tokens.tolist(), [row for row, runs in enumerate(running.tolist()) if runs]
+        newest, runs = tokens.tolist(), running.cpu()
         for text, token in zip(self.texts, newest, strict=True):
             text.append(token)
         self.length += 1
         if self.ahead:
             foreseen, logits = self.ahead.pop()
-            if all(foreseen[row] == newest[row] for row in rows):
-                _count(self.accepted, rows, 1)
+            if all(foreseen[row] == newest[row] for row in runs.nonzero()[:, 0].tolist()):
+                self.accepted = self.accepted + runs
                 self.came_true += 1
                 return logits
             self.ahead.clear()
             self.cache.truncate(self.length - 1)
-        return self._read_with_drafts(tokens, rows)
-
-    def counts(self) -> dict[str, tuple[int, ...]]:
-        """The parts of a ``Step`` about drafts."""
-        return {"drafted_tokens": tuple(self.drafted), "accepted_tokens": tuple(self.accepted)}
-
-    def _read_with_drafts(self, tokens: Tensor, rows: list[int]) -> Tensor:
-        """Logits after the newest tokens. Those after drafted tokens are kept for later."""
-        drafts = self._drafts(rows)
-        if not drafts:
-            ids = tokens[:, None]
-        else:
-            _count(self.drafted, rows, len(drafts))
+        if drafts := self._drafts(runs.nonzero()[:, 0].tolist()):
+            self.drafted = self.drafted + len(drafts) * runs
             self.came_true = 0
-            ids = torch.cat([tokens[:, None], torch.tensor(drafts, device=tokens.device).T], 1)  # [B, K]
-        (B, K), past, S = ids.shape, self.length - 1, self.length + len(drafts)
+        B, K, past, S = len(tokens), 1 + len(drafts), self.length - 1, self.length + len(drafts)
+        drafted = torch.tensor(drafts, dtype=torch.long, device=tokens.device).view(-1, B)
+        ids = torch.cat([tokens[None], drafted]).T.contiguous()  # [B, K]
         real = None if self.real is None else self.real[:, :S]
         mask = None if real is None else causal_mask(real, past, K, S, ids.device)
         position_ids = positions(real, past, K, ids.device).expand(B, K)
-        logits = self.request.decoder.read(ids, position_ids, mask, None, self.cache).view(B, K, -1)
-        first, *later = logits.unbind(1)
+        first, *later = self.request.decoder.read(ids, position_ids, mask, None, self.cache).view(B, K, -1).unbind(1)
         self.ahead = [*zip(drafts, later, strict=True)][::-1]
         return first
 
@@ -137,8 +120,3 @@ class PromptLookup:
         for row in rows:
             drafts[row] = self.texts[row].draft(self.ngram_size, count)
         return [*zip(*drafts, strict=False)]  # no longer than the shortest
-
-
-def _count(counts: list[int], rows: list[int], more: int) -> None:
-    for row in rows:
-        counts[row] += more

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import numbers
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import Field, dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -25,6 +25,43 @@ _lookup = partial(
 )
 
 
+def _is_id(value: Any) -> bool:
+    return is_int(value) and value >= 0
+
+
+def _are_ids(value: Any) -> bool:
+    return isinstance(value, tuple) and all(map(_is_id, value))
+
+
+def _are_sequences(value: Any) -> bool:
+    return isinstance(value, tuple) and all(_are_ids(ids) and ids for ids in value)
+
+
+def _are_biases(value: Any) -> bool:
+    if not isinstance(value, tuple) or not all(isinstance(pair, tuple) and len(pair) == 2 for pair in value):
+        return False
+    sequences = tuple(ids for ids, _ in value)
+    fit = all(bias == -math.inf or (is_number(bias) and -1e4 <= bias <= 1e4) for _, bias in value)
+    return _are_sequences(sequences) and fit and len(set(sequences)) == len(sequences)
+
+
+# What an option may be where its type and limits do not say it, and how that reads in an error.
+_IDS = (_are_ids, "ids")
+_EOS = (lambda value: value is None or _is_id(value) or _are_ids(value), "an id, or several")
+_SEQUENCES = (_are_sequences, "sequences of at least one id each")
+_BIASES = (_are_biases, "pairs of ids and a number from -10000 to 10000 or -inf, each sequence of ids once")
+_SEED = (lambda value: value is None or (_is_id(value) and value < 2**64), "an integer from 0 to 2**64 - 1")
+_STOPPING = (lambda value: isinstance(value, bool) or value == "never", "true, false or never")
+_TEXTS = (
+    lambda value: isinstance(value, tuple) and all(isinstance(text, str) and text for text in value),
+    "texts of at least one character",
+)
+_TEMPERATURE = (
+    lambda value: is_number(value) and 1e-6 <= value <= 1e6,
+    "from 1e-6 to 1e6 (for the most probable token at each step leave do_sample off)",
+)
+
+
 @dataclass(frozen=True)
 class GenerationConfig:
     """Options of ``minopt.generate``, which are flags of ``minopt generate``.
@@ -39,13 +76,19 @@ class GenerationConfig:
     max_new_tokens: int = option(20, "the most tokens to add to each prompt", least=1)
     min_new_tokens: int = option(0, "the fewest tokens to add to each prompt", least=0)
     truncate_prompt: bool = option(False, "cut the beginning of a prompt that is too long; otherwise it is an error")
-    stop_strings: tuple[str, ...] = option((), "end before this text or special token; for several, repeat the flag")
-    eos_token_id: int | tuple[int, ...] | None = option(None, "ids that end a text, such as 2,50118 (the model's)")
+    stop_strings: tuple[str, ...] = option(
+        (), "end before this text or special token; for several, repeat the flag", fits=_TEXTS
+    )
+    eos_token_id: int | tuple[int, ...] | None = option(
+        None, "ids that end a text, such as 2,50118 (the model's)", fits=_EOS
+    )
     max_time: float | None = option(None, "seconds after which no further step begins, for each batch", above=0)
 
     # How the next token is chosen
     do_sample: bool = option(False, "draw each token; otherwise the most probable one is taken")
-    temperature: float = _sampling(1.0, "sampling: divide scores by X; below 1 favours probable tokens")
+    temperature: float = _sampling(
+        1.0, "sampling: divide scores by X; below 1 favours probable tokens", fits=_TEMPERATURE
+    )
     top_k: int = _sampling(50, "sampling: draw from the N most probable tokens; 0: from all", least=0)
     top_p: float = _sampling(
         1.0, "sampling: draw from the fewest tokens that together have probability X; 1: from all", above=0, most=1
@@ -53,7 +96,7 @@ class GenerationConfig:
     min_p: float | None = _sampling(
         None, "sampling: draw from tokens at least X times as probable as the best one", least=0, most=1
     )
-    seed: int | None = _sampling(None, "sampling: the same seed draws the same text (a new one each time)")
+    seed: int | None = _sampling(None, "sampling: the same seed draws the same text (a new one each time)", fits=_SEED)
     num_beams: int = option(1, "beam search with N beams; 1: no beam search", least=1)
     num_return_sequences: int = option(
         1, "continuations of each prompt; above 1 with --do_sample or --num_beams", least=1
@@ -64,6 +107,7 @@ class GenerationConfig:
     early_stopping: bool | Literal["never"] = _beams(
         False,
         "beams: true: end with N finished texts; false: once a better one is unlikely; never: once it is impossible",
+        fits=_STOPPING,
     )
 
     # Prompt lookup
@@ -88,10 +132,12 @@ class GenerationConfig:
     )
     no_repeat_ngram_size: int = option(0, "no N tokens in a row occur twice; 0: no limit", least=0)
     no_repeat_ngram_include_prompt: bool = _ngrams(True, "with --no_repeat_ngram_size: the prompt counts as well")
-    suppress_tokens: tuple[int, ...] = option((), "ids that are never generated, such as 5,6")
-    bad_words_ids: tuple[tuple[int, ...], ...] = option((), "sequences of ids that are never generated: [[5, 6], [7]]")
+    suppress_tokens: tuple[int, ...] = option((), "ids that are never generated, such as 5,6", fits=_IDS)
+    bad_words_ids: tuple[tuple[int, ...], ...] = option(
+        (), "sequences of ids that are never generated: [[5, 6], [7]]", fits=_SEQUENCES
+    )
     sequence_bias: tuple[tuple[tuple[int, ...], float], ...] = option(
-        (), "add a number to the score of a sequence's last id: [[[5, 6], -2.5]]"
+        (), "add a number to the score of a sequence's last id: [[[5, 6], -2.5]]", fits=_BIASES
     )
     forced_bos_token_id: int | None = option(None, "the first new token, where the prompt is a single token", least=0)
     pad_token_id: int | None = option(None, "the id that fills up texts that have ended (the model's)", least=0)
@@ -102,40 +148,33 @@ class GenerationConfig:
     top_logprobs: int = option(0, "give the N most probable ids for each new token too; 0: none", least=0)
 
     def __post_init__(self) -> None:
-        for name, as_kept in _SPELLINGS.items():
-            object.__setattr__(self, name, as_kept(getattr(self, name)))
-        for name, value in vars(self).items():
-            if isinstance(value, numbers.Real) and not isinstance(value, (bool, int, float)):  # numpy's
-                object.__setattr__(self, name, int(value) if isinstance(value, numbers.Integral) else float(value))
-        if problems := [*_out_of_range(vars(self)), *self._idle_options()] or self._contradictions():
+        for f in fields(self):
+            object.__setattr__(self, f.name, _as_kept(f, getattr(self, f.name)))
+        idle = [f"{name} acts {reason}" for name, reason in _idle(vars(self)).items()]
+        if problems := [*_out_of_range(vars(self)), *idle] or self._contradictions():
             raise ValueError("generation: " + "; ".join(problems) + ".")
 
-    def _idle_options(self) -> list[str]:
-        return [f"{name} acts {reason}" for name, reason in _idle(vars(self)).items()]
-
     def _contradictions(self) -> list[str]:
-        problems = []
-        if self.min_new_tokens > self.max_new_tokens:
-            problems.append(
-                f"min_new_tokens must not exceed max_new_tokens, got {self.min_new_tokens} and {self.max_new_tokens}"
-            )
-        if 1 < self.num_beams < self.num_return_sequences:
-            problems.append(
-                f"num_return_sequences must not exceed num_beams, got {self.num_return_sequences} and {self.num_beams}"
-            )
-        if self.num_return_sequences > 1 and self.num_beams == 1 and not self.do_sample:
-            problems.append(
-                f"num_return_sequences is {self.num_return_sequences}, and greedy decoding has one answer: "
-                "set do_sample or num_beams"
-            )
-        if self.prompt_lookup_num_tokens is not None and (self.do_sample or self.num_beams > 1):
-            problems.append(
-                f"prompt_lookup_num_tokens is {self.prompt_lookup_num_tokens}, and it needs greedy decoding: "
-                f"leave out {'do_sample' if self.do_sample else 'num_beams'} or prompt_lookup_num_tokens"
-            )
-        if self.forced_bos_token_id in self.suppress_tokens:
-            problems.append(f"suppress_tokens holds the forced_bos_token_id {self.forced_bos_token_id}")
-        return problems
+        new, least, beams, R = self.max_new_tokens, self.min_new_tokens, self.num_beams, self.num_return_sequences
+        lookup = self.prompt_lookup_num_tokens
+        rules = (
+            (least > new, f"min_new_tokens must not exceed max_new_tokens, got {least} and {new}"),
+            (1 < beams < R, f"num_return_sequences must not exceed num_beams, got {R} and {beams}"),
+            (
+                R > 1 and beams == 1 and not self.do_sample,
+                f"num_return_sequences is {R}, and greedy decoding has one answer: set do_sample or num_beams",
+            ),
+            (
+                lookup is not None and (self.do_sample or beams > 1),
+                f"prompt_lookup_num_tokens is {lookup}, and it needs greedy decoding: leave out "
+                f"{'do_sample' if self.do_sample else 'num_beams'} or prompt_lookup_num_tokens",
+            ),
+            (
+                self.forced_bos_token_id in self.suppress_tokens,
+                f"suppress_tokens holds the forced_bos_token_id {self.forced_bos_token_id}",
+            ),
+        )
+        return [problem for is_broken, problem in rules if is_broken]
 
     def replace(self, **options: Any) -> GenerationConfig:
         """This configuration with some options changed.
@@ -172,24 +211,38 @@ def _idle(options: Mapping[str, Any]) -> dict[str, str]:
 
 def check_values(options: Mapping[str, Any]) -> None:
     """Raises ``ValueError`` for values that make no sense whatever the other options are."""
-    given = {name: _SPELLINGS.get(name, lambda value: value)(value) for name, value in options.items()}
-    if problems := _out_of_range(given):
+    if problems := _out_of_range(options):
         raise ValueError("generation: " + "; ".join(problems) + ".")
 
 
 def _out_of_range(options: Mapping[str, Any]) -> list[str]:
-    found = []
-    for f in fields(GenerationConfig):
-        if f.name in options:
-            value = options[f.name]
-            fits, words = _CHECKS.get(f.name, (None, None))
-            wrong = expected(f, value) if fits is None else None if fits(value) else words
-            found += [f"{f.name} must be {wrong}, got {value!r}"] if wrong else []
-    return found
+    given = [(f, _as_kept(f, options[f.name])) for f in fields(GenerationConfig) if f.name in options]
+    return [f"{f.name} must be {wanted}, got {value!r}" for f, value in given if (wanted := expected(f, value))]
 
 
-def with_defaults(defaults: Mapping[str, Any], options: Mapping[str, Any]) -> GenerationConfig:
-    """Options of a call over those of a model's ``generation_config.json``.
+def _as_kept(f: Field[Any], value: Any) -> Any:
+    """A value as it is kept. JSON has lists for tuples, transformers ``None`` for empty ones, numpy its own numbers."""
+    if isinstance(value, numbers.Real) and not isinstance(value, (bool, int, float)):
+        return int(value) if isinstance(value, numbers.Integral) else float(value)
+    if "tuple" not in f.type:
+        return value
+    if f.name == "stop_strings" and isinstance(value, str):
+        return (value,)
+    return f.default if value is None else _as_tuples(value)
+
+
+def _as_tuples(value: Any) -> Any:
+    """Lists in lists as tuples, and a mapping as its pairs."""
+    if isinstance(value, Mapping):
+        return tuple((_as_tuples(key), item) for key, item in value.items())
+    is_list = isinstance(value, Sequence) and not isinstance(value, str | bytes)
+    return tuple(map(_as_tuples, value)) if is_list else value
+
+
+def with_defaults(
+    defaults: Mapping[str, Any], options: Mapping[str, Any], config: GenerationConfig | None = None
+) -> GenerationConfig:
+    """Options of a call over its ``config`` or, without one, over those of a model's ``generation_config.json``.
 
     An option of the call that has no effect is an error. One of the file is left out: it may hold a temperature for
     calls that sample.
@@ -197,6 +250,10 @@ def with_defaults(defaults: Mapping[str, Any], options: Mapping[str, Any]) -> Ge
     Raises:
         ValueError: if an option is unknown or makes no sense.
     """
+    if not isinstance(config, GenerationConfig | None):
+        raise ValueError(f"config: expected a minopt.GenerationConfig, got {type(config).__name__}.")
+    if config is not None:
+        return config.replace(**options)
     merged = {**defaults, **options}
     idle = [*_idle(merged)]
     if not merged.get("do_sample") and merged.get("num_beams", 1) == 1:
@@ -244,70 +301,3 @@ _IRRELEVANT = {
 
 # Values with which its other options do nothing, where that is not False or 0.
 _OFF = {"encoder_repetition_penalty": 1.0, "typical_p": 1.0, "num_beam_groups": 1, "guidance_scale": 1.0}
-
-
-def _as_tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
-
-
-def _as_tuples(value: Any) -> Any:
-    if value is None:
-        return ()
-    return tuple(map(_as_tuple, value)) if isinstance(value, Iterable) and not isinstance(value, str) else value
-
-
-def _as_pairs(value: Any) -> Any:
-    """``{(ids): bias}``, or pairs in lists, as tuples."""
-    pairs = _as_tuples(value.items() if isinstance(value, Mapping) else value)
-    if not isinstance(pairs, tuple):
-        return pairs
-    return tuple((_as_tuple(p[0]), p[1]) if isinstance(p, tuple) and len(p) == 2 else p for p in pairs)
-
-
-# Other spellings of the same value: JSON has lists, transformers ``None`` for what is empty here, one string for many.
-_SPELLINGS: dict[str, Callable[[Any], Any]] = {
-    "eos_token_id": _as_tuple,
-    "suppress_tokens": lambda value: () if value is None else _as_tuple(value),
-    "bad_words_ids": _as_tuples,
-    "sequence_bias": _as_pairs,
-    "stop_strings": lambda value: (value,) if isinstance(value, str) else () if value is None else _as_tuple(value),
-}
-
-
-def _is_count(value: object) -> bool:
-    return is_int(value) and value >= 0  # type: ignore[operator]
-
-
-def _are_ids(value: object) -> bool:
-    return isinstance(value, tuple) and all(map(_is_count, value))
-
-
-def _are_sequences(value: object) -> bool:
-    return isinstance(value, tuple) and all(_are_ids(ids) and ids for ids in value)
-
-
-def _are_biases(value: object) -> bool:
-    if not isinstance(value, tuple) or not all(isinstance(pair, tuple) and len(pair) == 2 for pair in value):
-        return False
-    sequences = tuple(ids for ids, _ in value)
-    fit = all(bias == -math.inf or (is_number(bias) and -1e4 <= bias <= 1e4) for _, bias in value)
-    return _are_sequences(sequences) and fit and len(set(sequences)) == len(sequences)
-
-
-# What an option may be where its type and limits do not say it, and how that reads in an error.
-_CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "stop_strings": (
-        lambda value: isinstance(value, tuple) and all(isinstance(text, str) and text for text in value),
-        "texts of at least one character",
-    ),
-    "eos_token_id": (lambda value: value is None or _is_count(value) or _are_ids(value), "an id, or several"),
-    "temperature": (
-        lambda value: is_number(value) and 1e-6 <= value <= 1e6,
-        "from 1e-6 to 1e6 (for the most probable token at each step leave do_sample off)",
-    ),
-    "seed": (lambda value: value is None or (_is_count(value) and value < 2**64), "an integer from 0 to 2**64 - 1"),
-    "early_stopping": (lambda value: isinstance(value, bool) or value == "never", "true, false or never"),
-    "suppress_tokens": (_are_ids, "ids"),
-    "bad_words_ids": (_are_sequences, "sequences of at least one id each"),
-    "sequence_bias": (_are_biases, "pairs of ids and a number from -10000 to 10000 or -inf, each sequence of ids once"),
-}

@@ -40,12 +40,12 @@ class Decoder(Protocol):
     def device(self) -> torch.device:
         """The device on which ids must be."""
 
-    def as_opt(self) -> OPT:
-        """The model with its weights; ``ValueError`` where there are none."""
-
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of weights and cache."""
+
+    def as_opt(self) -> OPT:
+        """The model with its weights; ``ValueError`` where there are none."""
 
     def new_cache(self, batch_size: int, capacity: int) -> KVCache:
         """An empty cache for ``batch_size`` rows of up to ``capacity`` tokens."""
@@ -111,15 +111,7 @@ class GenerationOutput:
 
 @dataclass(frozen=True)
 class Request:
-    """A checked call.
-
-    Attributes:
-        input_ids: ``[B, T]`` int64.
-        attention_mask: ``[B, T]`` boolean, padding on the left; ``None`` without padding.
-        eos_token_ids, pad_token_id: the config's, or else the model's.
-        logits_processor, stopping_criteria: the user's.
-        generator: the source of draws; ``None`` is torch's own.
-    """
+    """A checked call: ids ``[B, T]`` int64, and a boolean mask of the same shape or ``None`` without padding."""
 
     decoder: Decoder
     config: GenerationConfig
@@ -134,20 +126,18 @@ class Request:
     def on_device(self) -> Request:
         """The same with ids and mask on the decoder's device."""
         mask, device = self.attention_mask, self.decoder.device
-        return replace(
-            self, input_ids=self.input_ids.to(device), attention_mask=None if mask is None else mask.to(device)
-        )
+        mask = None if mask is None else mask.to(device)
+        return replace(self, input_ids=self.input_ids.to(device), attention_mask=mask)
 
-    def padding(self, copies: int) -> Tensor:
-        """How many tokens at the left of each row are padding, ``[B * copies]``."""
-        if self.attention_mask is None:
-            return self.input_ids.new_zeros(len(self.input_ids) * copies)
-        return (~self.attention_mask).sum(1).repeat_interleave(copies)
+    def padding(self) -> Tensor:
+        """How many tokens at the left of each prompt are padding, ``[B]``."""
+        mask, ids = self.attention_mask, self.input_ids
+        return ids.new_zeros(len(ids)) if mask is None else (~mask).sum(1)
 
     def rules(self, copies: int) -> list[Rule]:
         """The rules on scores of ``B * copies`` rows."""
-        T, padding = self.input_ids.shape[1], self.padding(copies)
-        return build_rules(self.config, T, padding, self.eos_token_ids, self.logits_processor)
+        padding = self.padding().repeat_interleave(copies)
+        return build_rules(self.config, self.input_ids.shape[1], padding, self.eos_token_ids, self.logits_processor)
 
     def read_prompts(self, cache: KVCache) -> Tensor:
         """Reads the prompts into an empty cache; returns the logits ``[B, V]`` after them."""
@@ -161,38 +151,35 @@ class Stopper:
     """Says which rows end with their newest token, and why. The clock of ``max_time`` runs from here on."""
 
     def __init__(self, request: Request) -> None:
-        self.request, self.criteria, seconds = request, request.stopping_criteria, request.config.max_time
+        self.request, seconds = request, request.config.max_time
         self.eos = torch.tensor(request.eos_token_ids, device=request.decoder.device, dtype=torch.long)
         self.deadline = None if seconds is None else time.monotonic() + seconds
 
-    def __call__(self, tokens: Tensor, count: int, sequences: Tensor | None) -> Tensor:
+    def __call__(self, tokens: Tensor, count: int, sequences: Tensor) -> Tensor:
         """The number in ``STOP_REASONS`` of each row, in the shape of ``tokens``.
 
         Args:
             tokens: the newest of each row.
             count: new tokens of each row.
-            sequences: all tokens of each row, ``[R, S]``; ``None`` is enough if there are no criteria.
+            sequences: all tokens of each row, ``[R, S]``.
         """
-        config = self.request.config
+        config, criteria = self.request.config, self.request.stopping_criteria
         reasons = torch.isin(tokens, self.eos).view(torch.int8)  # True is EOS
         if count >= config.min_new_tokens:
-            for criterion in self.criteria:
-                stops = _checked(criterion(sequences, None), tokens)  # type: ignore[arg-type]
-                reasons = reasons.masked_fill((reasons == RUNNING) & stops, STOP)
+            for criterion in criteria:
+                reasons = reasons.masked_fill((reasons == RUNNING) & _checked(criterion(sequences, None), tokens), STOP)
         if count == config.max_new_tokens:
             reasons = reasons.masked_fill(reasons == RUNNING, LENGTH)
         elif self.deadline is not None and time.monotonic() >= self.deadline:
             reasons = reasons.masked_fill(reasons == RUNNING, TIME)
-        if self.deadline is None and not self.criteria:
-            return reasons
-        return self.request.decoder.agreed(reasons)
+        # Clocks and a user's functions may say something else in each process.
+        return reasons if self.deadline is None and not criteria else self.request.decoder.agreed(reasons)
 
 
 def _checked(found: Any, tokens: Tensor) -> Tensor:
     """A criterion's answer, checked: one boolean a row."""
-    is_tensor = isinstance(found, Tensor)
-    if (not is_tensor and not isinstance(found, bool)) or (is_tensor and found.numel() not in (1, tokens.numel())):
-        got = list(found.shape) if is_tensor else found
+    if not isinstance(found, Tensor | bool) or (isinstance(found, Tensor) and found.numel() not in (1, tokens.numel())):
+        got = list(found.shape) if isinstance(found, Tensor) else found
         raise ValueError(f"stopping_criteria: expected a boolean for each of {tokens.numel()} rows, got {got}.")
     stops = torch.as_tensor(found, dtype=torch.bool, device=tokens.device)
     return stops.reshape(-1).expand(tokens.numel()).reshape(tokens.shape)
@@ -208,12 +195,9 @@ def prepare(
     generator: torch.Generator | None = None,
     bos_token_id: int | None = None,
 ) -> Request:
-    """Checks the arguments of ``generate``. Nothing runs, and nothing is put on the decoder's device.
+    """Checks the arguments of ``generate``, and raises what it raises. Nothing runs or goes to the decoder's device.
 
     ``bos_token_id`` stays in front of a prompt whose end is kept; ``None`` is the model's.
-
-    Raises:
-        ValueError: as ``generate`` says.
     """
     decoder = decoder_of(decoder)
     model = decoder.config
@@ -226,23 +210,15 @@ def prepare(
             "or continuations at once (batch_size), or export it with a larger --max-batch."
         )
     bos = model.bos_token_id if bos_token_id is None else bos_token_id
-    input_ids, attention_mask = _fit(model.max_position_embeddings, input_ids, attention_mask, config, bos)
+    input_ids, mask = _fit(model.max_position_embeddings, input_ids, attention_mask, config, bos)
     eos = model.eos_token_ids if config.eos_token_id is None else config.eos_token_id
     eos = eos if isinstance(eos, tuple) else (eos,)
     # What fills a row that has ended: any id would do, for it has no meaning.
     pad = next(i for i in (config.pad_token_id, model.pad_token_id, *eos, 0) if i is not None)
     _check_ids(model.vocab_size, config, eos, pad)
-    return Request(
-        decoder,
-        config,
-        input_ids.long(),
-        None if attention_mask is None or bool(attention_mask.all()) else attention_mask.bool(),
-        eos,
-        pad,
-        _callables("logits_processor", logits_processor),
-        _callables("stopping_criteria", stopping_criteria),
-        generator,
-    )
+    mask = None if mask is None or bool(mask.all()) else mask.bool()
+    rules, criteria = _callables(logits_processor=logits_processor), _callables(stopping_criteria=stopping_criteria)
+    return Request(decoder, config, input_ids.long(), mask, eos, pad, rules, criteria, generator)
 
 
 def _generator(device: torch.device, config: GenerationConfig, given: torch.Generator | None) -> torch.Generator | None:
@@ -261,13 +237,11 @@ def _generator(device: torch.device, config: GenerationConfig, given: torch.Gene
     return given
 
 
-def _callables(name: str, given: Any) -> tuple[Any, ...]:
+def _callables(**argument: Any) -> tuple[Any, ...]:
+    ((name, given),) = argument.items()
     several = () if given is None else tuple(given) if isinstance(given, Sequence) and not callable(given) else (given,)
-    for item in several:
-        if not callable(item):
-            raise ValueError(
-                f"{name}: expected a function of (input_ids, scores) or a list of them, got {type(item).__name__}."
-            )
+    if wrong := [type(item).__name__ for item in several if not callable(item)]:
+        raise ValueError(f"{name}: expected a function of (input_ids, scores) or a list of them, got {wrong[0]}.")
     return several
 
 
@@ -287,28 +261,22 @@ def _check_prompt(vocab_size: int, input_ids: Tensor, attention_mask: Tensor | N
         )
     if attention_mask is None:
         return
-    if attention_mask.shape != input_ids.shape:
-        raise ValueError(
-            f"attention_mask: expected the shape of input_ids {list(input_ids.shape)}, "
-            f"got {list(attention_mask.shape)}."
-        )
-    real = attention_mask.bool()
+    shape, real = list(input_ids.shape), attention_mask.bool()
+    if list(real.shape) != shape:
+        raise ValueError(f"attention_mask: expected the shape of input_ids {shape}, got {list(real.shape)}.")
     if not bool(real[:, -1].all()) or bool((real[:, :-1] & ~real[:, 1:]).any()):
         raise ValueError("attention_mask: expected padding on the left only, got some after a token.")
 
 
 def check_room(limit: int, tokens: int, config: GenerationConfig) -> None:
     """Raises ``ValueError`` if a prompt of so many tokens and the new ones exceed the model's positions."""
-    room, wanted = limit - config.max_new_tokens, tokens + config.max_new_tokens
+    room, new = limit - config.max_new_tokens, config.max_new_tokens
     if tokens > room and not (config.truncate_prompt and room > 0):
-        remedies = ["shorten the prompt"]
-        if limit > tokens:
-            remedies.append(f"ask for at most {limit - tokens}")
-        if not config.truncate_prompt:
-            remedies.append("set truncate_prompt")
+        ask = f", or ask for at most {limit - tokens}" if limit > tokens else ""
+        cut = "" if config.truncate_prompt else ", or set truncate_prompt"
         raise ValueError(
-            f"prompt: {tokens} tokens + max_new_tokens {config.max_new_tokens} = {wanted} positions, the model has "
-            f"{limit}. {', or '.join(remedies).capitalize()}."
+            f"prompt: {tokens} tokens + max_new_tokens {new} = {tokens + new} positions, the model has {limit}. "
+            f"Shorten the prompt{ask}{cut}."
         )
 
 
@@ -334,26 +302,23 @@ def _check_ids(vocab_size: int, config: GenerationConfig, eos: tuple[int, ...], 
         raise ValueError(
             "stop_strings: minopt.generate sees ids, not text. Call LanguageModel.generate, or give stopping_criteria."
         )
-    forced = () if config.forced_bos_token_id is None else (config.forced_bos_token_id,)
+    V, beams, most_beams = vocab_size, config.num_beams, 2**24 // vocab_size
     words = [i for ids in (*config.bad_words_ids, *(ids for ids, _ in config.sequence_bias)) for i in ids]
-    outside = [i for i in (*config.suppress_tokens, *forced, *words, *eos, pad) if i >= vocab_size]
-    if outside:
-        raise ValueError(f"generation: expected ids from 0 to {vocab_size - 1} in options, got {outside[0]}.")
-    if config.do_sample and config.num_beams * vocab_size > 2**24:
-        raise ValueError(
-            f"generation: num_beams is {config.num_beams}, and torch draws among at most 2**24 candidates: "
-            f"at most {2**24 // vocab_size} beams."
-        )
-    if config.top_logprobs > vocab_size:
-        raise ValueError(f"generation: top_logprobs is {config.top_logprobs}, and there are {vocab_size} tokens.")
-    if named := [ids[0] for ids in config.bad_words_ids if len(ids) == 1 and ids[0] in eos]:
-        raise ValueError(
-            f"generation: bad_words_ids holds {named[0]}, which ends a text (transformers would ignore it). "
-            "To never end, leave eos_token_id empty, or set suppress_tokens."
-        )
-    excluded = {*config.suppress_tokens, *(eos if config.min_new_tokens > 0 else ())}
-    if len(excluded) == vocab_size:
-        raise ValueError(f"generation: suppress_tokens holds all {vocab_size} ids, which leaves nothing to generate.")
+    named = (*config.suppress_tokens, config.forced_bos_token_id or 0, *words, *eos, pad)
+    problem = ""
+    if outside := [i for i in named if i >= V]:
+        problem = f"expected ids from 0 to {V - 1} in options, got {outside[0]}"
+    elif config.do_sample and beams > most_beams:
+        problem = f"num_beams is {beams}, and torch draws among at most 2**24 candidates: at most {most_beams} beams"
+    elif config.top_logprobs > V:
+        problem = f"top_logprobs is {config.top_logprobs}, and there are {V} tokens"
+    elif ending := [ids[0] for ids in config.bad_words_ids if len(ids) == 1 and ids[0] in eos]:
+        problem = f"bad_words_ids holds {ending[0]}, which ends a text (transformers would ignore it). "
+        problem += "To never end, leave eos_token_id empty, or set suppress_tokens"
+    elif len({*config.suppress_tokens, *(eos if config.min_new_tokens > 0 else ())}) == V:
+        problem = f"suppress_tokens holds all {V} ids, which leaves nothing to generate"
+    if problem:
+        raise ValueError(f"generation: {problem}.")
 
 
 def refuse(is_broken: bool, step: int) -> None:

@@ -52,12 +52,11 @@ def token_logprobs(model: Decoder, rows: Sequence[Sequence[int]], starts: Sequen
     is_scored = (at >= torch.tensor(starts)[:, None]) & (at < ends)  # [B, L]
     last = int((at * is_scored).max())
     logprobs = torch.zeros(B, L)
-    if (B - 1) * P >= SHARED and last > 0:
-        cache = model.new_cache(1, last)
+    P = P if (B - 1) * P >= SHARED else 0
+    cache = model.new_cache(1 if P else B, max(1, last))
+    if P:
         _score(model, cache, ids, is_scored, logprobs, 0, min(P, last))
         cache.expand(B)
-    else:
-        P, cache = 0, model.new_cache(B, max(1, last))
     _score(model, cache, ids, is_scored, logprobs, P, last)
     return [logprobs[i, start : len(row)] for i, (row, start) in enumerate(zip(rows, starts, strict=True))]
 
@@ -97,17 +96,15 @@ def _passes(scored: list[int], begin: int, end: int, chunk: int) -> Iterator[tup
 
 
 def _check(model: Decoder, rows: Sequence[Sequence[int]], starts: Sequence[int]) -> None:
-    limit, vocab_size = model.config.max_position_embeddings, model.config.vocab_size
+    limit, V = model.config.max_position_embeddings, model.config.vocab_size
     for row, start in zip(rows, starts, strict=True):
         if len(row) > limit:
             raise ValueError(f"text: {len(row)} tokens, the model has {limit} positions. Shorten it, or cut it in two.")
         if not 1 <= start <= len(row):
             raise ValueError(f"starts: expected 1 to the row's {len(row)} tokens, got {start}.")
-        if min(row) < 0 or max(row) >= vocab_size:
-            raise ValueError(
-                f"ids: expected 0 to {vocab_size - 1}, got {min(row) if min(row) < 0 else max(row)}. "
-                "Do the tokenizer and the model belong together?"
-            )
+        if (least := min(row)) < 0 or max(row) >= V:
+            got = least if least < 0 else max(row)
+            raise ValueError(f"ids: expected 0 to {V - 1}, got {got}. Do the tokenizer and the model belong together?")
 
 
 def _common(rows: Sequence[Sequence[int]]) -> int:

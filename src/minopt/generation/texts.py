@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from minopt.generation.batches import cut_batches
 from minopt.generation.decode import decode_steps, run
 from minopt.generation.options import GenerationConfig
 from minopt.generation.request import STOP_REASONS, Decoder, GenerationOutput, Request
@@ -41,20 +42,25 @@ class GeneratedText:
     accepted_tokens: int | None = None
 
 
-def most_prompts(decoder: Decoder, config: GenerationConfig, max_batch_tokens: int | None) -> int | None:
-    """How many prompts run together at most; ``None`` is any number."""
-    if config.prompt_lookup_num_tokens is not None and max_batch_tokens is None:
-        return 1  # rows of a batch wait for each other's drafts
-    copies = config.num_return_sequences if config.num_beams == 1 else 1
-    return None if decoder.max_batch is None else max(1, decoder.max_batch // copies)
-
-
-def cost_of(tokens: int, config: GenerationConfig) -> int:
-    """Tokens that a prompt's keys and values take, new ones included, and its scores as so many more."""
-    new = config.max_new_tokens + SCORES_IN_TOKENS
-    if config.num_beams > 1:
-        return tokens + config.num_beams * new  # beams share the prompt
-    return (tokens + new) * config.num_return_sequences
+def cut_prompts(
+    decoder: Decoder,
+    config: GenerationConfig,
+    lengths: list[int],
+    in_order: bool,
+    batch_size: int | None,
+    max_batch_tokens: int | None,
+) -> list[list[int]]:
+    """Indices of the prompts that run together, from their lengths."""
+    new, beams, R = config.max_new_tokens + SCORES_IN_TOKENS, config.num_beams, config.num_return_sequences
+    if batch_size is None and max_batch_tokens is None and config.prompt_lookup_num_tokens is not None:
+        batch_size = 1  # rows of a batch wait for each other's drafts
+    elif batch_size is None and decoder.max_batch is not None:
+        batch_size = max(1, decoder.max_batch // (R if beams == 1 else 1))
+    room = decoder.config.max_position_embeddings - config.max_new_tokens
+    kept = [min(length, room) for length in lengths]
+    # Tokens whose keys and values a prompt takes, and its scores as so many more. Beams share the prompt.
+    costs = [length + beams * new if beams > 1 else (length + new) * R for length in kept]
+    return cut_batches(costs, batch_size, max_batch_tokens, in_order)
 
 
 @dataclass(frozen=True)
@@ -79,14 +85,14 @@ class TextBatch:
         def values(tensor: Tensor | None) -> list[Any]:
             return [] if tensor is None else tensor[row, :length].tolist()
 
-        ids, score = output.sequences[row, begin : begin + length].tolist(), output.sequences_scores
+        ids = output.sequences[row, begin : begin + length].tolist()
         top = zip(values(output.top_token_ids), values(output.top_logprobs), strict=True)
         return GeneratedText(
             self.text(ids, reason),
             tuple(ids),
             tuple(values(output.logprobs)),
             reason,
-            None if score is None else score[row].item(),
+            None if output.sequences_scores is None else output.sequences_scores[row].item(),
             tuple(tuple(zip(*step, strict=True)) for step in top),
             None if output.drafted_tokens is None else output.drafted_tokens[row],
             None if output.accepted_tokens is None else output.accepted_tokens[row],
