@@ -27,16 +27,13 @@ def raised_by(code: str, module: str) -> BaseException:
     ("code", "module", "expected"),
     [
         ("raise ValueError('x')", "minopt.cli", True),
-        ("try:\n    int('x')\nexcept ValueError as error:\n    raise ValueError('x') from None", "minopt",
-         True),
+        ("try:\n    int('x')\nexcept ValueError:\n    raise ValueError('x') from None", "minopt", True),
         ("raise ValueError('x')", "minoptics", False),
         ("raise TypeError('x')", "minopt.cli", False),
         ("int('x')", "minopt.cli", False),
-        ("[].index(3)", "minopt.cli", False),
         ("a, b = [1]", "minopt.cli", False),
         ("list(zip([1], [], strict=True))", "minopt.cli", False),
         ("torch.nn.functional.dropout(torch.ones(1), p=3.0)", "minopt.cli", False),
-        ("b'\\xff'.decode()", "minopt.cli", False),
         ("open('/nowhere')", "minopt.cli", True),
     ],
 )  # fmt: skip
@@ -54,10 +51,6 @@ def test_full_memory_is_known_in_all_its_words(error: Exception) -> None:
     assert not is_out_of_memory(ValueError(str(error)))
 
 
-def broken(*_: Any, **__: Any) -> None:
-    int("not a number")
-
-
 @pytest.mark.parametrize(("size", "expected"), [("1", False), ("2", True)])
 def test_one_process_alone_has_lost_no_other(size: str, expected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", size)
@@ -65,7 +58,7 @@ def test_one_process_alone_has_lost_no_other(size: str, expected: bool, monkeypa
 
 
 def test_a_bug_shows_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(minopt.LanguageModel, "stream", broken)
+    monkeypatch.setattr(minopt.LanguageModel, "stream", lambda *_, **__: int("not a number"))
     with pytest.raises(ValueError, match="invalid literal"):
         main(["generate", "x", "--device", "cpu"])
 

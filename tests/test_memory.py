@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from pathlib import Path
 
 import pytest
@@ -25,17 +24,6 @@ def in_pages_of_2_mb(tensor: Tensor) -> int:
         elif inside and line.startswith("AnonHugePages:"):
             return int(line.split()[1]) * 1024
     raise AssertionError("the tensor lies nowhere")
-
-
-def can_collapse() -> bool:
-    """Whether Linux does it when it is asked for memory whose place is known."""
-    numbers = torch.ones(SIZE, dtype=torch.uint8)
-    first = -(-numbers.data_ptr() // 2**21) * 2**21
-    size = (numbers.data_ptr() + SIZE - first) // 2**21 * 2**21
-    try:
-        return ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(size), 25) == 0
-    except (AttributeError, OSError, TypeError):
-        return False
 
 
 def test_what_is_allocated_within_lies_in_large_pages_and_is_the_same() -> None:

@@ -150,10 +150,10 @@ def check_fits(checkpoint: Checkpoint, options: LoadOptions, devices: int = 1) -
     dtype = options.dtype or checkpoint.dtype_on(device)
     is_int8 = any(tensor.scale is not None for tensor in checkpoint.tensors.values())
     quantize = "int8" if is_int8 else options.quantize
-    asked = {"dtype": dtype, "devices": devices, "offload": options.offload, "quantize": quantize}
+    asked: dict[str, Any] = {"dtype": dtype, "devices": devices, "offload": options.offload, "quantize": quantize}
 
     def plan(changes: dict[str, Any]) -> Plan:
-        return plan_generation(checkpoint.config, device=device.type, length=1, **(asked | changes))  # type: ignore[arg-type]
+        return plan_generation(checkpoint.config, device=device.type, length=1, **(asked | changes))
 
     def needed(changes: dict[str, Any]) -> int:
         found = plan(changes)
