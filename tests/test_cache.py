@@ -52,19 +52,23 @@ def test_it_takes_the_bytes_of_its_keys_and_values_and_not_one_more(dtype: torch
 
 
 @pytest.mark.parametrize("chunks", [(3, 1, 2), (1, 1, 1), (7,)])
-def test_a_position_in_a_tensor_writes_what_an_int_writes(chunks: tuple[int, ...]) -> None:
-    by_int, by_tensor = KVCache(CONFIG, B, CAPACITY), KVCache(CONFIG, B, CAPACITY)
-    by_tensor.length = torch.tensor(0)
+def test_slots_write_what_an_int_writes(chunks: tuple[int, ...]) -> None:
+    """With them a step attends the whole window, and the length stays."""
+    by_int, cache = KVCache(CONFIG, B, CAPACITY), KVCache(CONFIG, B, CAPACITY + 2)
+    begin = 0
     for seed, tokens in enumerate(chunks):
-        for filled, whole in zip(fill(by_int, tokens, seed), fill(by_tensor, tokens, seed), strict=True):
+        slots = torch.arange(begin, begin + tokens)
+        by_slots = KVCache.of(cache.keys, cache.values, slots, CAPACITY)
+        begin += tokens
+        for filled, whole in zip(fill(by_int, tokens, seed), fill(by_slots, tokens, seed), strict=True):
             for some, all_ in zip(filled, whole, strict=True):
-                assert some.shape[2] == by_int.length
-                assert all_.shape[2] == CAPACITY
-                assert torch.equal(some, all_[:, :, : by_int.length])
-                assert not all_[:, :, by_int.length :].any()
-    for layer, (filled, _) in enumerate(zip(by_int.keys, by_tensor.keys, strict=True)):
-        assert by_int.append(layer, *torch.zeros(2, B, 4, 0, 6))[0].data_ptr() == filled.data_ptr()  # no copy
-    assert by_int.length == int(by_tensor.length) == sum(chunks)
+                assert some.shape[2] == begin
+                assert all_.shape[2] == by_slots.capacity == CAPACITY
+                assert torch.equal(some, all_[:, :, :begin])
+                assert not all_[:, :, begin:].any()
+    for layer, keys in enumerate(by_int.keys):
+        assert by_int.append(layer, *torch.zeros(2, B, 4, 0, 6))[0].data_ptr() == keys.data_ptr()  # no copy
+    assert by_int.length == sum(chunks)
 
 
 def test_a_truncated_cache_goes_on_like_a_fresh_one(model: OPT) -> None:
@@ -81,23 +85,23 @@ def test_a_truncated_cache_goes_on_like_a_fresh_one(model: OPT) -> None:
 
 
 @pytest.mark.parametrize("copies", [1, 2])
-@pytest.mark.parametrize("on_device", [False, True], ids=["int length", "tensor length"])
-def test_repeated_rows_decode_as_if_they_had_been_read_there(model: OPT, copies: int, on_device: bool) -> None:
+def test_repeated_rows_decode_as_if_they_had_been_read_there(model: OPT, copies: int) -> None:
+    """In place: the memory stays, and what stands behind the end is not written."""
     ids, index = ids_of(3, 5), torch.arange(3).repeat_interleave(copies)
-    cache, fresh = model.new_cache(3, 7), model.new_cache(3 * copies, 7)
-    if on_device:
-        cache.length, fresh.length = torch.tensor(0), torch.tensor(0)
+    cache, fresh = model.new_cache(3 * copies, 7), model.new_cache(3 * copies, 7)
+    places = [t.data_ptr() for t in (*cache.keys, *cache.values)]
     with torch.no_grad():
-        model(ids, cache=cache)
-        kept = [t.clone() for t in (*cache.keys, *cache.values)]
-        cache.expand(copies)
+        first = cache.first_rows(3)
+        model(ids, cache=first)
+        kept = [t.clone() for t in (*first.keys, *first.values)]
+        cache.repeat_rows(first)
         for before, after in zip(kept, (*cache.keys, *cache.values), strict=True):
             assert torch.equal(after, before.index_select(0, index))
         model(ids[index], cache=fresh)
         for step in range(2):
             token = ids_of(3 * copies, 1, seed=step + 1)
             assert error(model(token, cache=cache)[:, -1], model(token, cache=fresh)[:, -1]) <= 1e-12
-    assert cache.batch_size == 3 * copies
+    assert [t.data_ptr() for t in (*cache.keys, *cache.values)] == places
 
 
 @pytest.mark.parametrize(
@@ -111,21 +115,15 @@ def test_repeated_rows_decode_as_if_they_had_been_read_there(model: OPT, copies:
         (7, [[], []]),
     ],
 )
-@pytest.mark.parametrize("on_device", [False, True], ids=["int length", "tensor length"])
-def test_a_compacted_cache_holds_the_beginning_and_the_slots_asked_for(
-    start: int, slots: list[list[int]], on_device: bool
-) -> None:
+def test_a_compacted_cache_holds_the_beginning_and_the_slots_asked_for(start: int, slots: list[list[int]]) -> None:
     """In place: no tensor is made anew, and neither the beginning nor what stands behind the end is written."""
     cache = KVCache(CONFIG, B, CAPACITY + 2)
     fill(cache, CAPACITY)
-    if on_device:
-        cache.length = length = torch.tensor(CAPACITY)
     before = [t.clone() for t in (*cache.keys, *cache.values)]
     places = [t.data_ptr() for t in (*cache.keys, *cache.values)]
     cache.compact(start, torch.tensor(slots, dtype=torch.long).view(B, -1))
     end = start + len(slots[0])
-    assert int(cache.length) == end
-    assert not on_device or cache.length is length
+    assert cache.length == end
     assert [t.data_ptr() for t in (*cache.keys, *cache.values)] == places
     assert cache.capacity == CAPACITY + 2
     for old, new in zip(before, (*cache.keys, *cache.values), strict=True):
@@ -135,17 +133,13 @@ def test_a_compacted_cache_holds_the_beginning_and_the_slots_asked_for(
         assert torch.equal(new[:, :, end:], old[:, :, end:])
 
 
-@pytest.mark.parametrize("on_device", [False, True], ids=["int length", "tensor length"])
-def test_truncating_to_more_than_is_filled_is_refused(on_device: bool) -> None:
+def test_truncating_to_more_than_is_filled_is_refused() -> None:
     cache = KVCache(CONFIG, B, CAPACITY)
-    cache.length = length = torch.tensor(3) if on_device else 3
+    fill(cache, 3)
     for wrong in (-1, 4):
         with pytest.raises(ValueError, match=f"expected a length from 0 to 3, got {wrong}"):
             cache.truncate(wrong)
     assert cache.length == 3
-    cache.truncate(1)
-    assert cache.length == 1
-    assert not on_device or cache.length is length
 
 
 @pytest.mark.parametrize(("rows", "capacity"), [(0, 5), (2, 0), (-1, 5), (2, -3)])

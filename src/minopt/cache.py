@@ -27,10 +27,10 @@ class KVCache:
 
     Attributes:
         keys, values: L tensors ``[B, H, S, D]`` each.
-        length: tokens filled so far, the same for every row (rows are padded to it). An int; or an
-            integer tensor of no dims, with which a decode step has the same shapes at every position
-            (CUDA graphs, exported programs) and attends the whole capacity under a mask.
-        window: the capacity that such a step attends, if it is less than all.
+        length: tokens filled so far, the same for every row (rows are padded to it).
+        slots: the slots of the new tokens, int64 ``[T]``, in a step that is to have the same shapes wherever it writes
+            (CUDA graphs, exported programs): it attends all slots under a mask, and ``length`` stays as it is.
+        window: how many slots such a step attends, if not all.
 
     Raises:
         ValueError: if batch size or capacity is not positive.
@@ -52,21 +52,22 @@ class KVCache:
         # Zeros, for a masked slot is still multiplied (by 0), and 0 * NaN is NaN.
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
         self.values = [torch.zeros_like(keys) for keys in self.keys]
-        self.length: int | Tensor = 0
+        self.length = 0
+        self.slots: Tensor | None = None
         self.window: int | None = None
 
     @classmethod
     def of(
-        cls, keys: list[Tensor], values: list[Tensor], length: int | Tensor = 0, window: int | None = None
+        cls, keys: list[Tensor], values: list[Tensor], slots: Tensor | None = None, window: int | None = None
     ) -> KVCache:
         """A cache in the memory of given keys and values; arguments as the attributes."""
         cache = cls.__new__(cls)
-        cache.keys, cache.values, cache.length, cache.window = keys, values, length, window
+        cache.keys, cache.values, cache.length, cache.slots, cache.window = keys, values, 0, slots, window
         return cache
 
     def __repr__(self) -> str:
         kind = f"{self.keys[0].dtype}, {self.keys[0].device}"
-        return f"{type(self).__name__}({self.batch_size} rows, {int(self.length)} of {self.capacity} tokens, {kind})"
+        return f"{type(self).__name__}({self.batch_size} rows, {self.length} of {self.capacity} tokens, {kind})"
 
     @property
     def batch_size(self) -> int:
@@ -84,14 +85,13 @@ class KVCache:
         """Writes one layer's new keys and values ``[B, H, T, D]`` after the filled part; the model checks the room.
 
         Returns:
-            Keys and values to attend: views ``[B, H, length + T, D]``, or the whole capacity where ``length``
-            is a tensor. The model moves ``length`` once all layers have written.
+            Keys and values to attend: views ``[B, H, length + T, D]``, or of the whole window with ``slots``. The model
+            moves ``length`` once all layers have written.
         """
         keys, values, new = self.keys[layer], self.values[layer], key.shape[2]
-        if isinstance(self.length, Tensor):
-            at = self.length + torch.arange(new, device=key.device)
-            keys.index_copy_(2, at, key)
-            values.index_copy_(2, at, value)
+        if self.slots is not None:
+            keys.index_copy_(2, self.slots, key)
+            values.index_copy_(2, self.slots, value)
             return (keys, values) if self.window is None else (keys[:, :, : self.window], values[:, :, : self.window])
         end = self.length + new
         keys[:, :, self.length : end] = key
@@ -104,21 +104,29 @@ class KVCache:
         Raises:
             ValueError: if fewer than that are filled.
         """
-        if not 0 <= length <= int(self.length):
-            raise ValueError(f"KVCache.truncate: expected a length from 0 to {int(self.length)}, got {length}.")
-        self.length = self.length.fill_(length) if isinstance(self.length, Tensor) else length
+        if not 0 <= length <= self.length:
+            raise ValueError(f"KVCache.truncate: expected a length from 0 to {self.length}, got {length}.")
+        self.length = length
 
     def compact(self, start: int, slots: Tensor) -> None:
         """Keeps the first ``start`` tokens of each row, and of the others only ``slots [B, M]``, counted from there."""
         assert len(slots) == self.batch_size
-        assert slots.shape[1] <= int(self.length) - start
+        assert slots.shape[1] <= self.length - start
         index = slots[:, None, :, None].expand(-1, self.keys[0].shape[1], -1, self.keys[0].shape[3])
         end = start + slots.shape[1]
         for tensor in (*self.keys, *self.values):
             tensor[:, :, start:end] = tensor[:, :, start:].gather(2, index)
         self.truncate(end)
 
-    def expand(self, copies: int) -> None:
-        """Repeats each row ``copies`` times, copies side by side: ``[B, ...]`` becomes ``[B * copies, ...]``."""
-        self.keys = [t.repeat_interleave(copies, dim=0) for t in self.keys]
-        self.values = [t.repeat_interleave(copies, dim=0) for t in self.values]
+    def first_rows(self, count: int) -> KVCache:
+        """A cache of the first rows alone, in the same memory."""
+        return KVCache.of([t[:count] for t in self.keys], [t[:count] for t in self.values])
+
+    def repeat_rows(self, first: KVCache) -> None:
+        """Repeats each row of ``first``, which ``first_rows`` gave: the copies of a row stand side by side."""
+        copies, rest = divmod(self.batch_size, first.batch_size)
+        assert rest == 0
+        self.length = first.length
+        for tensor in (*self.keys, *self.values) if copies > 1 else ():
+            filled = tensor[:, :, : self.length]
+            filled.copy_(filled[: first.batch_size].repeat_interleave(copies, dim=0))

@@ -23,6 +23,8 @@ def resolve_device(device: torch.device | str | None, local_rank: int | None = N
     """
     try:
         chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if chosen.type not in ("cpu", "cuda"):
+            raise RuntimeError("minopt runs on cpu and cuda")
         if chosen.type == "cuda" and local_rank is not None:
             if chosen.index is not None:
                 raise ValueError(f"device: expected cuda, as each process takes its own GPU, got '{chosen}'.")
@@ -38,6 +40,22 @@ def resolve_device(device: torch.device | str | None, local_rank: int | None = N
         reason = (str(error).splitlines() or [type(error).__name__])[0].split(". ")[0]
         raise ValueError(f'device: {str(device)!r} is not available here ({reason}). Try "cpu".') from None
     return chosen
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether a device computes in bfloat16 itself. GPUs before Ampere (compute capability 8.0), such as a T4, emulate
+    it: slowly, and without the fast kernels of attention. ``torch.cuda.is_bf16_supported`` says that they have it.
+    """
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def auto_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype of ``"auto"``: float32 on a CPU; on a GPU the one that a model is stored in, or float16 in place of a
+    bfloat16 that it would emulate.
+    """
+    if device.type == "cpu":
+        return torch.float32
+    return torch.float16 if stored == torch.bfloat16 and not has_bfloat16(device) else stored
 
 
 def resolve_dtype(dtype: torch.dtype | str) -> torch.dtype | None:

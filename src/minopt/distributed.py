@@ -138,8 +138,6 @@ def processes(device: str | None) -> Iterator[World]:
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     chosen = resolve_device(device, int(os.environ.get("LOCAL_RANK", "0")) if size > 1 else None)
-    if chosen.type not in ("cpu", "cuda"):
-        raise ValueError(f"device: expected cpu or cuda, got {device!r}.")
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     if size == 1:

@@ -23,7 +23,7 @@ class Packed:
     lengths: tuple[int, ...]
 
 
-def positions(attention_mask: Tensor | Packed | None, past: int | Tensor, T: int, device: torch.device) -> Tensor:
+def positions(attention_mask: Tensor | Packed | None, past: int, T: int, device: torch.device) -> Tensor:
     """The position of each new token among the real tokens of its row, -1 for padding on the left.
 
     Args:
@@ -45,20 +45,27 @@ def positions(attention_mask: Tensor | Packed | None, past: int | Tensor, T: int
     return (real.cumsum(1) * real - 1).index_select(1, new)
 
 
-def plain_causal_mask(past: int | Tensor, T: int, S: int, device: torch.device) -> Tensor:
+def plain_causal_mask(past: int, T: int, S: int, device: torch.device) -> Tensor:
     """``[1, 1, T, S]``: each new token attends to all tokens up to itself; ``past`` is the first one's slot."""
-    new = torch.arange(T, device=device)[:, None] + past
-    return (torch.arange(S, device=device) <= new)[None, None]
+    return mask_of_slots(torch.arange(past, past + T, device=device), torch.arange(S, device=device))
 
 
-def causal_mask(
-    attention_mask: Tensor | None, past: int | Tensor, T: int, S: int, device: torch.device
-) -> Tensor | None:
+def added_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask as numbers that are added to scores: 0 where it is True, else minus infinity."""
+    return torch.where(mask, 0.0, -torch.inf).to(dtype)
+
+
+def mask_of_slots(slots: Tensor, every: Tensor) -> Tensor:
+    """``[1, 1, T, S]``: a token in each of ``slots`` ``[T]`` attends to ``every`` slot ``[S]`` up to its own."""
+    return (every <= slots[:, None])[None, None]
+
+
+def causal_mask(attention_mask: Tensor | None, past: int, T: int, S: int, device: torch.device) -> Tensor | None:
     """The mask of new tokens of which some may be padding.
 
     Args:
         attention_mask: ``[B, S]``, which tokens are real; ``None`` if all are.
-        past: tokens before the new ones; a tensor where S is the whole capacity of a cache.
+        past: tokens before the new ones.
         T: new tokens.
         S: keys to attend to.
         device: where the result is made.
@@ -67,7 +74,7 @@ def causal_mask(
         ``None`` where causal attention needs no mask (T == S, or T == 1 at the end). Else ``[B or 1, 1, T, S]``. Every
         token attends at least to itself, padding too, so that no kernel divides by zero.
     """
-    if attention_mask is None and not isinstance(past, Tensor) and T in (1, S):
+    if attention_mask is None and T in (1, S):
         return None
     mask = plain_causal_mask(past, T, S, device)
     if attention_mask is None:

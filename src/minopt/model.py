@@ -10,11 +10,13 @@ parameter: the head is the token table, so that the two cannot come apart.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from minopt.cache import KVCache
 from minopt.config import OPTConfig
@@ -23,6 +25,8 @@ from minopt.masks import Packed, causal_mask, positions
 # Rows 0 and 1 of the position table belong to no token: fairseq, where OPT was trained, counts positions
 # from padding_idx + 1 = 2 and gives padding row 1 (metaseq, utils.make_positions).
 POSITION_OFFSET = 2
+
+_WITHOUT_PLANS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 def _quick_gelu(x: Tensor) -> Tensor:
@@ -108,9 +112,21 @@ def attend(
     if isinstance(mask, Packed):
         return _attend_apart(q * scale, k, v, mask, dropout)
     if mask is None and q.shape[2] > 1:  # not is_causal=T > 1: T may be symbolic, is_causal must be a plain bool
-        return F.scaled_dot_product_attention(q, k, v, None, dropout, is_causal=True, scale=scale)
-    # No mask: the one token sees everything.
-    return F.scaled_dot_product_attention(q, k, v, mask, dropout, scale=scale)
+        return _attention(q, k, v, None, dropout, True, scale)
+    return _attention(q, k, v, mask, dropout, False, scale)  # without a mask the one token sees everything
+
+
+def _attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, is_causal: bool, scale: float
+) -> Tensor:
+    """torch's attention, on a GPU without cuDNN's, unless the caller has chosen among the kernels.
+
+    cuDNN's is torch's first choice on new GPUs in 16 bits. It plans each new shape for tenths of a second, and texts
+    have ever new lengths.
+    """
+    is_free = q.is_cuda and (torch.compiler.is_compiling() or torch.backends.cuda.cudnn_sdp_enabled())  # type: ignore[no-untyped-call]
+    with sdpa_kernel(_WITHOUT_PLANS) if is_free else nullcontext():
+        return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal, scale=scale)
 
 
 # Not compiled, or a compiled layer would be compiled anew for each batch's lengths. torch.compiler.disable would import
@@ -125,7 +141,7 @@ def _attend_apart(q: Tensor, k: Tensor, v: Tensor, packed: Packed, dropout: floa
             return _attend_apart(q.float(), k.float(), v.float(), packed, dropout).to(dtype)
     queries, keys, values = (torch.split(x, list(packed.lengths), dim=2) for x in (q, k, v))
     return torch.cat([
-        F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=1.0)
+        _attention(q, k, v, None, dropout, is_causal=True, scale=1.0)
         for q, k, v in zip(queries, keys, values, strict=True)
     ], dim=2)  # fmt: skip
 
@@ -271,7 +287,8 @@ class OPT(nn.Module):
                 ``None`` says that none is padding, and is the fast path. Positions count real tokens only, so
                 that a padded row gives what it gives alone. A boolean ``[B, 1, T, S]`` is used as it is.
                 ``Packed`` says that the one row holds several texts; positions begin anew in each.
-                Where ``cache.length`` is a tensor, S is the cache's capacity.
+                Where the cache has ``slots``, S is its window, and position_ids and a mask ``[B, 1, T, S]`` have to be
+                given: booleans, or numbers that are added to the scores.
             position_ids: ``[B, T]`` or ``[T]``, from 0 and below ``max_position_embeddings`` (not checked: reading
                 them would wait for a GPU); derived from ``attention_mask`` if ``None``.
             cache: filled tokens to go on from; the new ones are appended to it.
@@ -289,10 +306,9 @@ class OPT(nn.Module):
         T = input_ids.shape[1]
         if position_ids is None:
             position_ids = positions(attention_mask, past, T, input_ids.device)
-        S = cache.capacity if cache is not None and isinstance(past, Tensor) else int(past) + T
         mask = attention_mask
         if not (isinstance(mask, Packed) or (mask is not None and mask.ndim == 4)):
-            mask = causal_mask(mask, past, T, S, input_ids.device)
+            mask = causal_mask(mask, past, T, past + T, input_ids.device)
         x = self.embed_tokens(input_ids)
         if self.project_in is not None:
             x = self.project_in(x)
@@ -301,7 +317,7 @@ class OPT(nn.Module):
             if self.training and self.config.layerdrop > 0 and torch.rand(()) < self.config.layerdrop:
                 continue
             x = layer(x, mask, cache)
-        if cache is not None:
+        if cache is not None and cache.slots is None:
             cache.length += T
         if self.final_layer_norm is not None:
             x = self.final_layer_norm(x)
@@ -343,8 +359,8 @@ class OPT(nn.Module):
         if cache is not None and cache.batch_size != B:
             raise ValueError(f"cache: made for {cache.batch_size} rows, got input_ids of {B}.")
         length = 0 if cache is None else cache.length
-        on_device = isinstance(length, Tensor)  # then its owner keeps it within bounds: reading it would wait for it
-        S = cache.capacity if cache is not None and on_device else int(length) + T
+        by_slots = cache is not None and cache.slots is not None
+        S = cache.capacity if cache is not None and by_slots else length + T
         if cache is not None and S > (most := cache.capacity):
             what = f"cache: {length} tokens cached + {T} new = {S}, its capacity is {most}"
             raise ValueError(f"{what}. Make it larger, or feed less.")
@@ -359,14 +375,14 @@ class OPT(nn.Module):
         expected = ([B, 1, T, S], [1, 1, T, S]) if is_whole else ([B, S],)
         if mask is not None and list(mask.shape) not in expected:
             raise ValueError(f"attention_mask: expected {expected[0]} (cached and new tokens), got {list(mask.shape)}.")
-        if mask is not None and is_whole and mask.dtype != torch.bool:
+        if mask is not None and is_whole and mask.dtype != torch.bool and not by_slots:
             raise ValueError(
                 f"attention_mask: expected booleans where it has 4 dims (True = attend), got {mask.dtype}."
             )
         if position_ids is not None and list(position_ids.shape) not in ([B, T], [T]):
             raise ValueError(f"position_ids: expected {[B, T]} or {[T]}, got {list(position_ids.shape)}.")
         limit = self.config.max_position_embeddings
-        if position_ids is None and S > limit and not on_device:
+        if position_ids is None and S > limit:
             # Padding takes no position; counting it synchronises a GPU, so only where it can matter.
             longest = S if mask is None or is_whole else int(mask.sum(1).max())
             if longest > limit:

@@ -303,7 +303,7 @@ def test_a_folder_that_is_not_there(name: str) -> None:
         load_model(name)
 
 
-@pytest.mark.parametrize("device", ["cuda:77", "tpu", "nonsense:1", "xpu", "hpu", "meta"])
+@pytest.mark.parametrize("device", ["cuda:77", "tpu", "nonsense:1", "xpu", "mps", "meta"])
 def test_a_device_that_is_not_there(device: str, write_checkpoint: Write) -> None:
     with pytest.raises(ValueError, match=f"device: '{device}' is not available here") as caught:
         load_model(write_checkpoint(), device=device)

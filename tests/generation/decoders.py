@@ -30,9 +30,12 @@ class Slots:
     def length(self) -> int:
         return self.tokens.shape[1]
 
-    def expand(self, copies: int) -> None:
-        self.copies *= copies
-        self.tokens, self.real = (t.repeat_interleave(copies, 0) for t in (self.tokens, self.real))
+    def first_rows(self, count: int) -> Slots:
+        return Slots(self.tokens[:count], self.real[:count], self.capacity)
+
+    def repeat_rows(self, first: Slots) -> None:
+        self.copies, self.reads = len(self.tokens) // len(first.tokens), first.reads
+        self.tokens, self.real = (t.repeat_interleave(self.copies, 0) for t in (first.tokens, first.real))
 
     def compact(self, start: int, slots: Tensor) -> None:
         self.compacted += 1

@@ -27,16 +27,14 @@ captured: list[int] = []
 
 @pytest.fixture(autouse=True)
 def plain_calls(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A graph is the call that it would have captured, after the warm-up that writes where it may."""
+    """A graph is the call that it would have captured, after the warm-up."""
 
-    def capture(step: Callable[[], Tensor], length: Tensor, free: int) -> Callable[[], Tensor]:
-        length.fill_(free)
-        step()
-        captured.append(free)
+    def capture(step: Callable[[], Tensor], device: torch.device, pool: Any) -> Callable[[], Tensor]:
+        captured.append(step().shape[0])
         return step
 
     captured.clear()
-    monkeypatch.setattr(graphs, "ROUND", 16)
+    monkeypatch.setattr(graphs, "BUCKET", 16)
     if not torch.cuda.is_available():
         monkeypatch.setattr(graphs, "capture", capture)
 
@@ -67,11 +65,11 @@ def test_the_graphs_of_a_cache_serve_the_next_text_and_none_that_is_still_held()
         gc.collect()
     held = graphed.new_cache(2, 12)
     assert len(captured) <= 1
-    assert len(graphed._graphs[held].by_tokens) == 1
+    assert len(graphed._graphs[held].by_shape) == 1
     assert not any(t.any() for t in held.keys)
     assert graphed.new_cache(2, 12).keys[0] is not held.keys[0]
     del held
-    assert not graphed._graphs[graphed.new_cache(1, 12)].by_tokens
+    assert not graphed._graphs[graphed.new_cache(1, 12)].by_shape
     assert graphed.new_cache(2, 40).capacity == 48
     assert graphed.new_cache(2, 60).capacity == 64
 

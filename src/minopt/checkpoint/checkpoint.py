@@ -18,6 +18,7 @@ from minopt.checkpoint.metaseq.read import read_metaseq
 from minopt.checkpoint.names import MOST_LAYERS, parameter_shapes, to_hf
 from minopt.checkpoint.tensors import SourceTensor, main_dtype, same_numbers
 from minopt.config import OPTConfig
+from minopt.devices import auto_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -51,8 +52,8 @@ class Checkpoint:
         return f"Checkpoint({str(self.found.folder)!r}, {len(self.tensors)} tensors)"
 
     def dtype_on(self, device: torch.device) -> torch.dtype:
-        """The dtype of ``"auto"``: float32 on a CPU, elsewhere the one that most numbers are stored in."""
-        return torch.float32 if device.type == "cpu" else main_dtype(self.tensors.values())
+        """The dtype of ``"auto"``: see ``auto_dtype``; stored is the dtype of most numbers."""
+        return auto_dtype(main_dtype(self.tensors.values()), device)
 
     def check_head(self) -> None:
         """Refuses a stored head that differs from the token table, to which OPT's is tied."""

@@ -135,13 +135,14 @@ def decode_steps(request: Request, look_every: int = 1) -> Iterator[Step]:
     decoder, config, copies = request.decoder, request.config, request.config.num_return_sequences
     (B, T), N, device = request.input_ids.shape, config.max_new_tokens, decoder.device
     rules, stopper = request.rules(copies), Stopper(request)
-    cache = decoder.new_cache(B, T + N)
-    logits = request.read_prompts(cache)
+    cache = decoder.new_cache(B * copies, T + N)
+    prompts = cache.first_rows(B)
+    logits = request.read_prompts(prompts)
+    cache.repeat_rows(prompts)
     sequences = torch.nn.functional.pad(request.input_ids, (0, N), value=request.pad_token_id)
     real = with_new_tokens(request.attention_mask, N)
     position_ids = positions(real, T, 1, device).expand(B, 1)
     if copies > 1:
-        cache.expand(copies)
         logits, sequences, position_ids = (
             t.repeat_interleave(copies, dim=0) for t in (logits, sequences, position_ids)
         )

@@ -52,11 +52,11 @@ def token_logprobs(model: Decoder, rows: Sequence[Sequence[int]], starts: Sequen
     is_scored = (at >= torch.tensor(starts)[:, None]) & (at < ends)  # [B, L]
     last = int((at * is_scored).max())
     logprobs = torch.zeros(B, L)
-    P = P if (B - 1) * P >= SHARED else 0
-    cache = model.new_cache(1 if P else B, max(1, last))
-    if P:
-        _score(model, cache, ids, is_scored, logprobs, 0, min(P, last))
-        cache.expand(B)
+    cache, P = model.new_cache(B, max(1, last)), min(P, last) if (B - 1) * P >= SHARED else 0
+    if P > 0:
+        shared = cache.first_rows(1)
+        _score(model, shared, ids, is_scored, logprobs, 0, P)
+        cache.repeat_rows(shared)
     _score(model, cache, ids, is_scored, logprobs, P, last)
     return [logprobs[i, start : len(row)] for i, (row, start) in enumerate(zip(rows, starts, strict=True))]
 

@@ -148,9 +148,8 @@ class Program(nn.Module):
         Returns:
             Logits ``[N, V]``.
         """
-        S = mask.shape[3]
-        past = torch.full((), S - input_ids.shape[1], device=mask.device)  # a number would be fixed for all calls
-        cache = KVCache.of(keys, values, past, window=S)
+        T, S = input_ids.shape[1], mask.shape[3]
+        cache = KVCache.of(keys, values, torch.arange(S - T, S, device=mask.device), window=S)
         return self.model.read(input_ids, position_ids, mask, wanted, cache)
 
 
@@ -290,7 +289,7 @@ def _compile(model: OPT, path: Path) -> None:
         "autotune_num_choices_displayed": 0,  # on stderr
     }
     ways = [options]
-    if model.dtype != torch.float32 or isinstance(model, Int8OPT):
+    if model.device.type == "cpu" and (model.dtype != torch.float32 or isinstance(model, Int8OPT)):
         # inductor's own products read single rows faster than oneDNN's, and take rows in int8 faster than fbgemm's (in
         # float32 they gain nothing). Where a processor has none for some shape, those that are faster.
         ways = [options | {"max_autotune": True, "max_autotune_gemm_backends": b} for b in ("CPP", "CPP,ATEN")]

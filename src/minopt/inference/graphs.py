@@ -18,17 +18,19 @@ from minopt.config import OPTConfig
 from minopt.inference.fast import FastOPT, weights_of
 from minopt.inference.plan import check_fits
 from minopt.load_options import LoadOptions
-from minopt.masks import plain_causal_mask
+from minopt.masks import added_mask, mask_of_slots
 
-# Capacities are rounded up to it, so that texts of similar length share a graph; attention wants a multiple of 8.
-ROUND = 256
+# A step attends a multiple of so many slots, and a cache has one: texts of similar length share a graph. Kernels of
+# attention want a multiple of 8.
+BUCKET = 256
 
 
 class GraphedOPT(FastOPT):
     """A ``FastOPT`` whose steps after a prompt are replayed CUDA graphs.
 
-    A step attends the whole capacity of its cache under a mask. The memory and the graphs of the last cache are kept.
-    They serve the next text of the same batch size and rounded capacity, once nobody holds that cache any more.
+    A step attends the filled slots of its cache, rounded up to ``BUCKET``, under a mask. The memory and the graphs of
+    the last cache are kept. They serve the next text of the same batch size and rounded capacity, once nobody holds
+    that cache any more.
 
     Args:
         config, weights: see ``FastOPT``.
@@ -47,7 +49,7 @@ class GraphedOPT(FastOPT):
     @torch.inference_mode(False)  # what was made in this mode could not be written to outside of it
     def new_cache(self, batch_size: int, capacity: int) -> KVCache:
         """An empty cache of at least that capacity; in the last one's memory, if that is free and fits."""
-        capacity = min(-(-capacity // ROUND) * ROUND, max(capacity, self.config.max_position_embeddings))
+        capacity = -(-capacity // BUCKET) * BUCKET
         last, self._last = self._last, None
         if last is None or last in self._graphs.values() or last.keys[0].shape[::2] != (batch_size, capacity):
             del last  # its memory, before more is asked for
@@ -65,18 +67,11 @@ class GraphedOPT(FastOPT):
         self, input_ids: Tensor, position_ids: Tensor, mask: Tensor | None, wanted: Tensor | None, cache: KVCache
     ) -> Tensor:
         """See ``Decoder.read``. A call that wants all logits is a step; its logits hold until the next step."""
-        if wanted is not None:  # prompts and scored texts, whose shapes hardly come again
-            cache.length = int(cache.length)
+        if wanted is not None or cache not in self._graphs:  # prompts and scored texts, whose shapes hardly come again
             return super().read(input_ids, position_ids, mask, wanted, cache)
-        if not isinstance(cache.length, Tensor):
-            cache.length = torch.tensor(cache.length, device=self.device)  # which the graph reads and moves
-        graphs = self._graphs.get(cache)
-        if graphs is None or graphs.keys is not cache.keys:  # an expanded cache has other memory
-            graphs = self._graphs[cache] = self._last = _Graphs(cache)
-        Q = input_ids.shape[1]
-        if Q not in graphs.by_tokens:
-            graphs.by_tokens[Q] = Graph(self, cache, Q)
-        return graphs.by_tokens[Q](input_ids, position_ids, mask, cache.length)
+        logits = self._graphs[cache].run(self, input_ids, position_ids, mask, cache.length)
+        cache.length += input_ids.shape[1]
+        return logits
 
 
 def check(options: LoadOptions) -> None:
@@ -99,36 +94,50 @@ def build(checkpoint: Checkpoint, options: LoadOptions) -> GraphedOPT:
 
 
 class _Graphs:
-    """The memory of a cache, and the graphs that read and write it, by tokens a step."""
+    """The memory of a cache, and the graphs that read and write it, by tokens of a step and slots that it attends."""
 
     def __init__(self, cache: KVCache) -> None:
         self.keys, self.values = cache.keys, cache.values
-        self.by_tokens: dict[int, Graph] = {}
+        self.pool = torch.cuda.graph_pool_handle() if cache.keys[0].is_cuda else None  # one for all: they never overlap
+        self.by_shape: dict[tuple[int, int], Graph] = {}
+
+    def run(
+        self, model: GraphedOPT, input_ids: Tensor, position_ids: Tensor, mask: Tensor | None, length: int
+    ) -> Tensor:
+        """Reads tokens as ``Decoder.read`` says, into the slots from ``length`` on."""
+        Q = input_ids.shape[1]
+        shape = Q, -(-(length + Q) // BUCKET) * BUCKET
+        if shape not in self.by_shape:
+            cache = KVCache.of(self.keys, self.values, window=shape[1])
+            self.by_shape[shape] = Graph(model, cache, Q, length, self.pool)
+        return self.by_shape[shape](input_ids, position_ids, mask, length)
 
 
 class Graph:
     """A step of ``[B, Q]`` tokens into one cache's memory, with the places that it reads its input from."""
 
-    def __init__(self, model: GraphedOPT, cache: KVCache, Q: int) -> None:
+    def __init__(self, model: GraphedOPT, cache: KVCache, Q: int, length: int, pool: Any) -> None:
         B, S, device = cache.batch_size, cache.capacity, model.device
         self.input_ids = torch.zeros(B, Q, dtype=torch.long, device=device)
         self.position_ids = torch.zeros(B, Q, dtype=torch.long, device=device)
         self.mask, self.is_masked = torch.ones(B, 1, Q, S, dtype=torch.bool, device=device), False
-        self.length = torch.zeros((), dtype=torch.long, device=device)
-        own = KVCache.of(cache.keys, cache.values, self.length)  # it outlives the caller's
+        self.length = torch.full((), length, device=device)
+        new, every = torch.arange(Q, device=device), torch.arange(S, device=device)
         read = super(GraphedOPT, model).read
         if model.compile_step:
-            read = torch.compile(read)
+            read = torch.compile(read, dynamic=False)
 
         def step() -> Tensor:
-            # No token attends to slots after its own, whatever the buffer holds there.
-            mask = self.mask & plain_causal_mask(self.length, Q, S, device)
-            return read(self.input_ids, self.position_ids, mask, None, own)
+            cache.slots = new + self.length
+            # No token attends to slots after its own, whatever the buffer holds there. As numbers, which attention
+            # would make of it in each layer.
+            mask = added_mask(self.mask & mask_of_slots(cache.slots, every), model.dtype)
+            return read(self.input_ids, self.position_ids, mask, None, cache)
 
-        self.run = capture(step, self.length, S - Q)
+        self.replay = capture(step, device, pool)
 
-    def __call__(self, input_ids: Tensor, position_ids: Tensor, mask: Tensor | None, length: Tensor) -> Tensor:
-        """Reads tokens as ``Decoder.read`` says, and moves ``length``; the logits hold until the next call."""
+    def __call__(self, input_ids: Tensor, position_ids: Tensor, mask: Tensor | None, length: int) -> Tensor:
+        """Reads tokens into the slots from ``length`` on; the logits hold until the next call."""
         self.input_ids.copy_(input_ids)
         self.position_ids.copy_(position_ids)
         if mask is not None:
@@ -136,31 +145,26 @@ class Graph:
         elif self.is_masked:
             self.mask.fill_(True)
         self.is_masked = mask is not None
-        self.length.copy_(length)
-        logits = self.run()
-        length.copy_(self.length)
-        return logits
+        self.length.fill_(length)
+        return self.replay()
 
 
-def capture(step: Callable[[], Tensor], length: Tensor, free: int) -> Callable[[], Tensor]:
-    """A step as a CUDA graph.
+def capture(step: Callable[[], Tensor], device: torch.device, pool: Any) -> Callable[[], Tensor]:
+    """A step as a CUDA graph, with memory from ``pool``: it launches kernels and returns the place of its result.
 
-    Args:
-        step: launches it and returns the place of its result.
-        length: where it writes to the cache; moved by it.
-        free: a place that may be written to.
+    The step runs three times before, because libraries set themselves up in their first calls, which cannot be
+    captured. It may: it writes nothing but the slots that the first replay writes.
     """
-    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # libraries set themselves up in their first calls, which cannot be captured
-        for _ in range(3):
-            length.fill_(free)
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    length.fill_(free)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        logits = step()
+    stream, graph = torch.cuda.Stream(device), torch.cuda.CUDAGraph()  # type: ignore[no-untyped-call]
+    with torch.cuda.device(device):
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                step()
+        # Other threads may use the GPU meanwhile. The stream is named: torch's own is one of the first device.
+        with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
+            logits = step()
+        torch.cuda.current_stream(device).wait_stream(stream)
 
     def replay() -> Tensor:
         graph.replay()

@@ -6,6 +6,8 @@ use large batches.
 
 from __future__ import annotations
 
+import math
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -25,7 +27,9 @@ from minopt.inference.linear import Plain
 from minopt.inference.plan import check_fits
 from minopt.load_options import LoadOptions
 from minopt.masks import Packed
+from minopt.memory import empty
 from minopt.model import DecoderLayer
+from minopt.progress import size_of
 
 
 class StreamedOPT(InferenceOPT):
@@ -103,12 +107,12 @@ class _StreamedLayer(Frozen):
 
 
 class _Place:
-    """Memory for one layer on the device, and, where layers come from the disk to a GPU, pinned memory on the way."""
+    """Memory for one layer on the device, and where layers are on the way to it."""
 
-    def __init__(self, shapes: dict[str, tuple[int, ...]], device: torch.device, dtype: torch.dtype, direct: bool):
+    def __init__(self, shapes: dict[str, tuple[int, ...]], device: torch.device, dtype: torch.dtype) -> None:
         self.index: int | None = None  # of the layer that is here
         self.tensors = {name: torch.empty(shape, dtype=dtype, device=device) for name, shape in shapes.items()}
-        self.host = self.tensors if direct else _pinned(shapes, dtype)
+        self.host = self.tensors
         if device.type == "cuda":
             self.arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
 
@@ -122,11 +126,15 @@ class _Stream:
         first = "layers.0."
         shapes = {name.removeprefix(first): shape for name, shape in parameter_shapes(checkpoint.config).items()
                   if name.startswith(first)}  # fmt: skip
-        direct = in_memory or not on_gpu
-        self.places = [_Place(shapes, device, dtype, direct) for _ in range(min(2, self._count))]
-        self._waiting = [_pinned(shapes, dtype) for _ in range(self._count if in_memory else 0)]
-        for index, tensors in enumerate(self._waiting):
-            self._read(index, tensors)
+        self.places = [_Place(shapes, device, dtype) for _ in range(min(2, self._count))]
+        self._waiting: list[dict[str, Tensor]] = []
+        if in_memory:
+            self._waiting = self._pinned(self._count, shapes)
+            for index, tensors in enumerate(self._waiting):
+                self._read(index, tensors)
+        elif on_gpu:
+            for place, tensors in zip(self.places, self._pinned(len(self.places), shapes), strict=True):
+                place.host = tensors
         self._coming: _Fetch | None = None
         self._copies = torch.cuda.Stream(device) if on_gpu else None  # type: ignore[no-untyped-call]
 
@@ -177,6 +185,25 @@ class _Stream:
                 place.arrived.record()
         place.index = index
 
+    def _pinned(self, count: int, shapes: dict[str, tuple[int, ...]]) -> list[dict[str, Tensor]]:
+        """Memory for layers that a GPU copies from by itself.
+
+        All of it is one piece that the driver is told of: torch's own allocator of pinned memory would round each
+        tensor up to a power of two.
+        """
+        sizes = [math.prod(shape) for shape in shapes.values()]
+        memory = empty((count, sum(sizes)), self.dtype)
+        driver = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+        failure = driver.cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)
+        if int(failure) != 0:
+            advice = "Use offload disk." if count > len(self.places) else "Free some of the machine's memory."
+            raise ValueError(f"offload: the driver cannot pin {size_of(memory.nbytes)} of memory ({failure}). {advice}")
+        weakref.finalize(self, driver.cudaHostUnregister, memory.data_ptr())
+        return [
+            {name: part.view(shape) for (name, shape), part in zip(shapes.items(), layer.split(sizes), strict=True)}
+            for layer in memory
+        ]
+
     def _read(self, index: int, tensors: dict[str, Tensor]) -> None:
         for name, tensor in tensors.items():
             self.checkpoint.tensors[f"layers.{index}.{name}"].fill(tensor)
@@ -207,8 +234,3 @@ class _Fetch(Thread):
         while not self._done.wait(1):
             if not self.is_alive():  # an interrupt came before it had begun, or a fork has left it behind
                 return
-
-
-def _pinned(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Memory that a GPU copies from by itself."""
-    return {name: torch.empty(shape, dtype=dtype, pin_memory=True) for name, shape in shapes.items()}

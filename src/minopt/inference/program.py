@@ -9,6 +9,7 @@ import hashlib
 import json
 import platform
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -125,7 +126,7 @@ class ExportedModel:
             torch.cpu._init_amx()  # Linux gives a process these registers when it asks for them
         try:
             # What torch._inductor.aoti_load_package wraps; that also imports the compiler, for more than a second.
-            with in_large_pages():
+            with in_large_pages() if self.device.type == "cpu" else nullcontext():  # a driver's memory stays as it is
                 self._program = torch._C._aoti.AOTIModelPackageLoader(str(self._path), "model", False, 1, -1)
         except RuntimeError as error:
             reason = (str(error).splitlines() or ["RuntimeError"])[0]
@@ -152,7 +153,7 @@ class ExportedModel:
         self, input_ids: Tensor, position_ids: Tensor, mask: Tensor | None, wanted: Tensor | None, cache: KVCache
     ) -> Tensor:
         """See ``Decoder.read``."""
-        (B, T), past = input_ids.shape, int(cache.length)
+        (B, T), past = input_ids.shape, cache.length
         S = past + T
         if mask is None:
             mask = plain_causal_mask(past, T, S, self.device)

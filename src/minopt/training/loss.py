@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minopt.devices import has_bfloat16
 from minopt.masks import Packed
 from minopt.model import OPT
 from minopt.training.batches import Batch
@@ -87,8 +88,9 @@ def _loss_and_gradients(
     h: Tensor, weight: Tensor, targets: Tensor, label_smoothing: float, needs_h: bool, needs_weight: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     wide = torch.promote_types(h.dtype, torch.float32)
-    # The loss is not scaled yet, and float16 would round small probabilities to 0.
-    narrow = torch.bfloat16 if h.dtype == torch.float16 else h.dtype
+    narrow = h.dtype
+    if narrow == torch.float16:  # the loss is not scaled yet, and float16 would round small probabilities to 0
+        narrow = torch.bfloat16 if has_bfloat16(h.device) else torch.float32
     loss = torch.zeros((), dtype=wide, device=h.device)
     grad_h, grad_weight = torch.zeros_like(h, dtype=narrow), None
     for begin in range(0, len(h), CHUNK):
