@@ -310,32 +310,23 @@ def write_metaseq(
     stem: str | None = None,
     pattern: str | None = None,
 ) -> list[Path]:
-    """Writes a model as a checkpoint of metaseq.
+    """Writes transformers' OPTForCausalLM as a checkpoint of metaseq, and returns its files.
 
     Args:
-        folder: where; made if it is not there.
-        reference: transformers' OPTForCausalLM.
-        parts: model parallel parts.
-        shards: FSDP shards of each part, flattened; 0 writes parts that are not flattened.
+        folder, reference: where, and what.
+        parts, shards: model parallel parts, and FSDP shards of each, flattened; 0 shards: parts are not flattened.
         fused: ``qkv_proj`` (what trains) or ``k_proj``, ``v_proj``, ``q_proj`` (what convert_to_singleton leaves).
         config: how ``cfg["model"]`` is held: ``"namespace"``, ``"dict"``, ``"class"`` (an instance of metaseq's);
-            ``"omegaconf"``: the whole of ``cfg`` is a graph of DictConfig and AnyNode, with ``${...}`` in it;
-            ``None``: there is no ``cfg``.
+            ``"omegaconf"``: all of ``cfg`` is DictConfig and AnyNode, with ``${...}`` in it; ``None``: there is none.
         drop: fields of the ``cfg`` that are missing.
         metadata: whether ``shard_metadata`` is there, which it may be in files that are not flattened too.
-        head: ``None``, ``"whole"`` (each part has all rows), or ``"slice"`` (each part has its own; a single one half,
-            which merging two parts leaves).
+        head: ``None``, ``"whole"`` (each part has all rows), or ``"slice"`` (each part has its own; a single one half).
         legacy: in torch's container from before 1.6.
-        dtype: to cast to.
-        mixed_norms: norms stay in float32.
+        dtype, mixed_norms: to cast to, but for norms.
         views: tensors of a layer share one storage (not flattened files only).
         wrap: a flat parameter for each layer; else a single one for all.
         shape: what the metadata gives shapes as. Files were seen with ``torch.Size``, tuples, and lists.
-        stem: the name's beginning; ``"reshard"``, or ``"checkpoint_last"`` where there are shards.
-        pattern: the whole name, with ``{part}`` and ``{shard}``, in place of the published ones.
-
-    Returns:
-        The files: ``{stem}.pt``, ``{stem}-model_part-{part}.pt``, or ``{stem}-model_part-{part}-shard{shard}.pt``.
+        stem, pattern: the name's beginning, or the whole name with ``{part}`` and ``{shard}``.
     """
     stem = stem or ("checkpoint_last" if shards else "reshard")
     part_in_name = "-model_part-{part}" if parts > 1 or shards else ""

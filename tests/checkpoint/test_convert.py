@@ -38,7 +38,7 @@ from tests.checkpoint.sources import (
     write_source,
 )
 from tests.checkpoint.test_load import change_config
-from tests.conftest import SHARED_DATA, SIZE, build_reference, copy_of
+from tests.conftest import SIZE, build_reference, copy_of
 from tests.texts import EMOJI
 
 IDS = torch.randint(3, 96, (2, 9), generator=torch.Generator().manual_seed(1))
@@ -164,7 +164,7 @@ def test_other_keys_of_config_json_come_along(hf: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "source", "limit"),
-    [("125m", "safetensors", 1), ("350m", "bin shards", 9_000), ("galactica", "4 parts", 60_000)],
+    [("125m", "safetensors", 1), ("350m", "bin shards", 9_000), ("125m", "4 parts", 30_880 * 4 - 1)],
 )
 def test_files_keep_to_the_limit_and_the_index_knows_them_all(
     kind: str, source: str, limit: int, tmp_path: Path
@@ -182,22 +182,6 @@ def test_files_keep_to_the_limit_and_the_index_knows_them_all(
     assert_identical(stored(tmp_path / "new"), expected)
     with torch.no_grad():
         assert torch.equal(logits(tmp_path / "new"), reference(kind)(IDS).logits)
-
-
-def test_what_fits_into_one_file_is_one_without_an_index(hf: Path, tmp_path: Path) -> None:
-    total = sum(t.nbytes for t in expected_tensors().values())
-    convert(hf, tmp_path / "one", max_shard_bytes=total)
-    convert(hf, tmp_path / "two", max_shard_bytes=total - 1)
-    assert [p.name for p in sorted((tmp_path / "one").glob("*model*"))] == ["model.safetensors"]
-    assert len(list((tmp_path / "two").glob("*.safetensors"))) == 2
-
-
-@pytest.mark.parametrize("options", [{}, {"max_shard_bytes": 20_000}, {"format": "metaseq", "parts": 2}])
-def test_files_are_readable_for_whom_the_umask_says(options: dict[str, Any], hf: Path, tmp_path: Path) -> None:
-    convert(hf, tmp_path / "new", **options)
-    umask = os.umask(0)
-    os.umask(umask)
-    assert {p.stat().st_mode & 0o777 for p in (tmp_path / "new").iterdir()} == {0o666 & ~umask}
 
 
 # --- dtypes ---
@@ -335,17 +319,6 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The real files."""
-    if not SHARED_DATA.is_dir():
-        pytest.skip("needs ../shared/data/opt-tokenizer beside the project")
-    folder = tmp_path_factory.mktemp("published")
-    shutil.copytree(SHARED_DATA / "opt-tokenizer", folder, copy_function=shutil.copyfile, dirs_exist_ok=True)
-    (folder / "config.json").write_text('{"model_type": "opt"}')
-    return folder
-
-
 def as_published(vocabulary: Path, folder: Path) -> None:
     for path in vocabulary.glob("[!c]*"):
         shutil.copyfile(path, folder / path.name)
@@ -363,28 +336,16 @@ def in_one_file(vocabulary: Path, folder: Path) -> None:
     backend.save(str(folder / "gpt2-unified.json"))
 
 
-@pytest.mark.parametrize(
-    ("files", "place", "where", "source"),
-    [
-        ("small", as_published, "source", "2 parts"),
-        ("small", as_published, ".", "safetensors"),
-        ("small", with_metaseqs_names, "source", "safetensors"),
-        ("small", in_one_file, "source", "safetensors"),
-        ("published", as_published, "source", "bin"),
-        ("published", with_metaseqs_names, ".", "2 parts x 3 shards"),
-        ("published", in_one_file, "source", "singleton"),
-    ],
-)
+@pytest.mark.parametrize("place", [as_published, with_metaseqs_names, in_one_file])
+@pytest.mark.parametrize(("where", "source"), [("source", "2 parts"), (".", "safetensors")])
 def test_the_tokenizer_beside_the_weights_or_one_folder_up_is_found_and_transformers_reads_it(
-    files: str, place: Callable[[Path, Path], None], where: str, source: str, tmp_path: Path,
-    request: pytest.FixtureRequest,
-) -> None:  # fmt: skip
-    vocabulary = request.getfixturevalue(files)
+    place: Callable[[Path, Path], None], where: str, source: str, small: Path, tmp_path: Path
+) -> None:
     (tmp_path / "up").mkdir()
     folder = write_source(source, tmp_path / "up" / "source")
-    place(vocabulary, tmp_path / "up" / where)
+    place(small, tmp_path / "up" / where)
     convert(folder, tmp_path / "new")
-    assert_same_tokenizer(tmp_path / "new", vocabulary)
+    assert_same_tokenizer(tmp_path / "new", small)
 
 
 def test_a_tokenizer_that_is_named_goes_before_the_one_beside(small: Path, tmp_path: Path) -> None:
@@ -404,22 +365,21 @@ def test_without_a_tokenizer_a_warning_says_so(hf: Path, tmp_path: Path, caplog:
     assert caplog.messages == [f"{hf}: no tokenizer's files beside the weights, so none are written."]
 
 
-@pytest.mark.parametrize("files", ["small", "published"])
-def test_metaseqs_vocabulary_is_what_its_library_reads(
-    files: str, hf: Path, tmp_path: Path, request: pytest.FixtureRequest
-) -> None:
+def test_metaseqs_vocabulary_is_what_its_library_reads(hf: Path, small: Path, tmp_path: Path) -> None:
     """metaseq opens the two files with ``ByteLevelBPETokenizer``, and puts ``</s>`` before a text itself."""
-    vocabulary = request.getfixturevalue(files)
-    convert(hf, tmp_path / "new", format="metaseq", tokenizer=vocabulary)
+    convert(hf, tmp_path / "new", format="metaseq", tokenizer=small)
     vocab, merges = tmp_path / "new" / "gpt2-vocab.json", tmp_path / "new" / "gpt2-merges.txt"
-    assert json.loads(vocab.read_text()) == json.loads((vocabulary / "vocab.json").read_text())
-    pairs = [line for line in (vocabulary / "merges.txt").read_text().splitlines() if not line.startswith("#version")]
-    assert [line for line in merges.read_text().splitlines() if not line.startswith("#version")] == pairs
+    assert json.loads(vocab.read_text()) == json.loads((small / "vocab.json").read_text())
+    written, given = (
+        [line for line in path.read_text().splitlines() if not line.startswith("#version")]
+        for path in (merges, small / "merges.txt")
+    )
+    assert written == given
     theirs = tokenizers.ByteLevelBPETokenizer.from_file(str(vocab), str(merges))
     plain = [text for text in TEXTS if "<" not in text]
-    assert [[2, *theirs.encode(text).ids] for text in plain] == open_tokenizer(vocabulary)(plain)["input_ids"]
+    assert [[2, *theirs.encode(text).ids] for text in plain] == open_tokenizer(small)(plain)["input_ids"]
     convert(tmp_path / "new", tmp_path / "back")
-    assert_same_tokenizer(tmp_path / "back", vocabulary)
+    assert_same_tokenizer(tmp_path / "back", small)
 
 
 BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
@@ -738,21 +698,19 @@ def test_a_tensor_of_the_output_is_in_memory_at_a_time_or_a_file_in_metaseqs_for
 # --- the bar ---
 
 
-@pytest.mark.parametrize(("options", "count"), [({}, 1), (OUTPUTS["metaseq"], 2)])
 def test_the_bar_counts_the_tensors_and_is_drawn_on_demand_only(
-    options: dict[str, Any], count: int, tmp_path: Path, capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """And paths may begin at home."""
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr("minopt.progress.on_terminal", lambda: True)
     write_source("safetensors", tmp_path / "hf")
     capsys.readouterr()
-    convert("~/hf", "~/silent", **options)
+    convert("~/hf", "~/silent")
     assert capsys.readouterr() == ("", "")
-    convert("~/hf", "~/shown", show_progress=True, **options)
+    convert("~/hf", "~/shown", show_progress=True, format="metaseq", parts=2)
     out, err = capsys.readouterr()
-    total = count * len(expected_tensors())
+    total = 2 * len(expected_tensors())
     assert out == ""
     assert f" {total}/{total} " in err
     assert load_model(tmp_path / "shown", device="cpu")

@@ -28,7 +28,6 @@ from tests.checkpoint.hostile_files import (
     EMPTY_DICT,
     EMPTY_LIST,
     EMPTY_TUPLE,
-    MARK,
     NONE,
     POP,
     RUNS,
@@ -159,19 +158,11 @@ RANGE = "whose shape, strides or offset are not numbers in range"
 NO_SIZE = "a storage whose key or size is none"
 LIES: dict[str, tuple[str, Callable[[Weights], dict[str, bytes]]]] = {
     "one number past the end": (FITS, lambda w: {"offset": integer(1)}),
-    "far past the end": (FITS, lambda w: {"offset": integer(2**48)}),
     "past all ends": (RANGE, lambda w: {"offset": integer(10**5000)}),
     "before the beginning": (RANGE, lambda w: {"offset": integer(-1)}),
-    "backwards": (RANGE, lambda w: {"stride": sizes(-16, -1), "offset": integer(511)}),
     "wide strides": (FITS, lambda w: {"stride": sizes(17, 1)}),
-    "strides that wrap to right ones": (RANGE, lambda w: {"stride": sizes(2**64 + 16, 1)}),
-    "strides too few": (RANGE, lambda w: {"stride": sizes(1)}),
     "20,000 dims": (RANGE, lambda w: dict.fromkeys(("shape", "stride"), sizes(*[1] * 20_000))),
-    "a number repeated 2**34 times": (FITS, lambda w: {"shape": sizes(2**17, 2**17), "stride": sizes(0, 0)}),
-    "nothing, far away": (FITS, lambda w: {"shape": sizes(0, 16), "offset": integer(2**47)}),
     "floats for numbers": (RANGE, lambda w: {"shape": group(b"G" + struct.pack(">d", 32.0), integer(16))}),
-    "a shape of nothing": (RANGE, lambda w: {"shape": NONE}),
-    "another shape": ("1 of the wrong shape or kind", lambda w: {"shape": sizes(16, 32), "stride": sizes(32, 1)}),
     "no storage": ("a tensor without a storage", lambda w: {"storage": text("0")}),
     "a storage that is missing": (
         "is not there in full|not that of its tensors", lambda w: {"storage": w.storage(FC1, key=text("../data.pkl"))}
@@ -184,7 +175,6 @@ LIES: dict[str, tuple[str, Callable[[Weights], dict[str, bytes]]]] = {
         "is not there in full|is not as long as described", lambda w: {"storage": w.storage(FC1, numel=integer(513))}
     ),
     "a storage of 2**60 numbers": (NO_SIZE, lambda w: {"storage": w.storage(FC1, numel=integer(2**60))}),
-    "a storage of no size": (NO_SIZE, lambda w: {"storage": w.storage(FC1, numel=NONE)}),
     "a storage with a list for a key": (NO_SIZE, lambda w: {"storage": w.storage(FC1, key=EMPTY_LIST)}),
     "a storage of other numbers than OPT's": (
         "Storage'. Cast them first", lambda w: {"storage": w.storage(FC1, kind=name("torch", "QInt8Storage"))}
@@ -192,7 +182,6 @@ LIES: dict[str, tuple[str, Callable[[Weights], dict[str, bytes]]]] = {
     "a storage of another library": ("of an unknown type", lambda w: {"storage": w.storage(FC1, kind=SYSTEM)}),
     "a view of a storage": (NO_SIZE, lambda w: {"storage": w.storage(FC1, view=sizes(1, 2))}),
     "an id that is another's": ("not a storage's", lambda w: {"storage": w.storage(FC1, word=text("module"))}),
-    "an id that is text": ("not a storage's", lambda w: {"storage": text("0") + b"Q"}),
     "on a device": ("right weights", lambda w: {"storage": w.storage(FC1, location=text("cuda:99"))}),
 }  # fmt: skip
 
@@ -253,37 +242,29 @@ def test_what_torch_writes_opens(content: Any, options: dict[str, Any], folder: 
 
 DEEP = 200_000  # what follows a nesting by recursion in C ends the process
 ODD: dict[str, tuple[str, Callable[[Weights], bytes]]] = {
-    "tuples 200,000 deep": (r"\(tuple as a key\)", lambda w: w.state_dict(more=EMPTY_TUPLE + b"\x85" * DEEP + NONE)),
     "numbers that collide": (r"\(int as a key\)", lambda w: w.state_dict(
         more=b"".join(integer(i * (2**61 - 1)) + NONE for i in range(40_000)))),
     "a tuple of 2**20,000 leaves": ("extra: tuple", lambda w: w.state_dict(
         more=text("extra") + NONE + (remember(0) + recall(0) + b"\x86") * 20_000)),
     "a dict that holds itself": ("expected a dict from names to ordinary tensors, got x: dict", lambda w:
         EMPTY_DICT + remember(0) + text("x") + recall(0) + b"s"),
-    "6 million dicts": ("more than 1,000,000 operations", lambda w: EMPTY_DICT * 6_000_000 + w.state_dict()),
     "a remembered number of 2**32 - 1": ("right weights", lambda w: NONE + remember(2**32 - 1) + POP + w.state_dict()),
     "bytes beyond the file": ("its pickle asks for", lambda w: b"\x8e" + struct.pack("<Q", 2**60) + b"abc"),
-    "a byte array beyond the file": ("its pickle asks for", lambda w: b"\x96" + struct.pack("<Q", 2**60) + b"abc"),
     "a text of -1 bytes": ("damaged pickle", lambda w: b"T" + struct.pack("<i", -1)),
     "a number of 10 million digits": ("right weights", lambda w: integer(2**30_000_000) + POP + w.state_dict()),
     "nothing to pop": ("damaged pickle, IndexError", lambda w: POP),
-    "nothing marked": ("damaged pickle, IndexError", lambda w: b"t"),
     "nothing remembered": ("damaged pickle, KeyError", lambda w: recall(7)),
     "an unknown operation": ("damaged pickle", lambda w: b"\xff"),
     "items of a list": ("damaged pickle, TypeError", lambda w: EMPTY_LIST + NONE + NONE + b"s"),
-    "items of an odd number": ("damaged pickle, ValueError", lambda w: EMPTY_DICT + MARK + NONE + b"u"),
     "values appended to a text": ("damaged pickle, AttributeError", lambda w: text("x") + NONE + b"a"),
-    "a name of numbers": ("damaged pickle, TypeError", lambda w: b"\x80\x04" + integer(1) + integer(2) + b"\x93"),
     "a look-alike of a name": (f"got {FC1}: ", lambda w: w.state_dict(
         {FC1: w.tensor(FC1, function=stack_name("torch._utils", "_r\u0435build_tensor_v2"))})),
     "a tensor of too few arguments": (f"got {FC1}: ", lambda w: w.state_dict(
         {FC1: call(name("torch._utils", "_rebuild_tensor_v2"), w.storage(FC1), integer(0))})),
     "a tensor": ("got StoredTensor", lambda w: w.tensor(FC1)),
-    "a list": ("got list", lambda w: listing(w.tensor(FC1))),
     "an empty dict": ("got nothing", lambda w: EMPTY_DICT),
     "bytes for a key": (r"\(bytes as a key\)", lambda w: w.state_dict(more=data(b"x") + w.tensor(BIAS))),
     "a key of escapes": ("unexpected", lambda w: w.state_dict(more=text("a\nb\x1b[2J\u202e\ud800") + w.tensor(BIAS))),
-    "a key of 10 MB": ("unexpected", lambda w: w.state_dict(more=text("x" * 10_000_000) + w.tensor(BIAS))),
     "20,000 layers of one tensor": ("19999 unexpected", lambda w: w.state_dict(
         more=w.tensor(BIAS) + remember(9) + POP
         + b"".join(text(f"model.decoder.layers.{i}.fc2.bias") + recall(9) for i in range(1, 20_000)))),
@@ -325,7 +306,6 @@ def legacy(**parts: Any) -> bytes:
 
 
 CONTAINERS: dict[str, tuple[str, Callable[[], bytes]]] = {
-    "right": ("right weights", archive),
     "something before": ("right weights", lambda: b"PK\3\4" + archive()),
     "a comment": ("right weights", lambda: zip_file(records(), comment=b"a comment")),
     "a compressed pickle": ("archive/data.pkl' in it is compr", lambda: zip_file(records(), "archive/data.pkl")),
@@ -335,15 +315,11 @@ CONTAINERS: dict[str, tuple[str, Callable[[], bytes]]] = {
     "a storage too short": ("the storage '0' is not there in full", lambda: archive(data_0=b"abc")),
     "big-endian": ("its numbers are big-endian", lambda: archive(byteorder=b"big")),
     "a storage beyond the file": ("not where the archive's index says", lambda: patched(archive(), 42, 10**8)),
-    "a storage elsewhere": ("not where the archive's index says", lambda: patched(archive(), 42, 1234)),
     "a storage of 4 GB": ("not where the archive's index says", lambda: patched(archive(), 20, 2**32 - 2, 2**32 - 2)),
-    "a start alone": ("damaged zip archive", lambda: b"PK\3\4"),
     "a legacy file": ("right weights", legacy),
     "another magic number": ("not a file of torch.save", lambda: legacy(magic=program(integer(7)))),
-    "another version": ("not a file of torch.save", lambda: legacy(version=program(integer(1002)))),
     "a big-endian legacy file": ("its numbers are big-endian", lambda: legacy(system=program(EMPTY_DICT))),
     "a storage too many": ("not that of its tensors", lambda: legacy(keys=program(listing(text("99"))))),
-    "storages of itself": ("not that of", lambda: legacy(keys=program(EMPTY_LIST + remember(0) + recall(0) + b"a"))),
     "a storage of another size": ("is not as long as described", lambda: legacy(counts={0: 2**60})),
     "a pickle alone": ("not a file of torch.save", lambda: program(Weights(TENSORS).state_dict())),
 }  # fmt: skip

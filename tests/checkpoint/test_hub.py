@@ -106,12 +106,6 @@ def call_load_model(url: str, home: Path, *calls: dict[str, Any], **settings: st
     return [Outcome(**json.loads(line)) for line in process.stdout.splitlines()]
 
 
-def run_generate(url: str, home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """The command line's ``generate`` in a new process."""
-    command = [sys.executable, "-m", "minopt", "generate", "abc", "--device", "cpu", *arguments]
-    return subprocess.run(command, env=environment(url, home), capture_output=True, encoding="utf-8", check=False)
-
-
 def files_of(reference: Any, folder: Path, **options: Any) -> dict[str, bytes]:
     """The files that transformers writes for a model."""
     reference.save_pretrained(folder, **options)
@@ -436,14 +430,6 @@ def test_a_name_that_is_a_path_or_lacks_its_owner_is_said_so_and_nobody_is_asked
     with pytest.raises(FileNotFoundError) as error:
         find_model(name)
     assert str(error.value).startswith(f"{name}: {said}")
-
-
-def test_the_command_line_generates_from_a_name(published: Published, tmp_path: Path) -> None:
-    """Fetching tokenizer and model into ``HF_HOME``."""
-    process = run_generate(published.hub.url, tmp_path, "--model", "tester/all-formats", "--max-new-tokens", "4")
-    assert process.returncode == 0, process.stderr
-    assert process.stdout.strip()
-    assert (tmp_path / "hub" / "models--tester--all-formats").is_dir()
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudoterminal")

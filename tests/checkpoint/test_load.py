@@ -193,10 +193,6 @@ def drop(*names: str) -> Callable[[Path], None]:
 
 
 BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
-    "empty folder": (
-        lambda f: [p.unlink() for p in f.iterdir()],
-        r"model: expected weights \(model\.safetensors, .*\), got nothing",
-    ),
     "no weights": (
         lambda f: (f / "model.safetensors").unlink(),
         r"expected weights \(model\.safetensors, .*got config\.json, generation_config\.json\. Is this a model's",
@@ -205,19 +201,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: truncate(f / "model.safetensors"),
         r"model\.safetensors: cut short or not safetensors .*Fetch the file again",
     ),
-    "truncated bin": (
-        lambda f: (as_pickle(f), truncate(f / "pytorch_model.bin")),
-        r"pytorch_model\.bin: cut short or not a checkpoint",
-    ),
     "shard missing": (without_shard, r"1 of the 3 files in .* are missing: model-00002-of-00003\.safetensors"),
-    "index not JSON": (
-        lambda f: (as_shards(f, "safetensors"), (f / "model.safetensors.index.json").write_text("{")),
-        r"index\.json: expected JSON",
-    ),
-    "index a list": (
-        lambda f: (as_shards(f, "safetensors"), (f / "model.safetensors.index.json").write_text("[]")),
-        r"index\.json: expected a JSON object",
-    ),
     "index without map": (
         lambda f: (as_shards(f, "safetensors"), (f / "model.safetensors.index.json").write_text("{}")),
         r"index\.json: expected a weight_map",
@@ -225,14 +209,6 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "a key in two shards": (
         lambda f: (as_shards(f, "safetensors"), shutil.copy(*sorted(f.glob("model-*"))[:2])),
         r"stored in several of its files: model\.decoder\.\S+, .* and \d+ more\. Fetch the files again",
-    ),
-    "config nested beyond reason": (
-        lambda f: (f / "config.json").write_text("[" * 200_000),
-        r"config\.json: expected JSON",
-    ),
-    "config of an absurd size": (
-        lambda f: change_config(f, max_position_embeddings=2**70),
-        r"max_position_embeddings must be a positive integer, got 1180591620717411303424",
     ),
     "tensor missing": (
         drop("layers.1.fc1.weight"),
@@ -265,7 +241,6 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: change_config(f, ffn_dim=80),
         r"of the wrong shape or kind \(.*fc1\.\w+: expected \[80.*\], got \[64.*and \d+ more\)",
     ),
-    "config of fewer layers": (lambda f: change_config(f, num_hidden_layers=2), r"16 unexpected .*and 11 more"),
     "config of more layers": (
         lambda f: change_config(f, num_hidden_layers=4),
         r"num_hidden_layers is 4 in config\.json, the tensors are of 3 layers",
@@ -273,15 +248,6 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "config not JSON": (
         lambda f: (f / "config.json").write_text("{'model_type': 'opt'}"),
         r"config\.json: expected JSON",
-    ),
-    "config a list": (lambda f: (f / "config.json").write_text("[]"), r"config\.json: expected a JSON object"),
-    "config of another model": (
-        lambda f: change_config(f, model_type="gpt2"),
-        r'config\.json: model_type: expected "opt", got \'gpt2\'',
-    ),
-    "config that breaks rules": (
-        lambda f: change_config(f, num_attention_heads=5),
-        r"config\.json: .*hidden_size must be a multiple of num_attention_heads, got 32 and 5",
     ),
 }
 

@@ -257,13 +257,6 @@ def copy_over(source: Path, target: Path) -> None:
     shutil.copy(source, target)
 
 
-def of_another_model(folder: Path, **how: Any) -> None:
-    """Puts the last file of another model of the same shape in place."""
-    other = folder.parent / "other"
-    paths = write_metaseq(other, build_reference("125m", seed=1), **({"parts": 4} | how))
-    shutil.copy(paths[-1], folder / paths[-1].name)
-
-
 BROKEN: dict[str, tuple[dict[str, Any], Callable[[list[Path]], object], str]] = {
     "a part is missing": ({}, lambda ps: ps[1].unlink(), r"1 of the 4 files of reshard are missing: reshard-model_pa"),
     "the last part is missing": ({}, lambda ps: ps[3].unlink(),
@@ -280,8 +273,6 @@ BROKEN: dict[str, tuple[dict[str, Any], Callable[[list[Path]], object], str]] = 
                                     r"reshard-model_part-2\.pt: holds the same numbers as reshard-model_part-1\.pt"),
     "a shard is a copy of another": ({"shards": 3, "parts": 1}, lambda ps: copy_over(ps[0], ps[1]),
                                      r"shard1\.pt: holds the same numbers as checkpoint_last-model_part-0-shard0\.pt"),
-    "a part of another model": ({}, lambda ps: of_another_model(ps[0].parent),
-                                r"every model parallel part holds it, and .*part-0\.pt and .*part-3\.pt hold di"),
     "a replicated tensor differs": (
         {}, lambda ps: rewrite(ps[2], in_model(lambda m: m["decoder.layers.1.fc2.bias"].__setitem__(5, 7.0))),
         r"layers\.1\.fc2\.bias: every model parallel part holds it, and .*part-0\.pt and .*part-2\.pt hold different"),
@@ -292,13 +283,6 @@ BROKEN: dict[str, tuple[dict[str, Any], Callable[[list[Path]], object], str]] = 
         {}, lambda ps: rewrite(ps[1], in_model(
             lambda m: m.update({"decoder.layers.1.fc1.bias": torch.zeros(8)}))),
         r"part-1\.pt: layers\.1\.fc1\.bias is \[8\].*, and \[16\].* in reshard-model_part-0\.pt"),
-    "an unknown tensor": (
-        {"parts": 1}, lambda ps: rewrite(ps[0], in_model(
-            lambda m: m.update({"decoder.layers.1.moe.weight": torch.zeros(8)}))),
-        r"reshard\.pt: the tensors are not those of its cfg: 1 unexpected \(decoder\.layers\.1\.moe\.weight\)"),
-    "a missing tensor": (
-        {"parts": 1}, lambda ps: rewrite(ps[0], in_model(lambda m: m.pop("decoder.layers.1.fc1.bias"))),
-        r"reshard\.pt: the tensors are not those of its cfg: 1 missing \(layers\.1\.fc1\.bias\)"),
     "fused and apart": (
         {"parts": 1}, lambda ps: rewrite(ps[0], in_model(
             lambda m: m.update({"decoder.layers.1.self_attn.q_proj.bias": torch.zeros(32)}))),
@@ -318,22 +302,11 @@ BROKEN: dict[str, tuple[dict[str, Any], Callable[[list[Path]], object], str]] = 
     "metadata that does not add up": (
         {"shards": 3, "parts": 1}, lambda ps: [rewrite(p, set_metadata(numels=[5] * 12)) for p in ps],
         r"shard0\.pt: its shard_metadata does not add up \(sizes that are not those of its shapes\)"),
-    "a negative padding": ({"shards": 3, "parts": 1}, lambda ps: rewrite(ps[0], set_metadata(padding=-5)),
-                           r"shard0\.pt: its shard_metadata does not add up \(a size that is none\)"),
     "more padding than numbers": ({"shards": 3, "parts": 1}, lambda ps: rewrite(ps[0], set_metadata(padding=10**9)),
                                   r"shard0\.pt: decoder\.\S+\.flat_param_0 must be .* with 1000000000 of padding"),
     "metadata of another shard": (
         {"shards": 3, "parts": 1}, lambda ps: rewrite(ps[1], set_metadata(names=[*map(str, range(12))])),
         r"shard1\.pt: its shard_metadata is not that of checkpoint_last-model_part-0-shard0\.pt"),
-    "metadata that is something else": (
-        {"shards": 3, "parts": 1}, lambda ps: rewrite(ps[0], lambda c: c.update(shard_metadata=["no"])),
-        r"shard0\.pt: its shard_metadata does not add up"),
-    "two checkpoints in a folder": (
-        {"parts": 1}, lambda ps: copy_over(ps[0], ps[0].with_name("restored.pt")),
-        r"holds 2 checkpoints \(reshard\.pt, restored\.pt\)\. Name the file of one"),
-    "metaseq and Hugging Face in a folder": (
-        {"parts": 1}, lambda ps: REFERENCES["125m"].save_pretrained(ps[0].parent),
-        r"holds 2 checkpoints \(model\.safetensors, reshard\.pt\)\. Name the file of one"),
     "whole tensors in shards": (
         {"parts": 1}, lambda ps: [copy_over(ps[0], ps[0].with_name(f"a-shard{i}.pt")) for i in range(2)]
         and ps[0].unlink(),

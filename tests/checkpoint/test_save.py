@@ -92,21 +92,6 @@ def test_an_empty_folder_missing_parents_and_a_link_are_fine(tmp_path: Path) -> 
     assert_saved(small_model(1), tmp_path / "empty")
 
 
-def test_a_head_that_was_stored_apart_is_saved_as_the_tied_one_it_is(tmp_path: Path) -> None:
-    reference = build_reference("125m", tie_word_embeddings=False)
-    reference.lm_head.weight.data.copy_(reference.model.decoder.embed_tokens.weight)
-    reference.save_pretrained(tmp_path / "apart")
-    save_model(load_model(tmp_path / "apart", device="cpu"), tmp_path / "tied")
-    again = transformers.OPTForCausalLM.from_pretrained(tmp_path / "tied").eval()
-    with torch.no_grad():
-        assert torch.allclose(again(IDS).logits, reference(IDS).logits, atol=1e-5)
-
-
-def test_a_compiled_model_is_saved_as_the_model_it_wraps(tmp_path: Path) -> None:
-    save_model(torch.compile(small_model(), backend="eager"), tmp_path / "saved")  # type: ignore[arg-type]
-    assert_saved(small_model(), tmp_path / "saved")
-
-
 def test_a_model_that_was_changed_is_not_written_as_an_opt(tmp_path: Path) -> None:
     normed, shared = small_model(), small_model()
     torch.nn.utils.parametrizations.weight_norm(normed.layers[0].fc1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 import re
 from collections.abc import Callable
@@ -12,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from huggingface_hub import save_torch_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -84,13 +82,6 @@ def test_names_that_wrappers_make(wrap: Callable[[nn.Module], nn.Module], tmp_pa
     expect_reference(write(tmp_path / "m", tensors))
 
 
-def test_shards_of_wrapped_names(tmp_path: Path) -> None:
-    reference().config.save_pretrained(tmp_path)
-    save_torch_state_dict(under("module."), tmp_path, max_shard_size="20KB")
-    assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
-    expect_reference(tmp_path)
-
-
 @pytest.mark.parametrize("parts", [1, 2])
 def test_metaseqs_names_may_be_wrapped_too(parts: int, tmp_path: Path) -> None:
     names = ["reshard.pt"] if parts == 1 else ["reshard-model_part-0.pt", "reshard-model_part-1.pt"]
@@ -110,16 +101,6 @@ def test_metaseqs_names_may_be_wrapped_too(parts: int, tmp_path: Path) -> None:
 def test_a_state_dict_within_a_training_checkpoint(nest: Callable[[Tensors], Any], tmp_path: Path) -> None:
     expect_reference(write(tmp_path / "m", nest(state())))
     expect_reference(write(tmp_path / "n", nest(state()), "last.pt") / "last.pt")
-
-
-def test_a_trainers_folder_opens_beside_its_optimizer(tmp_path: Path) -> None:
-    folder = tmp_path / "checkpoint-500"
-    reference().save_pretrained(folder)
-    torch.save({"state": {0: {"step": torch.ones(1)}}, "param_groups": [{"params": [0]}]}, folder / "optimizer.pt")
-    torch.save({"last_epoch": 3, "_last_lr": [1.0]}, folder / "scheduler.pt")
-    torch.save({"python": (3, (1, 2), None), "cpu": torch.get_rng_state()}, folder / "rng_state.pth")
-    torch.save(argparse.Namespace(output_dir="x", lr=1e-5), folder / "training_args.bin")
-    expect_reference(folder)
 
 
 LARGER = {

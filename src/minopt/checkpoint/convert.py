@@ -54,8 +54,7 @@ def convert(
 ) -> None:
     """Writes a checkpoint of any kind anew, as a Hugging Face folder or as metaseq's model parallel parts.
 
-    One tensor is in memory at a time, or one file of metaseq's format. The destination appears when all is written; if
-    anything fails, it is as it was.
+    One tensor is in memory at a time, or one file of metaseq's format. If anything fails, the destination is as it was.
 
     Args:
         source: a folder, file or name, as ``minopt.load_model`` takes it.

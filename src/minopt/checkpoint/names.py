@@ -94,11 +94,7 @@ def shard_dim(name: str) -> int | None:
 
 
 def from_hf(key: str) -> str | None:
-    """minopt's name of a key of a Hugging Face file.
-
-    Returns:
-        The name; ``None`` for a key that is ignored on purpose; the key itself where it is not a decoder's.
-    """
+    """minopt's name of a key of a Hugging Face file; ``None`` if it is ignored; the key if it is not a decoder's."""
     for prefix in HF_PREFIXES:
         if key.startswith(prefix):
             name = key.removeprefix(prefix)
@@ -114,9 +110,7 @@ def to_hf(name: str) -> str:
 def from_metaseq(key: str) -> tuple[str, ...]:
     """minopt's names of what a key of a metaseq file holds, in the order in which it holds them.
 
-    Returns:
-        One name, or ``HF_HEAD``; three for a fused projection, whose first dim is theirs one after another; none for a
-        key that is ignored on purpose; the key itself where it is not a decoder's.
+    One or ``HF_HEAD``; three for a fused projection; none for what is ignored; the key if it is not a decoder's.
     """
     if key == _METASEQ_HEAD:
         return (HF_HEAD,)

@@ -58,14 +58,11 @@ def read_weights(
         checkpoint: an open one.
         device: the one to put them on.
         dtype: ``None`` is ``"auto"``.
-        apart: large ones that are mapped from a file give their pages back when they are let go, and not with the
-            last of the file's.
-        keep_int8: leave int8 weights as they are, each followed by its float32 scale under its name and
-            ``int8.SCALE``; where only some of the layers' weights are int8, none are left so.
-        quantize: ``"int8"`` gives int8 weights in all layers, made of the numbers in the files where those are not
-            int8 yet.
-        share: read this process' part of the tensors that ``shard_dim`` divides, and nothing else of them where they
-            are divided by rows.
+        apart: large ones that are mapped from a file give their pages back when they are let go.
+        keep_int8: leave int8 weights as they are, if all of the layers' are; a float32 scale follows each, under its
+            name and ``int8.SCALE``.
+        quantize: ``"int8"`` gives int8 weights in all layers, made where they are not int8 yet.
+        share: read this process' part of the tensors that ``shard_dim`` divides; of those divided by rows, no more.
     """
     dtype = dtype or checkpoint.dtype_on(device)
     checkpoint.check_head()
