@@ -18,6 +18,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -151,7 +152,8 @@ def data_for(model: str, train_file: str, batch_size: int, steps: int, seed: int
     """The model's tokenizer, as many random examples as the steps take, and their tokens."""
     import random
 
-    from minopt import Tokenizer
+    from minopt import OPTConfig, Tokenizer
+    from minopt.evaluation.tasks import EvaluationConfig
     from minopt.training.batches import tokenise
     from minopt.training.data import read_data
 
@@ -159,7 +161,8 @@ def data_for(model: str, train_file: str, batch_size: int, steps: int, seed: int
     examples = read_data(train_file)
     assert not isinstance(examples, str)
     examples = random.Random(seed).sample(examples, batch_size * steps)
-    return tokenizer, examples, tokenise(examples, tokenizer, 608, 160, eos_token_id=2, around_answer=True)
+    config = OPTConfig.preset("opt-125m")
+    return tokenizer, examples, tokenise(examples, tokenizer, config, EvaluationConfig(), training=True)
 
 
 def train_minopt(
@@ -169,7 +172,7 @@ def train_minopt(
     """Times at which steps ended, real tokens of each, and the peak memory."""
     from minopt import load_model
     from minopt.training import trainer
-    from minopt.training.batches import Order
+    from minopt.training.batches import microbatches
     from minopt.training.config import TrainingConfig
 
     tokenizer, examples, tokens = data_for(model, train_file, batch_size, steps, seed)
@@ -188,8 +191,8 @@ def train_minopt(
     trainer.train(load_model(model, device=device, dtype="float32"), examples, config, tokenizer=tokenizer)
     lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     lengths = [len(ids) for ids, _ in tokens.rows]
-    order = Order(tuple(lengths), batch_size, seed, grouped=batching == "grouped")
-    counts = [sum(lengths[i] for i in order.examples(step)) for step in range(steps)]
+    order = islice(microbatches(lengths, batch_size, 1, seed, grouped=batching == "grouped"), steps)
+    counts = [sum(lengths[i] for i in examples) for (examples,) in order]
     return [line["time"] for line in lines], counts, peaks[0]
 
 
@@ -202,11 +205,11 @@ def train_transformers(
 
     from transformers import OPTForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-    from minopt.training.batches import Order
+    from minopt.training.batches import microbatches
 
     _, _, tokens = data_for(model, train_file, batch_size, steps, seed)
-    order = Order(tuple(len(ids) for ids, _ in tokens.rows), batch_size, seed, grouped=False)
-    rows = [tokens.rows[i] for step in range(steps) for i in order.examples(step)]
+    order = islice(microbatches([len(ids) for ids, _ in tokens.rows], batch_size, 1, seed, grouped=False), steps)
+    rows = [tokens.rows[i] for (examples,) in order for i in examples]
     data = [
         {"input_ids": ids.tolist(), "labels": [-100] * start + ids[start:].tolist(), "length": len(ids)}
         for ids, start in rows

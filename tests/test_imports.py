@@ -128,7 +128,7 @@ def test_a_break_of_the_rules_is_found(module: str, source: str, message: str) -
     [
         ("minopt.model", "import torch\nfrom minopt.cache import KVCache\nfrom minopt import OPTConfig"),
         ("minopt.checkpoint.hub", "def f():\n    from huggingface_hub.errors import HfHubHTTPError"),
-        ("minopt.training.trainer", "from minopt.evaluation.squad import score\nimport minopt.training.fsdp"),
+        ("minopt.training.trainer", "from minopt.evaluation.squad import score\nimport minopt.training.weights"),
         ("minopt.cli.generate", "from minopt import DEMO\ndef f():\n    from minopt.distributed import processes"),
     ],
 )

@@ -13,6 +13,7 @@ from torch import Tensor
 import minopt.model as model_module
 from minopt import OPT
 from minopt.masks import Packed
+from minopt.training.config import TrainingConfig
 from minopt.training.optim import training_layers
 from tests.conftest import SIZE, build_ours, lively
 
@@ -104,7 +105,7 @@ def test_recomputed_layers_give_the_same_bits(kind: str, monkeypatch: pytest.Mon
     model = build(kind, torch.float32)
     h, gradients = together(model, ROWS[0])
     once = len(calls)
-    with training_layers(model, recompute=True):
+    with training_layers(model, TrainingConfig(output_dir="x", recompute=True)):
         again, recomputed = together(model, ROWS[0])
     assert (once, len(calls)) == (len(model.layers), 3 * len(model.layers))
     assert torch.equal(h, again)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,14 +16,14 @@ from transformers import LogitsProcessor, LogitsProcessorList, NoRepeatNGramLogi
 from minopt.distributed import World
 from minopt.evaluation import answers as module
 from minopt.evaluation.answers import EvaluationResult, evaluate
-from minopt.evaluation.squad import exact_match, f1, rouge_l, rouge_n
+from minopt.evaluation.squad import exact_match, f1, rouge_scores
 from minopt.evaluation.tasks import EvaluationConfig
 from minopt.model import OPT
 from minopt.training.batches import tokenise
 from minopt.training.checks import warn
 from minopt.training.data import Example, references_of
 from tests.conftest import build_ours, lively
-from tests.training.small import EOS, VOCAB, examples, rows_of, tokenizer
+from tests.training.small import EOS, VOCAB, examples, model_of, rows_of, tokenizer
 
 ALONE = World(0, 1, torch.device("cpu"))
 WITHOUT_TOKEN = [100, 101, 102, 103]
@@ -48,15 +48,16 @@ def reference_of(kind: str) -> Any:
 
 
 def settings(**changes: Any) -> EvaluationConfig:
-    return EvaluationConfig(src_length=32, tgt_length=16, **changes)
+    return EvaluationConfig(**({"src_length": 32, "tgt_length": 16} | changes))
 
 
 def result_of(
     reference: Any, data: list[Example] | str, config: EvaluationConfig, model: OPT | None = None, **options: Any
 ) -> EvaluationResult | None:
-    tokens = tokenise(data, tokenizer(), config.src_length, config.tgt_length, eos_token_id=EOS, around_answer=False)
+    model = model or build_ours(reference)
+    tokens = tokenise(data, tokenizer(), model.config, config, training=False)
     return evaluate(
-        model or build_ours(reference), tokenizer(), tokens.rows, references_of(data), config.resolved_task().scores,
+        model, tokenizer(), tokens.rows, references_of(data), config.resolved_task().scores,
         config.generation, ALONE, batch_size=config.per_device_eval_batch_size, **options,
     )  # fmt: skip
 
@@ -147,51 +148,31 @@ def test_the_options_above_change_answers_and_some_end_early(kind: str) -> None:
     assert not [(i, j) for i in range(len(answers)) for j in range(i) if answers[i] == answers[j]]
 
 
-def says(texts: list[str]) -> Callable[..., Any]:
-    """A ``generate`` that gives texts, one a row, each with an eos."""
-    left = iter(texts)
+def test_unanswerable_is_no_answer_however_it_is_written_and_scores_are_the_tasks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    written = [" unanswerable", "The Unanswerable.", "unanswerable", " unanswerable x", "what is it?", "who came"]
+    references = [("",), ("",), ("dog",), ("x unanswerable",), ("What is this?",), ("who came home",)]
+    # Prompts that get longer, so that their order is kept in batches.
+    data = [Example("a" * (9 - i), " b", r, f"q{i}") for i, r in enumerate(references)]
 
     def generate(model: Any, input_ids: Tensor, mask: Tensor, *, config: Any) -> Any:
-        rows = [[*tokenizer().encode(next(left), add_bos=False), EOS] for _ in input_ids]
-        width = max(map(len, rows))
-        new = torch.tensor([row + [1] * (width - len(row)) for row in rows])
-        return type("Output", (), {"sequences": torch.cat([input_ids, new], 1), "lengths": list(map(len, rows))})
+        new = torch.tensor([[*tokenizer().encode(next(left), add_bos=False), EOS]])
+        return SimpleNamespace(sequences=torch.cat([input_ids, new], 1), lengths=[new.shape[1]])
 
-    return generate
-
-
-def made_of(answers: list[str], references: list[tuple[str, ...]]) -> list[Example]:
-    """Examples of prompts that get longer, so that their order is kept in batches."""
-    return [Example("a" * (9 - i), " b", r, f"q{i}") for i, r in enumerate(references[: len(answers)])]
-
-
-def test_unanswerable_is_no_answer_however_it_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    answers = [" unanswerable", "The Unanswerable.", "unanswerable", " unanswerable x"]
-    data = made_of(answers, [("",), ("",), ("dog",), ("x unanswerable",)])
-    monkeypatch.setattr(module, "generate", says(answers))
-    result = result_of(reference_of("125m"), data, settings(per_device_eval_batch_size=1))
+    monkeypatch.setattr(module, "generate", generate)
+    left = iter(written)
+    result = result_of(reference_of("125m"), data[:4], settings(per_device_eval_batch_size=1))
     assert result is not None
-    assert sorted(result.predictions.values()) == ["", "", "", "unanswerable x"]
-    assert result.predictions["q3"] == "unanswerable x"
-    assert result.metrics["exact_match"] == 50
-    assert result.metrics["f1"] == 75
-
-
-def test_questions_are_scored_by_rouge(monkeypatch: pytest.MonkeyPatch) -> None:
-    answers = ["what is it?", "who came"]
-    data = made_of(answers, [("What is this?",), ("who came home",)])
-    monkeypatch.setattr(module, "generate", says(answers))
+    assert [result.predictions[f"q{i}"] for i in range(4)] == ["", "", "", "unanswerable x"]
+    assert (result.metrics["exact_match"], result.metrics["f1"]) == (50, 75)
+    left = iter(written[4:])
     config = settings(task="squad-question", per_device_eval_batch_size=1)
-    result = result_of(reference_of("125m"), data, config)
+    result = result_of(reference_of("125m"), data[4:], config)
     assert result is not None
-    expected = sum(rouge_l(a, e.references) for a, e in zip(answers, data, strict=True)) / 2
-    assert set(result.metrics) == {"loss", "perplexity", "examples", "rouge_1", "rouge_2", "rouge_l"}
-    for n in (1, 2):
-        mean = sum(rouge_n(a, e.references, n) for a, e in zip(answers, data, strict=True)) / 2
-        assert result.metrics[f"rouge_{n}"] == pytest.approx(mean)
-    assert result.metrics["rouge_1"] != result.metrics["rouge_2"]
-    assert result.metrics["rouge_l"] == pytest.approx(expected)
-    assert expected == pytest.approx((2 / 3 + 0.8) / 2)
+    expected = rouge_scores({"q4": written[4], "q5": written[5]}, {"q4": references[4], "q5": references[5]})
+    assert {name: value for name, value in result.metrics.items() if "rouge" in name} == expected
+    assert expected["rouge_l"] == pytest.approx((2 / 3 + 0.8) / 2)
 
 
 @pytest.mark.parametrize("beams", [1, 3])
@@ -207,14 +188,11 @@ def test_drawn_answers_follow_from_the_seed_and_are_of_the_tokens_that_are_allow
     others = [answers(), answers(select_topk=False, seed=7), answers(select_topk=False, top_k=2),
               answers(select_topk=False, top_p=0.3)]  # fmt: skip
     assert all(other != drawn for other in others)
+    alike = [Example("a b c", " d", ("d",), f"q{i}") for i in range(4)]  # batches do not repeat each other's draws
+    config = settings(per_device_eval_batch_size=1, num_beams=beams, select_topk=False)
+    assert len(set(result_of(reference, alike, config).predictions.values())) > 1
     if beams == 1:
         assert answers(select_topk=False, top_k=1) == answers(select_topk=False, top_p=1e-9) == answers()
-
-
-def test_batches_do_not_repeat_each_others_draws() -> None:
-    data = [Example("a b c", " d", ("d",), f"q{i}") for i in range(4)]
-    config = settings(per_device_eval_batch_size=1, select_topk=False)
-    assert len(set(result_of(reference_of("125m"), data, config).predictions.values())) > 1
 
 
 @torch.no_grad()
@@ -258,16 +236,19 @@ def test_a_model_is_evaluated_without_dropout_and_left_as_it_was(training: bool)
         ({"no_repeat_ngram_size": 2}, "--no_repeat_ngram_size 2: 1 of 2 completions of --dev_file repeat an n-gram"),
         ({"min_tgt_length": 5}, ""),
         ({"no_repeat_ngram_size": 3}, ""),
+        ({"src_length": 2, "tgt_length": 4}, "--dev_file: of 2 examples, 2 have their prompt cut to --src_length 2; "
+         "1 have their completion cut to --tgt_length 4."),
     ],
-)
-def test_settings_with_which_no_answer_can_be_right_are_warned_of(
+)  # fmt: skip
+def test_what_was_cut_and_settings_with_which_no_answer_can_be_right_are_warned_of(
     changes: dict[str, Any], message: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     data = [Example("ab", " aaa", ("aaa",), "x"), Example("ab", "aba", ("aba",), "y")]  # 5 and 4 tokens with an eos
-    tokens = tokenise(data, tokenizer(), 32, 16, eos_token_id=EOS, around_answer=False)
+    config = settings(**changes)
+    tokens = tokenise(data, tokenizer(), model_of().config, config, training=False)
     with caplog.at_level(logging.WARNING, "minopt"):
-        warn(settings(**changes), ALONE, data, tokens)
-        warn(settings(**changes), World(1, 2, ALONE.device), data, tokens)
+        for world in (ALONE, World(1, 2, ALONE.device)):
+            warn(config, world, {"train_file": None, "dev_file": tokens}, eval_is_text=False)
     messages = [record.getMessage() for record in caplog.records]
     assert len(messages) == bool(message)  # of the first process alone
-    assert all(m.startswith(message) and m.endswith("Leave it out.") for m in messages)
+    assert all(m.startswith(message) for m in messages)

@@ -125,18 +125,16 @@ def test_one_mistake_in_a_model_fails_every_number(style: str, change: Callable[
     assert failing(compare_with_published(ours, None, checks)) == {*NUMBERS}
 
 
-def test_texts_of_a_batch_are_those_of_each_prompt_alone(pair: Pair, tokenizer: Tokenizer) -> None:
-    model, check = pair[0], pair[1][-1]
-    alone = [replace(check, prompts=[prompt], expected=[text])
-             for prompt, text in zip(PROMPTS, check.expected, strict=True)]  # fmt: skip
+def test_texts_of_a_batch_are_those_of_each_prompt_alone_and_greedy_ids_go_on_behind_an_end_of_text(
+    pair: Pair, tokenizer: Tokenizer
+) -> None:
+    model, (*_, ids, texts) = pair
+    alone = [replace(texts, prompts=[prompt], expected=[text])
+             for prompt, text in zip(PROMPTS, texts.expected, strict=True)]  # fmt: skip
     assert failing(compare_with_published(model, tokenizer, alone)) == set()
-
-
-def test_greedy_ids_go_on_behind_an_end_of_text(pair: Pair) -> None:
-    model, check = pair[0], pair[1][-2]
-    model.config, config = replace(model.config, eos_token_id=check.expected[0]), model.config
+    model.config, config = replace(model.config, eos_token_id=ids.expected[0]), model.config
     try:
-        assert compare_with_published(model, None, [check])[0].passed
+        assert compare_with_published(model, None, [ids])[0].passed
     finally:
         model.config = config
 
@@ -163,16 +161,13 @@ def test_each_value_must_be_within_its_tolerance_or_the_same(
 ) -> None:
     comparison = compare(Check("x", "here", "loss", expected, tolerance), got)
     assert (comparison.passed, comparison.worst, comparison.expected) == (passed, worst, expected)
+    with pytest.raises(ValueError, match=f"x: {len(got) + 1} values are published, the model gave {len(got)}"):
+        compare(Check("x", "here", "loss", [*expected, expected[0]], tolerance), got)
     if tolerance is None or NAN in got:
         assert comparison.largest_difference is None
     else:
         assert comparison.largest_difference == pytest.approx(abs(got[worst] - expected[worst]))
         assert comparison.tolerance == pytest.approx(tolerance + 1e-5 * abs(expected[worst]))
-
-
-def test_another_number_of_values_than_published_is_refused() -> None:
-    with pytest.raises(ValueError, match="x: 2 values are published, the model gave 1"):
-        compare(Check("x", "here", "loss", [1.0, 2.0], 1e-4), [1.0])
 
 
 def test_a_model_of_nans_fails_and_stays_json() -> None:
@@ -183,8 +178,7 @@ def test_a_model_of_nans_fails_and_stays_json() -> None:
     assert not any(comparison.passed for comparison in comparisons)
     assert "nan  " in format_table(comparisons)
     record = json.loads(json.dumps(asdict(comparisons[0]), allow_nan=False))
-    assert record["got"] == [None] * 15
-    assert record["largest_difference"] is None
+    assert (record["got"], record["largest_difference"]) == ([None] * 15, None)
     assert record.keys() >= {"name", "source", "expected", "worst", "tolerance", "passed"}
 
 
@@ -256,16 +250,14 @@ def on_meta(size: str = "opt-125m", dtype: torch.dtype = torch.float32, **change
 
 
 def test_the_size_follows_from_the_shape_alone() -> None:
-    assert published_for(OPTConfig.preset("opt-125m")) == published()["opt-125m"]
     wrong = {"do_layer_norm_before": True, "activation_function": "gelu", "init_std": 0.02, "eos_token_id": None}
     assert published_for(replace(OPTConfig.preset("opt-350m"), **wrong)) == published()["opt-350m"]
 
 
 @pytest.mark.parametrize(
     ("size", "changes"),
-    [("opt-1.3b", {}), ("galactica-125m", {}), ("opt-125m", {"vocab_size": 50265}),
-     ("opt-125m", {"num_hidden_layers": 11}), ("opt-125m", {"num_attention_heads": 6}), ("opt-125m", {"ffn_dim": 3000}),
-     ("opt-125m", {"max_position_embeddings": 1024}), ("opt-350m", {"word_embed_proj_dim": 1024})],
+    [("galactica-125m", {}), ("opt-125m", {"num_hidden_layers": 11}), ("opt-125m", {"num_attention_heads": 6}),
+     ("opt-350m", {"word_embed_proj_dim": 1024})],
 )  # fmt: skip
 def test_another_size_is_refused_with_the_sizes_that_have_numbers(size: str, changes: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="reference: expected the shape of opt-125m or opt-350m, which have") as caught:
@@ -275,18 +267,11 @@ def test_another_size_is_refused_with_the_sizes_that_have_numbers(size: str, cha
     assert str(caught.value).endswith(f"word_embed_proj_dim {config.embed_dim}. Give one of those models.")
 
 
-def partly_bfloat16() -> OPT:
-    model = on_meta()
-    model.layers[3].fc2.to(torch.bfloat16)
-    return model
-
-
 @pytest.mark.parametrize(
     ("build", "message"),
     [
         (lambda: on_meta(dtype=torch.float16), r"expected float32, which the published .* got torch\.float16\. Load"),
         (lambda: on_meta(dtype=torch.float64), r"got torch\.float64\. Load it with dtype float32\."),
-        (partly_bfloat16, r"got torch\.bfloat16\. Load it"),
         (lambda: on_meta().train(), r"expected eval mode, got training mode, .* Call model\.eval\(\)"),
         (on_meta, r"tokenizer: expected one, got none; some of the published checks are texts\. Copy tokenizer\.json,"),
     ],

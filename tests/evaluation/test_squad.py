@@ -51,10 +51,8 @@ def crossed_out(mine: Sequence[object], others: Sequence[object]) -> Fraction:
         ("The  Cat,\tin a\nHat!", "cat in hat"),
         ("Athens and another theory", "athens and another theory"),
         ("the-end", "theend"),
-        ("t.h.e end", "end"),  # punctuation goes first
         ("a_b don't", "ab dont"),
         ("don\u2019t \u201cgo\u201d \u2014 now a\u2019s", "don\u2019t \u201cgo\u201d \u2014 now \u2019s"),  # only ASCII
-        ("1,000.50% $5 \u00a35", "100050 5 \u00a35"),
         ("\u00c9cole caf\u00e9\u00a0au\u3000lait", "\u00e9cole caf\u00e9 au lait"),
         (" the a an A. ", ""),
     ],
@@ -130,19 +128,15 @@ def test_gold_answers_score_100_on_the_real_set(shared_data: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("predictions", "questions", "message"),
+    ("questions", "message"),
     [
-        (
-            {"q0": ""},
-            9,
-            r"one for each of 9 questions, got none for q1, q2, q3, q4, q5 and 3 more\. Add them; \"\" says",
-        ),
-        ({"q0": ""}, 0, r"references: expected at least one question, got none\. Is it the right file\?"),
+        (9, r"one for each of 9 questions, got none for q1, q2, q3, q4, q5 and 3 more\. Add them; \"\" says"),
+        (0, r"references: expected at least one question, got none\. Is it the right file\?"),
     ],
 )
-def test_sets_that_do_not_fit_are_refused(predictions: dict[str, str], questions: int, message: str) -> None:
+def test_sets_that_do_not_fit_are_refused(questions: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        score(predictions, {f"q{i}": ["cat"] for i in range(questions)})
+        score({"q0": ""}, {f"q{i}": ["cat"] for i in range(questions)})
 
 
 @pytest.mark.parametrize("metric", [exact_match, f1, rouge_l, partial(rouge_n, n=2)])

@@ -85,7 +85,7 @@ def record_what_is_seen() -> None:
 
     def recorded(rows: Any, *args: Any, **options: Any) -> Any:
         if now:
-            indices = [index for index, row in enumerate(runs[0].rows.rows) if any(row is r for r in rows)]
+            indices = [index for index, row in enumerate(runs[0].tokens.rows) if any(row is r for r in rows)]
             with open(path, "a", encoding="utf-8") as file:
                 file.write(json.dumps([os.getpid(), now[0], indices]) + "\n")
         return collate(rows, *args, **options)

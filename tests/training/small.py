@@ -1,15 +1,19 @@
-"""What the tests of training share: a tokenizer of characters, small models and data, and a look into a run."""
+"""What the tests of training share: a tokenizer of characters, small models and data, and a look into runs."""
 
 from __future__ import annotations
 
 import functools
 import json
+import multiprocessing
+import os
 import random
 import string
 import tempfile
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -19,6 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from minopt import OPT, Tokenizer
+from minopt.distributed import World
 from minopt.training import trainer
 from minopt.training.config import TrainingConfig
 from minopt.training.data import Example
@@ -102,9 +107,9 @@ def watched() -> Iterator[Seen]:
         seen.gradients.append([whole(p.grad) for p in parameters])
         return clip(parameters, max_norm)
 
-    def watch_step(run: Any) -> bool:
+    def watch_step(run: Any, *args: Any) -> bool:
         seen.step = run.progress.step
-        stopped = take_step(run)
+        stopped = take_step(run, *args)
         seen.weights.append([whole(p) for p in run.module.parameters()])
         seen.scales.append(run.scaler.get_scale())
         return stopped
@@ -152,3 +157,32 @@ def is_as_built(model: OPT) -> bool:
     unpatched = all("forward" not in vars(layer) and layer._compiled_call_impl is None for layer in model.layers)
     restored = all(layer.dropout == model.config.dropout for layer in model.layers)
     return unpatched and restored and not any(module.training for module in model.modules())
+
+
+def together(size: int, folder: Path, work: Callable[[World], Any]) -> list[Any]:
+    """What a function finds in processes that together are a group, by their rank."""
+    context: Any = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__, "transformers", "pytest"])  # what takes seconds is imported once
+    started = [context.Process(target=_process, args=(rank, size, folder, work)) for rank in range(size)]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join(120)
+        process.kill()
+    found = [torch.load(folder / f"{size}-{rank}.pt", weights_only=False) for rank in range(size)]
+    assert not any(isinstance(report, str) for report in found), found
+    return found
+
+
+def _process(rank: int, size: int, folder: Path, work: Callable[[World], Any]) -> None:
+    environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MINOPT_HOME": folder / f"home-{size}"}
+    os.environ.update({name: str(value) for name, value in environment.items()})
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/store-{size}", rank=rank, world_size=size, timeout=timedelta(seconds=60)
+    )
+    try:
+        found = work(World(rank, size, torch.device("cpu")))
+    except BaseException:  # of which the test has to tell
+        found = traceback.format_exc()
+    torch.save(found, folder / f"{size}-{rank}.pt")
+    os._exit(0)  # the others may hang by now, and destroying the group would wait for them

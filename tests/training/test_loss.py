@@ -36,76 +36,66 @@ def plain(h: Tensor, weight: Tensor, targets: Tensor, label_smoothing: float = 0
     return F.cross_entropy(F.linear(h, weight), targets, reduction="sum", label_smoothing=label_smoothing)
 
 
-def close(ours: Tensor, theirs: Tensor) -> bool:
-    assert ours.shape == theirs.shape
-    assert ours.dtype == theirs.dtype
-    return torch.allclose(ours, theirs, rtol=1e-10, atol=1e-10)
-
-
+@pytest.mark.parametrize("learned", [("h", "weight"), ("h",), ("weight",), ()], ids=str)
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.9])
-@pytest.mark.parametrize("count", [0, 1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK, 3 * CHUNK + 5])
-def test_value_and_gradients_are_those_of_torch(count: int, smoothing: float) -> None:
+@pytest.mark.parametrize("count", [0, 1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 5])
+def test_value_and_gradients_are_those_of_torch_and_what_is_frozen_gets_none(
+    count: int, smoothing: float, learned: tuple[str, ...]
+) -> None:
     h, weight, targets = inputs(count)
-    ours, theirs = cross_entropy_sum(h, weight, targets, smoothing), plain(h, weight, targets, smoothing)
-    assert close(ours, theirs)
-    mine = torch.autograd.grad(3 * ours, (h, weight))
-    for a, b in zip(mine, torch.autograd.grad(3 * theirs, (h, weight)), strict=True):
-        assert close(a, b)
-
-
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-@pytest.mark.parametrize("frozen", [{"h"}, {"weight"}, {"h", "weight"}], ids=sorted)
-def test_what_is_frozen_gets_no_gradient_and_the_rest_the_same(frozen: set[str], smoothing: float) -> None:
-    h, weight, targets = inputs(2 * CHUNK + 1)
-    expected = dict(zip(("h", "weight"), torch.autograd.grad(plain(h, weight, targets, smoothing), (h, weight)),
-                        strict=True))  # fmt: skip
+    theirs = plain(h, weight, targets, smoothing)
+    expected = dict(zip(("h", "weight"), torch.autograd.grad(3 * theirs, (h, weight)), strict=True))
     leaves = {"h": h.detach(), "weight": weight.detach()}
-    learned = leaves.keys() - frozen
     for name in learned:
         leaves[name].requires_grad_()
-    loss = cross_entropy_sum(**leaves, targets=targets, label_smoothing=smoothing)
-    assert close(loss.detach(), plain(h, weight, targets, smoothing).detach())
-    assert loss.requires_grad == bool(learned)
+    ours = cross_entropy_sum(**leaves, targets=targets, label_smoothing=smoothing)
+    torch.testing.assert_close(ours.detach(), theirs.detach(), rtol=1e-10, atol=1e-10)
+    assert ours.requires_grad == bool(learned)
     if learned:
-        loss.backward()
+        (3 * ours).backward()
     for name, leaf in leaves.items():
-        gradient = leaf.grad
-        assert (gradient is not None) == (name in learned)
-        assert gradient is None or close(gradient, expected[name])
+        assert (leaf.grad is not None) == (name in learned)
+        if leaf.grad is not None:
+            torch.testing.assert_close(leaf.grad, expected[name], rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("autocast", [True, False])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_under_autocast_the_products_are_in_bfloat16_and_the_rest_in_float32(smoothing: float) -> None:
-    h, weight, targets = inputs(5 * CHUNK, torch.float32)
-    exact = torch.autograd.grad(plain(h, weight, targets, smoothing), (h, weight))
-    with torch.autocast("cpu", torch.bfloat16):
-        ours, theirs = cross_entropy_sum(h, weight, targets, smoothing), plain(h, weight, targets, smoothing)
-    assert ours.dtype == torch.float32
-    assert ours.item() == pytest.approx(theirs.item(), rel=1e-5)  # of the same rounded logits
-    assert ours.item() != pytest.approx(plain(h, weight, targets, smoothing).item(), rel=1e-6)
-    for gradient, right in zip(torch.autograd.grad(ours, (h, weight)), exact, strict=True):
-        assert gradient.dtype == torch.float32
-        assert (gradient - right).norm() <= 1e-2 * right.norm()
-
-
-def test_a_bfloat16_model_gets_a_float32_loss_and_bfloat16_gradients() -> None:
-    h, weight, targets = inputs(5 * CHUNK, torch.bfloat16)
+def test_products_in_bfloat16_give_a_loss_in_float32_and_gradients_in_the_weights_dtype(
+    smoothing: float, autocast: bool
+) -> None:
+    h, weight, targets = inputs(5 * CHUNK, torch.float32 if autocast else torch.bfloat16)
     wide_h, wide_weight = (t.detach().float().requires_grad_() for t in (h, weight))
-    loss, expected = cross_entropy_sum(h, weight, targets), plain(wide_h, wide_weight, targets)
-    assert loss.dtype == torch.float32
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-2)
-    exact = torch.autograd.grad(expected, (wide_h, wide_weight))
-    for gradient, right in zip(torch.autograd.grad(loss, (h, weight)), exact, strict=True):
-        assert gradient.dtype == torch.bfloat16
-        assert (gradient - right).norm() <= 1e-2 * right.norm()
+    exact = plain(wide_h, wide_weight, targets, smoothing)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        ours = cross_entropy_sum(h, weight, targets, smoothing)
+        rounded = F.cross_entropy(F.linear(h, weight).float(), targets, reduction="sum", label_smoothing=smoothing)
+    assert ours.dtype == torch.float32
+    assert ours.item() == pytest.approx(rounded.item(), rel=1e-5)  # of the same rounded logits
+    assert ours.item() != pytest.approx(exact.item(), rel=1e-6)
+    right = torch.autograd.grad(exact, (wide_h, wide_weight))
+    for gradient, wanted in zip(torch.autograd.grad(ours, (h, weight)), right, strict=True):
+        assert gradient.dtype == h.dtype
+        assert (gradient - wanted).norm() <= 1e-2 * wanted.norm()
+
+
+def test_float16_keeps_the_gradients_of_improbable_tokens() -> None:
+    """The loss is scaled behind this function, where float16 would have taken them for 0."""
+    weight, h = torch.zeros(8, 4), torch.ones(3, 4, requires_grad=True)
+    weight[0] = 4.0
+    weight.requires_grad_()
+    with torch.autocast("cpu", dtype=torch.float16):
+        cross_entropy_sum(h, weight, torch.zeros(3, dtype=torch.long)).backward()
+    assert weight.grad is not None
+    p = torch.tensor([16.0] + 7 * [0.0]).softmax(0)  # 1e-7 each
+    assert p[1] < 2**-23
+    torch.testing.assert_close(weight.grad[1:], (3 * p[1:, None]).expand(7, 4), rtol=0.02, atol=0)
 
 
 class _Largest(TorchDispatchMode):
     """The most numbers in any tensor that an operator gave."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.numbers = 0
+    numbers = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -124,34 +114,28 @@ def test_no_more_than_a_chunk_of_logits_is_ever_in_memory(smoothing: float) -> N
     assert largest == {cross_entropy_sum: CHUNK * V, plain: 5 * CHUNK * V}
 
 
-def made_of(lengths: list[int], starts: list[int]) -> list[Row]:
-    generator = torch.Generator().manual_seed(3)
-    ids = [torch.randint(3, SIZE["vocab_size"], (length,), generator=generator).int() for length in lengths]
-    return [Row(row, start) for row, start in zip(ids, starts, strict=True)]
-
-
 @pytest.mark.parametrize("packed", [True, False])
 def test_a_batch_gives_the_loss_of_transformers_over_its_labels(kind: str, packed: bool) -> None:
-    rows = made_of([9, 2, 14, 30], [4, 1, 13, 2])
+    generator = torch.Generator().manual_seed(3)
+    rows = [Row(torch.randint(3, SIZE["vocab_size"], (length,), generator=generator).int(), start)
+            for length, start in ((9, 4), (2, 1), (14, 13), (30, 2))]  # fmt: skip
     batch = collate(rows, torch.device("cpu"), packed=packed)
     assert (batch.lengths is not None) == packed
     reference = lively(kind)
     model = build_ours(reference)
     loss = ModelWithLoss(model)(batch)
     loss.backward()
-
-    total, rounded = torch.zeros((), dtype=torch.float64), 0.0
+    total = torch.zeros((), dtype=torch.float64)
     for ids, start in ((row.ids.long(), row.start) for row in rows):
         labels = torch.where(torch.arange(len(ids)) < start, -100, ids)
         output = reference(ids[None], labels=labels[None])
-        rounded += output.loss.item() * (len(ids) - start)  # a mean, in float32
-        total = total + F.cross_entropy(output.logits[0, :-1], labels[1:], reduction="sum")
+        own = F.cross_entropy(output.logits[0, :-1], labels[1:], reduction="sum")
+        assert own.item() == pytest.approx(output.loss.item() * (len(ids) - start), rel=1e-5)  # theirs is in float32
+        total = total + own
     total.backward()
-    assert loss.item() == pytest.approx(rounded, rel=1e-6)
     assert loss.item() == pytest.approx(total.item(), rel=1e-10)
-    theirs = reference.model.decoder.embed_tokens.weight.grad  # of both ends: the table is the head
-    ours = model.embed_tokens.weight.grad
-    assert ours is not None
+    theirs, ours = reference.model.decoder.embed_tokens.weight.grad, model.embed_tokens.weight.grad
+    assert ours is not None  # of both ends: the table is the head
     assert ((ours - theirs).abs().max() / theirs.abs().max()).item() <= 1e-10
 
 
@@ -161,19 +145,3 @@ def test_a_batch_of_nothing_gives_no_loss_and_gradients_of_0() -> None:
     assert loss.item() == 0
     loss.backward()  # as all processes must, or those that have examples would wait
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
-
-
-def test_float16_keeps_the_gradients_of_improbable_tokens() -> None:
-    """The loss is scaled behind this function, where float16 would have taken them for 0."""
-    torch.manual_seed(0)
-    weight = torch.zeros(8, 4, requires_grad=True)
-    with torch.no_grad():
-        weight[0] = 4.0
-    h = torch.ones(3, 4, requires_grad=True)
-    targets = torch.zeros(3, dtype=torch.long)
-    with torch.autocast("cpu", dtype=torch.float16):
-        cross_entropy_sum(h, weight, targets).backward()
-    assert weight.grad is not None
-    p = torch.tensor([16.0] + 7 * [0.0]).softmax(0)  # 1e-7 each
-    assert p[1] < 2**-23
-    torch.testing.assert_close(weight.grad[1:], (3 * p[1:, None]).expand(7, 4), rtol=0.02, atol=0)

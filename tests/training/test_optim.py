@@ -19,28 +19,21 @@ CONFIG = TrainingConfig(output_dir="x", learning_rate=0.1, weight_decay=0.5, ada
                         adam_epsilon=1e-3)  # fmt: skip
 
 
-def build(kind: str, dtype: torch.dtype = torch.float64) -> OPT:
-    return build_ours(build_reference(kind, dtype=dtype))
-
-
-def draw_gradients(model: nn.Module) -> None:
+def with_gradients(kind: str = "125m", dtype: torch.dtype = torch.float64) -> OPT:
+    model = build_ours(build_reference(kind, dtype=dtype))
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
-        parameter.grad = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
-
-
-# --- the optimizer
+        parameter.grad = torch.randn(parameter.shape, generator=generator, dtype=dtype)
+    return model
 
 
 def test_every_parameter_that_learns_is_in_one_group_and_matrices_alone_decay(kind: str) -> None:
-    model = build(kind)
-    frozen = [model.embed_positions.weight, *model.layers[0].fc1.parameters()]
-    for parameter in frozen:
+    model = with_gradients(kind)
+    for parameter in (model.embed_positions.weight, *model.layers[0].fc1.parameters()):
         parameter.requires_grad_(False)
     groups = build_optimizer(model, CONFIG).param_groups
-    held = [id(p) for group in groups for p in group["params"]]
     learned = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
-    assert sorted(held) == sorted(learned)
+    assert sorted(id(p) for group in groups for p in group["params"]) == sorted(learned)
     decaying = {learned[id(p)] for group in groups if group["weight_decay"] for p in group["params"]}
     assert decaying == {name for name in learned.values() if name.endswith("weight") and "norm" not in name}
     assert {group["weight_decay"] for group in groups} == ({0.5} if kind == "galactica" else {0.0, 0.5})
@@ -48,12 +41,11 @@ def test_every_parameter_that_learns_is_in_one_group_and_matrices_alone_decay(ki
 
 def test_steps_are_those_of_adamw_as_published(kind: str) -> None:
     """Arxiv 1711.05101, algorithm 2, with the settings of the configuration."""
-    model, steps = build(kind), 3
+    model = with_gradients(kind)
     expected = {name: p.detach().clone() for name, p in model.named_parameters()}
     first, second = ({name: torch.zeros_like(p) for name, p in expected.items()} for _ in range(2))
     optimizer = build_optimizer(model, CONFIG)
-    draw_gradients(model)
-    for step in range(1, steps + 1):
+    for step in range(1, 4):
         optimizer.step()
         for name, parameter in model.named_parameters():
             gradient = parameter.grad
@@ -68,8 +60,6 @@ def test_steps_are_those_of_adamw_as_published(kind: str) -> None:
         assert torch.allclose(parameter, expected[name], rtol=1e-10, atol=1e-10), name
 
 
-# --- the schedule
-
 SCHEDULES: dict[str, Any] = {
     "linear": transformers.get_linear_schedule_with_warmup,
     "cosine": transformers.get_cosine_schedule_with_warmup,
@@ -78,8 +68,7 @@ SCHEDULES: dict[str, Any] = {
 
 
 def rates(total: int, **changes: Any) -> list[float]:
-    config = CONFIG.replace(**changes)
-    return [learning_rate(step, total, config) for step in range(total)]
+    return [learning_rate(step, total, CONFIG.replace(**changes)) for step in range(total)]
 
 
 def theirs(name: str, total: int, warmup: int) -> list[float]:
@@ -93,8 +82,7 @@ def theirs(name: str, total: int, warmup: int) -> list[float]:
     return found
 
 
-@pytest.mark.parametrize("ratio", [0.0, 0.06, 0.5, 0.999])
-@pytest.mark.parametrize("total", [1, 3, 157])
+@pytest.mark.parametrize(("total", "ratio"), [(1, 0.0), (3, 0.5), (157, 0.0), (157, 0.06), (157, 0.999)])
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_rates_of_all_steps_are_those_of_transformers(name: str, total: int, ratio: float) -> None:
     warmup = math.ceil(ratio * total)  # as TrainingArguments.get_warmup_steps has it
@@ -105,42 +93,33 @@ def test_rates_of_all_steps_are_those_of_transformers(name: str, total: int, rat
 
 
 @pytest.mark.parametrize("floor", [0.1, 0.9])
-@pytest.mark.parametrize("ratio", [0.0, 0.2])
 @pytest.mark.parametrize("name", ["linear", "cosine"])
-def test_a_floor_lifts_what_falls_and_not_what_rises(name: str, ratio: float, floor: float) -> None:
-    total, warmup = 50, math.ceil(50 * ratio)
-    plain = rates(total, lr_scheduler_type=name, warmup_ratio=ratio)
-    lifted = rates(total, lr_scheduler_type=name, warmup_ratio=ratio, lr_decay_ratio=floor)
+def test_a_floor_lifts_what_falls_and_not_what_rises(name: str, floor: float) -> None:
+    total, warmup = 50, 10
+    plain = rates(total, lr_scheduler_type=name, warmup_ratio=0.2)
+    lifted = rates(total, lr_scheduler_type=name, warmup_ratio=0.2, lr_decay_ratio=floor)
     assert lifted[:warmup] == plain[:warmup]
     assert lifted[warmup:] == pytest.approx([0.1 * floor + (1 - floor) * rate for rate in plain[warmup:]])
     assert max(lifted) == lifted[warmup] == 0.1
-    assert min(lifted[warmup:]) >= 0.1 * floor
-    end = CONFIG.replace(lr_scheduler_type=name, warmup_ratio=ratio, lr_decay_ratio=floor)
+    end = CONFIG.replace(lr_scheduler_type=name, warmup_ratio=0.2, lr_decay_ratio=floor)
     assert learning_rate(total, total, end) == pytest.approx(0.1 * floor)
 
 
 def test_paddlenlps_rate_rises_over_the_first_6_percent_and_falls_to_a_tenth() -> None:
     config = TrainingConfig(output_dir="x", recipe="paddlenlp")
-    lr, total = 3e-5, 100
-    expected = [lr * (step / 6 if step < 6 else 1 - 0.9 * (step - 6) / 94) for step in range(total + 1)]
-    assert [learning_rate(step, total, config) for step in range(total + 1)] == pytest.approx(expected)
-
-
-# --- clipping
+    expected = [3e-5 * (step / 6 if step < 6 else 1 - 0.9 * (step - 6) / 94) for step in range(101)]
+    assert [learning_rate(step, 100, config) for step in range(101)] == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("max_norm", [0.0, 0.01, 1e9])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_clipping_is_that_of_torch(max_norm: float, dtype: torch.dtype) -> None:
-    ours, reference = build("125m", dtype), build("125m", dtype)
+    ours, reference = with_gradients(dtype=dtype), with_gradients(dtype=dtype)
     for model in (ours, reference):
-        draw_gradients(model)
         model.embed_positions.weight.grad = None
     norm = clip_gradients(ours.parameters(), max_norm)
     # A limit of 0 measures, and changes nothing.
     assert torch.equal(norm, nn.utils.clip_grad_norm_(reference.parameters(), max_norm or math.inf))
-    total = torch.stack([p.grad.pow(2).sum() for p in ours.parameters() if p.grad is not None]).sum().sqrt()
-    assert total.item() == pytest.approx(min(norm.item(), max_norm or math.inf), rel=1e-4)
     for mine, other in zip(ours.parameters(), reference.parameters(), strict=True):
         assert (mine.grad is None) == (other.grad is None)
         assert mine.grad is None or torch.equal(mine.grad, other.grad)
@@ -150,9 +129,7 @@ def test_clipping_is_that_of_torch(max_norm: float, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
 def test_one_gradient_that_is_not_finite_shows_in_the_norm(bad: float, max_norm: float) -> None:
     for place in (0, -1):
-        model = build("125m", torch.float32)
-        draw_gradients(model)
-        assert clip_gradients(model.parameters(), max_norm).isfinite()
+        model = with_gradients(dtype=torch.float32)
         gradient = list(model.parameters())[place].grad
         assert gradient is not None
         gradient.view(-1)[-1] = bad

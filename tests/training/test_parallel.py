@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-import socket
-import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from datetime import timedelta
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -33,7 +30,6 @@ from minopt.training.batches import tokenise
 from minopt.training.data import references_of
 from minopt.training.trainer import train
 from tests.training.small import (
-    EOS,
     break_gradients,
     distance,
     examples,
@@ -41,6 +37,7 @@ from tests.training.small import (
     losses,
     model_of,
     settings,
+    together,
     tokenizer,
     watched,
     whole,
@@ -146,11 +143,11 @@ def run(case: Case, folder: Path, rank: int = 0) -> Report:
                   result.predictions, logits, count[0], state)  # fmt: skip
 
 
-def score(rank: int, size: int) -> tuple[list[list[int]], Any]:
+def score(world: World) -> tuple[list[list[int]], Any]:
     """Evaluates in all processes. Returns the rows that this one read, and the result."""
     model, data, taken = model_of(), examples(7, seed=3), list[list[int]]()
     config = settings(Path("unused"))
-    tokens = tokenise(data, tokenizer(), 32, 16, eos_token_id=EOS, around_answer=False)
+    tokens = tokenise(data, tokenizer(), model.config, config, training=False)
     logprobs = answers.token_logprobs
 
     def watch(model: OPT, rows: list[list[int]], *args: Any) -> Any:
@@ -159,25 +156,9 @@ def score(rank: int, size: int) -> tuple[list[list[int]], Any]:
 
     with mock.patch.object(answers, "token_logprobs", watch):
         result = evaluate(model, tokenizer(), tokens.rows, references_of(data), config.resolved_task().scores,
-                          config.generation, World(rank, size, torch.device("cpu")), batch_size=2)  # fmt: skip
+                          config.generation, world, batch_size=2)  # fmt: skip
     assert result is not None
     return taken, (dict(result.metrics), dict(result.predictions))
-
-
-def _process(rank: int, size: int, port: int, folder: Path, cases: dict[str, Case]) -> None:
-    environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1",
-                   "MASTER_PORT": port, "MINOPT_HOME": folder / "home"}  # fmt: skip
-    os.environ.update({name: str(value) for name, value in environment.items()})
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
-    found: dict[str, Any] = {}
-    try:
-        for name, case in cases.items():
-            found[name] = run(case, folder / name, rank)
-        found["scores"] = score(rank, size)
-    except Exception:  # of which the test has to tell
-        found["error"] = traceback.format_exc()
-    torch.save(found, folder / f"{rank}.pt")
-    os._exit(0)  # the others may hang by now, and destroying the group would wait for them
 
 
 @dataclass(frozen=True)
@@ -187,33 +168,24 @@ class Together:
     found: list[dict[str, Any]]
     folder: Path
 
+    @classmethod
+    def of(cls, size: int, folder: Path, cases: dict[str, Case]) -> Together:
+        return cls(together(size, folder, partial(_work, folder, cases)), folder)
 
-def together(size: int, folder: Path, cases: dict[str, Case]) -> Together:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])  # what takes seconds is imported once
-    started = [context.Process(target=_process, args=(rank, size, port, folder, cases)) for rank in range(size)]
-    for process in started:
-        process.start()
-    for process in started:
-        process.join(100)
-        process.kill()
-    found = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(size)]
-    for report in found:
-        assert "error" not in report, report["error"]
-    return Together(found, folder)
+
+def _work(folder: Path, cases: dict[str, Case], world: World) -> dict[str, Any]:
+    runs: dict[str, Any] = {name: run(case, folder / name, world.rank) for name, case in cases.items()}
+    return runs | {"scores": score(world)}
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Together:
-    return together(2, tmp_path_factory.mktemp("two"), IN_TWO)
+    return Together.of(2, tmp_path_factory.mktemp("two"), IN_TWO)
 
 
 @pytest.fixture(scope="module")
 def three(tmp_path_factory: pytest.TempPathFactory) -> Together:
-    return together(3, tmp_path_factory.mktemp("three"), IN_THREE)
+    return Together.of(3, tmp_path_factory.mktemp("three"), IN_THREE)
 
 
 def assert_same(found: Report, expected: Report) -> None:
@@ -300,7 +272,7 @@ def test_a_gradient_that_is_not_finite_in_one_process_skips_the_step_in_all(
 def test_evaluation_takes_each_example_once_and_scores_as_one_process_does(
     size: int, request: pytest.FixtureRequest
 ) -> None:
-    taken, expected = score(0, 1)
+    taken, expected = score(World(0, 1, torch.device("cpu")))
     several: Together = request.getfixturevalue({2: "two", 3: "three"}[size])
     reports = [found["scores"] for found in several.found]
     assert sorted(row for rows, _ in reports for row in rows) == sorted(taken)

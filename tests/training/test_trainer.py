@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -22,7 +22,7 @@ import minopt
 from minopt import OPT
 from minopt.evaluation.answers import EvaluationResult
 from minopt.training import trainer
-from minopt.training.batches import Order
+from minopt.training.batches import microbatches
 from minopt.training.config import TrainingConfig
 from minopt.training.data import Example
 from minopt.training.trainer import train
@@ -53,10 +53,10 @@ def plain_losses(
     optimizer = torch.optim.AdamW(groups, lr=config.learning_rate * times, betas=(0.9, 0.95), eps=1e-8)
     schedule = transformers.get_linear_schedule_with_warmup(optimizer, int(config.warmup_ratio * total), total)
     size = config.per_device_train_batch_size * config.gradient_accumulation_steps
-    order = Order(tuple(len(ids) for ids, _ in rows), size, config.seed, grouped=False)
+    order = microbatches([len(ids) for ids, _ in rows], size, 1, config.seed, grouped=False)
     found = []
-    for step in range(total):
-        batch = [rows[i] for i in order.examples(step)]
+    for (indices,) in islice(order, total):
+        batch = [rows[i] for i in indices]
         width = max(len(ids) for ids, _ in batch)
         ids = torch.tensor([ids + [1] * (width - len(ids)) for ids, _ in batch])
         mask = torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids, _ in batch])
@@ -97,27 +97,9 @@ def test_learning_is_that_of_transformers_with_adamw(kind: str, way: str, tmp_pa
             assert (other / ours - 1).abs().max() > 1e-2, change
 
 
-@pytest.mark.parametrize("batching", ["packed", "grouped", "padded"])
-def test_every_way_of_batching_gives_each_example_once_an_epoch(batching: str, tmp_path: Path) -> None:
-    taken: list[str] = []
-    collate, data = trainer.collate, examples(30)
-
-    def watch(rows: Any, device: Any, *, packed: bool) -> Any:
-        taken.extend(str(ids.tolist()) for ids, _ in rows)
-        return collate(rows, device, packed=packed)
-
-    config = settings(tmp_path / "run", batching=batching, max_steps=-1, num_train_epochs=2, learning_rate=0.0)
-    with mock.patch.object(trainer, "collate", watch):
-        result = train(model_of(), data, config, tokenizer=tokenizer())
-    every = sorted(str(ids) for ids, _ in rows_of(data))
-    assert (result.steps, sorted(taken[:30]), sorted(taken[30:])) == (16, every, every)
-    assert taken[:30] != taken[30:]
-
-
 @pytest.mark.parametrize(("precision", "error"), [("fp16", 0.05), ("bf16", 0.2)])  # eight times the rounding
 def test_sixteen_bits_learn_as_float32_does_on_weights_of_float32(precision: str, error: float, tmp_path: Path) -> None:
-    data, seen, dtypes = examples(12), {}, set[torch.dtype]()
-    linear = F.linear
+    seen, dtypes, linear = {}, set[torch.dtype](), F.linear
 
     def watch(*args: Any, **options: Any) -> Tensor:
         output = linear(*args, **options)
@@ -125,12 +107,10 @@ def test_sixteen_bits_learn_as_float32_does_on_weights_of_float32(precision: str
         return output
 
     for name, changes in (("float32", {}), (precision, {precision: True})):
-        model = model_of()
-        config = settings(tmp_path / name, max_steps=20, learning_rate=3e-3, **changes)
+        model, config = model_of(), settings(tmp_path / name, max_steps=20, learning_rate=3e-3, **changes)
         with mock.patch.object(F, "linear", watch), watched() as seen[name]:
-            result = train(model, data, config, tokenizer=tokenizer())
+            assert train(model, examples(12), config, tokenizer=tokenizer()).skipped_steps == 0
         assert {p.dtype for p in model.parameters()} == {torch.float32}
-        assert result.skipped_steps == 0
     assert dtypes == {torch.float32, torch.float16 if precision == "fp16" else torch.bfloat16}
     found, expected = losses(tmp_path / precision), losses(tmp_path / "float32")
     assert found == pytest.approx(expected, rel=0.05)
@@ -294,30 +274,25 @@ def test_tokens_a_second_are_those_of_training_whatever_evaluation_and_saving_ta
 ) -> None:
     """On a clock that saving, evaluating and steps set on, each once."""
     clock, tokens = [0.0], []
-    take_step, save = trainer._Run._step, trainer.RunFolder.save
 
-    def watch_step(*args: Any) -> bool:
-        stopped = take_step(*args)
-        clock[0] += 1
-        tokens.append(args[0].tokens_seen)
-        return stopped
+    def ticking(call: Any, seconds: float) -> Any:
+        def wrapped(*args: Any, **options: Any) -> Any:
+            clock[0] += seconds
+            result = call(*args, **options)
+            if seconds == 1:
+                tokens.append(args[0].tokens_seen)
+            return result
 
-    def watch_save(*args: Any) -> None:
-        clock[0] += 1000
-        save(*args)
+        return wrapped
 
-    def evaluate(*args: Any, **options: Any) -> EvaluationResult:
-        clock[0] += 1000
-        return EvaluationResult({"loss": 1.0, "f1": clock[0]}, {})  # ever better
-
-    config = settings(tmp_path / "run", evaluation_strategy="steps", eval_steps=1, save_steps=3)
-    monkeypatch.setattr(trainer._Run, "_step", watch_step)
-    monkeypatch.setattr(trainer.RunFolder, "save", watch_save)
-    monkeypatch.setattr(trainer, "evaluate", evaluate)
+    monkeypatch.setattr(trainer._Run, "_step", ticking(trainer._Run._step, 1))
+    monkeypatch.setattr(trainer.RunFolder, "save", ticking(trainer.RunFolder.save, 1000))
+    better = (EvaluationResult({"loss": 1.0, "f1": float(n)}, {}) for n in range(9))
+    monkeypatch.setattr(trainer, "evaluate", ticking(lambda *args, **options: next(better), 1000))
     monkeypatch.setattr(trainer.time, "perf_counter", lambda: clock[0])
+    config = settings(tmp_path / "run", evaluation_strategy="steps", eval_steps=1, save_steps=3)
     train(model_of(), examples(12), config, tokenizer=tokenizer(), eval_data=examples(2))
-    found = [line["tokens_per_second"] for line in lines(tmp_path / "run") if "loss" in line]
-    assert found == pytest.approx(tokens)
+    assert [line["tokens_per_second"] for line in lines(tmp_path / "run") if "loss" in line] == pytest.approx(tokens)
 
 
 def test_a_mean_that_is_written_is_over_all_tokens_since_the_one_before(tmp_path: Path) -> None:
@@ -326,8 +301,8 @@ def test_a_mean_that_is_written_is_over_all_tokens_since_the_one_before(tmp_path
         config = settings(tmp_path / str(every), logging_steps=every, max_steps=6)
         train(model_of(), examples(9), config, tokenizer=tokenizer())
     rows = rows_of(examples(9))
-    order = Order(tuple(len(ids) for ids, _ in rows), 4, 42, grouped=False)
-    counts = torch.tensor([float(sum(len(rows[i][0]) - rows[i][1] for i in order.examples(s))) for s in range(6)])
+    order = islice(microbatches([len(ids) for ids, _ in rows], 4, 1, 42, grouped=False), 6)
+    counts = torch.tensor([float(sum(len(rows[i][0]) - rows[i][1] for i in indices)) for (indices,) in order])
     sums = torch.tensor(losses(tmp_path / "1")) * counts
     expected = [(sums[at : at + 3].sum() / counts[at : at + 3].sum()).item() for at in (0, 3)]
     assert losses(tmp_path / "3") == pytest.approx(expected, rel=1e-6)
@@ -365,16 +340,6 @@ def test_evaluation_comes_when_the_strategy_says_and_once_at_the_end(
     config = settings(tmp_path / "run", max_steps=7, evaluation_strategy=strategy, eval_steps=2, do_eval=do_eval)
     train(model_of(), examples(12), config, tokenizer=tokenizer(), eval_data=examples(2))
     assert [line["step"] for line in lines(tmp_path / "run") if "eval_loss" in line] == at + [7] * do_eval
-
-
-def test_a_text_is_learned_whole(tmp_path: Path) -> None:
-    text = "abc def gh " * 20
-    config = settings(tmp_path / "run", learning_rate=1e-2, max_steps=30, do_eval=True)
-    result = train(model_of(), text, config, tokenizer=tokenizer(), eval_data=text)
-    assert set(result.metrics) == {"loss", "perplexity", "examples"}
-    assert result.predictions == {}
-    assert result.metrics["loss"] < 0.3 * losses(tmp_path / "run")[0]
-    assert not (tmp_path / "run" / "predictions.json").exists()
 
 
 def test_a_finished_run_that_keeps_no_checkpoint_is_its_model_and_not_begun_anew(tmp_path: Path) -> None:
@@ -422,7 +387,7 @@ def test_what_is_evaluated_is_a_plain_model(
         return evaluate(model, *args, **options)
 
     monkeypatch.setattr(trainer, "evaluate", watch)
-    monkeypatch.setattr(torch, "compile", lambda function: lambda *args, **kwargs: function(*args, **kwargs))
+    monkeypatch.setattr(torch, "compile", lambda function: function)
     config = settings(tmp_path / "run", max_steps=1, do_eval=True, **changes)
     train(model_of(), examples(4), config, tokenizer=tokenizer(), eval_data=examples(2))
     assert seen == [(False, False, torch.bfloat16 if "bf16" in changes else torch.float32)]

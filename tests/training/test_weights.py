@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from datetime import timedelta
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +10,6 @@ from unittest import mock
 
 import pytest
 import torch
-import torch.distributed as dist
 import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -28,14 +21,12 @@ from minopt.checkpoint.files import TensorFile
 from minopt.checkpoint.tensors import Share, SourceTensor
 from minopt.distributed import World
 from minopt.training import weights
-from minopt.training.config import TrainingConfig
-from minopt.training.fsdp import apply_fsdp
 from minopt.training.loss import ModelWithLoss
 from minopt.training.trainer import train
 from tests.checkpoint.sources import SOURCES, write_source
 from tests.conftest import KINDS, build_reference
 from tests.training.runs import Runs
-from tests.training.small import EOS, VOCAB, examples, losses, settings, tokenizer
+from tests.training.small import EOS, VOCAB, examples, losses, settings, together, tokenizer
 
 READ = ("float16", "350m", "galactica", "int8", "narrow", *SOURCES)
 FILE_BYTES = 30_000  # small models in several files
@@ -47,15 +38,13 @@ def write_models(folder: Path) -> None:
         write_source(source, folder / source)
     write_source("bin", folder / "float16", dtype=torch.float16)
     convert(folder / "4 parts", folder / "int8", quantize="int8")
-    for kind in KINDS:
-        model = build_reference(kind, vocab_size=VOCAB, eos_token_id=EOS)
-        model.save_pretrained(folder / kind)
-        tokenizer().save(folder / kind)
+    for name, kind, seed in (*((kind, kind, 0) for kind in KINDS), ("other", "125m", 1)):
+        model = build_reference(kind, seed, vocab_size=VOCAB, eos_token_id=EOS)
+        model.save_pretrained(folder / name)
+        tokenizer().save(folder / name)
     # Of 4 rows in shares of 2, the third process has none.
     build_reference(hidden_size=4, num_attention_heads=2, ffn_dim=4, kind="125m").save_pretrained(folder / "narrow")
     model.save_pretrained(folder / "no tokenizer")
-    build_reference(seed=1, kind="125m", vocab_size=VOCAB, eos_token_id=EOS).save_pretrained(folder / "other")
-    tokenizer().save(folder / "other")
     write_source("safetensors", folder / "untied")
     tensors = load_file(folder / "untied" / "model.safetensors")
     head = tensors["model.decoder.embed_tokens.weight"] + 1
@@ -66,40 +55,26 @@ def write_models(folder: Path) -> None:
 # What each process does
 
 
-@dataclass
-class Read:
-    """What one process has of a model: its shares, the whole when gathered; and how many numbers it read of files."""
+def read(folder: Path, world: World, saved: str = "{} of {}") -> tuple[dict[str, Tensor], dict[str, Tensor], int]:
+    """Fills a sharded model from a checkpoint, and saves it.
 
-    local: dict[str, Tensor]
-    gathered: dict[str, Tensor]
-    numbers: int
-
-
-def read(folder: Path, world: World, saved: str = "{} of {}") -> Read:
-    """Fills a sharded model from a checkpoint, and saves it."""
-    checkpoint = open_checkpoint(folder)
+    Returns the shares of this process, the whole when gathered, and how many numbers it has read of files.
+    """
+    checkpoint, numbers, read_into = open_checkpoint(folder), list[int](), TensorFile.read_into
     model = OPT(checkpoint.config, device="meta")
-    apply_fsdp(ModelWithLoss(model), model, None, world.device)
-    with counted() as numbers:
-        weights.fill(model, checkpoint, world)
-    weights.save(model, folder.parent / saved.format(folder.name, world.size), tokenizer(), world)
-    named = dict(model.named_parameters())
-    with torch.no_grad():
-        local = {name: p.to_local().clone() for name, p in named.items()}  # type: ignore[operator]
-        return Read(local, {name: p.full_tensor() for name, p in named.items()}, numbers[0])  # type: ignore[operator]
-
-
-@contextmanager
-def counted() -> Iterator[list[int]]:
-    """Counts the numbers that are read of files."""
-    numbers, read_into = [0], TensorFile.read_into
+    weights.apply_fsdp(ModelWithLoss(model), model, None, world.device)
 
     def watch(file: TensorFile, out: Tensor, *place: Any) -> None:
-        numbers[0] += out.numel()
+        numbers.append(out.numel())
         read_into(file, out, *place)
 
     with mock.patch.object(TensorFile, "read_into", watch):
-        yield numbers
+        weights.fill(model, checkpoint, world)
+    weights.save(model, folder.parent / saved.format(folder.name, world.size), tokenizer(), world)
+    named: dict[str, Any] = dict(model.named_parameters())
+    with torch.no_grad():
+        local = {name: p.to_local().clone() for name, p in named.items()}
+        return local, {name: p.full_tensor() for name, p in named.items()}, sum(numbers)
 
 
 WAYS: dict[str, dict[str, Any]] = {
@@ -113,29 +88,25 @@ RUNS = [(kind, way) for kind in KINDS for way in WAYS if kind == "125m" or way =
 def fine_tune(folder: Path, kind: str, way: str, *, by_name: bool) -> None:
     """A short run, whose folder tells whether the model was named, or loaded whole."""
     config = settings(folder / f"{kind}, {way}, {by_name}", per_device_train_batch_size=2, **WAYS[way])
-    data, model = examples(9), folder / kind
-    eval_data = data[:3] if config.do_eval else None
-    if by_name:
-        train(model, data, config, eval_data=eval_data)
-    else:
-        loaded = load_model(model, device="cpu", dtype="float32")
-        train(loaded, data, config, tokenizer=tokenizer(), eval_data=eval_data)
+    model: Any = folder / kind if by_name else load_model(folder / kind, device="cpu", dtype="float32")
+    eval_data = examples(3) if config.do_eval else None
+    train(model, examples(9), config, tokenizer=None if by_name else tokenizer(), eval_data=eval_data)
 
 
-def short(folder: Path) -> TrainingConfig:
-    return settings(folder / "refused", parallel="fsdp", max_steps=1)
+def short(folder: Path, name: str) -> None:
+    train(folder / name, examples(4), settings(folder / "refused", parallel="fsdp", max_steps=1))
 
 
 def others(folder: Path, world: World) -> None:
-    train(folder / ("125m" if world.is_first else "other"), examples(4), short(folder))
+    short(folder, "125m" if world.is_first else "other")
 
 
 def untied(folder: Path, world: World) -> None:
-    train(folder / "untied", examples(4), short(folder))
+    short(folder, "untied")
 
 
 def without_tokenizer(folder: Path, world: World) -> None:
-    train(folder / "no tokenizer", examples(4), short(folder))
+    short(folder, "no tokenizer")
 
 
 def cut_short(folder: Path, world: World) -> None:
@@ -149,12 +120,12 @@ def cut_short(folder: Path, world: World) -> None:
         fill(source, out)
 
     with mock.patch.object(SourceTensor, "fill", broken if world.rank == world.size - 1 else fill):
-        train(folder / "125m", examples(4), short(folder))
+        short(folder, "125m")
 
 
 def full_disk(folder: Path, world: World) -> None:
     """In the first process, at the second of several files."""
-    written: list[Path] = []
+    written, write_file = list[Path](), save._write_file
 
     def broken(path: Path, *args: Any) -> None:
         written.append(path)
@@ -162,9 +133,8 @@ def full_disk(folder: Path, world: World) -> None:
             raise OSError(28, "No space left on device")
         write_file(path, *args)
 
-    write_file = save._write_file
     with mock.patch.object(save, "_write_file", broken):
-        train(folder / "125m", examples(4), short(folder))
+        short(folder, "125m")
 
 
 REFUSED: dict[Callable[[Path, World], None], str] = {
@@ -184,29 +154,22 @@ def message(run: Callable[[], object]) -> str:
     return str(error.value)
 
 
-def work(rank: int, size: int, folder: Path) -> None:
-    """All that a process does; what it finds goes to a file."""
-    environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MINOPT_HOME": folder / f"home-{size}"}
-    os.environ.update({name: str(value) for name, value in environment.items()})
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store-{size}", rank=rank, world_size=size, timeout=timedelta(seconds=60)
-    )
-    world, found = World(rank, size, torch.device("cpu")), dict[str, Any]()
-    try:
-        found |= {name: read(folder / name, world) for name in READ}
+def work(folder: Path, world: World) -> dict[str, Any]:
+    """All that a process does, and what it finds."""
+    found: dict[str, Any] = {name: read(folder / name, world) for name in READ}
+    if world.size == 2:
         mirrored = mock.patch.object(weights, "Share", lambda index, count: Share(count - 1 - index, count))
-        if size == 2:
-            with mirrored:
-                found["mirrored"] = read(folder / "safetensors", world, "mirrored")
-            with mock.patch.object(weights, "FILE_BYTES", FILE_BYTES):
-                for kind, way in RUNS:
-                    for by_name in (True, False):
-                        fine_tune(folder, kind, way, by_name=by_name)
-                found["errors"] = [message(partial(run, folder, world)) for run in REFUSED]
-    except BaseException:  # of which the test has to tell
-        found["error"] = traceback.format_exc()
-    torch.save(found, folder / f"{size}-{rank}.pt")
-    os._exit(0)  # the others may hang by now, and destroying the group would wait for them
+        with mirrored:
+            found["mirrored"] = read(folder / "safetensors", world, "mirrored")
+        with mock.patch.object(weights, "FILE_BYTES", FILE_BYTES):
+            for kind, way in RUNS:
+                for by_name in (True, False):
+                    fine_tune(folder, kind, way, by_name=by_name)
+            found["errors"] = [message(partial(run, folder, world)) for run in REFUSED]
+    return found
+
+
+Found = dict[int, list[dict[str, Any]]]
 
 
 @pytest.fixture(scope="module")
@@ -217,22 +180,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def found(folder: Path) -> dict[int, list[dict[str, Any]]]:
+def found(folder: Path) -> Found:
     """What processes found, two of them and three, by their rank."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    started = [context.Process(target=work, args=(k, size, folder)) for size in (2, 3) for k in range(size)]
-    for process in started:
-        process.start()
-    for process in started:
-        process.join(120)
-        process.kill()
-    reports = {
-        size: [torch.load(folder / f"{size}-{k}.pt", weights_only=False) for k in range(size)] for size in (2, 3)
-    }
-    for report in (*reports[2], *reports[3]):
-        assert "error" not in report, report["error"]
-    return reports
+    return {size: together(size, folder, partial(work, folder)) for size in (2, 3)}
 
 
 def same(expected: dict[str, Tensor], tensors: dict[str, Tensor]) -> bool:
@@ -241,53 +191,43 @@ def same(expected: dict[str, Tensor], tensors: dict[str, Tensor]) -> bool:
 
 @pytest.mark.parametrize("size", [2, 3])
 @pytest.mark.parametrize("name", READ)
-def test_shares_together_are_the_model_to_the_bit(
-    name: str, size: int, folder: Path, found: dict[int, list[dict[str, Any]]]
+def test_shares_together_are_the_model_to_the_bit_and_each_process_reads_its_own(
+    name: str, size: int, folder: Path, found: Found
 ) -> None:
     expected = load_model(folder / name, device="cpu", dtype="float32").state_dict()
-    reads: list[Read] = [report[name] for report in found[size]]
-    assert same(expected, {key: torch.cat([read.local[key] for read in reads]) for key in expected})
-    assert all(same(expected, read.gathered) for read in reads)
+    shares, gathered, numbers = zip(*(report[name] for report in found[size]), strict=True)
+    assert same(expected, {key: torch.cat([local[key] for local in shares]) for key in expected})
+    assert all(same(expected, whole) for whole in gathered)
     saved = load_model(folder / f"{name} of {size}", device="cpu", dtype="auto")
     assert saved.dtype == torch.float32
     assert same(expected, saved.state_dict())
     for key, tensor in expected.items():
-        assert max(len(read.local[key]) for read in reads) == -(-len(tensor) // size), key
+        assert max(len(local[key]) for local in shares) == -(-len(tensor) // size), key
+    if name == "safetensors":
+        assert list(numbers) == [sum(tensor.numel() for tensor in local.values()) for local in shares]
+    if (name, size) == ("narrow", 3):  # a process without rows of a tensor takes part
+        assert [len(local["layers.0.fc2.bias"]) for local in shares] == [2, 2, 0]
 
 
-def test_a_process_without_rows_of_a_tensor_takes_part(found: dict[int, list[dict[str, Any]]]) -> None:
-    assert [len(report["narrow"].local["layers.0.fc2.bias"]) for report in found[3]] == [2, 2, 0]
-
-
-def test_a_wrong_share_is_seen(folder: Path, found: dict[int, list[dict[str, Any]]]) -> None:
+def test_a_wrong_share_is_seen(folder: Path, found: Found) -> None:
     """A negative control."""
     expected = load_model(folder / "safetensors", device="cpu", dtype="float32").state_dict()
     for report in found[2]:
-        assert report["mirrored"].gathered.keys() == expected.keys()
-        assert not any(torch.equal(report["mirrored"].gathered[key], expected[key]) for key in expected)
-
-
-@pytest.mark.parametrize("size", [2, 3])
-def test_a_process_reads_its_share_and_nothing_else(
-    size: int, folder: Path, found: dict[int, list[dict[str, Any]]]
-) -> None:
-    for report in found[size]:
-        local = report["safetensors"].local
-        assert report["safetensors"].numbers == sum(tensor.numel() for tensor in local.values())
+        gathered = report["mirrored"][1]
+        assert gathered.keys() == expected.keys()
+        assert not any(torch.equal(gathered[key], expected[key]) for key in expected)
 
 
 @pytest.mark.parametrize(("kind", "way"), RUNS)
 def test_a_model_by_its_name_is_trained_and_saved_as_one_that_was_loaded_whole(
-    kind: str, way: str, folder: Path, found: dict[int, list[dict[str, Any]]]
+    kind: str, way: str, folder: Path, found: Found
 ) -> None:
     named, loaded = (folder / f"{kind}, {way}, {by_name}" for by_name in (True, False))
     assert losses(named) == losses(loaded)
     assert len(set(losses(named))) == 4
-    files = sorted(path.name for path in named.glob("*.safetensors"))
-    assert files == sorted(path.name for path in loaded.glob("*.safetensors"))
+    files, others = ({p.name: p.read_bytes() for p in place.glob("*.safetensors")} for place in (named, loaded))
+    assert files == others
     assert len(files) > 3
-    for name in files:
-        assert (named / name).read_bytes() == (loaded / name).read_bytes()
     reference = transformers.OPTForCausalLM.from_pretrained(named, dtype="auto").model.decoder
     model = load_model(named, device="cpu", dtype="auto")
     before = load_model(folder / kind, device="cpu").state_dict()
@@ -300,20 +240,13 @@ def test_in_one_process_too(folder: Path, tmp_path: Path) -> None:
     data, model = examples(9), load_model(folder / "125m", device="cpu")
     train(model, data, settings(tmp_path / "loaded"), tokenizer=tokenizer())
     train(str(folder / "125m"), data, settings(tmp_path / "named"))
-    assert (tmp_path / "named" / "model.safetensors").read_bytes() == (
-        tmp_path / "loaded" / "model.safetensors"
-    ).read_bytes()
-    with pytest.raises(ValueError, match=r"^tokenizer: expected the model's, got None\. Pass it, or a name instead of"):
-        train(model, data, settings(tmp_path / "none"))
+    named, loaded = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("named", "loaded"))
+    assert named == loaded
 
 
-def test_what_goes_wrong_in_one_process_is_one_line_in_all(
-    folder: Path, found: dict[int, list[dict[str, Any]]]
-) -> None:
+def test_what_goes_wrong_in_one_process_is_one_line_in_all(folder: Path, found: Found) -> None:
     expected = [text.format(folder=folder) for text in REFUSED.values()]
-    first, second = (report["errors"] for report in found[2])
-    assert first == expected
-    assert second == expected
+    assert [report["errors"] for report in found[2]] == [expected, expected]
     assert not list((folder / "refused").rglob("*.safetensors"))
 
 

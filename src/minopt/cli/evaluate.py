@@ -119,15 +119,16 @@ class Evaluate(Loading):
 def evaluate_examples(lm: LanguageModel, data: Any, config: EvaluationConfig, world: World) -> EvaluationResult:
     """Evaluates on examples or a text, in all processes."""
     from minopt.evaluation.answers import evaluate
-    from minopt.training.checks import check_fit, tokens_of, warn
+    from minopt.training.batches import tokenise
+    from minopt.training.checks import check_fit, warn
     from minopt.training.data import references_of
 
     tokenizer = _tokenizer_of(lm)
     check_fit(lm.model, config, data)
     if not isinstance(data, str):
         data = data[: config.max_eval_samples]
-    tokens = tokens_of(data, lm.model, tokenizer, config, world)
-    warn(config, world, data, tokens)
+    tokens = world.each(lambda: tokenise(data, tokenizer, lm.model.config, config, training=False))
+    warn(config, world, {"train_file": None, "dev_file": tokens}, eval_is_text=isinstance(data, str))
     result = evaluate(
         lm.model, tokenizer, tokens.rows, references_of(data), config.resolved_task().scores, config.generation, world,
         batch_size=config.per_device_eval_batch_size,

@@ -21,16 +21,12 @@ from minopt.tokenizer import Tokenizer, pad_left
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """The result of an evaluation.
+    """The result of an evaluation."""
 
-    Attributes:
-        metrics: ``loss``, the mean over the tokens of all completions in nats; ``perplexity``, its exponential;
-            ``examples``, how many; and what the task's scores give.
-        predictions: generated texts by the examples' ids; empty for plain text.
-    """
-
+    # loss, the mean over the tokens of all completions in nats; perplexity, its exponential; examples, how many; and
+    # what the task's scores give.
     metrics: Mapping[str, float]
-    predictions: Mapping[str, str] = field(repr=False)
+    predictions: Mapping[str, str] = field(repr=False)  # by the examples' ids; empty for plain text
 
 
 def evaluate(
@@ -48,12 +44,9 @@ def evaluate(
             the loss is measured.
         scores: the function that scores generated texts.
         generation: gives the options for a batch from the index of its first row.
-        world: the processes; each has to call this.
+        world: the processes; each has to call this, and gets the same result.
         batch_size: rows that a process evaluates at once.
-        stop: asked between batches; once it says yes in any process, there is no result.
-
-    Returns:
-        The result, the same in all processes; ``None`` if stopped.
+        stop: asked between batches; once it says yes in any process, the result is ``None``.
     """
     was_training, ids = model.training, list(references)
     model.eval()

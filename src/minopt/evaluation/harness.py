@@ -1,4 +1,4 @@
-"""Measures how far a model is from the published numbers of opt-125m and opt-350m, which are in published.json.
+"""How far a model is from the published numbers of opt-125m and opt-350m, which are in published.json.
 
 They come from the tests of metaseq, transformers and CTranslate2, which run on the published weights: a model that
 holds them all has OPT's weights, layout and arithmetic right. Shapes as in ``model.py``; N values of a check.
@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from minopt.config import OPTConfig
@@ -47,24 +46,16 @@ class Check:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One check, and what a model gave.
+    """One check, and what a model gave."""
 
-    Attributes:
-        name, source, expected: the check's own.
-        got: the model's values; ``None`` for those that are not finite.
-        worst: index of the value furthest off, relative to what is allowed; of ids and texts the first wrong one.
-        largest_difference, tolerance: absolute, at ``worst``; ``None`` for ids and texts.
-        passed: whether every value holds.
-    """
-
-    name: str
+    name: str  # as source and expected, the check's own
     source: str
     expected: list[Any]
-    got: list[Any]
-    worst: int
-    largest_difference: float | None
-    tolerance: float | None
-    passed: bool
+    got: list[Any]  # the model's values; None for those that are not finite
+    worst: int  # index of the value furthest off, relative to what is allowed; of ids and texts the first wrong one
+    largest_difference: float | None  # absolute, at worst; None for ids and texts
+    tolerance: float | None  # likewise
+    passed: bool  # whether every value holds
 
 
 def published() -> dict[str, list[Check]]:
@@ -90,19 +81,13 @@ def published_for(config: OPTConfig) -> list[Check]:
 def compare_with_published(
     model: OPT, tokenizer: Tokenizer | None = None, checks: Sequence[Check] | None = None
 ) -> list[Comparison]:
-    """Compares a model with published numbers.
+    """Compares a model, float32 and in ``eval()`` mode, with published numbers; ``None`` means those of its size.
 
-    Args:
-        model: must be float32 and in ``eval()`` mode, on any device. On a GPU leave TF32 off, as torch does by default.
-        tokenizer: encodes published texts; the other checks need none.
-        checks: ``None`` means those of the model's size.
-
-    Returns:
-        A ``Comparison`` for each check, in their order.
+    On a GPU leave TF32 off, as torch does by default. The tokenizer encodes published texts; other checks need none.
 
     Raises:
-        ValueError: if there are no published numbers for the size, the model is not in float32 or in training mode,
-            or there are texts and no tokenizer. Nothing has run then.
+        ValueError: if there are no published numbers for the size, or the model or the tokenizer is not as it must be.
+            Nothing has run then.
     """
     checks = published_for(model.config) if checks is None else checks
     dtypes = {str(p.dtype) for p in model.parameters() if p.is_floating_point()} - {"torch.float32"}
@@ -131,31 +116,24 @@ def _measured(model: OPT, tokenizer: Tokenizer | None, check: Check) -> list[Any
         starts = [input_ids.shape[1] - len(prompt) for prompt in prompts]
         return [tokenizer.decode(row[start:]) for row, start in zip(sequences, starts, strict=True)]
     rows = [torch.tensor(row, device=model.device) for row in check.input_ids]
-    ids = pad_sequence(rows, batch_first=True)
+    ids = pad_sequence(rows, batch_first=True)  # [B, T]
     real = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True).bool()
     if check.measure == "greedy_ids":  # what greedy decoding adds to one row, past an end of text too
         output = generate(model, ids, max_new_tokens=check.max_new_tokens, eos_token_id=())
         return output.sequences[0, ids.shape[1] :].tolist()
     hidden = model.hidden_states(ids, None if bool(real.all()) else real)
-    if check.measure == "hidden_states_corner":  # 3 features of 3 positions of the first row
-        return hidden[0, :3, :3].flatten().tolist()
-    return _of_logits(check.measure, model.head(hidden).float(), ids, real).tolist()
-
-
-def _of_logits(measure: str, logits: Tensor, ids: Tensor, real: Tensor) -> Tensor:
-    """Values of a batch ``logits [B, T, V], ids [B, T], real [B, T] -> [N]``; padding has none."""
-    match measure:
-        case "largest_probabilities":
-            return logits.softmax(-1).amax(-1)[real]
-        case "most_probable_ids":
-            return logits.argmax(-1)[real]
-        case "mean_logits":  # over all rows of the vocabulary, those without a token too
-            return logits.mean(-1)[real]
+    logits = model.head(hidden).float()  # [B, T, V]
     logprobs = logits[:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0][real[:, 1:]]
-    if measure == "token_logprobs":  # in nats, of each token that has one before it
-        return logprobs
     loss = -logprobs.mean()[None]  # what transformers returns for ``labels=input_ids``
-    return {"loss": loss, "perplexity": loss.exp()}[measure]
+    return {
+        "hidden_states_corner": hidden[0, :3, :3].flatten(),  # 3 features of 3 positions of the first row
+        "largest_probabilities": logits.softmax(-1).amax(-1)[real],
+        "most_probable_ids": logits.argmax(-1)[real],
+        "mean_logits": logits.mean(-1)[real],  # over all rows of the vocabulary, those without a token too
+        "token_logprobs": logprobs,  # in nats, of each token that has one before it
+        "loss": loss,
+        "perplexity": loss.exp(),
+    }[check.measure].tolist()
 
 
 def compare(check: Check, got: list[Any]) -> Comparison:

@@ -39,9 +39,7 @@ def window_perplexity(
 ) -> PerplexityResult:
     """Perplexity of a text of any length, in windows of ``window`` tokens that begin every ``stride`` tokens.
 
-    Each window is read alone. Each token is scored once, in the first window that has it; the first token of that
-    window has no score.
-
+    Each window is read alone. Each token is scored once, in the first window that has it; its first token has no score.
     By default windows do not overlap, as published figures are measured (IST-DASLab/gptq, ``opt_eval`` of opt.py):
     tokens at the end that do not fill a window are left out, unless they are the whole text. The figures of the GPTQ
     paper (arXiv 2210.17323) ran in float16, so expect differences of about 0.02. With a smaller stride all tokens but
@@ -73,14 +71,12 @@ def window_perplexity(
     mine = range(count) if world is None else range(world.rank, count, world.size)
     # Few at a time: a window of 2048 fills any device, and memory does not depend on the text.
     at_once = min(max(1, 2048 // window), model.max_batch or 2048)
-    total, tokens = 0.0, 0
+    total, tokens = 0.0, 0.0
     for at in range(0, len(mine), at_once):
         batch = mine[at : at + at_once]
         rows = [input_ids[i * stride : i * stride + window] for i in batch]
         for logprobs in token_logprobs(model, rows, [max(1, window - stride) if i else 1 for i in batch]):
-            total += logprobs.double().sum().item()
-            tokens += len(logprobs)
+            total, tokens = total + logprobs.double().sum().item(), tokens + len(logprobs)
     if world is not None:
-        total, all_tokens = world.sum(total, tokens)
-        tokens = int(all_tokens)
-    return PerplexityResult(math.exp(-total / tokens), tokens, count)
+        total, tokens = world.sum(total, tokens)
+    return PerplexityResult(math.exp(-total / tokens), int(tokens), count)

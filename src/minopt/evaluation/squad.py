@@ -45,15 +45,11 @@ def f1(prediction: str, references: Sequence[str]) -> float:
 
 
 def score(predictions: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> dict[str, float]:
-    """Both metrics over a set of questions, means in percent (0 to 100) as officially.
+    """``exact_match`` and ``f1`` over a set of questions by their ids, means in percent (0 to 100) as officially.
 
-    Args:
-        predictions: an answer for each question's id; those of other questions do not count.
-        references: right answers for each id.
-
-    Returns:
-        ``exact_match`` and ``f1``. Where some questions have an answer and some have none (SQuAD 2.0), also those of
-        each kind, as ``has_answer_exact_match``, ``has_answer_f1``, ``no_answer_exact_match``, ``no_answer_f1``.
+    Where some questions have an answer and some have none (SQuAD 2.0), also those of each kind, as
+    ``has_answer_exact_match``, ``has_answer_f1``, ``no_answer_exact_match``, ``no_answer_f1``. Predictions for other
+    questions do not count.
 
     Raises:
         ValueError: if a question has no prediction, if there is no question, and as ``exact_match`` does.
@@ -79,14 +75,13 @@ def score(predictions: Mapping[str, str], references: Mapping[str, Sequence[str]
 
 def rouge_l(prediction: str, references: Sequence[str]) -> float:
     """ROUGE-L, the F-measure of the longest common subsequence of tokens, 0.0 to 1.0; 0.0 where a side has none."""
-    own, *others = (_ROUGE_TOKEN.findall(text.lower()) for text in (prediction, *_checked(references)))
+    own, *others = _tokens(prediction, references)
     return max(_f_measure(_longest_common_subsequence(own, other), own, other) for other in others)
 
 
 def rouge_n(prediction: str, references: Sequence[str], n: int) -> float:
     """ROUGE-N, the F-measure of the sequences of ``n`` tokens that both have, each as often as both have it."""
-    rows = (_ROUGE_TOKEN.findall(text.lower()) for text in (prediction, *_checked(references)))
-    own, *others = ([tuple(row[i : i + n]) for i in range(len(row) - n + 1)] for row in rows)
+    own, *others = ([*zip(*(row[i:] for i in range(n)), strict=False)] for row in _tokens(prediction, references))
     return max(_overlap(own, other) for other in others)
 
 
@@ -96,6 +91,10 @@ def rouge_scores(predictions: Mapping[str, str], references: Mapping[str, Sequen
     found = [(rouge_n(*pair, 1), rouge_n(*pair, 2), rouge_l(*pair)) for pair in texts]
     means = (sum(values) / len(values) for values in zip(*found, strict=True))
     return dict(zip(("rouge_1", "rouge_2", "rouge_l"), means, strict=True))
+
+
+def _tokens(prediction: str, references: Sequence[str]) -> list[list[str]]:
+    return [_ROUGE_TOKEN.findall(text.lower()) for text in (prediction, *_checked(references))]
 
 
 def _checked(references: Sequence[str]) -> Sequence[str]:

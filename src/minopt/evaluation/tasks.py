@@ -28,21 +28,15 @@ _FIELDS = ("context", "question", "answer")
 class Task:
     """How a question on a text becomes a prompt and a completion, and how generated texts are scored.
 
-    Attributes:
-        prompt: a text with one field or more of ``{context}``, ``{question}`` and ``{answer}``, the context and the
-            answer at most once each; ``{{`` and ``}}`` are braces.
-        completion: a text with one field, which the prompt does not have.
-        scores: of generated texts.
-        best: the metric by which checkpoints are compared; higher is better.
-
     Raises:
-        ValueError: naming the option and the rule that is broken.
+        ValueError: naming the option and the rule of templates that is broken.
     """
 
+    # Fields are {context}, {question} and {answer}, the first and the last at most once each; {{ and }} are braces.
     prompt: str
-    completion: str
+    completion: str  # with one field, which the prompt does not have
     scores: Scores = score
-    best: str = "f1"
+    best: str = "f1"  # the metric by which checkpoints are compared; higher is better
 
     def __post_init__(self) -> None:
         prompt, completion = _fields("prompt_template", self.prompt), _fields("completion_template", self.completion)
@@ -156,30 +150,20 @@ class EvaluationConfig:
 
     @property
     def trains(self) -> bool:
-        """Whether there is training to do."""
         return False
 
     @property
     def evaluates(self) -> bool:
-        """Whether there is anything to evaluate, at the end or on the way."""
         return True
 
     def resolved_task(self) -> Task:
-        """The task that is named, or given by two templates.
-
-        Raises:
-            ValueError: if a template breaks a rule of ``Task``.
-        """
+        """The task that is named, or given by two templates, which may break a rule of ``Task``: ``ValueError``."""
         if self.prompt_template is None or self.completion_template is None:
             return TASKS[self.task]
         return Task(self.prompt_template, self.completion_template)
 
     def generation(self, first: int = 0) -> GenerationConfig:
-        """How texts are generated: greedily, unless the settings say otherwise.
-
-        Args:
-            first: the index of a batch's first example, so that each batch draws other tokens.
-        """
+        """How the texts of a batch are generated; each batch, named by its ``first`` example, draws other tokens."""
         options: dict[str, Any] = {}
         if self.num_beams > 1:
             options = {"num_beams": self.num_beams, "length_penalty": self.length_penalty}
@@ -191,7 +175,6 @@ class EvaluationConfig:
         return GenerationConfig(max_new_tokens=self.tgt_length, min_new_tokens=self.min_tgt_length, **options)
 
     def default(self, name: str) -> Any:
-        """The value of a field that is not named."""
         return type(self).__dataclass_fields__[name].default
 
     def ignored(self, *, processes: int, eval_is_text: bool) -> list[str]:
@@ -208,11 +191,9 @@ class EvaluationConfig:
         return _ACTS_ONLY
 
     def replace(self: _C, **changes: Any) -> _C:
-        """A copy with some values changed, checked again."""
         return replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields, as JSON takes them."""
         return asdict(self)
 
     def to_text(self) -> str:

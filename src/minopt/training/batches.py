@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import accumulate
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from minopt.evaluation.tasks import seed_of
+from minopt.config import OPTConfig
+from minopt.evaluation.tasks import EvaluationConfig, seed_of
 from minopt.progress import bar
 from minopt.tokenizer import Tokenizer
 from minopt.training.data import Example
@@ -50,31 +51,26 @@ class Tokens:
 
 
 def tokenise(
-    data: Sequence[Example] | str, tokenizer: Tokenizer, src_length: int, tgt_length: int, *,
-    eos_token_id: int | None, bos_token_id: int | None = None, around_answer: bool,
-) -> Tokens:  # fmt: skip
-    """Encodes examples, or a text.
+    data: Sequence[Example] | str, tokenizer: Tokenizer, model: OPTConfig, config: EvaluationConfig, *, training: bool
+) -> Tokens:
+    """Encodes examples, or a text, in the lengths that the settings allow.
 
     A row is the prompt as ``Tokenizer.encode`` gives it, the completion, and an eos. A prompt that is too long loses
-    tokens of its context; if it names none, its first tokens (but for the bos). A text becomes rows of
-    ``src_length + tgt_length`` tokens and the one after them, of which all but the first count in the loss.
+    tokens of its context; if it names none, its first tokens (but for the bos). For training it loses those farthest
+    from the answer, and is dropped if the answer would have to be cut. Otherwise it loses the end of its context, as if
+    the answer were not known. A text becomes rows of ``src_length + tgt_length`` tokens and the one after them, of
+    which all but the first count in the loss.
 
-    Args:
-        data: examples, or one text.
-        tokenizer: the model's.
-        src_length: the most tokens of a prompt, bos included.
-        tgt_length: the most tokens of a completion, eos included.
-        eos_token_id: the id that ends a completion; ``None`` adds none.
-        bos_token_id: the prompt of an example that has no tokens in its prompt; ``None`` is the eos.
-        around_answer: cut what is farthest from the answer, and drop examples that cannot be cut to length: for
-            training. Otherwise cut the end of the context, as if the answer were not known, and drop nothing.
+    Raises:
+        ValueError: if no row is left.
     """
+    src_length, tgt_length, tokens = config.src_length, config.tgt_length, Tokens([])
     if isinstance(data, str):
         ids, width = torch.tensor(tokenizer.encode(data), dtype=torch.int32), src_length + tgt_length
-        return Tokens([Row(ids[at : at + width + 1], 1) for at in range(0, len(ids) - 1, width)])
-    eos = [] if eos_token_id is None else [eos_token_id]
-    bos = eos or [0] if bos_token_id is None else [bos_token_id]
-    tokens = Tokens([])
+        tokens.rows = [Row(ids[at : at + width + 1], 1) for at in range(0, len(ids) - 1, width)]
+        data = []
+    eos = model.eos_token_ids[0] if model.eos_token_ids else tokenizer.eos_token_id
+    end, bos = [] if eos is None else [eos], tokenizer.beginning(model)
     with bar(len(data), "example", desc="tokenising", delay=1) as drawn:
         for at in range(0, len(data), _AT_ONCE):
             part = data[at : at + _AT_ONCE]
@@ -82,17 +78,22 @@ def tokenise(
             completions = tokenizer.encode_each([example.completion for example in part], add_bos=False)
             for example, prompt, completion in zip(part, prompts, completions, strict=True):
                 # Without a bos of the tokenizer's, an empty prompt has no token: something has to come first.
-                kept = prompt or bos
+                kept = prompt or ([bos] if bos is not None else end or [0])
                 if len(kept) > src_length:
-                    kept = _cut(example, kept, tokenizer, src_length, around_answer)
+                    kept = _cut(example, kept, tokenizer, src_length, training)
                     tokens.cut_prompts += bool(kept)
                 if not kept:
                     tokens.dropped += 1
                     continue
-                completion = completion + eos
+                completion = completion + end
                 tokens.cut_completions += len(completion) > tgt_length
                 tokens.rows.append(Row(torch.tensor(kept + completion[:tgt_length], dtype=torch.int32), len(kept)))
             drawn.update(len(part))
+    if not tokens.rows:
+        raise ValueError(
+            f"--{'train' if training else 'dev'}_file: expected at least one example, got none ({tokens.dropped} "
+            f"cannot be cut to --src_length {src_length} without losing their answer). Raise it, or name another file."
+        )
     return tokens
 
 
@@ -125,77 +126,50 @@ def _overlap(a: tuple[int, int], b: tuple[int, int]) -> bool:
     return a[0] < b[1] and a[1] > b[0]
 
 
-@dataclass(frozen=True)
-class Order:
-    """The order in which examples are seen: each once an epoch, in another order each epoch.
+def microbatches(
+    lengths: Sequence[int], batch_size: int, count: int, seed: int, *, grouped: bool, first_step: int = 0
+) -> Iterator[list[list[int]]]:
+    """The examples of the microbatches of each step, by index, without end: each example once an epoch.
 
-    Attributes:
+    Args:
         lengths: the examples' lengths in tokens.
         batch_size: examples of a step, of all processes together; the last step of an epoch may have fewer.
-        seed: the order's seed.
+        count: microbatches of a step, of all processes together. Each gets about as many examples and tokens as the
+            others; some are empty if the step has fewer examples.
+        seed: decides the order, another one in each epoch.
         grouped: examples of similar length share a step.
+        first_step: the one to begin with, counted from 0 over all epochs.
     """
-
-    lengths: tuple[int, ...]
-    batch_size: int
-    seed: int
-    grouped: bool
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return -(-len(self.lengths) // self.batch_size)
-
-    def examples(self, step: int) -> tuple[int, ...]:
-        """Indices of the examples of a step, counted from 0 over all epochs."""
-        epoch, at = divmod(step, self.steps_per_epoch)
-        return _epoch(self, epoch)[at]
-
-    def microbatches(self, step: int, count: int) -> list[list[int]]:
-        """A step's examples dealt to ``count`` microbatches, about equally in examples and in tokens.
-
-        Microbatches may differ by one example, and be empty if the step has fewer examples than ``count``.
-        """
-        longest_first = sorted(self.examples(step), key=lambda i: (-self.lengths[i], i))
-        dealt: list[list[int]] = [[] for _ in range(count)]
-        for at, index in enumerate(longest_first):
-            turn, place = divmod(at, count)
-            dealt[place if turn % 2 == 0 else count - 1 - place].append(index)  # back and forth
-        return dealt
-
-
-@lru_cache(maxsize=2)
-def _epoch(order: Order, epoch: int) -> list[tuple[int, ...]]:
-    generator = torch.Generator().manual_seed(seed_of(order.seed, epoch))
-    shuffled = torch.randperm(len(order.lengths), generator=generator).tolist()
-    if not order.grouped:
-        return _split(shuffled, order.batch_size)
-    pools = _split(shuffled, order.batch_size * _POOL)
-    batches = [b for pool in pools for b in _split(sorted(pool, key=lambda i: -order.lengths[i]), order.batch_size)]
-    return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
-
-
-def _split(items: Sequence[int], size: int) -> list[tuple[int, ...]]:
-    return [tuple(items[at : at + size]) for at in range(0, len(items), size)]
+    epoch, at = divmod(first_step, math.ceil(len(lengths) / batch_size))
+    sizes = torch.tensor(lengths)
+    while True:
+        generator = torch.Generator().manual_seed(seed_of(seed, epoch))
+        shuffled = torch.randperm(len(lengths), generator=generator)
+        steps = [*torch.split(shuffled, batch_size)]
+        if grouped:
+            steps = []
+            for pool in torch.split(shuffled, batch_size * _POOL):
+                longest_first = pool[sizes[pool].argsort(descending=True, stable=True)]
+                steps += torch.split(longest_first, batch_size)
+            steps = [steps[i] for i in torch.randperm(len(steps), generator=generator)]
+        for examples in steps[at:]:
+            dealt: list[list[int]] = [[] for _ in range(count)]
+            for number, index in enumerate(sorted(examples.tolist(), key=lambda i: (-lengths[i], i))):
+                turn, place = divmod(number, count)
+                dealt[place if turn % 2 == 0 else count - 1 - place].append(index)  # back and forth
+            yield dealt
+        epoch, at = epoch + 1, 0
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows as the model reads them.
+    """Rows as the model reads them."""
 
-    Attributes:
-        input_ids: ``[R, T]``, int64, without the last token of each example, since nothing follows it.
-        lengths: tokens of the texts that share the one row; ``None`` if each row is one text, padded after its end,
-            where causal attention never looks.
-        at: indices in ``input_ids``, flattened, whose next token counts in the loss: ``[M]``.
-        targets: those next tokens, ``[M]``.
-        tokens: the number of ``input_ids`` without padding.
-    """
-
-    input_ids: Tensor
-    lengths: tuple[int, ...] | None
-    at: Tensor
-    targets: Tensor
-    tokens: int
+    input_ids: Tensor  # int64 [R, T], without the last token of each example, since nothing follows it
+    lengths: tuple[int, ...] | None  # of the texts that share the one row; None if each has its own, padded at its end
+    at: Tensor  # [M]: indices in input_ids, flattened, whose next token counts in the loss
+    targets: Tensor  # [M]: those next tokens
+    tokens: int  # the number of input_ids without padding
 
 
 def collate(rows: Sequence[Row], device: torch.device, *, packed: bool) -> Batch:
@@ -206,16 +180,14 @@ def collate(rows: Sequence[Row], device: torch.device, *, packed: bool) -> Batch
     texts = [ids.long() for ids, _ in rows] or [torch.zeros(2, dtype=torch.long)]
     starts = [start for _, start in rows] or [2]
     lengths = [len(ids) - 1 for ids in texts]
-    in_one_row = packed and len(set(lengths)) > 1
     inputs = [ids[:-1] for ids in texts]
+    in_one_row = packed and len(set(lengths)) > 1
     if in_one_row:
         input_ids, begins = torch.cat(inputs)[None], [0, *accumulate(lengths)][:-1]
     else:
         input_ids = torch.nn.utils.rnn.pad_sequence(inputs, batch_first=True)
         begins = [n * input_ids.shape[1] for n in range(len(inputs))]
-    at = [torch.arange(b + s - 1, b + n) for b, n, s in zip(begins, lengths, starts, strict=True)]
-    targets = [ids[start:] for ids, start in zip(texts, starts, strict=True)]
-    moved = (t.to(device, non_blocking=True) for t in (input_ids, torch.cat(at), torch.cat(targets)))
-    input_ids, places, wanted = moved
-    tokens = sum(lengths) if rows else 0
-    return Batch(input_ids, tuple(lengths) if in_one_row else None, places, wanted, tokens)
+    at = torch.cat([torch.arange(b + s - 1, b + n) for b, n, s in zip(begins, lengths, starts, strict=True)])
+    targets = torch.cat([ids[start:] for ids, start in zip(texts, starts, strict=True)])
+    input_ids, at, targets = (tensor.to(device, non_blocking=True) for tensor in (input_ids, at, targets))
+    return Batch(input_ids, tuple(lengths) if in_one_row else None, at, targets, sum(lengths) if rows else 0)

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from minopt.checkpoint.save import named_tensors
 from minopt.distributed import World
 from minopt.evaluation.tasks import EvaluationConfig
 from minopt.model import OPT
 from minopt.progress import counted
-from minopt.tokenizer import Tokenizer
-from minopt.training.batches import Tokens, tokenise
+from minopt.training.batches import Tokens
 from minopt.training.config import TrainingConfig
 from minopt.training.data import Example
 
@@ -67,50 +66,34 @@ def accumulation_of(config: TrainingConfig, world: World, batch_size: int) -> in
     return found
 
 
-def tokens_of(
-    data: Sequence[Example] | str, model: OPT, tokenizer: Tokenizer, config: EvaluationConfig, world: World,
-    *, training: bool = False,
-) -> Tokens:  # fmt: skip
-    """Tokenises data in every process, and says in the first one what was cut.
+def warn(config: EvaluationConfig, world: World, tokens: Mapping[str, Tokens | None], *, eval_is_text: bool) -> None:
+    """Says once what of the data was cut, which settings are ignored, and which are likely a mistake.
 
-    Raises:
-        ValueError: if nothing is left.
+    Args:
+        config: the settings.
+        world: the processes, of which the first one says it.
+        tokens: of the data of ``train_file`` and ``dev_file``; ``None`` where there are none.
+        eval_is_text: whether the data to evaluate on are a text.
     """
-    option = "--train_file" if training else "--dev_file"
-    eos = model.config.eos_token_ids[0] if model.config.eos_token_ids else tokenizer.eos_token_id
-    tokens = world.each(lambda: tokenise(
-        data, tokenizer, config.src_length, config.tgt_length, eos_token_id=eos,
-        bos_token_id=tokenizer.beginning(model.config), around_answer=training,
-    ))  # fmt: skip
-    if not tokens.rows:
-        raise ValueError(
-            f"{option}: expected at least one example, got none ({tokens.dropped} cannot be cut to --src_length "
-            f"{config.src_length} without losing their answer). Raise it, or name another file."
-        )
-    happened = {
-        f"have their prompt cut to --src_length {config.src_length}": tokens.cut_prompts,
-        f"have their completion cut to --tgt_length {config.tgt_length}": tokens.cut_completions,
-        "are left out, for their prompt is too long and cannot be cut without its answer": tokens.dropped,
-    }
-    if world.is_first and any(happened.values()):
-        said = "; ".join(f"{count} {what}" for what, count in happened.items() if count)
-        logger.warning("%s: of %d examples, %s.", option, len(data), said)
-    return tokens
-
-
-def warn(
-    config: EvaluationConfig, world: World, eval_data: Sequence[Example] | str | None, eval_tokens: Tokens | None
-) -> None:
-    """Says once which settings are ignored, and which are likely a mistake."""
     if not world.is_first:
         return
-    for sentence in config.ignored(processes=world.size, eval_is_text=isinstance(eval_data, str)):
+    for option, of in tokens.items():
+        if of is None:
+            continue
+        happened = {
+            f"have their prompt cut to --src_length {config.src_length}": of.cut_prompts,
+            f"have their completion cut to --tgt_length {config.tgt_length}": of.cut_completions,
+            "are left out, for their prompt is too long and cannot be cut without its answer": of.dropped,
+        }
+        if said := "; ".join(f"{count} {what}" for what, count in happened.items() if count):
+            logger.warning("--%s: of %d examples, %s.", option, len(of.rows) + of.dropped, said)
+    for sentence in config.ignored(processes=world.size, eval_is_text=eval_is_text):
         logger.warning("%s.", sentence)
     if isinstance(config, TrainingConfig) and config.fp16 and world.device.type == "cpu":
         logger.warning("--fp16: float16 is slow on a CPU. --bf16 is several times faster, and scales no loss.")
-    if eval_tokens is None or not config.evaluates:
+    if tokens["dev_file"] is None or not config.evaluates:
         return
-    completions = [ids[start:].tolist() for ids, start in eval_tokens.rows]
+    completions = [ids[start:].tolist() for ids, start in tokens["dev_file"].rows]
     longest, n = max(map(len, completions)), config.no_repeat_ngram_size
     if config.min_tgt_length > longest:
         logger.warning(

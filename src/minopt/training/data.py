@@ -8,11 +8,11 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch.hub
 
@@ -33,6 +33,12 @@ _SQUAD_SHA256 = {
 }
 _SQUAD_VERSIONS = {"squad": "v1.1", "squad-v2": "v2.0"}
 
+# The parts of a file that are read: types, lists of one shape, and objects, where ? marks a key that may be missing.
+_SQUAD = {"data": [{"paragraphs": [{"context": str, "qas": [{
+    "id": str, "question": str, "is_impossible?": bool, "answers?": [{"text": str, "answer_start": int}],
+}]}]}]}  # fmt: skip
+_LINE = {"prompt": str, "completion": str, "id?": str}
+
 _LINES = (".jsonl", ".ndjson")
 _TEXTS = (".txt", ".raw")
 _ENDINGS = (".json", *_LINES, *_TEXTS)
@@ -42,7 +48,6 @@ _FORMATS = (
 )
 _KINDS = {str: "a text", list: "a list", dict: "an object", int: "a whole number", float: "a number",
           bool: "true or false", type(None): "null", type(...): "nothing"}  # fmt: skip
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -161,100 +166,81 @@ def read_text(path: Path, option: str) -> str:
 
 
 def _read_lines(text: str, path: Path) -> Iterator[Example]:
-    count = 0
-    for number, line in enumerate(text.split("\n"), 1):  # splitlines would also split inside of JSON's texts
-        if not line.strip():
-            continue
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]  # JSON may hold \u2028
+    for count, (number, line) in enumerate(lines):
         at = f"{path}: line {number}: "
-        record = _typed(_parse(line, at), dict, f"{at}all of it")
-        completion = _field(record, "completion", str, at)
+        record = _parse(line, _LINE, at)
+        completion = record["completion"]
         if not completion:
             raise ValueError(f"{at}completion: expected a text to train on, got an empty one. {_FORMATS}")
-        key = _field(record, "id", str, at) if "id" in record else str(count)
-        yield Example(_field(record, "prompt", str, at), completion, (completion.strip(),), key)
-        count += 1
+        yield Example(record["prompt"], completion, (completion.strip(),), record.get("id", str(count)))
 
 
 def _read_squad(text: str, task: Task, path: Path) -> Iterator[Example]:
-    content = _typed(_parse(text, f"{path}: "), dict, f"{path}: all of it")
-    for article, in_article in _objects(content, "data", f"{path}: "):
-        for paragraph, in_paragraph in _objects(article, "paragraphs", in_article):
-            context = _field(paragraph, "context", str, in_paragraph)
-            for question, at in _objects(paragraph, "qas", in_paragraph):
-                yield from _squad_examples(question, context, task, at)
+    for i, article in enumerate(_parse(text, _SQUAD, f"{path}: ")["data"]):
+        for j, paragraph in enumerate(article["paragraphs"]):
+            for k, question in enumerate(paragraph["qas"]):
+                at = f"{path}: data[{i}].paragraphs[{j}].qas[{k}].answers"
+                yield from _squad_examples(question, paragraph["context"], task, at)
 
 
 def _squad_examples(record: dict[str, Any], context: str, task: Task, at: str) -> Iterator[Example]:
     """The example that a question gives, or none if the template wants an answer and there is none."""
-    key, question = _field(record, "id", str, at), _field(record, "question", str, at).strip()
-    answers = _answers(record, at)
-    text, start = answers[0] if answers else (UNANSWERABLE, 0)
-    values = {"context": context, "question": question, "answer": text}
+    answers = [] if record.get("is_impossible") else record.get("answers", [])
+    if blank := [n for n, answer in enumerate(answers) if not answer["text"].strip()]:
+        raise ValueError(f"{at}[{blank[0]}].text: expected an answer, got a blank text. {_FORMATS}")
+    if not answers and "is_impossible" not in record:
+        raise ValueError(f"{at}: expected one or more, got none. A question without answers needs is_impossible: true.")
+    right = tuple(dict.fromkeys(answer["text"].strip() for answer in answers))
+    values = {"context": context, "question": record["question"].strip(), "answer": (*right, UNANSWERABLE)[0]}
     prompt, starts = fill(task.prompt, values)
     if not answers and "answer" in starts:
         return
     completion, (asked,) = fill(task.completion, values)
-    right = tuple(dict.fromkeys(t for t, _ in answers)) or ("",)
-    references = right if asked == "answer" else (values[asked],)
     cut, kept = (0, 0), (0, 0)
     if "context" in starts:
-        cut = (starts["context"], starts["context"] + len(context))
-        place = _nearest(context, text, start) if answers else None
-        if place is not None:
-            kept = (cut[0] + place, cut[0] + place + len(text))
-    yield Example(prompt, completion, references, key, cut, kept)
+        begin = starts["context"]
+        cut = (begin, begin + len(context))
+        if answers and (place := _nearest(context, right[0], answers[0])) is not None:
+            kept = (begin + place, begin + place + len(right[0]))
+    references = (right or ("",)) if asked == "answer" else (values[asked],)
+    yield Example(prompt, completion, references, record["id"], cut, kept)
 
 
-def _answers(record: dict[str, Any], at: str) -> list[tuple[str, int]]:
-    """The answers to a question and where they should stand in the context; none if it is said to have none."""
-    is_v2 = "is_impossible" in record
-    if is_v2 and _field(record, "is_impossible", bool, at):
-        return []
-    answers = []
-    for answer, in_answer in _objects(record, "answers", at):
-        text, start = _field(answer, "text", str, in_answer), _field(answer, "answer_start", int, in_answer)
-        if not text.strip():
-            raise ValueError(f"{in_answer}text: expected an answer, got a blank text. {_FORMATS}")
-        answers.append((text.strip(), start + len(text) - len(text.lstrip())))
-    if not answers and not is_v2:
-        raise ValueError(
-            f"{at}answers: expected one or more, got none. A question without answers needs is_impossible: true."
-        )
-    return answers
-
-
-def _nearest(context: str, text: str, start: int) -> int | None:
-    """The place of a text in a context that is nearest to ``start``."""
+def _nearest(context: str, text: str, answer: dict[str, Any]) -> int | None:
+    """The place of an answer's stripped text in a context that is nearest to where it should stand."""
+    start = answer["answer_start"] + len(answer["text"]) - len(answer["text"].lstrip())
     after = max(start, 0)
     places = (context.rfind(text, 0, after + len(text)), context.find(text, after))
     return min((p for p in places if p >= 0), key=lambda p: abs(p - start), default=None)
 
 
-def _parse(text: str, at: str) -> object:
+def _parse(text: str, shape: Any, at: str) -> Any:
+    """JSON of a shape; errors begin with ``at``."""
     try:
-        return json.loads(text)
+        value = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{at}expected JSON, got an error: {first_line(error)}. {_FORMATS}") from None
+    _check(value, shape, at, "")
+    return value
 
 
-def _objects(holder: Mapping[str, Any], key: str, at: str) -> Iterator[tuple[dict[str, Any], str]]:
-    """The objects of a list, and for each the path that its own keys are to follow."""
-    for i, value in enumerate(_field(holder, key, list, at)):
-        yield _typed(value, dict, f"{at}{key}[{i}]"), f"{at}{key}[{i}]."
-
-
-def _field(holder: Mapping[str, Any], key: str, kind: type[_T], at: str) -> _T:
-    return _typed(holder.get(key, ...), kind, f"{at}{key}")
-
-
-def _typed(value: object, kind: type[_T], where: str) -> _T:
-    """A value of JSON that must be of a kind; a text of what UTF-8 can hold, for tokenizers take no other."""
+def _check(value: object, shape: Any, at: str, path: str) -> None:
+    """Refuses a value of JSON that has not the given shape, and names the path to what is wrong."""
+    kind, where = shape if isinstance(shape, type) else type(shape), f"{at}{path.lstrip('.') or 'all of it'}"
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         raise ValueError(f"{where}: expected {_KINDS[kind]}, got {_KINDS[type(value)]}. {_FORMATS}")
-    if kind is str:
+    if isinstance(value, str):
         try:
-            str(value).encode()
+            value.encode()  # tokenizers take no other
         except UnicodeEncodeError as error:
             raise ValueError(f"{where}: expected characters, got half of one at {error.start} of the text. "
                              "Write both halves of a surrogate pair.") from None  # fmt: skip
-    return value
+    elif isinstance(value, list):
+        for i, item in enumerate(value):
+            _check(item, shape[0], at, f"{path}[{i}]")
+    elif isinstance(value, dict):
+        for key, inner in shape.items():
+            name = key.removesuffix("?")
+            if name in value or name == key:
+                _check(value.get(name, ...), inner, at, f"{path}.{name}")

@@ -21,7 +21,7 @@ CHUNK = 512
 
 
 class ModelWithLoss(nn.Module):
-    """A model whose forward gives the sum of the losses of a batch: what data parallelism wraps.
+    """A model whose forward gives the sum of the losses of a batch, in nats: what data parallelism wraps.
 
     The mean over all processes and microbatches is the sum of these sums over the number of tokens that count.
     """
@@ -31,16 +31,9 @@ class ModelWithLoss(nn.Module):
         self.model = model
 
     def forward(self, batch: Batch, label_smoothing: float = 0.0) -> Tensor:
-        """Sums the losses of a batch, in nats.
-
-        Args:
-            batch: must be on the model's device.
-            label_smoothing: the probability that is spread over all rows of the vocabulary, as in torch's.
-        """
         h = self.model.hidden_states(batch.input_ids, None if batch.lengths is None else Packed(batch.lengths))
-        return cross_entropy_sum(
-            h.flatten(0, 1)[batch.at], self.model.embed_tokens.weight, batch.targets, label_smoothing
-        )
+        weight = self.model.embed_tokens.weight
+        return cross_entropy_sum(h.flatten(0, 1)[batch.at], weight, batch.targets, label_smoothing)
 
 
 def cross_entropy_sum(h: Tensor, weight: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
@@ -53,7 +46,7 @@ def cross_entropy_sum(h: Tensor, weight: Tensor, targets: Tensor, label_smoothin
         h: ``[M, E]``; M may be 0.
         weight: the token table, ``[V, E]``.
         targets: ``[M]``.
-        label_smoothing: see ``ModelWithLoss``.
+        label_smoothing: the probability that is spread over all rows of the vocabulary, as in torch's.
 
     Returns:
         A float32 scalar; float64 where ``h`` is.
@@ -66,11 +59,35 @@ class _CrossEntropySum(torch.autograd.Function):
     def forward(ctx: Any, h: Tensor, weight: Tensor, targets: Tensor, label_smoothing: float) -> Tensor:
         kind = h.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else h.dtype
+        wide = torch.promote_types(dtype, torch.float32)
+        narrow = dtype
+        if narrow == torch.float16:  # the loss is not scaled yet, and float16 would round small probabilities to 0
+            narrow = torch.bfloat16 if has_bfloat16(h.device) else torch.float32
         ctx.dtypes = h.dtype, weight.dtype
+        needs_h, needs_weight = ctx.needs_input_grad[:2]
+        h, weight = h.to(dtype), weight.to(dtype)
+        loss = torch.zeros((), dtype=wide, device=h.device)
+        grad_h, grad_weight = torch.zeros_like(h, dtype=narrow), None
         with torch.autocast(kind, enabled=False):
-            loss, *ctx.gradients = _loss_and_gradients(
-                h.to(dtype), weight.to(dtype), targets, label_smoothing, *ctx.needs_input_grad[:2]
-            )
+            for begin in range(0, len(h), CHUNK):
+                part, target = h[begin : begin + CHUNK], targets[begin : begin + CHUNK, None]
+                logits = F.linear(part, weight).to(wide)  # [CHUNK, V]
+                total = logits.logsumexp(1, keepdim=True)
+                loss += (1 - label_smoothing) * (total - logits.gather(1, target)).sum()
+                if label_smoothing:
+                    loss += label_smoothing * (total - logits.mean(1, keepdim=True)).sum()
+                if needs_h or needs_weight:
+                    # The gradient by the logits: the model's distribution minus the wanted one.
+                    error = logits.sub_(total).exp_().sub_(label_smoothing / weight.shape[0])
+                    error.scatter_add_(1, target, torch.full_like(target, label_smoothing - 1, dtype=wide))
+                    error = error.to(narrow)
+                    grad_h[begin : begin + CHUNK] = error @ weight.to(narrow)
+                    if needs_weight:  # summed in float32, from the second chunk on
+                        more = error.T @ part.to(narrow)
+                        grad_weight = more if grad_weight is None else grad_weight.to(wide).add_(more)
+        if needs_weight and grad_weight is None:
+            grad_weight = torch.zeros_like(weight)
+        ctx.gradients = grad_h if needs_h else None, grad_weight
         return loss
 
     @staticmethod
@@ -82,33 +99,3 @@ class _CrossEntropySum(torch.autograd.Function):
             for g, dtype in zip(gradients, ctx.dtypes, strict=True)
         )
         return grad_h, grad_weight, None, None
-
-
-def _loss_and_gradients(
-    h: Tensor, weight: Tensor, targets: Tensor, label_smoothing: float, needs_h: bool, needs_weight: bool
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    wide = torch.promote_types(h.dtype, torch.float32)
-    narrow = h.dtype
-    if narrow == torch.float16:  # the loss is not scaled yet, and float16 would round small probabilities to 0
-        narrow = torch.bfloat16 if has_bfloat16(h.device) else torch.float32
-    loss = torch.zeros((), dtype=wide, device=h.device)
-    grad_h, grad_weight = torch.zeros_like(h, dtype=narrow), None
-    for begin in range(0, len(h), CHUNK):
-        part, target = h[begin : begin + CHUNK], targets[begin : begin + CHUNK, None]
-        logits = F.linear(part, weight).to(wide)  # [CHUNK, V]
-        total = logits.logsumexp(1, keepdim=True)
-        loss += (1 - label_smoothing) * (total - logits.gather(1, target)).sum()
-        if label_smoothing:
-            loss += label_smoothing * (total - logits.mean(1, keepdim=True)).sum()
-        if needs_h or needs_weight:
-            # The gradient by the logits: the model's distribution minus the wanted one.
-            error = logits.sub_(total).exp_().sub_(label_smoothing / weight.shape[0])
-            error.scatter_add_(1, target, torch.full_like(target, label_smoothing - 1, dtype=wide))
-            error = error.to(narrow)
-            grad_h[begin : begin + CHUNK] = error @ weight.to(narrow)
-            if needs_weight:  # summed in float32, from the second chunk on
-                more = error.T @ part.to(narrow)
-                grad_weight = more if grad_weight is None else grad_weight.to(wide).add_(more)
-    if needs_weight and grad_weight is None:
-        grad_weight = torch.zeros_like(weight)
-    return loss, grad_h if needs_h else None, grad_weight

@@ -65,26 +65,20 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
 
 
 @contextmanager
-def training_layers(
-    model: OPT, *, dropout: float | None = None, recompute: bool = False, compile: bool = False
-) -> Iterator[None]:
-    """Lets the layers of a model run in another way until the block ends.
+def training_layers(model: OPT, config: TrainingConfig) -> Iterator[None]:
+    """Until the block ends, lets layers run as the settings say: with another dropout, recomputed, compiled.
 
-    Args:
-        model: whose layers.
-        dropout: instead of that of the model's configuration.
-        recompute: keep only the inputs of a layer, and compute the rest again in the backward pass.
-        compile: each layer apart; they share one program, and texts of any lengths use it.
+    Compiled layers share one program, which texts of any lengths use.
     """
     layers: list[Any] = [*model.layers]
     for layer in layers:
         forward: Any = layer.forward
-        if compile:
+        if config.compile:
             forward = torch.compile(forward)
-        if recompute:
+        if config.recompute:  # keeps only the inputs of a layer
             forward = partial(checkpoint, forward, use_reentrant=False)
         layer.forward = forward
-        layer.dropout = model.config.dropout if dropout is None else dropout
+        layer.dropout = model.config.dropout if config.dropout is None else config.dropout
     try:
         yield
     finally:

@@ -47,13 +47,15 @@ _STATE = "state.json"  # of a checkpoint; written last
 
 
 class RunFolder:
-    """The folder of a run, which need not be there yet. All processes of the run use the same one."""
+    """The folder of a run, which need not be there yet. All processes of the run use the same one.
+
+    Checkpoints are called ``checkpoints/step-00000120`` and the like. All processes call ``save`` and ``load``, and the
+    first one alone calls all else.
+    """
 
     def __init__(self, path: str | Path, world: World) -> None:
         self.path, self.world = Path(path).expanduser().resolve(), world
         self.checkpoints = self.path / CHECKPOINTS
-
-    # Taking the folder: by the first process alone
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -62,15 +64,15 @@ class RunFolder:
             raise FileExistsError(f"--output_dir: expected a folder, got {self.path}, a file. Name another.")
         self.path.mkdir(parents=True, exist_ok=True)
         with (self.path / ".lock").open("a+") as file:
-            if fcntl is not None:
-                try:
+            try:
+                if fcntl is not None:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    file.seek(0)
-                    raise OSError(
-                        f"--output_dir: {self.path} is in use by a run that is alive (process {file.read().strip()}). "
-                        "Wait for it, or name another folder."
-                    ) from None
+            except BlockingIOError:
+                file.seek(0)
+                raise OSError(
+                    f"--output_dir: {self.path} is in use by a run that is alive (process {file.read().strip()}). "
+                    "Wait for it, or name another folder."
+                ) from None
             file.truncate(0)
             file.write(f"{os.getpid()}\n")
             file.flush()
@@ -88,13 +90,14 @@ class RunFolder:
             FileExistsError: if the folder holds files that are no run's, or a finished run without a checkpoint.
         """
         restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # by torchrun, after a process died
-        self._remove_leftovers()
+        self._remove(".*.saving", f"{BEST}/.*.saving", f"{CHECKPOINTS}/.*.*ing")  # of a process that was killed
         if overwrite and not restarted:
-            self._remove_run()
+            self._remove(CHECKPOINTS, BEST, "config.json", "model*.safetensors*", PREDICTIONS, METRICS, SETTINGS)
         elif resume == "never" and not restarted:
             self._set_aside()
-        if (self.path / SETTINGS).is_file():
-            _check_same(self.path, read_json(self.path / SETTINGS), record)
+        theirs = read_json(self.path / SETTINGS) if (self.path / SETTINGS).is_file() else None
+        if theirs is not None:
+            _check_same(self.path, theirs, record)
         elif not overwrite and (others := [path.name for path in self._content()]):
             raise FileExistsError(
                 f"--output_dir: {self.path} holds files that are no run's: {some(others)}. Name another folder."
@@ -102,10 +105,10 @@ class RunFolder:
         found = self._start(resume, restarted)
         if found is not None:
             _check_same(found, read_state(found), record)
-        elif (self.path / SETTINGS).is_file() and (done := read_json(self.path / SETTINGS).get("finished")) is not None:
+        elif theirs is not None and "finished" in theirs:
             raise FileExistsError(
-                f"--output_dir: {self.path} holds a run that has finished after step {done} and kept no checkpoint to "
-                "go on from. Name another folder, or use --resume never to put that run aside."
+                f"--output_dir: {self.path} holds a run that has finished after step {theirs['finished']} and kept no "
+                "checkpoint to go on from. Name another folder, or use --resume never to put that run aside."
             )
         return found
 
@@ -120,7 +123,7 @@ class RunFolder:
         if path.resolve().parent == self.checkpoints:  # the run writes the later ones again
             for step in self.steps():
                 if self.checkpoint(step) > path.resolve():
-                    _remove(self.checkpoint(step))
+                    _remove_whole(self.checkpoint(step))
             return path
         if own is not None:
             logger.warning("--resume %s: this run goes on from %s, its own.", path, own)
@@ -141,22 +144,12 @@ class RunFolder:
             path.rename(aside / path.name)
         logger.warning("--resume never: the run that was in %s is now in %s.", self.path, aside)
 
-    def _remove_run(self) -> None:
-        """Removes what a run, or a model, has left, and nothing else."""
-        for name in (CHECKPOINTS, BEST, "config.json", "model*.safetensors*", PREDICTIONS, METRICS, SETTINGS):
-            for path in self.path.glob(name):
-                if path.is_dir() and not path.is_symlink():
-                    shutil.rmtree(path)
-                else:
-                    path.unlink()
-
-    def _remove_leftovers(self) -> None:
-        """Removes what a process that was killed while writing has left."""
-        for pattern in (MODEL, ".*.saving", f"{BEST}/.*.saving", f"{CHECKPOINTS}/.*.*ing"):
-            for path in self.path.glob(pattern):
-                shutil.rmtree(path, ignore_errors=True)
-
-    # What is written: by the first process alone
+    def _remove(self, *patterns: str) -> None:
+        for path in (path for pattern in patterns for path in self.path.glob(pattern)):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
 
     def write(self, name: str, record: Mapping[str, Any]) -> None:
         """Writes the settings or the predictions."""
@@ -200,8 +193,6 @@ class RunFolder:
             path.replace(self.path / path.name)
         (self.path / MODEL).rmdir()
 
-    # Checkpoints, ``checkpoints/step-00000120`` and the like
-
     def checkpoint(self, step: int) -> Path:
         """The folder of the checkpoint after some steps, which may not exist yet."""
         return self.checkpoints / f"step-{step:08}"
@@ -216,7 +207,7 @@ class RunFolder:
         return max(map(self.checkpoint, self.steps()), default=None)
 
     def save(self, step: int, module: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
-        """Writes a checkpoint, or the state alone of one that is there; every process has to call it.
+        """Writes a checkpoint, or the state alone of one that is there.
 
         It holds model and optimizer as torch.distributed.checkpoint writes them, a file a process, and what else there
         is as state.json. It is written under a hidden name and renamed when all of it is on the disk.
@@ -251,7 +242,7 @@ class RunFolder:
             ) from None
 
     def load(self, path: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Fills a model and its optimizer, in place; every process has to call it.
+        """Fills a model and its optimizer, in place.
 
         Raises:
             ValueError: if the checkpoint is not of such a model, or damaged.
@@ -267,11 +258,11 @@ class RunFolder:
         self.world.each(read)
         set_state_dict(module, optimizer, model_state_dict=tensors["model"], optim_state_dict=tensors["optimizer"])
 
-    def remove_old(self, keep_last: int, best_step: int | None) -> None:
+    def remove_old(self, keep_last: int, best_step: int) -> None:
         """Removes all checkpoints but the last few and the best; a run that goes on needs one."""
         for step in self.steps()[: -max(1, keep_last)]:
             if step != best_step:
-                _remove(self.checkpoint(step))
+                _remove_whole(self.checkpoint(step))
 
 
 def _check_same(where: Path, theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
@@ -315,31 +306,33 @@ def _one_line(kind: type[Exception], message: str) -> Iterator[None]:
         raise kind(message.format(reason[:200])) from None
 
 
-def _remove(path: Path) -> None:
+def _remove_whole(path: Path) -> None:
     # Renamed first: what a crash leaves half removed must not be taken for a checkpoint.
     shutil.rmtree(path.rename(path.with_name(f".{path.name}.removing")), ignore_errors=True)
 
 
-@contextmanager
-def caught(run: Any) -> Iterator[None]:
-    """Has SIGTERM and SIGINT set ``run.signal`` instead of ending the process. A second one acts as usual.
+class Signals:
+    """SIGTERM and SIGINT, noted instead of ending the process until the block ends. A second one acts as usual.
 
     Within 5 seconds it is no second one: where a terminal or a scheduler signals all processes, torchrun repeats it.
     """
-    before: dict[int, Any] = {}
 
-    def note(number: int, frame: FrameType | None) -> None:
-        if run.signal == 0:
-            run.signal, run.signalled_at = int(number), time.monotonic()
-        elif time.monotonic() - run.signalled_at > 5:
-            signal.signal(number, before[number])
+    received = 0  # the number of the first one
+
+    def __enter__(self) -> Signals:
+        self._before: dict[int, Any] = {}
+        with contextlib.suppress(ValueError):  # not in the main thread: there are no signals
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if not self.received:
+            self.received, self._at = number, time.monotonic()
+        elif time.monotonic() - self._at > 5:
+            signal.signal(number, self._before[number])
             signal.raise_signal(number)
 
-    with contextlib.suppress(ValueError):  # not in the main thread: there are no signals
-        for number in (signal.SIGTERM, signal.SIGINT):
-            before[number] = signal.signal(number, note)
-    try:
-        yield
-    finally:
-        for caught, handler in before.items():
-            signal.signal(caught, handler)
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)

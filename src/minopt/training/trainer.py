@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import math
 import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -27,17 +26,14 @@ from minopt.evaluation.tasks import seed_of
 from minopt.model import OPT
 from minopt.progress import bar, counted, on_terminal, say
 from minopt.tokenizer import Tokenizer
-from minopt.training.batches import Order, collate
-from minopt.training.checks import accumulation_of, check_fit, tokens_of, warn
+from minopt.training.batches import Row, collate, microbatches, tokenise
+from minopt.training.checks import accumulation_of, check_fit, warn
 from minopt.training.config import TrainingConfig
 from minopt.training.data import Example, references_of
-from minopt.training.fsdp import apply_fsdp, gathered
 from minopt.training.loss import ModelWithLoss
 from minopt.training.optim import build_optimizer, clip_gradients, learning_rate, training_layers
-from minopt.training.run import BEST, MODEL, PREDICTIONS, SETTINGS, RunFolder, caught, read_state
-from minopt.training.weights import fill, find, save
-
-logger = logging.getLogger(__name__)
+from minopt.training.run import BEST, MODEL, PREDICTIONS, SETTINGS, RunFolder, Signals, read_state
+from minopt.training.weights import apply_fsdp, fill, find, gathered, save
 
 MOST_SKIPPED = 20  # steps in a row whose gradients are not finite
 
@@ -107,26 +103,17 @@ def train(
         OSError: if the folder is in use, or cannot be written; and as ``load_model`` does.
         TrainingStopped: if SIGTERM or SIGINT has ended it.
     """
-    with processes(config.device) as world:
-        return _train(model, train_data, config, tokenizer, eval_data, world)
-
-
-def _train(
-    model: OPT | str | Path, train_data: Sequence[Example] | str, config: TrainingConfig, tokenizer: Tokenizer | None,
-    eval_data: Sequence[Example] | str | None, world: World,
-) -> TrainResult:  # fmt: skip
-    """``train`` in the processes of a run. All that this makes is gone before they leave their group."""
-    checkpoint = None
-    if not isinstance(model, OPT):
-        checkpoint, tokenizer = find(model, tokenizer, world)
-        model = OPT(checkpoint.config, device="meta")
-    if tokenizer is None:
-        raise ValueError("tokenizer: expected the model's, got None. Pass it, or a name instead of the model.")
-    check_fit(model, config, eval_data)
-    if eval_data is not None and not isinstance(eval_data, str):
-        eval_data = eval_data[: config.max_eval_samples]
-    run = _Run(model, tokenizer, config, world, train_data, eval_data)
-    with contextlib.ExitStack() as stack:
+    with processes(config.device) as world, contextlib.ExitStack() as stack:
+        checkpoint = None
+        if not isinstance(model, OPT):
+            checkpoint, tokenizer = find(model, tokenizer, world)
+            model = OPT(checkpoint.config, device="meta")
+        if tokenizer is None:
+            raise ValueError("tokenizer: expected the model's, got None. Pass it, or a name instead of the model.")
+        check_fit(model, config, eval_data)
+        if eval_data is not None and not isinstance(eval_data, str):
+            eval_data = eval_data[: config.max_eval_samples]
+        run = _Run(model, tokenizer, config, world, train_data, eval_data)
         world.first(lambda: stack.enter_context(run.folder.locked()))
         stack.enter_context(run.wrapped(checkpoint))
         return run.train()
@@ -149,37 +136,28 @@ class _Progress:
 
 
 class _Run:
-    """A run in one process. ``wrapped`` sets the first three attributes, ``_begin`` two more, ``train`` the rest."""
-
-    module: Any  # the model with its loss, within DDP where that is used
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
-    batch_size: int  # examples of a step in all processes
-    accumulation: int  # microbatches of a step in one process
-    order: Order
-    total_steps: int
-    first_step: int  # above 0 in a run that goes on
-    began_at: float  # seconds of time.perf_counter
-    bar: tqdm[Any]
-    timed_since: float  # when metrics were last written; saving and evaluating since then move it on
+    """A run in one process."""
 
     def __init__(
         self, model: OPT, tokenizer: Tokenizer, config: TrainingConfig, world: World,
         train_data: Sequence[Example] | str, eval_data: Sequence[Example] | str | None,
     ) -> None:  # fmt: skip
         self.model, self.tokenizer, self.config, self.world = model, tokenizer, config, world
-        self.rows = tokens_of(train_data, model, tokenizer, config, world, training=True)
-        self.eval_rows = None if eval_data is None else tokens_of(eval_data, model, tokenizer, config, world)
+        self.tokens, self.eval_tokens = world.each(lambda: (
+            tokenise(train_data, tokenizer, model.config, config, training=True),
+            None if eval_data is None else tokenise(eval_data, tokenizer, model.config, config, training=False),
+        ))  # fmt: skip
+        tokens, eval_is_text = {"train_file": self.tokens, "dev_file": self.eval_tokens}, isinstance(eval_data, str)
+        warn(config.replace(do_train=True), world, tokens, eval_is_text=eval_is_text)
         self.references = references_of(eval_data or "")
-        warn(config.replace(do_train=True), world, eval_data, self.eval_rows)
         self.folder = RunFolder(config.output_dir, world)
-        self.record: dict[str, Any] = {"settings": config.to_dict(), "data": self.rows.digest()}
+        self.record: dict[str, Any] = {"settings": config.to_dict(), "data": self.tokens.digest()}
         self.dtype = torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else None
         self.is_sharded = config.parallel == "fsdp" and world.size > 1
         self.is_ddp = config.parallel == "ddp" and world.size > 1
-        self.progress, self.predictions = _Progress(), dict[str, str]()
-        self.signal, self.signalled_at = 0, 0.0  # set by caught
-        self.tokens_seen, self.grad_norm = 0, 0.0  # since metrics were last written; of the last step
+        self.progress, self.predictions, self.signals = _Progress(), dict[str, str](), Signals()
+        self.tokens_seen, self.seconds = 0, 0.0  # of this process, since metrics were last written
+        self.grad_norm = 0.0  # of the last step
 
     @contextlib.contextmanager
     def wrapped(self, checkpoint: Checkpoint | None) -> Iterator[None]:
@@ -189,8 +167,8 @@ class _Run:
         """
         config, world, model = self.config, self.world, self.model
         model.float().train()
-        with training_layers(model, dropout=config.dropout, recompute=config.recompute, compile=config.compile):
-            self.module = ModelWithLoss(model)
+        with training_layers(model, config):
+            self.module: Any = ModelWithLoss(model)  # within DDP where that is used
             if self.is_sharded:
                 apply_fsdp(self.module, model, self.dtype, world.device)
             if checkpoint is not None:
@@ -212,16 +190,15 @@ class _Run:
     def train(self) -> TrainResult:
         config, world = self.config, self.world
         self._begin()
-        lengths = tuple(len(ids) for ids, _ in self.rows.rows)
-        self.order = Order(lengths, self.batch_size, config.seed, grouped=config.batching == "grouped")
-        epochs = math.ceil(config.num_train_epochs * self.order.steps_per_epoch)
+        self.steps_per_epoch = math.ceil(len(self.tokens.rows) / self.batch_size)
+        epochs = math.ceil(config.num_train_epochs * self.steps_per_epoch)
         self.total_steps = config.max_steps if config.max_steps > 0 else epochs
         shown = world.is_first and on_terminal()
         devices = [world.device.index or 0] if world.device.type == "cuda" else []
-        self.first_step, self.began_at = self.progress.step, time.perf_counter()
+        self.first_step, self.began_at = self.progress.step, time.perf_counter()  # a run that goes on has done some
         with (
             bar(self.total_steps, "step", initial=self.first_step, shown=shown) as self.bar,
-            caught(self),
+            self.signals,
             torch.random.fork_rng(devices=devices),
         ):
             self._loop()
@@ -237,11 +214,15 @@ class _Run:
         path = world.first(lambda: folder.claim(self.record, config.resume, overwrite=config.overwrite_output_dir))
         state = {} if path is None else world.each(lambda: read_state(path))
         asked = config.per_device_train_batch_size * config.gradient_accumulation_steps * world.size
-        self.batch_size = state.get("global_batch_size", asked)
-        self.accumulation = accumulation_of(config, world, self.batch_size)
+        self.batch_size: int = state.get("global_batch_size", asked)  # examples of a step in all processes
+        self.accumulation = accumulation_of(config, world, self.batch_size)  # microbatches of a step in this one
         self.record |= {"global_batch_size": self.batch_size, "minopt": __version__, "torch": torch.__version__}
         if self.is_ddp:
-            self._settle_buckets()
+            # DDP arranges its buckets after a first backward pass. With more than two processes a resumed run would
+            # otherwise sum in another order than an uninterrupted one.
+            for _ in range(2):
+                self._backward([], 0.0)
+            self.optimizer.zero_grad()
         if path is not None:
             folder.load(path, self.module, self.optimizer)
             self.progress = _Progress(**state["progress"])
@@ -256,83 +237,74 @@ class _Run:
             folder.checkpoints.mkdir(exist_ok=True)
             self.tokenizer.save(folder.checkpoints)  # a checkpoint opens as a model
             folder.trim_metrics(self.progress.step, self.progress.evaluated_step)
+            rows, size = self.tokens.rows, self.world.size
+            say(config.to_text())
+            say(
+                f"{counted(len(rows), 'example')}, {counted(sum(len(ids) for ids, _ in rows), 'token')}, "
+                f"{self.tokens.learned(range(len(rows))):,} in the loss; {counted(self.batch_size, 'example')} a step: "
+                f"{counted(size, 'process', 'processes')} x {counted(self.accumulation, 'microbatch', 'microbatches')} "
+                f"x {self.batch_size // size // self.accumulation}"
+            )
+            if path is not None:
+                say(f"going on from {path}, after step {self.progress.step}")
 
         world.first(write)
-        self._say_settings()
-        if path is not None and world.is_first:
-            say(f"going on from {path}, after step {self.progress.step}")
-
-    def _say_settings(self) -> None:
-        if not self.world.is_first:
-            return
-        rows, size = self.rows.rows, self.world.size
-        say(self.config.to_text())
-        say(
-            f"{counted(len(rows), 'example')}, {counted(sum(len(ids) for ids, _ in rows), 'token')}, "
-            f"{self.rows.learned(range(len(rows))):,} in the loss; {counted(self.batch_size, 'example')} a step: "
-            f"{counted(size, 'process', 'processes')} x {counted(self.accumulation, 'microbatch', 'microbatches')} x "
-            f"{self.batch_size // size // self.accumulation}",
-        )
-
-    def _settle_buckets(self) -> None:
-        """Lets DDP arrange its buckets now, which it does after a first backward pass.
-
-        With more than two processes a resumed run would otherwise sum in another order than an uninterrupted one.
-        """
-        for _ in range(2):
-            with self._precision():
-                loss = self.module(collate([], self.world.device, packed=True))
-            loss.backward()
-        self.optimizer.zero_grad()
 
     def _loop(self) -> None:
         config, done = self.config, self.progress
-        self.timed_since = time.perf_counter()
+        lengths, count = [len(ids) for ids, _ in self.tokens.rows], self.world.size * self.accumulation
+        steps = microbatches(lengths, self.batch_size, count, config.seed, grouped=config.batching == "grouped",
+                             first_step=done.step)  # fmt: skip
         stopped = done.step > 0 and self._evaluate_if_due()  # a run may be killed between a checkpoint and this
         while done.step < self.total_steps and not stopped:
-            stopped = self._step()
+            began = time.perf_counter()
+            stopped = self._step(next(steps))
+            self.seconds += time.perf_counter() - began
             done.step += 1
             last = done.step == self.total_steps
-            self._show(self._write_metrics() if done.step % config.logging_steps == 0 or last else None)
+            if done.step % config.logging_steps == 0 or last:
+                self._log()
+            self.bar.update()
             if done.step % config.save_steps == 0 or last:
                 self._save()
             stopped = stopped or self._evaluate_if_due()
         if stopped:
             self._save()
-            raise TrainingStopped(self.signal or signal.SIGTERM, done.step, self.folder.checkpoint(done.step))
+            raise TrainingStopped(self.signals.received or signal.SIGTERM, done.step, self.folder.checkpoint(done.step))
 
-    def _step(self) -> bool:
-        """One optimizer step. Returns whether a signal has come to any process."""
+    def _step(self, examples: list[list[int]]) -> bool:
+        """One optimizer step, of all processes' microbatches. Returns whether a signal has come to any process."""
         config, world, step = self.config, self.world, self.progress.step
         torch.manual_seed(seed_of(config.seed, step, world.rank))
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(step, self.total_steps, config)
-        learned = self.rows.learned(self.order.examples(step))
-        mine = self.order.microbatches(step, world.size * self.accumulation)[world.rank :: world.size]
+        learned, mine = sum(map(self.tokens.learned, examples)), examples[world.rank :: world.size]
         loss_sum = torch.zeros((), device=world.device)
-        seen = 0
         for number, indices in enumerate(mine, 1):
-            rows = [self.rows.rows[i] for i in indices]
-            batch = collate(rows, world.device, packed=config.batching == "packed")
-            seen += batch.tokens
             # DDP sums gradients over the processes with the last microbatch alone; FSDP's would be whole until then.
             waits = self.is_ddp and number < len(mine)
             with self.module.no_sync() if waits else contextlib.nullcontext():
-                with self._precision():
-                    loss = self.module(batch, config.label_smoothing)
                 # DDP and FSDP average over the processes; what is wanted is the sum.
-                self.scaler.scale(loss * (world.size / learned)).backward()
-            loss_sum += loss.detach()
+                loss_sum += self._backward([self.tokens.rows[i] for i in indices], world.size / learned)
         self.scaler.unscale_(self.optimizer)
         self.grad_norm = clip_gradients(self.module.parameters(), config.max_grad_norm).item()
         if math.isfinite(self.grad_norm):  # the same in all processes, as the norm is
             self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
-        total_loss, total_seen, stopped = world.sum(loss_sum.item(), seen, float(self.signal != 0))
-        self.tokens_seen += int(total_seen)
+        total_loss, stopped = world.sum(loss_sum.item(), float(self.signals.received != 0))
         self._count(total_loss, learned)
         return stopped > 0
+
+    def _backward(self, rows: Sequence[Row], weight: float) -> torch.Tensor:
+        """Adds the gradients of a microbatch, times a weight. Returns the sum of its losses."""
+        batch, kind = collate(rows, self.world.device, packed=self.config.batching == "packed"), self.world.device.type
+        self.tokens_seen += batch.tokens
+        in_16_bits = self.dtype is not None and not self.is_sharded  # FSDP gathers parameters in 16 bits itself
+        with torch.autocast(kind, dtype=self.dtype or torch.bfloat16, enabled=in_16_bits):
+            loss = self.module(batch, self.config.label_smoothing)
+        self.scaler.scale(loss * weight).backward()
+        return loss.detach()
 
     def _count(self, loss_sum: float, learned: int) -> None:
         done = self.progress
@@ -348,77 +320,53 @@ class _Run:
                 f"{loss_sum / learned}. Lower --learning_rate, or use --bf16 instead of --fp16."
             )
 
-    def _precision(self) -> Any:
-        """Products in 16 bits; FSDP gathers parameters in 16 bits itself."""
-        enabled = self.dtype is not None and not self.is_sharded
-        return torch.autocast(self.world.device.type, dtype=self.dtype or torch.bfloat16, enabled=enabled)
-
-    def _write_metrics(self) -> dict[str, float]:
-        now, done = time.perf_counter(), self.progress
+    def _log(self) -> None:
+        """Writes metrics, and shows them beside the bar or, without a terminal, in a line."""
+        done, total = self.progress, self.total_steps
         done.loss = done.loss_sum / done.loss_tokens if done.loss_tokens else math.nan
+        speed = self.world.sum(self.tokens_seen)[0] / self.seconds
+        rate = learning_rate(done.step - 1, total, self.config)
         metrics = {
             "step": done.step,
-            "epoch": round(done.step / self.order.steps_per_epoch, 6),
+            "epoch": round(done.step / self.steps_per_epoch, 6),
             "loss": done.loss,
-            "learning_rate": learning_rate(done.step - 1, self.total_steps, self.config),
+            "learning_rate": rate,
             "grad_norm": self.grad_norm,
             "skipped_steps": done.skipped,
-            "tokens_per_second": round(self.tokens_seen / (now - self.timed_since), 1),
+            "tokens_per_second": round(speed, 1),
         }
-        done.loss_sum, done.loss_tokens, self.tokens_seen, self.timed_since = 0.0, 0, 0, now
+        done.loss_sum, done.loss_tokens, self.tokens_seen, self.seconds = 0.0, 0, 0, 0.0
         self.world.first(lambda: self.folder.add_metrics(metrics))
-        return metrics
-
-    def _show(self, metrics: Mapping[str, float] | None) -> None:
-        """One more step is done: a bar on a terminal, plain lines elsewhere."""
-        text = ""
-        if metrics is not None:
-            text = f"loss {metrics['loss']:.4f}  lr {metrics['learning_rate']:.2e}  "
-            text += f"{metrics['tokens_per_second']:,.0f} tokens/s"
-            text += f"  {metrics['skipped_steps']:.0f} skipped" if metrics["skipped_steps"] else ""
-        step = self.progress.step
-        if not self.bar.disable:
-            if text:
-                self.bar.set_postfix_str(text, refresh=False)
-            self.bar.update()
-        elif text and self.world.is_first:
-            left = (time.perf_counter() - self.began_at) / (step - self.first_step) * (self.total_steps - step)
-            say(f"step {step}/{self.total_steps}  {text}  {tqdm.format_interval(left)} left")
-
-    @contextlib.contextmanager
-    def _not_timed(self) -> Iterator[None]:
-        """Time in here does not count in tokens a second, which are those of training."""
-        begin, since = time.perf_counter(), self.timed_since
-        yield
-        self.timed_since = since + time.perf_counter() - begin
+        text = f"loss {done.loss:.4f}  lr {rate:.2e}  {speed:,.0f} tokens/s"
+        text += f"  {done.skipped} skipped" if done.skipped else ""
+        self.bar.set_postfix_str(text, refresh=False)
+        if self.bar.disable and self.world.is_first:
+            left = (time.perf_counter() - self.began_at) / (done.step - self.first_step) * (total - done.step)
+            say(f"step {done.step}/{total}  {text}  {tqdm.format_interval(left)} left")
 
     def _save(self) -> None:
         done, config = self.progress, self.model.config.to_dict()  # with which a checkpoint opens as a model
         state = {**self.record, "config": config, "progress": asdict(done), "scaler": self.scaler.state_dict()}
-        with self._not_timed():
-            self.folder.save(done.step, self.module, self.optimizer, state)
-            self.world.first(lambda: self.folder.remove_old(self.config.keep_last, done.best_step))
+        self.folder.save(done.step, self.module, self.optimizer, state)
+        self.world.first(lambda: self.folder.remove_old(self.config.keep_last, done.best_step))
 
     def _evaluate_if_due(self) -> bool:
         """Evaluates, and keeps the best model. Returns whether a signal has come meanwhile."""
         config, step = self.config, self.progress.step
-        due = {"no": False, "steps": step % config.eval_steps == 0,
-               "epoch": step % self.order.steps_per_epoch == 0}[config.evaluation_strategy]  # fmt: skip
-        if self.progress.evaluated_step == step or not (due or (config.do_eval and step == self.total_steps)):
-            return False
-        with self._not_timed():
-            return self._evaluate()
+        every = {"no": math.inf, "steps": config.eval_steps, "epoch": self.steps_per_epoch}[config.evaluation_strategy]
+        due = step % every == 0 or (config.do_eval and step == self.total_steps)
+        return due and self.progress.evaluated_step != step and self._evaluate()
 
     def _evaluate(self) -> bool:
-        assert self.eval_rows is not None
+        assert self.eval_tokens is not None
         config, world, done, task = self.config, self.world, self.progress, self.config.resolved_task()
         dtype = self.dtype or torch.float32
         if dtype == torch.float16 and world.device.type == "cpu":
             dtype = torch.float32
         result = evaluate(
-            gathered(self.model, world.device, dtype), self.tokenizer, self.eval_rows.rows, self.references,
+            gathered(self.model, world.device, dtype), self.tokenizer, self.eval_tokens.rows, self.references,
             task.scores, config.generation, world, batch_size=config.per_device_eval_batch_size,
-            stop=lambda: self.signal != 0,
+            stop=lambda: self.signals.received != 0,
         )  # fmt: skip
         if result is None:
             return True
@@ -427,9 +375,7 @@ class _Run:
         def write() -> None:
             shown = "  ".join(f"{name} {value:.4g}" for name, value in done.metrics.items())
             say(f"evaluation after step {done.step}: {shown}")
-            self.folder.add_metrics(
-                {"step": done.step} | {f"eval_{name}": value for name, value in done.metrics.items()}
-            )
+            self.folder.add_metrics({"step": done.step} | {f"eval_{name}": v for name, v in done.metrics.items()})
             if self.predictions:
                 self.folder.write(PREDICTIONS, self.predictions)
 

@@ -1,4 +1,7 @@
-"""The weights of a model that is trained: read from a checkpoint, and saved. Under FSDP no process has all of them."""
+"""The weights of a model that is trained: read, sharded by FSDP, gathered for evaluation, and saved.
+
+Every process has to call each of these functions. Under FSDP none of them has all weights, but to evaluate.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,9 @@ from collections import deque
 from pathlib import Path
 
 import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from minopt.checkpoint.checkpoint import Checkpoint, open_checkpoint
@@ -25,12 +31,7 @@ FILE_BYTES = 1_000_000_000  # of one file of weights
 
 
 def find(name_or_path: str | Path, tokenizer: Tokenizer | None, world: World) -> tuple[Checkpoint, Tokenizer]:
-    """Opens a checkpoint, in the first process before the others; every process has to call it.
-
-    Args:
-        name_or_path: see ``load_model``.
-        tokenizer: ``None`` takes the one beside the weights, or one folder up.
-        world: the processes.
+    """Opens a checkpoint as ``load_model`` does, and the tokenizer beside its weights, or one folder up.
 
     Raises:
         ValueError: (``CheckpointError`` where it is the files) if they are no model's, or have no tokenizer, or
@@ -57,57 +58,77 @@ def find(name_or_path: str | Path, tokenizer: Tokenizer | None, world: World) ->
     return checkpoint, found
 
 
-def fill(model: OPT, checkpoint: Checkpoint, world: World) -> None:
-    """Gives a model the weights of a checkpoint, in float32; every process has to call it.
+def apply_fsdp(module: nn.Module, model: OPT, dtype: torch.dtype | None, device: torch.device) -> None:
+    """Shards the float32 parameters of a model over all processes in place (FSDP2), each layer apart.
+
+    Parameters outside of the layers form one group with the root module: the token table is used first and last, and
+    must not be in two groups. Of a model on the ``"meta"`` device each process gets its shares unfilled.
 
     Args:
-        model: of the checkpoint's configuration, on the ``"meta"`` device; or sharded by ``apply_fsdp``, and then each
-            process reads its share of each tensor alone.
-        checkpoint: an open one.
-        world: the processes.
+        module: the module whose forward is called; holds ``model``.
+        model: the model.
+        dtype: parameters are gathered and used in it; gradients are summed in float32. ``None`` is float32.
+        device: this process's device.
+    """
+    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=None if dtype is None else torch.float32)
+    for part in (*model.layers, module):
+        fully_shard(part, mesh=mesh, mp_policy=policy)
+    if model.device.type == "meta":
+        module.to_empty(device=device)
+
+
+@torch.no_grad()
+def fill(model: OPT, checkpoint: Checkpoint, world: World) -> None:
+    """Gives a model on the ``"meta"`` device, or a sharded one, the weights of its checkpoint, in float32.
+
+    Of a sharded one each process reads its share of each tensor alone: of the rows, as FSDP divides them.
 
     Raises:
         ValueError: (``CheckpointError``) if the files do not hold what they should.
         OSError: if they cannot be read.
     """
-    if _is_sharded(model):
-        world.first(checkpoint.check_head)
-        world.each(lambda: _read_shares(model, checkpoint, Share(world.rank, world.size)))
-    else:
+    if not _is_sharded(model):
         state = world.each(lambda: dict(read_weights(checkpoint, world.device, torch.float32)))
         model.load_state_dict(state, assign=True)
+        return
+    world.first(checkpoint.check_head)
+    share = Share(world.rank, world.size)
+
+    def read() -> None:
+        for name, parameter in model.named_parameters():
+            assert isinstance(parameter, DTensor)
+            local, source = parameter.to_local(), checkpoint.tensors[name]
+            source = source.rows(*share.of(source.shape[0]))
+            assert local.shape == source.shape, name
+            if local.device.type == "cpu":
+                source.fill(local)
+            else:
+                local.copy_(source.read(local.dtype))
+
+    world.each(read)
 
 
 @torch.no_grad()
-def _read_shares(model: OPT, checkpoint: Checkpoint, share: Share) -> None:
-    """Fills this process' shares: of the rows of each parameter, as FSDP divides them."""
-    for name, parameter in model.named_parameters():
-        assert isinstance(parameter, DTensor)
-        local, source = parameter.to_local(), checkpoint.tensors[name]
-        source = source.rows(*share.of(source.shape[0]))
-        assert local.shape == source.shape, name
-        if local.device.type == "cpu":
-            source.fill(local)
-        else:
-            local.copy_(source.read(local.dtype))
+def gathered(model: OPT, device: torch.device, dtype: torch.dtype) -> OPT:
+    """A plain model in evaluation mode with a model's parameters, whole in each process; shares what is there already.
+
+    A model sharded by layers would gather each layer for each generated token.
+    """
+    tensors = {name: _whole(parameter).detach().to(device, dtype) for name, parameter in model.named_parameters()}
+    plain = OPT(model.config, device="meta", dtype=dtype)
+    plain.load_state_dict(tensors, assign=True)
+    return plain.eval()
 
 
 @torch.no_grad()
 def save(model: OPT, folder: Path, tokenizer: Tokenizer, world: World) -> None:
-    """Writes a model as ``save_model`` does, in the first process; every process has to call it.
+    """Writes a model, sharded or not, as ``save_model`` does, and raises what that raises; the first process writes.
 
     Under FSDP each process gathers one parameter at a time, on its device (docs/decisions.md says why not with
     torch.distributed.checkpoint).
-
-    Args:
-        model: sharded or not.
-        folder, tokenizer: see ``save_model``.
-        world: the processes.
-
-    Raises:
-        FileExistsError, ValueError, OSError: as ``save_model`` does, in all processes.
     """
-    whole = (p.full_tensor() if isinstance(p, DTensor) else p for p in model.parameters())
+    whole = map(_whole, model.parameters())
 
     def write() -> None:
         try:
@@ -118,6 +139,10 @@ def save(model: OPT, folder: Path, tokenizer: Tokenizer, world: World) -> None:
                 deque(whole, maxlen=0)  # the other processes gather with the first, which gathers on after an error
 
     world.each(write)
+
+
+def _whole(parameter: torch.Tensor) -> torch.Tensor:
+    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
 
 
 def _is_sharded(model: OPT) -> bool:
