@@ -298,6 +298,10 @@ def test_an_interrupted_output_is_gone_on_with_wherever_it_was_cut(
     assert capsys.readouterr() == ("", f"minopt: {out}: {said}\n")
 
 
+LATE = "".join(
+    json.dumps({"prompt": "ab"[index], "index": index, "sequence": sequence}) + "\n"
+    for index, sequence in ((0, 0), (1, 0), (0, 1))
+)
 TWO = '{"prompt": "a", "index": 0, "sequence": 0}\n{"prompt": "a", "index": 0, "sequence": 1}\n'
 
 
@@ -307,6 +311,7 @@ TWO = '{"prompt": "a", "index": 0, "sequence": 0}\n{"prompt": "a", "index": 0, "
         ('{"prompt": "b", "index": 0, "sequence": 0}\n', [], "line 1 is not a result of this --input. Name another"),
         ('{"prompt": "a", "index": -2, "sequence": 0}\n', [], "line 1 is not a result of this --input"),
         ('{"prompt": "a", "index": 0, "sequence": 1}\n', [], "line 1 is not a result of this --input"),
+        (LATE, [], "line 3 is not a result of this --input"),
         ("no JSON\n", [], "line 1 is not a result of this --input"),
         (TWO, ["--num-return-sequences", "1"], "--resume: expected 1 continuations of a prompt, got an output with 2."),
         (TWO, [], "--resume: expected 1 continuations of a prompt, got an output with 2. Give the flags that it was"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import json
@@ -288,39 +289,24 @@ def test_what_is_compiled_is_the_model_whatever_its_files(
         assert torch.equal(one, same)
 
 
-class Leaning:
-    """A decoder whose scores of odd tokens are a bit too high."""
-
-    def __init__(self, model: OPT) -> None:
-        self.model, self.config, self.device, self.max_batch = model, model.config, model.device, None
-        self.new_cache, self.agreed = model.new_cache, model.agreed
-
-    def lean(self, logits: torch.Tensor) -> torch.Tensor:
-        return logits.double() + torch.arange(logits.shape[-1]) % 2 * 0.01
-
-    def read(self, *args: Any) -> torch.Tensor:
-        return self.lean(self.model.read(*args))
-
-
 @pytest.mark.parametrize(
     ("dtype", "scale", "accepted"),
     [("bfloat16", 0.9995, True), ("bfloat16", 0.5, True), ("float32", 0.9995, False), ("float32", 0.5, True)],
 )
 def test_equal_scores_may_decide_otherwise_in_sixteen_bits_alone(dtype: str, scale: float, accepted: bool) -> None:
-    """Tokens 2k and 2k + 1 are all but the same, or (then leaning changes nothing) the even one is better."""
+    """A decoder leans to odd tokens: 2k and 2k + 1 are all but the same, or (nothing changes) 2k is better."""
     model = build_ours(build_reference("125m"))
     with torch.no_grad():
         model.embed_tokens.weight[1::2] = scale * model.embed_tokens.weight[::2]
     model = model.to(getattr(torch, dtype))
-    if accepted:
-        export.check_tokens(model, Leaning(model))  # type: ignore[arg-type]
-        return
+    leaning: Any = copy.copy(model)
+    leaning.read = lambda *args: model.read(*args).double() + torch.arange(model.config.vocab_size) % 2 * 0.01
     message = (
         r"^export: the program's token \d+ after the check prompt 'one row' is \d+, the model's is \d+, and their "
         r"scores are .* apart \(rounding explains [^)]*\)\. Nothing was written; try another dtype, and report it\.$"
     )
-    with pytest.raises(ValueError, match=message):
-        export.check_tokens(model, Leaning(model))  # type: ignore[arg-type]
+    with contextlib.nullcontext() if accepted else pytest.raises(ValueError, match=message):
+        export.check_tokens(model, leaning)
 
 
 def test_a_program_of_another_model_is_found_out(bfloat16: tuple[OPT, Path], source: Path, folder: Path) -> None:
