@@ -98,6 +98,21 @@ def read_next(decoder: Any, input_ids: Tensor, attention_mask: Tensor | None, ca
     return logits
 
 
+def pad_left(rows: list[Tensor], pad: int = 1) -> tuple[Tensor, Tensor]:
+    """Rows of different lengths as ids and mask."""
+    longest = max(map(len, rows))
+    ids = torch.stack([torch.cat([row.new_full((longest - len(row),), pad), row]) for row in rows])
+    return ids, torch.stack([torch.arange(longest) >= longest - len(row) for row in rows]).long()
+
+
+def error(ours: Tensor, theirs: Tensor) -> float:
+    """Largest difference relative to the largest number; where one is infinite, the other is too."""
+    assert ours.shape == theirs.shape
+    finite = theirs.isfinite()
+    assert torch.equal(finite, ours.isfinite())
+    return ((ours - theirs)[finite].abs().max() / theirs[finite].abs().max()).item()
+
+
 @pytest.fixture(params=list(KINDS))
 def kind(request: pytest.FixtureRequest) -> str:
     """Each of the three kinds of OPT in turn."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from minopt import OPT, KVCache, OPTConfig
-from tests.conftest import build_ours, build_reference
+from tests.conftest import build_ours, build_reference, error
 
 CONFIG = OPTConfig(vocab_size=96, hidden_size=24, num_hidden_layers=3, num_attention_heads=4, ffn_dim=32)
 B, CAPACITY = 2, 7
@@ -33,11 +33,6 @@ def fill(cache: KVCache, tokens: int, seed: int = 0) -> list[tuple[Tensor, Tenso
 
 def ids_of(rows: int, tokens: int, seed: int = 0) -> Tensor:
     return torch.randint(3, 96, (rows, tokens), generator=torch.Generator().manual_seed(seed))
-
-
-def error(ours: Tensor, theirs: Tensor) -> float:
-    """Largest difference, relative to the largest number."""
-    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
 
 
 @pytest.mark.parametrize(("dtype", "itemsize"), [(torch.float32, 4), (torch.bfloat16, 2), (torch.float16, 2)])

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from minopt import OPT, KVCache, OPTConfig, masks
 from minopt.config import ACTIVATION_NAMES
 from minopt.model import POSITION_OFFSET
-from tests.conftest import KINDS, SIZE, build_ours, build_reference
+from tests.conftest import KINDS, SIZE, build_ours, build_reference, error, pad_left
 
 B, T = 3, 12
 TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-10}
@@ -31,19 +31,6 @@ MASKS: dict[str, Tensor | None] = {
 def ids_of(rows: int, tokens: int, seed: int = 0) -> Tensor:
     """Ids without the special ones."""
     return torch.randint(3, SIZE["vocab_size"], (rows, tokens), generator=torch.Generator().manual_seed(seed))
-
-
-def pad_left(rows: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Rows of different lengths as ids and mask."""
-    longest = max(map(len, rows))
-    ids = torch.stack([torch.cat([row.new_ones(longest - len(row)), row]) for row in rows])
-    return ids, torch.stack([torch.arange(longest) >= longest - len(row) for row in rows])
-
-
-def error(ours: Tensor, theirs: Tensor) -> float:
-    """Largest difference, relative to the largest number."""
-    assert ours.shape == theirs.shape
-    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
 
 
 def config_of(kind: str, **changes: Any) -> OPTConfig:
@@ -326,7 +313,7 @@ def test_a_left_padded_batch_is_each_row_alone(kind: str, dtype: torch.dtype) ->
     rows = [ids_of(1, length, seed=length)[0] for length in (1, 5, 12, 7)]
     ids, mask = pad_left(rows)
     logits = model(ids, mask)
-    for row, of_row, real in zip(rows, logits, mask, strict=True):
+    for row, of_row, real in zip(rows, logits, mask.bool(), strict=True):
         assert error(of_row[real], model(row[None])[0]) <= TOLERANCES[dtype]
 
 

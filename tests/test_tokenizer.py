@@ -62,7 +62,6 @@ NEW_TOKEN_TEXTS += ["x<pad>", "x<p <pad>", "x<pa", "x<mask>"]
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Writes a JSON file as the hub has them: UTF-8, not escaped."""
     path.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
 
 
@@ -102,13 +101,11 @@ def write_marked(folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def small_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small tokenizer's files."""
     return write_small(tmp_path_factory.mktemp("small"))
 
 
 @pytest.fixture(scope="module")
 def opt_folder() -> Path:
-    """The real files of OPT."""
     if not OPT_FOLDER.is_dir():
         pytest.skip("needs ../shared/data/opt-tokenizer beside the project")
     return OPT_FOLDER
@@ -122,20 +119,17 @@ def published(request: pytest.FixtureRequest) -> Path:
 
 @pytest.fixture(scope="module")
 def pair(published: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Tokenizer, Any]:
-    """Ours and transformers' tokenizer of the published files, opened once."""
     return Tokenizer.load(published), open_reference(published, tmp_path_factory.mktemp("reference"))
 
 
 @pytest.fixture(scope="module")
 def marked_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Tokenizer, Any]:
-    """Ours and transformers' tokenizer with added tokens."""
     folder = write_marked(tmp_path_factory.mktemp("marked"))
     return Tokenizer.load(folder), open_reference(folder, tmp_path_factory.mktemp("reference"))
 
 
 @pytest.fixture(scope="module")
 def small(small_folder: Path) -> Tokenizer:
-    """Our tokenizer of the small vocabulary."""
     return Tokenizer.load(small_folder)
 
 
@@ -148,12 +142,10 @@ def open_reference(folder: Path, scratch: Path) -> Any:
 
 
 def reference_ids(reference: Any, texts: Sequence[str]) -> list[list[int]]:
-    """transformers' ids of each text."""
     return reference(list(texts), return_attention_mask=False)["input_ids"]
 
 
 def assert_same_ids(ours: Tokenizer, reference: Any, texts: Sequence[str]) -> None:
-    """Fails on the first text whose ids differ, and names it."""
     for text, expected in zip(texts, reference_ids(reference, texts), strict=True):
         assert ours.encode(text) == expected, repr(text)
 
@@ -199,7 +191,6 @@ def test_the_published_files_give_the_published_ids_and_those_of_a_whole_book(
 
 
 def test_ids_of_every_kind_of_text_are_those_of_transformers(pair: tuple[Tokenizer, Any]) -> None:
-    """All scripts, emoji, marks, controls, white space, code and special tokens written out."""
     ours, reference = pair
     texts = varied_texts()
     assert len(set(texts)) >= 2000
@@ -207,7 +198,6 @@ def test_ids_of_every_kind_of_text_are_those_of_transformers(pair: tuple[Tokeniz
 
 
 def test_decoded_text_is_that_of_transformers(pair: tuple[Tokenizer, Any]) -> None:
-    """The ids of every kind of text, random ids, and each id alone, special tokens kept and skipped."""
     ours, reference = pair
     assert_same_text(ours, reference, reference_ids(reference, varied_texts()))
     assert_same_text(ours, reference, random_rows(len(ours), 500))
@@ -365,7 +355,6 @@ VOCABULARY_AND_FORM = [("small", form) for form in FORMS] + [("opt", form) for f
 
 @pytest.fixture(scope="module", params=VOCABULARY_AND_FORM, ids="-".join)
 def form_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of each form in turn, with a config.json that lets transformers open it."""
     vocabulary, form = request.param
     source = request.getfixturevalue(f"{vocabulary}_folder")
     folder = tmp_path_factory.mktemp("form")
@@ -376,12 +365,10 @@ def form_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
 
 @pytest.fixture(scope="module")
 def form_reference(form_folder: Path) -> Any:
-    """transformers' tokenizer of the folder."""
     return transformers.AutoTokenizer.from_pretrained(form_folder)
 
 
 def test_every_form_gives_the_ids_and_the_text_of_transformers(form_folder: Path, form_reference: Any) -> None:
-    """Ids, text, size and named ids of the same folder, on texts with the tokens that the form adds."""
     ours = Tokenizer.load(form_folder)
     assert_same_tokenizer(ours, form_reference, [*FEW_TEXTS, *NEW_TOKEN_TEXTS])
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -391,7 +378,6 @@ def test_every_form_gives_the_ids_and_the_text_of_transformers(form_folder: Path
 def test_a_saved_tokenizer_gives_the_same_ids_here_and_in_transformers(
     form_folder: Path, form_reference: Any, tmp_path: Path
 ) -> None:
-    """Save and load; transformers opens the folder beside a config.json."""
     Tokenizer.load(form_folder).save(tmp_path / "new" / "folder")
     ours = Tokenizer.load(tmp_path / "new" / "folder")
     write_json(tmp_path / "new" / "folder" / "config.json", {"model_type": "opt"})
@@ -463,7 +449,6 @@ def galactica_folder(tmp_path: Path) -> Path:
 
 
 def test_galactica_adds_nothing(galactica_folder: Path) -> None:
-    """The same ids as transformers, and none for an empty text."""
     ours = Tokenizer.load(galactica_folder)
     reference = transformers.AutoTokenizer.from_pretrained(galactica_folder)
     assert_same_tokenizer(ours, reference, varied_texts())
@@ -542,7 +527,6 @@ def pieces(tokenizer: Tokenizer, ids: Sequence[int], skip_special_tokens: bool =
 
 
 def streamed(tokenizer: Tokenizer, ids: Sequence[int], skip_special_tokens: bool) -> str:
-    """All pieces of a stream together."""
     return "".join(pieces(tokenizer, ids, skip_special_tokens))
 
 
@@ -558,7 +542,6 @@ VALID_TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters
 @SEARCH
 @given(ids=st.lists(st.integers(0, 4) | st.integers(0, 400) | st.integers(0, 50_280)), skip=st.booleans())
 def test_a_stream_adds_up_to_decode(pair: tuple[Tokenizer, Any], ids: list[int], skip: bool) -> None:
-    """For any ids at all, ids without a token and special ones among them."""
     ours, _ = pair
     assert streamed(ours, ids, skip) == ours.decode(ids, skip_special_tokens=skip)
 
@@ -589,7 +572,6 @@ def test_a_character_of_several_tokens_comes_with_the_last_of_them(small: Tokeni
 
 
 def byte_ids(tokenizer: Tokenizer, data: bytes) -> list[int]:
-    """One id for each byte."""
     ids = [tokenizer.backend.token_to_id(CHARACTER_OF_BYTE[byte]) for byte in data]
     assert None not in ids
     return [i for i in ids if i is not None]
@@ -672,7 +654,6 @@ MARKS = ("<|user|>", "[END_REF]", "<tool>", "</s>", "a", "b", "\n", " cat", "ab"
 def test_strings_with_special_tokens_stop_where_those_of_transformers_do(
     marked_pair: tuple[Tokenizer, Any], row: list[str], strings: list[str], skip: bool
 ) -> None:
-    """At each length; but where only the text without special tokens has one, and they are not shown."""
     ours, reference = marked_pair
     criterion = transformers.StopStringCriteria(reference, strings)
     ids = [i for mark in row for i in ours.encode(mark, add_bos=False)]
@@ -706,7 +687,6 @@ def test_strings_with_special_tokens_stop_where_those_of_transformers_do(
 def test_a_continuation_begins_with_the_first_token_that_reaches_into_it(
     pair: tuple[Tokenizer, Any], prompt: str, texts: list[str], add_bos: bool | None
 ) -> None:
-    """Counted in the bytes of the tokens; the ids are those of the whole text."""
     ours, _ = pair
     token_bytes = Pieces(ours, True)
     found = ours.encode_continuations(prompt, texts, add_bos)
@@ -789,7 +769,6 @@ def test_a_folder_without_tokenizer_files_is_refused_with_what_is_there(tmp_path
     ],
 )
 def test_a_broken_file_is_named(small_folder: Path, tmp_path: Path, name: str, content: str, reason: str) -> None:
-    """Each by its own name, with what is wrong and what to do."""
     published_form()(small_folder, tmp_path)
     (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=rf"^{re.escape(str(tmp_path / name))}: {reason}.*Fetch the file again\.$"):
@@ -798,7 +777,6 @@ def test_a_broken_file_is_named(small_folder: Path, tmp_path: Path, name: str, c
 
 @pytest.mark.parametrize(("text", "place"), [("\ud800", 0), ("ab\udfffc", 2), ("\U0001f600\udc00", 1)])
 def test_a_lone_surrogate_is_refused(small: Tokenizer, text: str, place: int) -> None:
-    """One line with its place, alone and in a batch."""
     message = rf"^text: not valid Unicode at character {place} \(surrogates not allowed\)\.$"
     with pytest.raises(ValueError, match=message):
         small.encode_batch(["cat", text])

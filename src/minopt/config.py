@@ -63,57 +63,35 @@ _RULES: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
 class OPTConfig:
     """Shape and options of an OPT decoder, under the names of the published ``config.json``.
 
-    The defaults are opt-125m's. Everything is checked on construction; nothing changes afterwards.
-
-    Attributes:
-        vocab_size: rows of the token table, V. OPT's 50,272 is 50,265 tokens padded to a multiple of 8.
-        hidden_size: width of the residual stream, C.
-        num_hidden_layers: L.
-        ffn_dim: width of the feed-forward layer, F.
-        max_position_embeddings: the longest sequence in tokens (the table has two rows more).
-        do_layer_norm_before: pre-norm (every size but 350m) or post-norm (350m).
-        word_embed_proj_dim: width of the token table, E; ``None`` means ``hidden_size``. Where the two
-            differ (350m), bias-free ``project_in`` and ``project_out`` lie between them.
-        num_attention_heads: H.
-        activation_function: ``"relu"``, ``"gelu"`` (Galactica; the exact form), or another of ``ACTIVATION_NAMES``.
-        dropout: probability on the outputs of attention and of the feed-forward, in training.
-        attention_dropout: probability on the attention weights, in training.
-        layerdrop: probability of skipping a layer, in training.
-        init_std: standard deviation of the initial weights. OPT was trained from 0.006 (section 2.2
-            of arXiv 2205.01068); the published files say 0.02, the default of the converter's library.
-        pad_token_id, bos_token_id, eos_token_id: ids, or ``None`` where there is none. OPT begins a text
-            with ``</s>`` (2), its ``bos`` and ``eos`` alike. ``eos_token_id`` may be a tuple.
-        enable_bias: whether linear layers have biases (Galactica: no).
-        layer_norm_elementwise_affine: whether norms have weight and bias (Galactica: no).
-        tie_word_embeddings: the file's value, kept; the output head is always the token table, and saved as such.
-        _remove_final_layer_norm: the decoder's last norm is missing (fine-tunes made before
-            transformers 4.20.1).
-        extra: keys of the file that mean nothing here, kept so that saving loses nothing; not compared.
-
-    Raises:
-        ValueError: naming each rule that the values break.
+    The defaults are opt-125m's. Everything is checked on construction; nothing changes afterwards. ``ValueError`` names
+    each rule that the values break.
     """
 
-    vocab_size: int = 50272
-    hidden_size: int = 768
-    num_hidden_layers: int = 12
-    ffn_dim: int = 3072
-    max_position_embeddings: int = 2048
-    do_layer_norm_before: bool = True
+    vocab_size: int = 50272  # rows of the token table, V: OPT has 50,265 tokens, padded to a multiple of 8
+    hidden_size: int = 768  # width of the residual stream, C
+    num_hidden_layers: int = 12  # L
+    ffn_dim: int = 3072  # width of the feed-forward layer, F
+    max_position_embeddings: int = 2048  # the longest sequence in tokens (the table has two rows more)
+    do_layer_norm_before: bool = True  # pre-norm (every size but 350m) or post-norm (350m)
+    # Width of the token table, E; None is hidden_size. Bias-free projections lie between the two if they differ (350m).
     word_embed_proj_dim: int | None = None
-    num_attention_heads: int = 12
-    activation_function: str = "relu"
-    dropout: float = 0.1
-    attention_dropout: float = 0.0
-    layerdrop: float = 0.0
+    num_attention_heads: int = 12  # H
+    activation_function: str = "relu"  # "gelu" is Galactica's (the exact form); others are in ACTIVATION_NAMES
+    dropout: float = 0.1  # of the outputs of attention and of the feed-forward, in training
+    attention_dropout: float = 0.0  # of the attention weights, in training
+    layerdrop: float = 0.0  # probability of skipping a layer, in training
+    # Standard deviation of initial weights: OPT's, by section 2.2 of arXiv 2205.01068. The published files say 0.02,
+    # the default of the converter's library.
     init_std: float = 0.006
+    # Ids, or None where there is none. OPT begins a text with </s> (2), its bos and eos alike.
     pad_token_id: int | None = 1
     bos_token_id: int | None = 2
     eos_token_id: int | tuple[int, ...] | None = 2
-    enable_bias: bool = True
-    layer_norm_elementwise_affine: bool = True
-    tie_word_embeddings: bool = True
-    _remove_final_layer_norm: bool = False
+    enable_bias: bool = True  # of linear layers (Galactica: no)
+    layer_norm_elementwise_affine: bool = True  # whether norms have weight and bias (Galactica: no)
+    tie_word_embeddings: bool = True  # the file's, kept; the head is always the token table, and saved as such
+    _remove_final_layer_norm: bool = False  # of the decoder, in fine-tunes made before transformers 4.20.1
+    # Keys of the file that mean nothing here, kept so that saving loses nothing; not compared.
     extra: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:

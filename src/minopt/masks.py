@@ -14,13 +14,9 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Packed:
-    """Several texts in one row, without padding. Each text attends only to itself.
+    """Several texts in one row, without padding. Each text attends only to itself."""
 
-    Attributes:
-        lengths: tokens of each text. Their sum is the length of the row.
-    """
-
-    lengths: tuple[int, ...]
+    lengths: tuple[int, ...]  # tokens of each text; their sum is the length of the row
 
 
 def positions(attention_mask: Tensor | Packed | None, past: int, T: int, device: torch.device) -> Tensor:
@@ -29,8 +25,7 @@ def positions(attention_mask: Tensor | Packed | None, past: int, T: int, device:
     Args:
         attention_mask: ``[B, past + T]``, which tokens are real; ``None`` if all are; or the ``Packed`` texts. A mask
             of 4 dims says nothing of padding.
-        past: tokens before the new ones.
-        T: new tokens.
+        past, T: tokens before the new ones, and new ones.
         device: where the result is made.
 
     Returns:
@@ -66,8 +61,7 @@ def causal_mask(attention_mask: Tensor | None, past: int, T: int, S: int, device
     Args:
         attention_mask: ``[B, S]``, which tokens are real; ``None`` if all are.
         past: tokens before the new ones.
-        T: new tokens.
-        S: keys to attend to.
+        T, S: new tokens, and keys to attend to.
         device: where the result is made.
 
     Returns:

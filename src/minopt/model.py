@@ -166,13 +166,10 @@ class DecoderLayer(nn.Module):
         self.final_layer_norm = nn.LayerNorm(C, elementwise_affine=affine, device=device, dtype=dtype)
 
     def forward(self, x: Tensor, mask: Tensor | Packed | None = None, cache: KVCache | None = None) -> Tensor:
-        """Maps ``[B, T, C]`` to ``[B, T, C]``.
+        """Maps the residual stream ``[B, T, C]`` to ``[B, T, C]``, and writes the cache at the layer's own index.
 
-        Args:
-            x: the residual stream.
-            mask: ``None`` where ``causal_mask`` gives none; else boolean ``[B or 1, 1, T, S]``, True = attend; or
-                the ``Packed`` texts of one row.
-            cache: written at the layer's own index.
+        ``mask`` is ``None`` where ``causal_mask`` gives none; else boolean ``[B or 1, 1, T, S]``, True = attend; or the
+        ``Packed`` texts of one row.
         """
         y = self.self_attn(self.self_attn_layer_norm(x) if self.norm_before else x, mask, cache)
         x = x + F.dropout(y, self.dropout, self.training)
@@ -324,11 +321,7 @@ class OPT(nn.Module):
         return x if self.project_out is None else self.project_out(x)
 
     def head(self, h: Tensor) -> Tensor:
-        """Logits ``[..., V]`` of hidden states ``[..., E]``: the product with the token table.
-
-        Raises:
-            ValueError: if the table is on the meta device and the hidden states are not.
-        """
+        """Logits ``[..., V]`` of hidden states ``[..., E]``: the product with the token table."""
         if isinstance(self.embed_tokens, Embedding):
             # Not called as a module: its hooks expect embeddings as the result. Programs that keep weights elsewhere
             # (accelerate) replace forward itself, and fetch the table in it.

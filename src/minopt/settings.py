@@ -27,10 +27,8 @@ def option(
         default: its value if none is given.
         help: one line for the command line and the reader. Brackets at its end say what the default is or means;
             without them ``--help`` adds the default in brackets, unless it is ``None``, ``False`` or empty.
-        choices: the values allowed.
-        least: the least value allowed.
-        above, below: what the value must stay above, or below.
-        most: the largest value allowed.
+        choices: the texts allowed.
+        least, above, below, most: the numbers allowed: ``least`` and ``most`` are, ``above`` and ``below`` are not.
         fits: where type and limits do not say which values are allowed: what does, and how that reads in an error.
         **marks: what else a reader of the field's ``metadata`` needs.
     """

@@ -15,7 +15,7 @@ from torch import Tensor
 from minopt import GenerationConfig, GenerationOutput, generate
 from minopt.generation.decode import decode_steps
 from minopt.generation.request import STOP_REASONS, prepare
-from tests.conftest import build_ours, build_reference, lively
+from tests.conftest import build_ours, build_reference, error, lively, pad_left
 from tests.generation.decoders import Script, V, say
 
 NEW, PAD = 30, 1
@@ -27,29 +27,11 @@ def random_prompts(count: int = 20, longest: int = 20, seed: int = 0) -> list[Te
     return [torch.randint(3, V, (length,), generator=generator) for length in lengths]
 
 
-def pad_left(rows: list[Tensor]) -> tuple[Tensor, Tensor]:
-    longest = max(map(len, rows))
-    ids = torch.stack([torch.cat([row.new_full((longest - len(row),), PAD), row]) for row in rows])
-    return ids, torch.stack([torch.arange(longest) >= longest - len(row) for row in rows]).long()
-
-
-def batches(prompts: list[Tensor], size: int) -> list[tuple[Tensor, Tensor]]:
-    return [pad_left(prompts[i : i + size]) for i in range(0, len(prompts), size)]
-
-
 def of_transformers(reference: Any, ids: Tensor, mask: Tensor, **options: Any) -> Any:
     return reference.generate(
         ids, attention_mask=mask, pad_token_id=PAD, return_dict_in_generate=True,
         **({"max_new_tokens": NEW, "do_sample": False} | options),
     )  # fmt: skip
-
-
-def error(ours: Tensor, theirs: Tensor) -> float:
-    """Largest difference relative to the largest number; where one is infinite, the other is too."""
-    assert ours.shape == theirs.shape
-    finite = theirs.isfinite()
-    assert torch.equal(finite, ours.isfinite())
-    return ((ours - theirs)[finite].abs().max() / theirs[finite].abs().max()).item()
 
 
 # --- greedy decoding is transformers'
@@ -59,7 +41,8 @@ def error(ours: Tensor, theirs: Tensor) -> float:
 def test_greedy_tokens_are_those_of_transformers(kind: str, batch_size: int) -> None:
     reference, prompts = lively(kind), random_prompts()
     ours, seen = build_ours(reference), set()
-    for ids, mask in batches(prompts, batch_size):
+    for first in range(0, len(prompts), batch_size):
+        ids, mask = pad_left(prompts[first : first + batch_size])
         theirs = of_transformers(reference, ids, mask).sequences
         found = generate(ours, ids, mask, max_new_tokens=NEW)
         assert torch.equal(found.sequences, theirs)

@@ -19,9 +19,9 @@ from minopt import GenerationConfig, GenerationOutput, OPTConfig, generate
 from minopt.generation.decode import decode_steps
 from minopt.generation.drafts import PromptLookup, Text
 from minopt.generation.request import prepare
-from tests.conftest import build_ours, build_reference, lively
+from tests.conftest import build_ours, build_reference, lively, pad_left
 from tests.generation.decoders import Watched
-from tests.generation.test_decode import pad_left, random_prompts
+from tests.generation.test_decode import random_prompts
 from tests.generation.test_properties import (
     SHAPE,
     Case,

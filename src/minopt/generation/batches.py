@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from minopt.config import is_int
 
@@ -34,22 +34,17 @@ def cut_batches(
             raise ValueError(f"{name}: expected an integer of at least 1, got {limit!r}.")
     rows = batch_size or math.inf
     tokens = max_batch_tokens or (math.inf if batch_size else MAX_BATCH_TOKENS)
-    if not in_order:
-        return _cut(range(len(lengths)), lengths, rows, tokens)
-    begin, count, batches = 0, 0, []
-    for end, length in enumerate(lengths, 1):
-        count += length
-        if end == len(lengths) or count >= POOLED_BATCHES * tokens or end - begin >= POOLED_BATCHES * rows:
-            batches += sorted(_cut(range(begin, end), lengths, rows, tokens))
-            begin, count = end, 0
-    return batches
-
-
-def _cut(indices: Iterable[int], lengths: Sequence[int], rows: float, tokens: float) -> list[list[int]]:
-    """Batches of at most so many rows and tokens; the first row of each is the longest until all are cut."""
+    pools, pool, begin, count = [0] * len(lengths), 0, 0, 0  # of each row; rows of two pools share no batch
+    for index, length in enumerate(lengths if in_order else ()):
+        pools[index], count = pool, count + length
+        if count >= POOLED_BATCHES * tokens or index + 1 - begin >= POOLED_BATCHES * rows:
+            pool, begin, count = pool + 1, index + 1, 0
     batches: list[list[int]] = []
-    for index in sorted(indices, key=lambda i: -lengths[i]):
-        if not batches or (full := len(batches[-1]) + 1) > rows or full * lengths[batches[-1][0]] > tokens:
+    for index in sorted(range(len(lengths)), key=lambda i: (pools[i], -lengths[i])):
+        longest, size = (batches[-1][0], len(batches[-1])) if batches else (index, 0)
+        is_full = size == rows or (size + 1) * lengths[longest] > tokens or pools[index] != pools[longest]
+        if is_full or not batches:
             batches.append([])
         batches[-1].append(index)
-    return [sorted(batch) for batch in batches]
+    batches = [sorted(batch) for batch in batches]
+    return sorted(batches) if in_order else batches

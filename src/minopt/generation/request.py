@@ -75,38 +75,31 @@ class Decoder(Protocol):
 class GenerationOutput:
     """What ``generate`` found. R is B times ``num_return_sequences``: a prompt's continuations stand side by side.
 
-    Attributes:
-        sequences: ``[R, T + N]`` int64: the prompt as given (or its kept end), then the new tokens; a row that ended
-            goes on in padding.
-        lengths: the number of new tokens of each row, the one that ended it included.
-        stop_reasons: one a row: ``"eos"``, ``"stop"`` (a stop string or criterion), ``"time"``, ``"length"``; or
-            ``"exhausted"`` if the rules left no token to go on with. A beam search that has fewer hypotheses than
-            ``num_return_sequences`` adds empty ones, with the reason ``"exhausted"`` and the score ``-inf``.
-        sequences_scores: ``[R]`` float32, beam search only: see ``GenerationConfig.length_penalty``. Best first.
-        scores: ``[R, N, V]`` float32, after all rules, if ``output_scores`` asked for it. Those of beam search are
-            log-probabilities of the beam that each token came from.
-        logprobs: ``[R, N]`` float32, if ``output_logprobs`` asked for it: each new token's under the model's own
-            distribution, before any rule.
-        top_token_ids: ``[R, N, top_logprobs]`` int64, the most probable tokens of each step in falling order, before
-            any rule; if ``top_logprobs`` asked for them.
-        top_logprobs: ``[R, N, top_logprobs]`` float32, the log-probabilities of those.
-        drafted_tokens: with ``prompt_lookup_num_tokens``, how many tokens were drafted for each row.
-        accepted_tokens: how many of them were right, each of which saves a pass of the model: a row alone takes as many
-            passes as it has new tokens, less these.
-
-    Numbers after a row's length have no meaning.
+    Each new token has its numbers, if the options ask for them. Numbers after a row's length have no meaning.
     """
 
     sequences: Tensor
+    """``[R, T + N]`` int64: the prompt as given (or its kept end), the new tokens, then padding."""
     lengths: tuple[int, ...]
+    """The number of new tokens of each row, the one that ended it included."""
     stop_reasons: tuple[str, ...]
+    """One a row: ``"eos"``, ``"stop"`` (a stop string or criterion), ``"time"``, ``"length"``; or ``"exhausted"``: the
+    rules left no token to go on with. A beam search that has fewer hypotheses than ``num_return_sequences`` adds empty
+    ones, with the reason ``"exhausted"`` and the score ``-inf``."""
     sequences_scores: Tensor | None = None
+    """``[R]`` float32, beam search only: see ``GenerationConfig.length_penalty``. Best first."""
     scores: Tensor | None = None
+    """``[R, N, V]`` float32, after all rules. Those of beam search are log-probabilities of the token's beam."""
     logprobs: Tensor | None = None
+    """``[R, N]`` float32, of each new token under the model's own distribution, before any rule."""
     top_token_ids: Tensor | None = None
+    """``[R, N, top_logprobs]`` int64, the most probable tokens of each step in falling order, before any rule."""
     top_logprobs: Tensor | None = None
+    """``[R, N, top_logprobs]`` float32, the log-probabilities of those."""
     drafted_tokens: tuple[int, ...] | None = None
+    """With ``prompt_lookup_num_tokens``, how many tokens were drafted for each row."""
     accepted_tokens: tuple[int, ...] | None = None
+    """How many of them were right. Each saves a pass of the model, of which a row alone takes one a token."""
 
 
 @dataclass(frozen=True)

@@ -32,14 +32,9 @@ def build_rules(
     eos_token_ids: Sequence[int],
     logits_processor: Sequence[Rule] = (),
 ) -> list[Rule]:
-    """The rules that a configuration asks for, in the order in which they act.
+    """The rules that a configuration asks for, in the order in which they act: the user's before those of sampling.
 
-    Args:
-        config: the options that say which rules there are.
-        prompt_length: T, padding included.
-        padding: ``[R]`` int64, how many tokens at the left of each row are padding; on the device of the scores.
-        eos_token_ids: the ids that end a row.
-        logits_processor: the user's own rules; they act after all others but those of sampling.
+    ``prompt_length`` counts padding too. ``padding [R]`` int64 is on the device of the scores.
     """
     device, rules = padding.device, []
     if config.sequence_bias:
@@ -59,13 +54,13 @@ def build_rules(
     if config.min_new_tokens > 0 and eos_token_ids:
         eos = torch.tensor(eos_token_ids, device=device)
         end = prompt_length + config.min_new_tokens
-        rules.append(lambda ids, scores: suppress(scores, eos) if ids.shape[1] < end else scores)
+        rules.append(lambda ids, scores: scores.index_fill(1, eos, -torch.inf) if ids.shape[1] < end else scores)
     if config.forced_bos_token_id is not None:
         bos, single = config.forced_bos_token_id, padding == prompt_length - 1
         rules.append(lambda ids, scores: force_token(scores, single, bos) if ids.shape[1] == prompt_length else scores)
     if config.suppress_tokens:
         banned = torch.tensor(config.suppress_tokens, device=device)
-        rules.append(lambda ids, scores: suppress(scores, banned))
+        rules.append(lambda ids, scores: scores.index_fill(1, banned, -torch.inf))
     rules += map(_on_a_copy, logits_processor)
     if config.do_sample:
         # A beam needs one token more than can end it, or a narrow filter leaves none to continue it.
@@ -162,11 +157,6 @@ def force_token(scores: Tensor, rows: Tensor, token_id: int) -> Tensor:
     forced = torch.full_like(scores, -torch.inf)
     forced[:, token_id] = torch.where(scores[:, token_id] > -torch.inf, 0.0, -torch.inf)
     return torch.where(rows[:, None], forced, scores)
-
-
-def suppress(scores: Tensor, ids: Tensor) -> Tensor:
-    """Excludes tokens ``ids [N]`` in every row."""
-    return scores.index_fill(1, ids, -torch.inf)
 
 
 def keep_top_k(scores: Tensor, k: int) -> Tensor:

@@ -22,22 +22,14 @@ SCORES_IN_TOKENS = 8
 
 @dataclass(frozen=True)
 class GeneratedText:
-    """One continuation, with what is known about it.
+    """One continuation, with what is known about it; see ``GenerationOutput``."""
 
-    Attributes:
-        text: the continuation, after its prompt if ``echo`` asked for that, without the stop string that ended it.
-        token_ids: the new tokens, those that ended the text included.
-        logprobs: their natural log-probabilities under the model's own distribution; empty if not asked for.
-        stop_reason, score, drafted_tokens, accepted_tokens: see ``GenerationOutput``; ``score`` is of beam search.
-        top_logprobs: for each new token the most probable ids in its place and their log-probabilities, if asked for.
-    """
-
-    text: str
-    token_ids: tuple[int, ...]
-    logprobs: tuple[float, ...]
+    text: str  # after its prompt if ``echo`` asked for that, without the stop string that ended it
+    token_ids: tuple[int, ...]  # the new ones, those that ended the text included
+    logprobs: tuple[float, ...]  # of each, natural; empty if not asked for
     stop_reason: str
-    score: float | None = None
-    top_logprobs: tuple[tuple[tuple[int, float], ...], ...] = ()
+    score: float | None = None  # of beam search
+    top_logprobs: tuple[tuple[tuple[int, float], ...], ...] = ()  # the most probable ids in place of each, if asked for
     drafted_tokens: int | None = None
     accepted_tokens: int | None = None
 
