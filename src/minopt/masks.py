@@ -47,7 +47,7 @@ def plain_causal_mask(past: int, T: int, S: int, device: torch.device) -> Tensor
 
 def added_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """A mask as numbers that are added to scores: 0 where it is True, else minus infinity."""
-    return torch.where(mask, 0.0, -torch.inf).to(dtype)
+    return torch.where(mask, torch.zeros((), dtype=dtype, device=mask.device), -torch.inf)
 
 
 def mask_of_slots(slots: Tensor, every: Tensor) -> Tensor:

@@ -84,7 +84,8 @@ class PromptLookup:
             tokens: ``[B]``.
             running: ``[B]``, whether a row goes on. The logits of a row that has ended have no meaning.
         """
-        newest, runs = tokens.tolist(), running.cpu()
+        ids, flags = torch.stack([tokens, running]).cpu()  # one wait for a GPU
+        newest, runs = ids.tolist(), flags.bool()
         for text, token in zip(self.texts, newest, strict=True):
             text.append(token)
         self.length += 1
