@@ -86,7 +86,8 @@ class Tokenizer:
             return read_json(folder / name) if (folder / name).is_file() else {}
 
         settings, added = read("tokenizer_config.json"), dict[str, Any]()
-        is_silent = len(files) == 2 or (files == ("gpt2-unified.json",) and not settings)
+        has_settings = (folder / "tokenizer_config.json").is_file()  # which may be empty
+        is_silent = len(files) == 2 or (files == ("gpt2-unified.json",) and not has_settings)
         if "added_tokens_decoder" not in settings:
             settings, added = settings | read("special_tokens_map.json"), read("added_tokens.json")
         if is_silent:

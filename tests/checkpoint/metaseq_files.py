@@ -19,7 +19,7 @@ import enum
 import re
 import sys
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -239,11 +239,11 @@ def model_fields(reference: Any, parts: int = 1) -> dict[str, Any]:
     }
 
 
-def config_of(reference: Any, style: str | None, *, parts: int = 1, drop: Collection[str] = ()) -> Any:
-    """The ``cfg`` of a file: see ``config`` and ``drop`` of ``write_metaseq``."""
+def config_of(reference: Any, style: str | None, *, parts: int = 1) -> Any:
+    """The ``cfg`` of a file: see ``config`` of ``write_metaseq``."""
     if style is None:
         return None
-    fields = {name: value for name, value in model_fields(reference, parts).items() if name not in drop}
+    fields = model_fields(reference, parts)
     if style in ("class", "omegaconf") and "ddp_backend" in fields:
         fields["ddp_backend"] = _Backend.fully_sharded
     if style == "omegaconf":  # fields of other groups are interpolations
@@ -298,7 +298,6 @@ def write_metaseq(
     shards: int = 0,
     fused: bool = True,
     config: str | None = "namespace",
-    drop: Collection[str] = (),
     metadata: bool = True,
     head: str | None = None,
     legacy: bool = False,
@@ -318,7 +317,6 @@ def write_metaseq(
         fused: ``qkv_proj`` (what trains) or ``k_proj``, ``v_proj``, ``q_proj`` (what convert_to_singleton leaves).
         config: how ``cfg["model"]`` is held: ``"namespace"``, ``"dict"``, ``"class"`` (an instance of metaseq's);
             ``"omegaconf"``: all of ``cfg`` is DictConfig and AnyNode, with ``${...}`` in it; ``None``: there is none.
-        drop: fields of the ``cfg`` that are missing.
         metadata: whether ``shard_metadata`` is there, which it may be in files that are not flattened too.
         head: ``None``, ``"whole"`` (each part has all rows), or ``"slice"`` (each part has its own; a single one half).
         legacy: in torch's container from before 1.6.
@@ -347,7 +345,7 @@ def write_metaseq(
             path = folder / pattern.format(part=p, shard=s)
             content = {"model": model} | ({} if described is None else {"shard_metadata": described})
             with foreign_modules():
-                content |= _beside_the_weights(config_of(reference, config, parts=parts, drop=drop))
+                content |= _beside_the_weights(config_of(reference, config, parts=parts))
                 torch.save(content, path, _use_new_zipfile_serialization=not legacy)
             written.append(path)
     return written

@@ -93,14 +93,15 @@ def convert(
     if reader is None:
         logger.warning("%s: no tokenizer's files beside the weights, so none are written.", checkpoint.found.folder)
     generation_config = generation_config_of(checkpoint)
-    shown = _shown(checkpoint, number_type, quantize)
+    in_int8 = {name for name in checkpoint.tensors if int8.is_wanted(quantize) and int8.is_quantized(name)}
+    shown = _shown(checkpoint, number_type, in_int8)
     _check_space(destination, sum(tensor.nbytes for tensor in shown.values()))
     with (
         bar(len(checkpoint.tensors) * parts, " tensors", shown=show_progress) as drawn,
         replacing_model(destination, (*TOKENIZER_FILES, "generation_config.json")) as new,
     ):
         if format == "hf":
-            write_safetensors(new, shown, _read(checkpoint, number_type, quantize, drawn.update), max_shard_bytes)
+            write_safetensors(new, shown, _read(checkpoint, number_type, in_int8, drawn.update), max_shard_bytes)
             write_json(new / "generation_config.json", generation_config)
         else:
             write_parts(new, checkpoint, parts, number_type, drawn.update)
@@ -133,25 +134,21 @@ def _check_space(destination: Path, total_bytes: int) -> None:
                       "Make room, or name a folder on another disk.")  # fmt: skip
 
 
-def _shown(checkpoint: Checkpoint, dtype: torch.dtype | None, quantize: str | None) -> dict[str, Tensor]:
+def _shown(checkpoint: Checkpoint, dtype: torch.dtype | None, in_int8: set[str]) -> dict[str, Tensor]:
     """The tensors to write, by Hugging Face key, on the meta device; an int8 weight is followed by its scale."""
     shown: dict[str, Tensor] = {}
     for name, tensor in checkpoint.tensors.items():
-        in_int8 = int8.is_wanted(quantize) and int8.is_quantized(name)
-        kind = torch.int8 if in_int8 else dtype or tensor.dtype
+        kind = torch.int8 if name in in_int8 else dtype or tensor.dtype
         shown[to_hf(name)] = torch.empty(tensor.shape, dtype=kind, device="meta")
-        if in_int8:
+        if name in in_int8:
             shown[to_hf(name) + int8.SCALE] = torch.empty(tensor.shape[0], 1, dtype=torch.float32, device="meta")
     return shown
 
 
 def _read(
-    checkpoint: Checkpoint, dtype: torch.dtype | None, quantize: str | None, update: Callable[[], object]
+    checkpoint: Checkpoint, dtype: torch.dtype | None, in_int8: set[str], update: Callable[[], object]
 ) -> Iterator[Tensor]:
     """The numbers of each tensor of ``_shown``, in that order."""
     for name, tensor in checkpoint.tensors.items():
         update()
-        if int8.is_wanted(quantize) and int8.is_quantized(name):
-            yield from tensor.read_int8()
-        else:
-            yield tensor.read(dtype)
+        yield from tensor.read_int8() if name in in_int8 else (tensor.read(dtype),)

@@ -31,11 +31,14 @@ def open_divided(folder: Path) -> dict[str, SourceTensor]:
     places: dict[str, dict[str, tuple[int, int]]] = {}
     for key, own in pieces.items():
         for _, name, start, length in own:
-            if Path(name).name != name:
-                raise CheckpointError(f"{path}: files must lie in the folder itself, got {name[:80]}.")
             places.setdefault(name, {})[key] = (start, length)
-    if missing := [folder / name for name in places if not (folder / name).is_file()]:
-        raise MissingFileError(f"{missing[0]}: expected this file of the checkpoint, found none. Fetch it again.")
+    for name in places:
+        if Path(name).name != name:
+            raise CheckpointError(f"{path}: files must lie in the folder itself, got {name[:80]}.")
+        if not (folder / name).is_file():
+            raise MissingFileError(
+                f"{folder / name}: expected this file of the checkpoint, found none. Fetch it again."
+            )
     files = {name: open_pieces(folder / name, own) for name, own in places.items()}
     front = "model." if all(key.startswith("model.") for key in pieces) else ""  # beside which training has others
     return {

@@ -48,19 +48,16 @@ class Report:
     """The result of ``inspect_checkpoint``.
 
     Attributes:
-        path: the checkpoint's place on this machine.
-        kind: the kind of checkpoint, in words.
+        path, kind: the checkpoint's place on this machine, and what it is, in words.
         files: the weight files' names and bytes, in order.
         parts, shards: model parallel parts, and FSDP shards or files of each.
         missing: names of weight files that are not there.
         problem: why it cannot be loaded; ``None`` if it can. The fields below are then empty.
         config, config_source: the content of a config.json for it, and its origin.
         preset: the published size of this shape.
-        parameters: the model's size, in numbers.
-        dtypes: how many numbers have each dtype.
+        parameters, dtypes: how many numbers it has, and how many of each dtype.
         tokenizer: the folder of its files.
-        tensors: all tensors, in the model's order.
-        digest: one digest for all tensors.
+        tensors, digest: all tensors in the model's order, and one digest for all.
     """
 
     path: str

@@ -168,13 +168,24 @@ class _Machine:
     def build(self, target: Any, state: Any) -> None:
         if isinstance(target, Placeholder):
             target.state = state
-        self.push(target)  # a dict's or a tensor's attributes mean nothing here
+        self.stack.append(target)  # a dict's or a tensor's attributes mean nothing here
 
     def find_storage(self, identifier: Any) -> None:
-        storage = _storage(identifier)
-        if self.storages.setdefault(storage.key, storage) != storage:
-            raise UnpickleError(f"the storage {storage.key[:40]!r} is described in two ways")
-        self.push(self.storages[storage.key])
+        """Names a storage: ``("storage", type, key, device, numel)``, and a view in old files."""
+        if not isinstance(identifier, tuple) or len(identifier) not in (5, 6) or identifier[0] != "storage":
+            raise UnpickleError("a persistent id that is not a storage's")
+        _, kind, key, _, numel, *view = identifier
+        name = kind.name[:60] if isinstance(kind, Placeholder) else ""
+        dtype = _DTYPES.get(name.rpartition(".")[2])
+        if dtype is None:
+            error = OtherDtypeError if name.startswith("torch.") and name.endswith("Storage") else UnpickleError
+            raise error(f"a storage of an unknown type {name!r}")
+        if not isinstance(key, str) or not is_int(numel) or not 0 <= numel <= _MOST_NUMBERS or view not in ([], [None]):
+            raise UnpickleError("a storage whose key or size is none")
+        storage = self.storages.setdefault(key, Storage(key, dtype, numel))
+        if (storage.dtype, storage.numel) != (dtype, numel):
+            raise UnpickleError(f"the storage {key[:40]!r} is described in two ways")
+        self.stack.append(storage)
 
 
 # By names of operations, and called with the machine and the operation's argument. The operations are those of
@@ -230,21 +241,6 @@ def _called(function: Any, arguments: Any) -> Any:
     if name == "collections.OrderedDict" and not arguments:
         return {}
     return Placeholder(name, arguments)
-
-
-def _storage(identifier: Any) -> Storage:
-    """The storage that a persistent id names: ``("storage", type, key, device, numel)``, and a view in old files."""
-    if not isinstance(identifier, tuple) or len(identifier) not in (5, 6) or identifier[0] != "storage":
-        raise UnpickleError("a persistent id that is not a storage's")
-    _, kind, key, _, numel, *view = identifier
-    name = kind.name[:60] if isinstance(kind, Placeholder) else ""
-    dtype = _DTYPES.get(name.rpartition(".")[2])
-    if dtype is None:
-        error = OtherDtypeError if name.startswith("torch.") and name.endswith("Storage") else UnpickleError
-        raise error(f"a storage of an unknown type {name!r}")
-    if not isinstance(key, str) or not is_int(numel) or not 0 <= numel <= _MOST_NUMBERS or view not in ([], [None]):
-        raise UnpickleError("a storage whose key or size is none")
-    return Storage(key, dtype, numel)
 
 
 class _Bounded:

@@ -20,7 +20,7 @@ from minopt.checkpoint.errors import first_line, some
 from minopt.checkpoint.files import DTYPES
 from minopt.checkpoint.find import weight_files
 from minopt.checkpoint.names import parameter_shapes, to_hf
-from minopt.config import OPTConfig, read_json
+from minopt.config import TOKEN_IDS, OPTConfig, read_json
 from minopt.model import OPT
 from minopt.tokenizer import TOKENIZER_FILES, Tokenizer
 from minopt.wrapped import decoder_of
@@ -78,23 +78,20 @@ def generation_config_of(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _special_tokens(config: OPTConfig) -> dict[str, Any]:
-    eos = list(config.eos_token_id) if isinstance(config.eos_token_id, tuple) else config.eos_token_id
-    return {"bos_token_id": config.bos_token_id, "eos_token_id": eos, "pad_token_id": config.pad_token_id}
+    values = config.to_dict()
+    return {name: values[name] for name in TOKEN_IDS}
 
 
 def write_config(folder: Path, config: OPTConfig, dtype: torch.dtype, *, is_int8: bool = False) -> None:
     """Writes config.json, for weights of ``dtype``, or for int8 weights beside other tensors of ``dtype``."""
     # The model's head is the token table, whatever the config.json said that was read: loading compares the two.
-    values = config.to_dict() | {
+    own = {
         "architectures": ["OPTForCausalLM"],
         "tie_word_embeddings": True,
         "torch_dtype": str(dtype).removeprefix("torch."),
     }
-    values.pop("dtype", None)  # the newer name of torch_dtype
-    values.pop(int8.CONFIG_KEY, None)
-    if is_int8:
-        values[int8.CONFIG_KEY] = int8.CONFIG
-    write_json(folder / "config.json", values)
+    values = {key: value for key, value in config.to_dict().items() if key not in ("dtype", int8.CONFIG_KEY)}
+    write_json(folder / "config.json", values | own | ({int8.CONFIG_KEY: int8.CONFIG} if is_int8 else {}))
 
 
 def write_json(path: Path, content: Mapping[str, object]) -> None:

@@ -37,7 +37,7 @@ _FLAT = re.compile(r"(?:.*\.)?flat_param_\d+")
 _TOKENS = "decoder.embed_tokens.weight"
 
 # What a shard has of one flat tensor: keys and shapes of the tensors in it, over all shards, and its own padding.
-_Flat = tuple[dict[str, tuple[int, ...]], int]
+_Flat = tuple[tuple[tuple[str, tuple[int, ...]], ...], int]
 
 
 def read_metaseq(found: Found, known: OPTConfig | None, ignore: Sequence[str]) -> Contents:
@@ -74,19 +74,18 @@ def _unflattened(
         described = _guessed(files, told, known, parts)
     else:
         described = [_described(file) for file in files]
+    expected = {key: shapes for key, (shapes, _) in described[0].items()}
     for file, own in zip(files, described, strict=True):
-        if [(key, list(flat.items())) for key, (flat, _) in own.items()] != [
-            (key, list(flat.items())) for key, (flat, _) in described[0].items()
-        ]:
+        if {key: shapes for key, (shapes, _) in own.items()} != expected:
             raise CheckpointError(f"{file.path}: its shard_metadata is not that of {first.path.name}. Is it of another "
                                   "model?")  # fmt: skip
         if wrong := sorted(own.keys() ^ {key for key in file.shapes if _FLAT.fullmatch(key)}):
             raise CheckpointError(f"{file.path}: tensors and shard_metadata differ in {some(wrong)}. Fetch it again.")
-    for key, (shapes, _) in described[0].items():
-        if twice := sorted(shapes.keys() & stored):
-            raise CheckpointError(f"{first.path}: {twice[0]} is there twice.")
+    for key, shapes in expected.items():
         flat, start = _unpadded(key, files, [own[key] for own in described]), 0
-        for name, shape in shapes.items():
+        for name, shape in shapes:
+            if name in stored:
+                raise CheckpointError(f"{first.path}: {name} is there twice.")
             tensor = flat.rows(start, start + math.prod(shape))
             stored[name] = replace(tensor, name=name, shape=shape)
             start += tensor.numel
@@ -109,9 +108,7 @@ def _described(file: TensorFile) -> dict[str, _Flat]:
                     raise ValueError("a size that is none")
                 if [*about["numels"]] != [math.prod(shape) for shape in sizes]:
                     raise ValueError("sizes that are not those of its shapes")
-                if len({*names}) < len(names):
-                    raise ValueError("a name that is there twice")
-                found[prefix + flat] = dict(zip(names, sizes, strict=True)), padding
+                found[prefix + flat] = tuple(zip(names, sizes, strict=True)), padding
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{file.path}: its shard_metadata does not add up ({error}). Fetch the file again."
                               ) from None  # fmt: skip
@@ -129,7 +126,7 @@ def _unpadded(key: str, files: list[TensorFile], described: list[_Flat]) -> Sour
                                   f"room for its padding, got {file.dtypes[key]} of shape {list(file.shapes[key])} "
                                   f"with {padding} of padding. Fetch the file again.")  # fmt: skip
         runs += [Run(file, key, 0, size - padding)] if size > padding else []
-    there, numel = sum(run.stop for run in runs), sum(map(math.prod, described[0][0].values()))
+    there, numel = sum(run.stop for run in runs), sum(math.prod(shape) for _, shape in described[0][0])
     if there != numel:
         raise CheckpointError(f"{files[0].path}: its {len(files)} shards hold {there:,} numbers of {key} (padding not "
                               f"counted), expected {numel:,}. Is a shard missing, or one too many?")  # fmt: skip
@@ -152,7 +149,7 @@ def _guessed(
         chunks = {key: -(-numel // count) for key, numel in numels.items()}  # fairscale: torch.chunk, then padded
         if layout and sizes == {key: [chunk] * count for key, chunk in chunks.items()}:
             return [
-                {key: (inner, min(chunks[key], max(0, (i + 1) * chunks[key] - numels[key])))
+                {key: (tuple(inner.items()), min(chunks[key], max(0, (i + 1) * chunks[key] - numels[key])))
                  for key, inner in layout.items()} for i in range(count)
             ]  # fmt: skip
     raise CheckpointError(
