@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 from collections.abc import Callable
@@ -29,6 +30,19 @@ KINDS: dict[str, dict[str, Any]] = {
     "350m": {"do_layer_norm_before": False, "word_embed_proj_dim": 16},
     "galactica": {"enable_bias": False, "layer_norm_elementwise_affine": False, "activation_function": "gelu"},
 }
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Hides GPUs, on which tests that name no device would run; ``pytest -m gpu`` runs those that want one."""
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skips tests that want a GPU where there is none."""
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a GPU, and pytest -m gpu"))
 
 
 @pytest.fixture

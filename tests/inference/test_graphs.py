@@ -25,9 +25,9 @@ OPTIONS: list[dict[str, Any]] = [
 captured: list[int] = []
 
 
-@pytest.fixture(autouse=True)
-def plain_calls(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A graph is the call that it would have captured, after the warm-up."""
+@pytest.fixture(autouse=True, params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Where graphs run; on a CPU a graph is the call that it would have captured, after the warm-up."""
 
     def capture(step: Callable[[], Tensor], device: torch.device, pool: Any) -> Callable[[], Tensor]:
         captured.append(step().shape[0])
@@ -35,21 +35,20 @@ def plain_calls(monkeypatch: pytest.MonkeyPatch) -> None:
 
     captured.clear()
     monkeypatch.setattr(graphs, "BUCKET", 16)
-    if not torch.cuda.is_available():
+    if request.param == "cpu":
         monkeypatch.setattr(graphs, "capture", capture)
+    return str(request.param)
 
 
-def build(kind: str) -> tuple[FastOPT, GraphedOPT]:
-    model = build_ours(lively(kind, torch.float32))
-    if torch.cuda.is_available():
-        model = model.cuda()
+def build(kind: str, device: str) -> tuple[FastOPT, GraphedOPT]:
+    model = build_ours(lively(kind, torch.float32)).to(device)
     return FastOPT(model.config, model.state_dict().items()), GraphedOPT(model.config, model.state_dict().items())
 
 
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("mask", [None, PADDED])
-def test_tokens_are_those_without_graphs(kind: str, options: dict[str, Any], mask: Tensor | None) -> None:
-    plain, graphed = build(kind)
+def test_tokens_are_those_without_graphs(device: str, kind: str, options: dict[str, Any], mask: Tensor | None) -> None:
+    plain, graphed = build(kind, device)
     ids = torch.randint(3, 90, (2, 7), generator=torch.Generator().manual_seed(5))
     expected = minopt.generate(plain, ids, mask, max_new_tokens=20, **options)
     for _ in range(2):  # the second time with the graphs of the first
@@ -57,8 +56,8 @@ def test_tokens_are_those_without_graphs(kind: str, options: dict[str, Any], mas
         assert torch.equal(found.sequences, expected.sequences)
 
 
-def test_the_graphs_of_a_cache_serve_the_next_text_and_none_that_is_still_held() -> None:
-    _, graphed = build("125m")
+def test_the_graphs_of_a_cache_serve_the_next_text_and_none_that_is_still_held(device: str) -> None:
+    _, graphed = build("125m", device)
     ids = torch.randint(3, 90, (2, 7), generator=torch.Generator().manual_seed(5), device=graphed.device)
     for _ in range(3):
         minopt.generate(graphed, ids, max_new_tokens=5)
@@ -74,15 +73,25 @@ def test_the_graphs_of_a_cache_serve_the_next_text_and_none_that_is_still_held()
     assert graphed.new_cache(2, 60).capacity == 64
 
 
-def test_text_to_the_last_position(kind: str) -> None:
-    plain, graphed = build(kind)
+def test_a_step_attends_the_filled_slots_rounded_up(device: str) -> None:
+    _, graphed = build("125m", device)
+    cache = graphed.new_cache(1, 40)
+    for at in range(40):
+        graphed.read(torch.tensor([[5]], device=device), torch.tensor([[at]], device=device), None, None, cache)
+    steps = graphed._graphs[cache].by_shape
+    assert {shape: step.mask.shape[3] for shape, step in steps.items()} == {(1, 16): 16, (1, 32): 32, (1, 48): 48}
+    assert cache.length == 40
+
+
+def test_text_to_the_last_position(device: str, kind: str) -> None:
+    plain, graphed = build(kind, device)
     ids = torch.randint(3, 90, (2, 7), generator=torch.Generator().manual_seed(5))
     expected = minopt.generate(plain, ids, max_new_tokens=57).sequences
     assert torch.equal(minopt.generate(graphed, ids, max_new_tokens=57).sequences, expected)
 
 
-def test_a_copy_leaves_the_graphs_behind() -> None:
-    _, graphed = build("125m")
+def test_a_copy_leaves_the_graphs_behind(device: str) -> None:
+    _, graphed = build("125m", device)
     ids = torch.tensor([[2, 5, 60, 7]], device=graphed.device)
     minopt.generate(graphed, ids, max_new_tokens=5)
     graphed.compile_step = True
@@ -93,8 +102,8 @@ def test_a_copy_leaves_the_graphs_behind() -> None:
     assert torch.equal(again(ids), graphed(ids))
 
 
-def test_a_cache_that_is_expanded_or_used_beside_another_has_graphs_of_its_own(kind: str) -> None:
-    plain, graphed = build(kind)
+def test_a_cache_that_is_expanded_or_used_beside_another_has_graphs_of_its_own(device: str, kind: str) -> None:
+    plain, graphed = build(kind, device)
     ids = torch.randint(3, 90, (2, 7), generator=torch.Generator().manual_seed(5), device=graphed.device)
     streams = [[minopt.generate(model, ids[:1], max_new_tokens=9) for model in (plain, graphed)] for _ in range(2)]
     held = graphed.new_cache(2, 16)

@@ -125,3 +125,17 @@ def test_a_missing_operator_is_said_in_the_debug_log_and_the_plain_product_runs(
     assert caplog.messages == [
         "Missing in torch.float32: not available here (no such operator); the plain product is used."
     ]
+
+
+@pytest.mark.parametrize("activation", ["none", "relu", "gelu"])
+@pytest.mark.parametrize("in_int8", [False, True])
+def test_products_of_a_gpu_give_the_same_while_they_are_compiled(in_int8: bool, activation: str) -> None:
+    """Then they are written in another way, for inductor."""
+    weight, bias, x = draw(64, 48), draw(64, seed=1), draw(2, 3, 48, seed=2)
+    product: Any = linear.OnGPU(weight, bias, activation)
+    if in_int8:
+        product = linear.WeightOnlyInt8(*int8.quantize(weight), bias, activation)
+        weight = int8.dequantize(*product.weight())
+    expected = {"none": lambda y: y, "relu": F.relu, "gelu": F.gelu}[activation](F.linear(x, weight, bias))
+    torch.testing.assert_close(product(x), expected)
+    torch.testing.assert_close(torch.compile(lambda x: product(x), backend="eager")(x), expected)

@@ -66,7 +66,7 @@ def test_every_way_to_generate(kind: str, write_checkpoint: Callable[..., Path])
     assert all(torch.equal(found[name], sequences) for name, sequences in expected.items())
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("offload", ["disk", "cpu"])
 def test_on_a_gpu(offload: str, kind: str, write_checkpoint: Callable[..., Path]) -> None:
     folder = write_checkpoint(kind, num_hidden_layers=6)

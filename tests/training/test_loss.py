@@ -79,8 +79,10 @@ def test_products_in_bfloat16_give_a_loss_in_float32_and_gradients_in_the_weight
         assert (gradient - wanted).norm() <= 1e-2 * wanted.norm()
 
 
-def test_float16_keeps_the_gradients_of_improbable_tokens() -> None:
+@pytest.mark.parametrize("has_bfloat16", [True, False])
+def test_float16_keeps_the_gradients_of_improbable_tokens(has_bfloat16: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The loss is scaled behind this function, where float16 would have taken them for 0."""
+    monkeypatch.setattr(module, "has_bfloat16", lambda device: has_bfloat16)
     weight, h = torch.zeros(8, 4), torch.ones(3, 4, requires_grad=True)
     weight[0] = 4.0
     weight.requires_grad_()

@@ -75,11 +75,7 @@ class GraphedOPT(FastOPT):
 
 
 def check(options: LoadOptions) -> None:
-    """Refuses options that do not go with CUDA graphs."""
-    if options.quantize is not None and options.optimize == "compile":
-        raise ValueError(
-            'quantize: expected None with optimize="compile" on a GPU, got "int8". Leave out one of the two.'
-        )
+    """Refuses nothing: all options go with this form."""
 
 
 def build(checkpoint: Checkpoint, options: LoadOptions) -> GraphedOPT:
@@ -125,7 +121,7 @@ class Graph:
         new, every = torch.arange(Q, device=device), torch.arange(S, device=device)
         read = super(GraphedOPT, model).read
         if model.compile_step:
-            read = torch.compile(read, dynamic=False)
+            read = torch.compile(read, dynamic=False, options={"coordinate_descent_tuning": True})
 
         def step() -> Tensor:
             cache.slots = new + self.length

@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 # From this width on (6.7B), OPT's activations have outlier channels that int8 cannot hold: arXiv 2208.07339, table 4.
 OUTLIERS_FROM = 4096
 
+_FEW_ROWS = 8  # of which torch's GPU kernel for int8 weights reads the weight once; it has not been timed
+
 _TINY, _HUGE = 1e-35, 1e35  # between them a scale and its reciprocal are normal numbers of float32, as kernels need it
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"none": lambda y: y, **ACTIVATIONS}
 
@@ -51,21 +53,39 @@ class Product:
 
 
 class Plain(Product):
-    """``F.linear``; on a GPU with the relu in the same kernel, where cuBLAS has one that does both."""
+    """``F.linear``."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, activation: str = "none") -> None:
         super().__init__(bias, activation)
         self._weight = weight
-        self._row = bias if weight.is_cuda and activation == "relu" else None
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self._row is not None:
-            y = torch._addmm_activation(self._row, x.flatten(0, -2), self._weight.t())
-            return y.view(*x.shape[:-1], y.shape[-1])
         return self._activation(F.linear(x, self._weight, self.bias))
 
     def weight(self) -> tuple[Tensor, Tensor | None]:
         return self._weight, None
+
+
+class OnGPU(Plain):
+    """``F.linear``, with a relu in the same kernel where cuBLAS has one that does both."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, activation: str = "none") -> None:
+        super().__init__(weight, bias, activation)
+        self._before_relu = bias if activation == "relu" else None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            return self._activation(_compiled(x, self._weight, self.bias))
+        if self._before_relu is None:
+            return super().__call__(x)
+        y = torch._addmm_activation(self._before_relu, x.flatten(0, -2), self._weight.t())
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def _compiled(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``F.linear`` for inductor, whose code for single rows is fast for products without a bias."""
+    y = F.linear(x, weight)
+    return y if bias is None else y + bias
 
 
 class OneDNN(Product):
@@ -196,20 +216,44 @@ class Int8(Product):
 
 
 class WeightOnlyInt8(Product):
-    """A product of int8 weights and activations as they are, of plain operators: right everywhere, fast if compiled."""
+    """A product of int8 weights and activations as they are.
+
+    On a GPU a few rows take torch's own kernel, which reads the weight once. Elsewhere the weight is made one of the
+    input's dtype for each call: right everywhere, and fast if compiled.
+    """
 
     def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None, activation: str = "none") -> None:
         super().__init__(bias, activation)
         self._weight, self._scale = weight, scale
 
     def __call__(self, x: Tensor) -> Tensor:
-        # Scaled before the product, or float16 overflows: its sums are a hundred times the results. By out= a GPU
-        # multiplies in float32 and casts in one kernel.
+        # Scaled before the product, or float16 overflows: its sums are a hundred times the results.
+        if torch.compiler.is_compiling():
+            return self._activation(_compiled(x, (self._weight * self._scale).to(x.dtype), self.bias))
+        rows = x.numel() // x.shape[-1]
+        if x.is_cuda and 0 < rows <= _FEW_ROWS and _has_int8_kernel(x.device, x.dtype):
+            scale = self._scale.flatten().to(x.dtype)
+            y = torch._weight_int8pack_mm(x.flatten(0, -2), self._weight, scale).view(*x.shape[:-1], -1)
+            return self._activation(y if self.bias is None else y + self.bias)
+        # By out= a GPU multiplies in float32 and casts in one kernel.
         weight = torch.mul(self._weight, self._scale, out=x.new_empty(self._weight.shape))
         return self._activation(F.linear(x, weight, self.bias))
 
     def weight(self) -> tuple[Tensor, Tensor | None]:
         return self._weight, self._scale
+
+
+@cache
+def _has_int8_kernel(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether torch has a product of int8 weights for a GPU, and whether it gives the right numbers."""
+    if not torch._C._dispatch_has_kernel_for_dispatch_key("aten::_weight_int8pack_mm", "CUDA"):
+        return False
+    weight = torch.arange(-32, 32, dtype=torch.int8, device=device).expand(64, 64).contiguous()
+    x, scale = torch.ones(2, 64, dtype=dtype, device=device), torch.full((64,), 0.5, dtype=dtype, device=device)
+    try:
+        return bool((torch._weight_int8pack_mm(x, weight, scale) == -16).all())
+    except RuntimeError:
+        return False
 
 
 def build_product(
@@ -230,7 +274,7 @@ def build_product(
     """
     on_cpu = weight.device.type == "cpu"
     if scale is None:
-        return (kind_on_cpu(weight.dtype) if on_cpu else Plain)(weight, bias, activation)
+        return (kind_on_cpu(weight.dtype) if on_cpu else OnGPU)(weight, bias, activation)
     if on_cpu and _works(Int8, torch.float32):
         return Int8(weight, scale, bias, activation, outliers)
     return WeightOnlyInt8(weight, scale, bias, activation)
