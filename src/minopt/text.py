@@ -28,18 +28,11 @@ from minopt.wrapped import decoder_of
 
 @dataclass(frozen=True)
 class ScoredText:
-    """The probability of a text.
-
-    Attributes:
-        text: the whole text, or the continuation that is scored.
-        token_ids: the ids of that text.
-        logprobs: natural log-probability of each, after all before it (those of the prompt too); ``None`` for a
-            text's first token, before which there is nothing.
-    """
+    """The probability of a text, or of a continuation after its prompt."""
 
     text: str
     token_ids: tuple[int, ...]
-    logprobs: tuple[float | None, ...]
+    logprobs: tuple[float | None, ...]  # natural, of each id after all before it; None for the first id of all
 
     @property
     def total(self) -> float:
@@ -64,10 +57,7 @@ class LanguageModel:
     """
 
     def __init__(
-        self,
-        model: Decoder,
-        tokenizer: Tokenizer | None,
-        generation_defaults: Mapping[str, Any] | None = None,
+        self, model: Decoder, tokenizer: Tokenizer | None, generation_defaults: Mapping[str, Any] | None = None
     ) -> None:
         self.decoder: Decoder = decoder_of(model)
         self.tokenizer = tokenizer
@@ -151,12 +141,11 @@ class LanguageModel:
                 and a result waits for those before it.
             show_progress: draw a bar on stderr, if that is a terminal and there is more than one batch.
             **options: those of ``GenerationConfig`` (``max_new_tokens``, ``num_beams``, ``top_p``, ...), over
-                ``generation_defaults`` or, if given, ``config``; the arguments ``logits_processor``,
-                ``stopping_criteria`` and ``generator`` of ``minopt.generate``, which see the rows of one batch after
-                the other; ``add_bos`` of ``Tokenizer.encode``; ``skip_special_tokens``, which leaves special tokens
-                out of the texts (by default); and ``batch_size`` and ``max_batch_tokens`` of
-                ``generation.batches.cut_batches``: prompts run in batches of like length, by default of 8,192 tokens,
-                new ones and padding included, or of one prompt with ``prompt_lookup_num_tokens``.
+                ``generation_defaults`` or, if given, ``config``; ``logits_processor``, ``stopping_criteria`` and
+                ``generator`` of ``minopt.generate``, which see one batch after the other; ``add_bos`` of
+                ``Tokenizer.encode``; ``skip_special_tokens=False`` shows special tokens in the texts; and
+                ``batch_size`` and ``max_batch_tokens`` of ``generation.batches.cut_batches``, by default 8,192 tokens,
+                new ones and padding included, or one prompt with ``prompt_lookup_num_tokens``.
 
         Returns:
             An iterator of a prompt's index and its continuations; without ``in_order`` the longest prompts come first.
@@ -237,19 +226,19 @@ class LanguageModel:
         self, text: str | Sequence[str], continuations: Sequence[str] | None, add_bos: bool | None
     ) -> tuple[list[str], list[tuple[list[int], int]]]:
         """The texts; for each, the ids of prompt and text, and the index of the first id that is scored."""
-        tokenizer, given = self._tokenizer(), text if continuations is None else continuations
-        is_list = isinstance(given, Sequence) and not isinstance(given, str)
-        if continuations is not None and not (isinstance(text, str) and is_list):
-            raise ValueError("score: expected one prompt and a list of continuations.")
+        tokenizer, what, given = self._tokenizer(), "text", [text] if isinstance(text, str) else text
+        if continuations is not None:
+            what, given = "continuation", continuations
+            if not isinstance(text, str) or isinstance(given, str) or not isinstance(given, Sequence):
+                raise ValueError("score: expected one prompt and a list of continuations.")
         if not isinstance(given, Sequence):
             raise ValueError(f"score: expected a text or several, got {type(given).__name__}.")
-        texts = [given] if isinstance(given, str) else list(given)
+        texts = list(given)
         for t in texts:
-            _check_text("text" if continuations is None else "continuation", t)
-        if continuations is None:
+            _check_text(what, t)
+        if continuations is None or not isinstance(text, str):
             pairs = [(ids, 0) for ids in tokenizer.encode_each(texts, add_bos)]
         else:
-            assert isinstance(text, str)
             pairs = tokenizer.encode_continuations(text, texts, add_bos)
             bos = tokenizer.beginning(self.decoder.config)
             if text == "" and add_bos is None and bos is not None and not tokenizer.encode(""):

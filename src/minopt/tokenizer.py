@@ -131,8 +131,8 @@ class Tokenizer:
     def warn_of_conflicts(self, config: OPTConfig, folder: Path) -> None:
         """Warns if the config.json in ``folder`` and the tokenizer name other tokens (transformers issue 17431)."""
         if len(self) > config.vocab_size:
-            logger.warning("%s: the tokenizer has %d tokens, the model %d rows for them. Is it this model's?",
-                           folder, len(self), config.vocab_size)  # fmt: skip
+            what = f"the tokenizer has {len(self)} tokens, the model {config.vocab_size} rows for them"
+            logger.warning("%s: %s. Is it this model's?", folder, what)
         own = {"bos": (config.bos_token_id,), "eos": config.eos_token_ids, "pad": (config.pad_token_id,)}
         for name, known in own.items():
             token_id = getattr(self, f"{name}_token_id")

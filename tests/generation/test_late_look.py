@@ -138,10 +138,3 @@ def test_the_host_looks_each_step_where_it_costs_nothing_or_somebody_sees_the_st
     assert every(decoder) == 1
     assert every(gpu, processor=lambda ids, scores: scores) == every(gpu, criterion=lambda ids, scores: False) == 1
     assert every(gpu, max_time=1.0) == every(gpu, prompt_lookup_num_tokens=2) == 1
-
-
-def test_steps_that_are_streamed_come_as_they_are_made() -> None:
-    decoder = say([[10, 11, 2, 12, 13]])
-    with late(8):
-        steps = decode.decode_steps(prepare(decoder, torch.ones(1, 1).long(), None, GenerationConfig(max_new_tokens=5)))
-        assert [(int(step.tokens), decoder.calls) for step in steps] == [(10, 2), (11, 3), (2, 4)]

@@ -20,8 +20,6 @@ V, PAD, EOS = 24, 1, (2, 9)
 INF = torch.inf
 NO_PADDING = torch.zeros(3, dtype=torch.long)
 
-Theirs = Callable[[], Any]
-
 
 def random_ids(rows: int = 3, length: int = 12, seed: int = 0) -> Tensor:
     """Of few tokens, so that they come again and again; the pad id is one of them."""
@@ -60,10 +58,9 @@ def sampling(**options: Any) -> dict[str, Any]:
 ONE_BIAS = [[[3], -1.7]]
 BIASES = [[[4, 6], 2.3], [[7], 0.9], [[0, 3, 5], -1.1], [[1, 8], -INF], [[10], -0.4]]
 BIASES_OF_ONE_TOKEN = [[[1, 5], 0.1], [[5], 0.7], [[2, 5], 1.3], [[3, 1, 5], 0.3], [[4, 1, 5], -0.9], [[0, 5], 0.77]]
-BAD_WORDS = {"single": [[7], [0]], "pairs": [[1, 3], [4, 4], [0, 1]], "many": [[6], [2, 2], [3, 1, 0], [1, 1, 5], [2]]}
+BAD_WORDS = [[[7], [0]], [[1, 3], [4, 4], [0, 1]], [[6], [2, 2], [3, 1, 0], [1, 1, 5], [2]]]
 
 
-# What is asked for, and the processor that must agree. Greedy, unless the options say otherwise.
 class ForcedAmongTheAllowed(transformers.ForcedBOSTokenLogitsProcessor):
     """The one rule that is not transformers': what an earlier rule excludes is not forced."""
 
@@ -71,94 +68,60 @@ class ForcedAmongTheAllowed(transformers.ForcedBOSTokenLogitsProcessor):
         return super().__call__(input_ids, scores).masked_fill(scores == -INF, -INF)
 
 
-ALONE: dict[str, tuple[dict[str, Any], Theirs]] = {
-    **{
-        f"sequence_bias {name}": (
-            {"sequence_bias": biases},
-            lambda biases=biases: transformers.SequenceBiasLogitsProcessor(biases),
-        )
-        for name, biases in {"single": ONE_BIAS, "many": BIASES, "of one token": BIASES_OF_ONE_TOKEN}.items()
-    },
-    **{
-        f"repetition_penalty {penalty}": (
-            {"repetition_penalty": penalty},
-            lambda penalty=penalty: transformers.RepetitionPenaltyLogitsProcessor(penalty),
-        )
-        for penalty in (0.6, 1.3, 10.0)
-    },
-    **{
-        f"no_repeat_ngram_size {size}": (
-            {"no_repeat_ngram_size": size},
-            lambda size=size: transformers.NoRepeatNGramLogitsProcessor(size),
-        )
-        for size in (1, 2, 3, 4)
-    },
-    **{
-        f"bad_words_ids {name}": (
-            {"bad_words_ids": words},
-            lambda words=words: transformers.NoBadWordsLogitsProcessor(words, eos_token_id=None),
-        )
-        for name, words in BAD_WORDS.items()
-    },
-    **{
-        f"min_new_tokens {minimum}": (
-            {"min_new_tokens": minimum},
-            lambda minimum=minimum: transformers.MinNewTokensLengthLogitsProcessor(1, minimum, torch.tensor(EOS)),
-        )
-        for minimum in (1, 2, 5)
-    },
-    "forced_bos_token_id": ({"forced_bos_token_id": 7}, lambda: ForcedAmongTheAllowed(7)),
-    "suppress_tokens": (
-        {"suppress_tokens": [0, 7, V - 1]},
-        lambda: transformers.SuppressTokensLogitsProcessor([0, 7, V - 1]),
+# Values of each option, and the processor that must agree. A filter has a second argument, how many tokens always stay.
+RULES: dict[str, tuple[Sequence[Any], Callable[[Any], Any]]] = {
+    "sequence_bias": ([ONE_BIAS, BIASES, BIASES_OF_ONE_TOKEN], transformers.SequenceBiasLogitsProcessor),
+    "repetition_penalty": ([0.6, 1.3, 10.0], transformers.RepetitionPenaltyLogitsProcessor),
+    "no_repeat_ngram_size": ([1, 2, 3, 4], transformers.NoRepeatNGramLogitsProcessor),
+    "bad_words_ids": (BAD_WORDS, lambda words: transformers.NoBadWordsLogitsProcessor(words, eos_token_id=None)),
+    "min_new_tokens": (
+        [1, 2, 5],
+        lambda least: transformers.MinNewTokensLengthLogitsProcessor(1, least, torch.tensor(EOS)),
     ),
-    **{
-        f"temperature {t}": (sampling(temperature=t), lambda t=t: transformers.TemperatureLogitsWarper(t))
-        for t in (0.1, 0.7, 1.5)
-    },
+    "forced_bos_token_id": ([7], ForcedAmongTheAllowed),
+    "suppress_tokens": ([[0, 7, V - 1]], transformers.SuppressTokensLogitsProcessor),
+    "temperature": ([0.1, 0.7, 1.5], transformers.TemperatureLogitsWarper),
+}
+FILTERS: dict[str, tuple[Sequence[Any], Callable[..., Any]]] = {
+    "top_k": ([1, 2, 5, V - 1, V, 1000], transformers.TopKLogitsWarper),
+    "top_p": ([1e-9, 0.1, 0.5, 0.9, 0.99], transformers.TopPLogitsWarper),
+    "min_p": ([0.0, 0.01, 0.2, 0.9, 1.0], transformers.MinPLogitsWarper),
 }
 
-FILTERS: dict[str, tuple[dict[str, Any], Callable[..., Any]]] = {
-    **{
-        f"top_k {k}": (sampling(top_k=k), lambda least, k=k: transformers.TopKLogitsWarper(k, min_tokens_to_keep=least))
-        for k in (1, 2, 5, V - 1, V, 1000)
-    },
-    **{
-        f"top_p {p}": (sampling(top_p=p), lambda least, p=p: transformers.TopPLogitsWarper(p, min_tokens_to_keep=least))
-        for p in (1e-9, 0.1, 0.5, 0.9, 0.99)
-    },
-    **{
-        f"min_p {p}": (sampling(min_p=p), lambda least, p=p: transformers.MinPLogitsWarper(p, min_tokens_to_keep=least))
-        for p in (0.0, 0.01, 0.2, 0.9, 1.0)
-    },
-}
-ALL_OPTIONS = {name: options for name, (options, _) in (ALONE | FILTERS).items()}
+
+def cases(table: dict[str, tuple[Sequence[Any], Callable[..., Any]]]) -> list[tuple[str, Any]]:
+    return [(name, value) for name, (values, _) in table.items() for value in values]
 
 
-@pytest.mark.parametrize("name", ALONE)
-def test_each_rule_is_the_processor_of_transformers(name: str) -> None:
-    options, theirs = ALONE[name]
-    (rule,) = build_rules(GenerationConfig(**options), 1, NO_PADDING, EOS)
+def options_of(name: str, value: Any) -> dict[str, Any]:
+    return sampling(**{name: value}) if name == "temperature" or name in FILTERS else {name: value}
+
+
+ALL_OPTIONS = {f"{name} {value}": options_of(name, value) for name, value in cases(RULES | FILTERS)}
+
+
+@pytest.mark.parametrize(("name", "value"), cases(RULES), ids=str)
+def test_each_rule_is_the_processor_of_transformers(name: str, value: Any) -> None:
+    (rule,) = build_rules(GenerationConfig(**options_of(name, value)), 1, NO_PADDING, EOS)
     acted = 0
     for length in range(1, IDS.shape[1] + 1):
         for kind, scores in SCORES.items():
-            found = rule(IDS[:, :length], scores)
-            assert torch.equal(found, theirs()(IDS[:, :length], scores.clone())), (length, kind)
+            found, theirs = rule(IDS[:, :length], scores), RULES[name][1](value)
+            assert torch.equal(found, theirs(IDS[:, :length], scores.clone())), (length, kind)
             acted += not torch.equal(found, scores)
     assert acted >= 2  # else two that do nothing were compared
 
 
 @pytest.mark.parametrize("eos", [(), (2,), (2, 9), (2, 9, 4, 5)], ids=["no eos", "1 eos", "2 eos", "4 eos"])
 @pytest.mark.parametrize("num_beams", [1, 3])
-@pytest.mark.parametrize("name", FILTERS)
-def test_each_filter_is_that_of_transformers(name: str, num_beams: int, eos: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(("name", "value"), cases(FILTERS))
+def test_each_filter_is_that_of_transformers(name: str, value: float, num_beams: int, eos: tuple[int, ...]) -> None:
     """Beams keep one token more than can end them, however narrow the filter."""
-    options, theirs = FILTERS[name]
     least = 1 if num_beams == 1 else max(2, len(eos) + 1)
-    (rule,) = build_rules(GenerationConfig(**options, num_beams=num_beams), 4, NO_PADDING, eos)
+    (rule,) = build_rules(GenerationConfig(**options_of(name, value), num_beams=num_beams), 4, NO_PADDING, eos)
     for kind, scores in SCORES.items():
-        found = rule(IDS, scores)
-        assert torch.equal(found, theirs(least)(IDS, scores.clone())), kind
+        found, theirs = rule(IDS, scores), FILTERS[name][1](value, min_tokens_to_keep=least)
+        assert torch.equal(found, theirs(IDS, scores.clone())), kind
         assert (found.isfinite().sum(1) >= scores.isfinite().sum(1).clamp(max=least)).all()
 
 
@@ -407,7 +370,7 @@ def test_a_padded_row_gets_the_scores_of_the_row_alone(name: str) -> None:
 @pytest.mark.parametrize(
     "name",
     ["bias behind padding", "bad words behind padding", "repetition_penalty 1.3", "no_repeat_ngram_size 1",
-     "forced_bos_token_id"],
+     "forced_bos_token_id 7"],
 )  # fmt: skip
 def test_padding_matters_to_the_test_above(name: str) -> None:
     """A negative control: rules that take padding for text give padded rows other scores, and the full row the same."""
@@ -419,7 +382,7 @@ def test_padding_matters_to_the_test_above(name: str) -> None:
             for length in range(max(LENGTHS), ids.shape[1] + 1)
         ]
     ).all(0)
-    assert same.tolist() == [True, name == "forced_bos_token_id", False]
+    assert same.tolist() == [True, name == "forced_bos_token_id 7", False]
 
 
 # --- users' rules
