@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from minopt.checkpoint.checkpoint import open_checkpoint
 from tests.checkpoint import metaseq_files
 from tests.checkpoint.test_load import LAYOUTS
 from tests.conftest import KINDS, build_reference
@@ -65,41 +65,12 @@ def write_source(
     return folder
 
 
-def place_of(source: str, folder: Path, name: str, index: int) -> tuple[Path, str, int]:
-    """Where number ``index`` of the last part's share of a tensor of the 125m style lies.
-
-    Args:
-        source: one of ``SOURCES``.
-        folder: that it was written to.
-        name: minopt's.
-        index: in row-major order.
-
-    Returns:
-        The file, the key in it, and the index there.
-    """
-    if source not in METASEQ:
-        key = f"model.decoder.{name}"
-        indices = list(folder.glob("*.index.json"))
-        if indices:
-            return folder / json.loads(indices[0].read_text())["weight_map"][key], key, index
-        return next(p for p in folder.iterdir() if p.suffix in (".safetensors", ".bin")), key, index
-    options = METASEQ[source]
-    parts, shards = options.get("parts", 1), options.get("shards", 0)
-    whole = metaseq_files.metaseq_state(reference(), fused=options.get("fused", True))
-    state = metaseq_files.split_into_parts(whole, parts)[-1]
-    key = f"decoder.{name}"
-    if key not in state:
-        projection = key.split(".")[-2]
-        key = key.replace(f".{projection}.", ".qkv_proj.")
-        index += "kvq".index(projection[0]) * state[key].numel() // 3
-    if not shards:
-        return folder / ("reshard.pt" if parts == 1 else f"reshard-model_part-{parts - 1}.pt"), key, index
-    unit = ".".join(key.split(".")[:3]) if options.get("wrap", True) else ""
-    inside = [other for other in state if other.startswith(unit) and other != metaseq_files.VERSION]
-    index += sum(state[other].numel() for other in inside[: inside.index(key)])
-    shard, index = divmod(index, -(-sum(state[other].numel() for other in inside) // shards))
-    file = f"checkpoint_last-model_part-{parts - 1}-shard{shard}.pt"
-    return folder / file, f"{unit}.flat_param_0".lstrip("."), index
+def place_of(folder: Path, name: str, index: int) -> tuple[Path, str, int]:
+    """The file, key and index there of one number of a tensor; of the last part's own, or the last copy."""
+    tensor = open_checkpoint(folder).tensors[name]
+    piece = [tensor, *tensor.beside, *tensor.copies][-1]
+    (run,) = piece.runs_of(index, index + 1)
+    return run.file.path, run.key, run.start
 
 
 def change_tensor(path: Path, key: str, change: Callable[[Tensor], object]) -> None:

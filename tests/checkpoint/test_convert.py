@@ -29,14 +29,7 @@ from minopt import CheckpointError, Tokenizer, convert, load_model
 from minopt.checkpoint import names
 from minopt.checkpoint.files import TensorFile
 from tests.checkpoint.metaseq_files import metaseq_state, model_fields, split_into_parts, write_metaseq
-from tests.checkpoint.sources import (
-    KINDS_AND_SOURCES,
-    SOURCES,
-    content,
-    expected_tensors,
-    reference,
-    write_source,
-)
+from tests.checkpoint.sources import KINDS_AND_SOURCES, SOURCES, content, expected_tensors, reference, write_source
 from tests.checkpoint.test_load import change_config
 from tests.conftest import SIZE, build_reference, copy_of
 from tests.texts import EMOJI
@@ -387,8 +380,7 @@ DIGITS = {"type": "Digits", "individual_digits": True}
 
 
 @pytest.mark.parametrize(
-    "changes",
-    [{}, {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [DIGITS, BYTES]}}, {"post_processor": None}],
+    "changes", [{}, {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [DIGITS, BYTES]}}, {"post_processor": None}]
 )
 def test_a_tokenizer_that_is_more_than_metaseqs_two_files_gives_the_same_ids(
     changes: dict[str, Any], hf: Path, tmp_path: Path
@@ -511,10 +503,7 @@ def test_force_replaces_weights_and_tokenizer_and_keeps_all_else(hf: Path, small
 # --- what goes wrong in the middle ---
 
 
-OUTPUTS: dict[str, dict[str, Any]] = {
-    "hf": {"max_shard_bytes": 20_000},
-    "metaseq": {"format": "metaseq", "parts": 2},
-}
+OUTPUTS: dict[str, dict[str, Any]] = {"hf": {"max_shard_bytes": 20_000}, "metaseq": {"format": "metaseq", "parts": 2}}
 
 
 @pytest.fixture(params=OUTPUTS)

@@ -28,6 +28,7 @@ from tests.hub_server import Hub
 INPUT_IDS = [[2, 5, 17, 40, 9], [2, 60, 33, 8, 4]]
 TEXT_FILES = ["config.json", "generation_config.json", "merges.txt", "special_tokens_map.json", "tokenizer.json",
               "tokenizer_config.json", "vocab.json"]  # fmt: skip
+TOKENIZER_FILES = {name: name.encode() for name in TEXT_FILES[2:]}  # one blob each
 OTHER_FILES = dict.fromkeys(
     ["README.md", "flax_model.msgpack", "tf_model.h5", "rust_model.ot", "original/model.safetensors"], b"not wanted"
 )
@@ -128,24 +129,6 @@ def as_pickles(files: dict[str, bytes], folder: Path) -> dict[str, bytes]:
     return renamed
 
 
-def tokenizer_files() -> dict[str, bytes]:
-    """A byte-level BPE of single letters, in both forms that repositories have."""
-    letters = "abcdefghijklmnopqrstuvwxyzĠ"
-    special = ["<s>", "<pad>", "</s>", "<unk>"]
-    vocab = {token: i for i, token in enumerate([*special, *letters])}
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    flags = {"special": True, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    tokenizer = {
-        "version": "1.0", "added_tokens": [{"id": vocab[t], "content": t} | flags for t in special],
-        "pre_tokenizer": byte_level, "decoder": byte_level,
-        "model": {"type": "BPE", "vocab": vocab, "merges": []},
-    }  # fmt: skip
-    names = {"bos_token": "</s>", "eos_token": "</s>", "pad_token": "<pad>"}
-    contents = {"tokenizer.json": tokenizer, "tokenizer_config.json": names | {"add_bos_token": True},
-                "special_tokens_map.json": names, "vocab.json": vocab}  # fmt: skip
-    return {name: json.dumps(content).encode() for name, content in contents.items()} | {"merges.txt": b"#version: 0.2"}
-
-
 @dataclass
 class Published:
     """A hub with models on it, transformers' own of each, and what came of loading all of them once.
@@ -219,8 +202,8 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Published]:
     (singleton,) = write_metaseq(folder / "singleton", references["metaseq"], stem="restored")
     parts = write_metaseq(folder / "parts", references["metaseq-parts"], parts=2)
     with Hub() as hub:
-        hub.add("tester/all-formats", files["all-formats"] | wrong_pickle | tokenizer_files() | OTHER_FILES)
-        hub.add("tester/pickle", as_pickles(files["pickle"], folder / "pickle") | tokenizer_files() | OTHER_FILES)
+        hub.add("tester/all-formats", files["all-formats"] | wrong_pickle | TOKENIZER_FILES | OTHER_FILES)
+        hub.add("tester/pickle", as_pickles(files["pickle"], folder / "pickle") | TOKENIZER_FILES | OTHER_FILES)
         hub.add("tester/shards", files["shards"] | OTHER_FILES)
         hub.add("tester/pickled-shards", as_pickles(files["shards"], folder / "shards") | OTHER_FILES)
         commit = hub.add("tester/history", files["commit"])
@@ -234,7 +217,7 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Published]:
         hub.add("tester/never-fetched", files["all-formats"])
         hub.add("tester/no-model", {"README.md": b"", "data.csv": b""})
         hub.add("tester/no-weights", {"config.json": files["pickle"]["config.json"]} | OTHER_FILES)
-        hub.add("tester/metaseq", {"model/restored.pt": singleton.read_bytes(), "dict.txt": b""} | tokenizer_files())
+        hub.add("tester/metaseq", {"model/restored.pt": singleton.read_bytes(), "dict.txt": b""} | TOKENIZER_FILES)
         hub.add("tester/metaseq-parts", {path.name: path.read_bytes() for path in parts} | {"README.md": b""})
         hub.answer_only("tester/forbidden", 403)
         hub.answer_only("tester/out-of-order", 500)

@@ -342,7 +342,7 @@ def test_strange_values_are_found_at_their_places(source: str, tmp_path: Path) -
     folder = write_source(source, tmp_path / "source")
     expected = {}
     for name, index, value, words in PLANTED:
-        path, key, there = place_of(source, folder, name, index)
+        path, key, there = place_of(folder, name, index)
         change_tensor(path, key, lambda tensor, at=there, to=value: tensor.view(-1)[at].fill_(to))
         expected[name] = f"{name}: {words}, first at {path.name}: {key}[{there}]"
     report = inspect_checkpoint(folder, check=True)
@@ -373,7 +373,7 @@ def test_a_tensor_of_zeros_is_found_and_one_parts_zeros_are_not(source: str, tmp
 def test_values_are_counted_by_their_kind_in_every_dtype(dtype: torch.dtype, tmp_path: Path) -> None:
     source, name = "2 parts x 3 shards", "layers.1.fc1.weight"
     folder = write_source(source, tmp_path / "source", dtype=dtype)
-    path, key, start = place_of(source, folder, name, 40)
+    path, key, start = place_of(folder, name, 40)
     values = torch.tensor([math.nan, 101.0, -7168.0, 100.0, math.inf, 250.0])
     change_tensor(path, key, lambda tensor: tensor[start : start + 6].copy_(values))
     (finding,) = inspect_checkpoint(folder, check=True).findings
@@ -460,7 +460,7 @@ def test_one_bit_of_any_kind_changes_the_fingerprint(source: str, tmp_path: Path
     before = fingerprint(open_checkpoint(folder))
     assert fingerprint(open_checkpoint(folder)) == before
     name = ("layers.1.fc1.weight", "layers.0.self_attn.q_proj.weight", "layers.2.fc2.weight")[len(source) % 3]
-    path, key, index = place_of(source, folder, name, 0)
+    path, key, index = place_of(folder, name, 0)
     change_tensor(path, key, lambda tensor: tensor.view(-1)[index : index + 1].view(torch.int32).bitwise_xor_(1))
     assert fingerprint(open_checkpoint(folder)) != before
 

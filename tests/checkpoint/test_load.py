@@ -210,10 +210,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: (as_shards(f, "safetensors"), shutil.copy(*sorted(f.glob("model-*"))[:2])),
         r"stored in several of its files: model\.decoder\.\S+, .* and \d+ more\. Fetch the files again",
     ),
-    "tensor missing": (
-        drop("layers.1.fc1.weight"),
-        r"1 missing \(layers\.1\.fc1\.weight\).*belong together",
-    ),
+    "tensor missing": (drop("layers.1.fc1.weight"), r"1 missing \(layers\.1\.fc1\.weight\).*belong together"),
     "many missing": (
         drop(*(f"layers.{i}.self_attn.{p}_proj.weight" for i in range(3) for p in "qkv")),
         r"9 missing \(layers\.0\.self_attn\.k_proj\.weight, [^)]* and 4 more\)",

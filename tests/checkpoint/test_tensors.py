@@ -43,7 +43,7 @@ def test_rows_are_those_of_the_whole_and_all_that_is_read(
 
 def test_rows_that_parts_hold_in_copies_are_compared(tmp_path: Path) -> None:
     folder, name = write_source("2 parts", tmp_path / "model"), "embed_positions.weight"
-    path, key, index = place_of("2 parts", folder, name, 32 * 40)
+    path, key, index = place_of(folder, name, 32 * 40)
     change_tensor(path, key, lambda tensor: tensor.view(-1)[index : index + 1].add_(1))
     tensor = open_checkpoint(folder).tensors[name]
     tensor.rows(0, 40).read()
