@@ -73,24 +73,16 @@ def before_step(step: int | None, act: Patch) -> None:
 
 def record_what_is_seen() -> None:
     """Writes process, step and examples of each microbatch to a file."""
-    path = os.environ["MINOPT_TEST_SEEN"].format(rank())
-    collate, step_of = trainer.collate, trainer._Run._step
-    now: list[int] = []
-    runs: list[Any] = []
+    path, backward = os.environ["MINOPT_TEST_SEEN"].format(rank()), trainer._Run._backward
 
-    def step(run: Any, *args: Any) -> bool:
-        runs[:] = [run]
-        now[:] = [run.progress.step]
-        return step_of(run, *args)
-
-    def recorded(rows: Any, *args: Any, **options: Any) -> Any:
-        if now:
-            indices = [index for index, row in enumerate(runs[0].tokens.rows) if any(row is r for r in rows)]
+    def recorded(run: Any, rows: Any, weight: float) -> Any:
+        if rows:
+            indices = [index for index, row in enumerate(run.tokens.rows) if any(row is r for r in rows)]
             with open(path, "a", encoding="utf-8") as file:
-                file.write(json.dumps([os.getpid(), now[0], indices]) + "\n")
-        return collate(rows, *args, **options)
+                file.write(json.dumps([os.getpid(), run.progress.step, indices]) + "\n")
+        return backward(run, rows, weight)
 
-    trainer._Run._step, trainer.collate = step, recorded  # type: ignore[method-assign]
+    trainer._Run._backward = recorded  # type: ignore[method-assign]
 
 
 def kill(number: int = signal.SIGKILL) -> None:
@@ -179,33 +171,28 @@ class Runs:
         seen = str(self.folder / f"{name}.{SEEN}")
         return {"MINOPT_HOME": str(self.folder / "home"), "OMP_NUM_THREADS": "1", "MINOPT_TEST_SEEN": seen}
 
-    def __call__(self, name: str, *patches: Patch, size: int = 1, **settings: Any) -> Ended:
-        """A run in some processes, waited for."""
-        return self.command(name, self.arguments(name, **settings), *patches, size=size)
-
     def start(self, name: str, *patches: Patch, rank: int = 0, environment: dict[str, str] | None = None,
-              arguments: list[str] | None = None, **settings: Any) -> Any:  # fmt: skip
-        """One process of a run; ``said`` tells what it has said."""
-        process: Any = _FORKS.Process(target=work, args=(
-            arguments or self.arguments(name, **settings), self.environment(name) | (environment or {}),
-            self.log(name, rank), patches,
-        ))  # fmt: skip
+              **settings: Any) -> Any:  # fmt: skip
+        """One process of a run."""
+        environment = self.environment(name) | (environment or {})
+        arguments = (self.arguments(name, **settings), environment, self.log(name, rank), patches)
+        process: Any = _FORKS.Process(target=work, args=arguments)
         process.start()
         return process
 
     def log(self, name: str, rank: int = 0) -> Path:
+        """What a process has said."""
         return self.folder / f"{name}.{rank}.log"
 
-    def command(self, name: str, arguments: list[str], *patches: Patch, size: int = 1) -> Ended:
-        """As a run that is called, by its command."""
-        started = []
-        port = free_port()
+    def __call__(self, name: str, *patches: Patch, size: int = 1, **settings: Any) -> Ended:
+        """A run in some processes, waited for."""
+        started, port = [], free_port()
         for number in range(size):
             self.log(name, number).unlink(missing_ok=True)
             world = {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(size),
                      "LOCAL_WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}  # fmt: skip
             environment = world if size > 1 else {}
-            started.append(self.start(name, *patches, rank=number, environment=environment, arguments=arguments))
+            started.append(self.start(name, *patches, rank=number, environment=environment, **settings))
         until = time.monotonic() + 60
         for process in started:
             process.join(max(0.0, until - time.monotonic()))

@@ -23,11 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 import minopt
 from minopt import OPT
 from minopt.distributed import World
-from minopt.evaluation import answers
-from minopt.evaluation.answers import evaluate
 from minopt.training import trainer
-from minopt.training.batches import tokenise
-from minopt.training.data import references_of
 from minopt.training.trainer import train
 from tests.training.small import (
     break_gradients,
@@ -143,24 +139,6 @@ def run(case: Case, folder: Path, rank: int = 0) -> Report:
                   result.predictions, logits, count[0], state)  # fmt: skip
 
 
-def score(world: World) -> tuple[list[list[int]], Any]:
-    """Evaluates in all processes. Returns the rows that this one read, and the result."""
-    model, data, taken = model_of(), examples(7, seed=3), list[list[int]]()
-    config = settings(Path("unused"))
-    tokens = tokenise(data, tokenizer(), model.config, config, training=False)
-    logprobs = answers.token_logprobs
-
-    def watch(model: OPT, rows: list[list[int]], *args: Any) -> Any:
-        taken.extend(rows)
-        return logprobs(model, rows, *args)
-
-    with mock.patch.object(answers, "token_logprobs", watch):
-        result = evaluate(model, tokenizer(), tokens.rows, references_of(data), config.resolved_task().scores,
-                          config.generation, world, batch_size=2)  # fmt: skip
-    assert result is not None
-    return taken, (dict(result.metrics), dict(result.predictions))
-
-
 @dataclass(frozen=True)
 class Together:
     """What came of runs in several processes: by rank and name, and the folder that holds theirs."""
@@ -174,8 +152,7 @@ class Together:
 
 
 def _work(folder: Path, cases: dict[str, Case], world: World) -> dict[str, Any]:
-    runs: dict[str, Any] = {name: run(case, folder / name, world.rank) for name, case in cases.items()}
-    return runs | {"scores": score(world)}
+    return {name: run(case, folder / name, world.rank) for name, case in cases.items()}
 
 
 @pytest.fixture(scope="module")
@@ -194,17 +171,6 @@ def assert_same(found: Report, expected: Report) -> None:
     torch.testing.assert_close(found.logits, expected.logits, rtol=1e-4, atol=1e-4)
     assert found.metrics == pytest.approx(expected.metrics, rel=1e-5)
     assert found.predictions == expected.predictions
-
-
-@pytest.mark.parametrize("batching", ["packed", "padded"])
-def test_accumulation_gives_what_a_whole_batch_gives(kind: str, batching: str, tmp_path: Path) -> None:
-    expected = run(case(kind, batching=batching), tmp_path / "whole")
-    parts = case(kind, batching=batching, per_device_train_batch_size=2, gradient_accumulation_steps=2)
-    assert_same(run(parts, tmp_path / "parts"), expected)
-    assert losses(tmp_path / "parts") == pytest.approx(losses(tmp_path / "whole"), rel=1e-6)
-    assert len(losses(tmp_path / "whole")) == 6
-    other = run(case(kind, count=8, batching=batching), tmp_path / "other")  # what shows that this can fail
-    assert distance(other.gradients, expected.gradients) > 1e-2
 
 
 @pytest.mark.parametrize(("kind", "way"), WAYS_OF_KINDS)
@@ -233,9 +199,10 @@ def test_three_processes_give_what_one_gives_and_one_that_has_no_example_adds_no
     for report in three.found:
         assert_same(report[way], expected)
     assert losses(three.folder / way) == pytest.approx(losses(tmp_path / "one"), rel=1e-6)
-    expected = run(case(count=1, max_steps=1), tmp_path / "alone")
+    alone = run(case(count=1, max_steps=1), tmp_path / "alone")
     for report in three.found:
-        assert_same(report[f"alone, {way}"], expected)
+        assert_same(report[f"alone, {way}"], alone)
+    assert distance(alone.gradients, expected.gradients) > 1e-2  # the comparison can fail
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -266,17 +233,3 @@ def test_a_gradient_that_is_not_finite_in_one_process_skips_the_step_in_all(
             assert report.scales == [65536.0 / 2**count for count in counts[1:]]
     for step, of_each in enumerate(zip(*(report.weights for report in reports), strict=True)):
         assert all(map(torch.equal, *of_each)), step
-
-
-@pytest.mark.parametrize("size", [2, 3])
-def test_evaluation_takes_each_example_once_and_scores_as_one_process_does(
-    size: int, request: pytest.FixtureRequest
-) -> None:
-    taken, expected = score(World(0, 1, torch.device("cpu")))
-    several: Together = request.getfixturevalue({2: "two", 3: "three"}[size])
-    reports = [found["scores"] for found in several.found]
-    assert sorted(row for rows, _ in reports for row in rows) == sorted(taken)
-    assert max(len(rows) for rows, _ in reports) == -(-7 // size)
-    for _, (metrics, predictions) in reports:
-        assert metrics == pytest.approx(expected[0], rel=1e-6)
-        assert predictions == expected[1]

@@ -38,15 +38,14 @@ def evaluate(
 
     Args:
         model: whole, on the device of the process.
-        tokenizer: the model's.
         rows: each example's ids ``[T]``, and the index at which its completion begins.
         references: the right texts by the examples' ids, in the order of ``rows``; empty for plain text, of which only
             the loss is measured.
-        scores: the function that scores generated texts.
         generation: gives the options for a batch from the index of its first row.
         world: the processes; each has to call this, and gets the same result.
         batch_size: rows that a process evaluates at once.
         stop: asked between batches; once it says yes in any process, the result is ``None``.
+        tokenizer, scores: the model's, and the task's.
     """
     was_training, ids = model.training, list(references)
     model.eval()

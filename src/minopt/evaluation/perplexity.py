@@ -47,14 +47,13 @@ def window_perplexity(
 
     Args:
         model: any form of the decoder; a plain model in ``eval()`` mode, or dropout acts.
-        input_ids: the text's ids, ``[T]``.
+        input_ids: the text's ids, ``[T]``, at least two.
         window: tokens; ``None`` is the model's number of positions, 2048 for OPT.
         stride: tokens; ``None`` is the window.
         world: processes that share the windows; each calls this, and gets the same result.
 
     Raises:
-        ValueError: if window or stride make no sense, if the text has fewer than two tokens, and as
-            ``token_logprobs`` does.
+        ValueError: if window, stride or text make no sense, and as ``token_logprobs`` does.
     """
     limit, length = model.config.max_position_embeddings, len(input_ids)
     window = limit if window is None else window

@@ -49,10 +49,7 @@ def score(predictions: Mapping[str, str], references: Mapping[str, Sequence[str]
 
     Where some questions have an answer and some have none (SQuAD 2.0), also those of each kind, as
     ``has_answer_exact_match``, ``has_answer_f1``, ``no_answer_exact_match``, ``no_answer_f1``. Predictions for other
-    questions do not count.
-
-    Raises:
-        ValueError: if a question has no prediction, if there is no question, and as ``exact_match`` does.
+    questions do not count; a question without one is a ``ValueError``.
     """
     if not references:
         raise ValueError("references: expected at least one question, got none. Is it the right file?")
@@ -107,7 +104,7 @@ def _checked(references: Sequence[str]) -> Sequence[str]:
 
 
 def _normalized(references: Sequence[str]) -> list[str]:
-    """Normalises references, and drops empty ones if others are left; v1.1's script has no such rule."""
+    """Without empty ones if others are left; v1.1's script has no such rule."""
     return [text for text in map(normalize_answer, _checked(references)) if text] or [""]
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from string import Formatter
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from minopt.checkpoint.errors import some
 from minopt.config import is_int, is_number
@@ -22,15 +22,12 @@ from minopt.settings import option, problems
 _C = TypeVar("_C", bound="EvaluationConfig")
 
 _FIELDS = ("context", "question", "answer")
+_GENERATION = ("num_beams", "min_tgt_length", "no_repeat_ngram_size", "select_topk", "top_k", "top_p")
 
 
 @dataclass(frozen=True)
 class Task:
-    """How a question on a text becomes a prompt and a completion, and how generated texts are scored.
-
-    Raises:
-        ValueError: naming the option and the rule of templates that is broken.
-    """
+    """How a question becomes a prompt and a completion, and how generated texts are scored; else ``ValueError``."""
 
     # Fields are {context}, {question} and {answer}, the first and the last at most once each; {{ and }} are braces.
     prompt: str
@@ -101,11 +98,7 @@ def fill(template: str, values: Mapping[str, str]) -> tuple[str, dict[str, int]]
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """A task, the data that measures it, and how texts are generated. The help of each field describes it.
-
-    Raises:
-        ValueError: naming each field whose value makes no sense.
-    """
+    """A task, the data that measures it, and how texts are generated. Values that make no sense: ``ValueError``."""
 
     task: str = option(
         "squad", "how data becomes prompts and completions, and how generated texts are scored", choices=TASKS
@@ -129,6 +122,22 @@ class EvaluationConfig:
     top_p: float = option(  # 0 is off, as in PaddleNLP; GenerationConfig's 1 draws from all tokens too
         0.0, "draw from the fewest tokens that together have probability X (0: from all)", least=0, most=1
     )
+
+    # Settings that act only with others: which, when (given the settings, the number of processes, and whether the data
+    # to evaluate on is a text), and how the warning says it.
+    acts_only: ClassVar[tuple[tuple[tuple[str, ...], Callable[[Any, int, bool], bool], str], ...]] = (
+        (("dev_file", "max_eval_samples", "per_device_eval_batch_size", *_GENERATION), lambda c, *_: c.evaluates,
+         "with --do_eval or --evaluation_strategy"),
+        (_GENERATION, lambda c, _, is_text: not (c.evaluates and is_text),
+         "where answers are generated, and --dev_file is a text"),
+        (("length_penalty",), lambda c, *_: c.num_beams > 1, "with --num_beams of 2 or more"),
+        (("top_k", "top_p"), lambda c, *_: not c.select_topk, "where tokens are drawn, with --select_topk false"),
+        (("task",), lambda c, *_: c.prompt_template is None, "without --prompt_template"),
+        (("prompt_template",), lambda c, *_: any(
+            Path(file).suffix not in (".jsonl", ".ndjson", ".txt", ".raw")
+            for file in ([c.train_file] if c.trains else []) + [c.dev_file] * c.evaluates
+        ), "on SQuAD's files"),
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         for f in fields(self):
@@ -181,14 +190,11 @@ class EvaluationConfig:
         """Settings that are set and have no effect, one sentence for each reason."""
         asked = {f.name for f in fields(self) if getattr(self, f.name) != self.default(f.name)}
         sentences = []
-        for names, acts, when in self._acts_only():
+        for names, acts, when in self.acts_only:
             given = [f"--{name}" for name in names if name in asked]
             if given and not acts(self, processes, eval_is_text):
                 sentences.append(f"{some(given)}: ignored, {'acts' if len(given) == 1 else 'act'} only {when}")
         return sentences
-
-    def _acts_only(self) -> Sequence[tuple[Sequence[str], Callable[[Any, int, bool], bool], str]]:
-        return _ACTS_ONLY
 
     def replace(self: _C, **changes: Any) -> _C:
         return replace(self, **changes)
@@ -200,25 +206,6 @@ class EvaluationConfig:
         """All fields, a line each."""
         width = max(len(f.name) for f in fields(self))
         return "\n".join(f"{name:{width}}  {json.dumps(value)}" for name, value in self.to_dict().items())
-
-
-_GENERATION = ("num_beams", "min_tgt_length", "no_repeat_ngram_size", "select_topk", "top_k", "top_p")
-
-# Settings that act only with others: which, when (given the settings, the number of processes, and whether the data to
-# evaluate on is a text), and how the warning says it.
-_ACTS_ONLY: tuple[tuple[tuple[str, ...], Callable[[Any, int, bool], bool], str], ...] = (
-    (("dev_file", "max_eval_samples", "per_device_eval_batch_size", *_GENERATION), lambda c, *_: c.evaluates,
-     "with --do_eval or --evaluation_strategy"),
-    (_GENERATION, lambda c, _, is_text: not (c.evaluates and is_text),
-     "where answers are generated, and --dev_file is a text"),
-    (("length_penalty",), lambda c, *_: c.num_beams > 1, "with --num_beams of 2 or more"),
-    (("top_k", "top_p"), lambda c, *_: not c.select_topk, "where tokens are drawn, with --select_topk false"),
-    (("task",), lambda c, *_: c.prompt_template is None, "without --prompt_template"),
-    (("prompt_template",), lambda c, *_: any(
-        Path(file).suffix not in (".jsonl", ".ndjson", ".txt", ".raw")
-        for file in ([c.train_file] if c.trains else []) + [c.dev_file] * c.evaluates
-    ), "on SQuAD's files"),
-)  # fmt: skip
 
 
 def seed_of(*parts: int) -> int:

@@ -59,10 +59,7 @@ def tokenise(
     tokens of its context; if it names none, its first tokens (but for the bos). For training it loses those farthest
     from the answer, and is dropped if the answer would have to be cut. Otherwise it loses the end of its context, as if
     the answer were not known. A text becomes rows of ``src_length + tgt_length`` tokens and the one after them, of
-    which all but the first count in the loss.
-
-    Raises:
-        ValueError: if no row is left.
+    which all but the first count in the loss. No row at all is a ``ValueError``.
     """
     src_length, tgt_length, tokens = config.src_length, config.tgt_length, Tokens([])
     if isinstance(data, str):
@@ -131,14 +128,10 @@ def microbatches(
 ) -> Iterator[list[list[int]]]:
     """The examples of the microbatches of each step, by index, without end: each example once an epoch.
 
-    Args:
-        lengths: the examples' lengths in tokens.
-        batch_size: examples of a step, of all processes together; the last step of an epoch may have fewer.
-        count: microbatches of a step, of all processes together. Each gets about as many examples and tokens as the
-            others; some are empty if the step has fewer examples.
-        seed: decides the order, another one in each epoch.
-        grouped: examples of similar length share a step.
-        first_step: the one to begin with, counted from 0 over all epochs.
+    A step has ``batch_size`` examples of all processes together, the last one of an epoch perhaps fewer, and ``count``
+    microbatches, each with about as many examples and tokens as the others; some are empty if it has fewer examples.
+    Each epoch has another order, which follows from the seed. ``grouped`` means that examples of similar length share a
+    step. ``first_step`` is counted from 0 over all epochs.
     """
     epoch, at = divmod(first_step, math.ceil(len(lengths) / batch_size))
     sizes = torch.tensor(lengths)

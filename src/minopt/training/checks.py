@@ -18,11 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 def check_fit(model: OPT, config: EvaluationConfig, eval_data: Sequence[Example] | str | None) -> None:
-    """Refuses settings that do not fit the model or the data, and a model that cannot be saved.
-
-    Raises:
-        ValueError: naming the option, or the parameters that are not an OPT's own.
-    """
+    """Refuses settings that do not fit the model or the data, and a model that cannot be saved: ``ValueError``."""
     named_tensors(model)  # or it would be trained to the end and then not be saved
     positions, longest = model.config.max_position_embeddings, config.src_length + config.tgt_length
     if longest > positions:
@@ -45,10 +41,9 @@ def check_fit(model: OPT, config: EvaluationConfig, eval_data: Sequence[Example]
 
 
 def accumulation_of(config: TrainingConfig, world: World, batch_size: int) -> int:
-    """Microbatches of a process in a step of so many examples, which are as many as the run began with.
+    """Microbatches of a process in a step of so many examples; ``ValueError`` with the sizes that fit if none does.
 
-    Raises:
-        ValueError: if the batch cannot be divided so; it says which sizes would do.
+    A run keeps the examples a step with which it began.
     """
     found, rest = divmod(batch_size, config.per_device_train_batch_size * world.size)
     if rest:
@@ -69,11 +64,7 @@ def accumulation_of(config: TrainingConfig, world: World, batch_size: int) -> in
 def warn(config: EvaluationConfig, world: World, tokens: Mapping[str, Tokens | None], *, eval_is_text: bool) -> None:
     """Says once what of the data was cut, which settings are ignored, and which are likely a mistake.
 
-    Args:
-        config: the settings.
-        world: the processes, of which the first one says it.
-        tokens: of the data of ``train_file`` and ``dev_file``; ``None`` where there are none.
-        eval_is_text: whether the data to evaluate on are a text.
+    ``tokens`` are of the data of ``train_file`` and ``dev_file``, ``None`` where there are none.
     """
     if not world.is_first:
         return

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -34,10 +34,7 @@ def with_recipe(settings: Mapping[str, Any]) -> dict[str, Any]:
 class TrainingConfig(EvaluationConfig):
     """Settings of a fine-tuning run, and of its evaluation. ``minopt finetune --help`` describes each field.
 
-    A recipe gives the values of fields that the call does not name.
-
-    Raises:
-        ValueError: naming each field whose value makes no sense.
+    A recipe gives the values of fields that the call does not name. Values that make no sense are a ``ValueError``.
     """
 
     output_dir: str = option("", "folder of the run: its checkpoints, metrics and model")
@@ -154,12 +151,7 @@ class TrainingConfig(EvaluationConfig):
 
     @classmethod
     def from_file(cls, path: str | Path) -> dict[str, Any]:
-        """Reads settings from JSON: an object whose keys are fields, or the ``run.json`` of a run.
-
-        Raises:
-            FileNotFoundError: if there is no such file.
-            ValueError: if it is no such JSON, or has keys that are no fields.
-        """
+        """Reads settings from JSON: an object whose keys are fields, or a run's ``run.json``; else ``ValueError``."""
         if not Path(path).is_file():
             what = "a folder" if Path(path).is_dir() else "nothing of that name"
             raise FileNotFoundError(f"--config: expected a JSON file, got {what} ({path}). Check the path.")
@@ -175,9 +167,6 @@ class TrainingConfig(EvaluationConfig):
     def replace(self, **changes: Any) -> TrainingConfig:
         return replace(self, **with_recipe(changes))
 
-    def _acts_only(self) -> Sequence[tuple[Sequence[str], Callable[[Any, int, bool], bool], str]]:
-        return (*_ACTS_ONLY, *super()._acts_only())
-
 
 # Settings with which a run may go on from a checkpoint whatever their values were before.
 _SAME_RUN = {
@@ -192,8 +181,7 @@ _TRAINING = tuple(
     if f.name not in ("model_name_or_path", "do_train", "do_eval", "recipe", "device", "eval_steps")
 )  # fmt: skip
 
-# As in ``EvaluationConfig``: which settings act only with others, when, and how the warning says it.
-_ACTS_ONLY: tuple[tuple[tuple[str, ...], Callable[[TrainingConfig, int, bool], bool], str], ...] = (
+TrainingConfig.acts_only = (
     (_TRAINING, lambda c, *_: c.trains, "while training, and --do_eval alone trains nothing"),
     (("num_train_epochs",), lambda c, *_: c.max_steps < 0 or not c.trains, "without --max_steps"),
     (("warmup_ratio",), lambda c, *_: not c.warmup_steps or not c.trains, "without --warmup_steps"),
@@ -201,6 +189,7 @@ _ACTS_ONLY: tuple[tuple[tuple[str, ...], Callable[[TrainingConfig, int, bool], b
      "with a learning rate that falls, and --lr_scheduler_type is constant"),
     (("parallel",), lambda c, processes, _: processes > 1 or not c.trains, "in several processes (torchrun)"),
     (("eval_steps",), lambda c, *_: c.evaluation_strategy == "steps", "with --evaluation_strategy steps"),
+    *EvaluationConfig.acts_only,
 )  # fmt: skip
 
 

@@ -52,25 +52,14 @@ _KINDS = {str: "a text", list: "a list", dict: "an object", int: "a whole number
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt and what is to follow it.
-
-    Attributes:
-        prompt: the text that the model is given.
-        completion: the text that it learns to write after that, with the space or newline between the two.
-        references: all right texts, for scoring; ``""`` says that there is no answer. None: the completion.
-        id: differs between the examples of a file.
-        context: start and end of the characters of the prompt that may be cut if it is too long; empty if it has no
-            such part.
-        answer: start and end of the characters inside ``context`` that training must not cut, because the completion
-            repeats or asks for them; empty if there are none.
-    """
+    """A prompt and what is to follow it. Spans are the begin and end of characters of the prompt; empty for none."""
 
     prompt: str
-    completion: str
-    references: tuple[str, ...] = ()
-    id: str = ""
-    context: tuple[int, int] = (0, 0)
-    answer: tuple[int, int] = (0, 0)
+    completion: str  # that the model learns to write, with the space or newline before it
+    references: tuple[str, ...] = ()  # all right texts, for scoring; "" says that there is no answer. None: completion
+    id: str = ""  # differs between the examples of a file
+    context: tuple[int, int] = (0, 0)  # the span that may be cut if the prompt is too long
+    answer: tuple[int, int] = (0, 0)  # the span in it that training must not cut: the completion repeats or asks for it
 
 
 def references_of(data: Sequence[Example] | str) -> dict[str, tuple[str, ...]]:
@@ -100,13 +89,9 @@ def read_data(
         split: which published file, and which option a message names: ``train_file`` or ``dev_file``.
         show_progress: draw a bar on stderr while downloading, if that is a terminal.
 
-    Returns:
-        The examples in the order of the file, or the text as it is in the file.
-
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if its ending is unknown, it is empty, not UTF-8 or holds no examples, or two have one id; or
-            naming the place in it that is not what the format has there.
+        ValueError: if it is no such file, is empty, or two examples have one id; with the place that is wrong.
         OSError: if a download fails; nothing is left of it then.
     """
     if split not in ("train", "dev"):

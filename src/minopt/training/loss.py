@@ -5,6 +5,7 @@ Shapes: M positions that count, E word_embed_proj_dim, V vocab_size.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -36,27 +37,18 @@ class ModelWithLoss(nn.Module):
         return cross_entropy_sum(h.flatten(0, 1)[batch.at], weight, batch.targets, label_smoothing)
 
 
-def cross_entropy_sum(h: Tensor, weight: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
+class _CrossEntropySum(torch.autograd.Function):
     """``F.cross_entropy(h @ weight.T, targets, reduction="sum")`` in float32, some positions at a time.
+
+    Takes ``h [M, E]``, the token table ``[V, E]``, ``targets [M]``, and the probability that is spread over all rows of
+    the vocabulary, as in torch's; M may be 0. Gives a float32 scalar; float64 where ``h`` is.
 
     Gradients are computed together with the loss, while the logits of a chunk are in memory, and scaled in the backward
     pass: no logits are kept, and none computed twice. Under autocast the products are in its dtype.
-
-    Args:
-        h: ``[M, E]``; M may be 0.
-        weight: the token table, ``[V, E]``.
-        targets: ``[M]``.
-        label_smoothing: the probability that is spread over all rows of the vocabulary, as in torch's.
-
-    Returns:
-        A float32 scalar; float64 where ``h`` is.
     """
-    return _CrossEntropySum.apply(h, weight, targets, label_smoothing)  # type: ignore[no-untyped-call]
 
-
-class _CrossEntropySum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, h: Tensor, weight: Tensor, targets: Tensor, label_smoothing: float) -> Tensor:
+    def forward(ctx: Any, h: Tensor, weight: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
         kind = h.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else h.dtype
         wide = torch.promote_types(dtype, torch.float32)
@@ -99,3 +91,6 @@ class _CrossEntropySum(torch.autograd.Function):
             for g, dtype in zip(gradients, ctx.dtypes, strict=True)
         )
         return grad_h, grad_weight, None, None
+
+
+cross_entropy_sum: Callable[..., Tensor] = _CrossEntropySum.apply

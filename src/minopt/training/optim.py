@@ -24,13 +24,9 @@ def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Ada
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=config.learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        eps=config.adam_epsilon,
-        fused=True,
-    )
+    groups = [group for group in groups if group["params"]]
+    betas = (config.adam_beta1, config.adam_beta2)
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, eps=config.adam_epsilon, fused=True)
 
 
 def learning_rate(step: int, total_steps: int, config: TrainingConfig) -> float:
@@ -52,10 +48,9 @@ def learning_rate(step: int, total_steps: int, config: TrainingConfig) -> float:
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
     """Scales gradients down to a norm over all of them, on all processes; 0 leaves them.
 
-    Returns:
-        The norm before that, a float32 scalar, the same on all processes; not finite if any gradient is not.
+    Returns the norm before that, the same on all processes; it is not finite if any gradient is not.
     """
-    parameters = [p for p in parameters if p.grad is not None]
+    parameters = list(parameters)
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     if isinstance(norm, DTensor):  # of sharded gradients
         norm = norm.full_tensor()

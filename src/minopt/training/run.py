@@ -47,10 +47,9 @@ _STATE = "state.json"  # of a checkpoint; written last
 
 
 class RunFolder:
-    """The folder of a run, which need not be there yet. All processes of the run use the same one.
+    """The folder of a run, with checkpoints such as ``checkpoints/step-00000120``.
 
-    Checkpoints are called ``checkpoints/step-00000120`` and the like. All processes call ``save`` and ``load``, and the
-    first one alone calls all else.
+    All processes of the run use the same one: all call ``save`` and ``load``, and the first one alone all else.
     """
 
     def __init__(self, path: str | Path, world: World) -> None:
@@ -81,9 +80,8 @@ class RunFolder:
     def claim(self, record: Mapping[str, Any], resume: str, *, overwrite: bool) -> Path | None:
         """Makes the folder ready for a run, and finds the checkpoint from which it goes on, if there is one.
 
-        Args:
-            record: ``settings`` as ``TrainingConfig.to_dict`` gives them, and ``data``, a digest.
-            resume, overwrite: see ``TrainingConfig.resume`` and ``overwrite_output_dir``.
+        ``record`` has ``settings`` as ``TrainingConfig.to_dict`` gives them, and ``data``, a digest; ``resume`` and
+        ``overwrite`` are as in the settings.
 
         Raises:
             ValueError: if the folder or the checkpoint is of a run with other settings.
@@ -210,10 +208,8 @@ class RunFolder:
         """Writes a checkpoint, or the state alone of one that is there.
 
         It holds model and optimizer as torch.distributed.checkpoint writes them, a file a process, and what else there
-        is as state.json. It is written under a hidden name and renamed when all of it is on the disk.
-
-        Raises:
-            OSError: if it cannot be written; earlier checkpoints are as they were.
+        is as state.json. It is written under a hidden name and renamed when all of it is on the disk: after an
+        ``OSError`` earlier checkpoints are as they were.
         """
         path, text = self.checkpoint(step), json.dumps(state, indent=1) + "\n"
         if self.world.first(path.exists):
@@ -242,11 +238,7 @@ class RunFolder:
             ) from None
 
     def load(self, path: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Fills a model and its optimizer, in place.
-
-        Raises:
-            ValueError: if the checkpoint is not of such a model, or damaged.
-        """
+        """Fills a model and its optimizer, in place; ``ValueError`` if the checkpoint is not of such a one."""
         tensors = _tensors(module, optimizer)
 
         def read() -> None:

@@ -24,7 +24,7 @@ from minopt.distributed import World, processes
 from minopt.evaluation.answers import evaluate
 from minopt.evaluation.tasks import seed_of
 from minopt.model import OPT
-from minopt.progress import bar, counted, on_terminal, say
+from minopt.progress import bar, counted, say
 from minopt.tokenizer import Tokenizer
 from minopt.training.batches import Row, collate, microbatches, tokenise
 from minopt.training.checks import accumulation_of, check_fit, warn
@@ -40,33 +40,18 @@ MOST_SKIPPED = 20  # steps in a row whose gradients are not finite
 
 @dataclass(frozen=True)
 class TrainResult:
-    """The result of a run.
+    """The result of a run, the same in all processes."""
 
-    Attributes:
-        steps: the number of steps, those before a resumption included.
-        skipped_steps: the number of steps that changed nothing because their gradients were not finite.
-        loss: the mean over the tokens of the steps in the last line of metrics.jsonl; NaN without training.
-        metrics: the last evaluation's; empty if there was none. See ``EvaluationResult``.
-        predictions: the last evaluation's.
-        output_dir: the folder that now holds the model.
-    """
-
-    steps: int
-    skipped_steps: int
-    loss: float
-    metrics: dict[str, float]
-    predictions: dict[str, str] = field(repr=False)
-    output_dir: Path
+    steps: int  # those before a resumption included
+    skipped_steps: int  # that changed nothing because their gradients were not finite
+    loss: float  # the mean over the tokens of the steps in the last line of metrics.jsonl; NaN without training
+    metrics: dict[str, float]  # the last evaluation's, see EvaluationResult; empty if there was none
+    predictions: dict[str, str] = field(repr=False)  # the last evaluation's
+    output_dir: Path  # the folder that now holds the model
 
 
 class TrainingStopped(RuntimeError):
-    """A signal has ended the run, after a step and with a checkpoint.
-
-    Attributes:
-        signal: the signal's number.
-        step: the number of steps that are done.
-        checkpoint: the one from which the run goes on.
-    """
+    """A signal (its number) has ended the run after a step, with a checkpoint from which the run goes on."""
 
     def __init__(self, signal: int, step: int, checkpoint: Path) -> None:
         super().__init__(f"stopped after step {step}; {checkpoint} holds all of it.")
@@ -93,9 +78,6 @@ def train(
         config: the settings of the run.
         tokenizer: the model's; ``None``, with a name, takes the one beside its weights, or one folder up.
         eval_data: the data to evaluate on.
-
-    Returns:
-        The result, the same in all processes; the model is saved, with its tokenizer.
 
     Raises:
         ValueError: if the settings do not fit the model, the data, the processes or the run in the folder; or if
@@ -193,11 +175,15 @@ class _Run:
         self.steps_per_epoch = math.ceil(len(self.tokens.rows) / self.batch_size)
         epochs = math.ceil(config.num_train_epochs * self.steps_per_epoch)
         self.total_steps = config.max_steps if config.max_steps > 0 else epochs
-        shown = world.is_first and on_terminal()
+        lengths, count = [len(ids) for ids, _ in self.tokens.rows], world.size * self.accumulation
+        grouped, self.first_step = config.batching == "grouped", self.progress.step  # above 0 in a run that goes on
+        self.microbatches = microbatches(
+            lengths, self.batch_size, count, config.seed, grouped=grouped, first_step=self.first_step
+        )
+        self.began_at = time.perf_counter()
         devices = [world.device.index or 0] if world.device.type == "cuda" else []
-        self.first_step, self.began_at = self.progress.step, time.perf_counter()  # a run that goes on has done some
         with (
-            bar(self.total_steps, "step", initial=self.first_step, shown=shown) as self.bar,
+            bar(self.total_steps, "step", initial=self.first_step) as self.bar,
             self.signals,
             torch.random.fork_rng(devices=devices),
         ):
@@ -252,13 +238,10 @@ class _Run:
 
     def _loop(self) -> None:
         config, done = self.config, self.progress
-        lengths, count = [len(ids) for ids, _ in self.tokens.rows], self.world.size * self.accumulation
-        steps = microbatches(lengths, self.batch_size, count, config.seed, grouped=config.batching == "grouped",
-                             first_step=done.step)  # fmt: skip
         stopped = done.step > 0 and self._evaluate_if_due()  # a run may be killed between a checkpoint and this
         while done.step < self.total_steps and not stopped:
             began = time.perf_counter()
-            stopped = self._step(next(steps))
+            stopped = self._step()
             self.seconds += time.perf_counter() - began
             done.step += 1
             last = done.step == self.total_steps
@@ -272,12 +255,13 @@ class _Run:
             self._save()
             raise TrainingStopped(self.signals.received or signal.SIGTERM, done.step, self.folder.checkpoint(done.step))
 
-    def _step(self, examples: list[list[int]]) -> bool:
-        """One optimizer step, of all processes' microbatches. Returns whether a signal has come to any process."""
+    def _step(self) -> bool:
+        """One optimizer step. Returns whether a signal has come to any process."""
         config, world, step = self.config, self.world, self.progress.step
         torch.manual_seed(seed_of(config.seed, step, world.rank))
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(step, self.total_steps, config)
+        examples = next(self.microbatches)
         learned, mine = sum(map(self.tokens.learned, examples)), examples[world.rank :: world.size]
         loss_sum = torch.zeros((), device=world.device)
         for number, indices in enumerate(mine, 1):
@@ -360,9 +344,7 @@ class _Run:
     def _evaluate(self) -> bool:
         assert self.eval_tokens is not None
         config, world, done, task = self.config, self.world, self.progress, self.config.resolved_task()
-        dtype = self.dtype or torch.float32
-        if dtype == torch.float16 and world.device.type == "cpu":
-            dtype = torch.float32
+        dtype = torch.float32 if self.dtype is None or (config.fp16 and world.device.type == "cpu") else self.dtype
         result = evaluate(
             gathered(self.model, world.device, dtype), self.tokenizer, self.eval_tokens.rows, self.references,
             task.scores, config.generation, world, batch_size=config.per_device_eval_batch_size,

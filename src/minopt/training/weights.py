@@ -33,10 +33,7 @@ FILE_BYTES = 1_000_000_000  # of one file of weights
 def find(name_or_path: str | Path, tokenizer: Tokenizer | None, world: World) -> tuple[Checkpoint, Tokenizer]:
     """Opens a checkpoint as ``load_model`` does, and the tokenizer beside its weights, or one folder up.
 
-    Raises:
-        ValueError: (``CheckpointError`` where it is the files) if they are no model's, or have no tokenizer, or
-            processes see different ones.
-        OSError: as ``load_model`` does.
+    Raises what that raises, and ``ValueError`` without a tokenizer, or if processes see different files.
     """
 
     def opened() -> tuple[Checkpoint, Tokenizer]:
@@ -64,11 +61,8 @@ def apply_fsdp(module: nn.Module, model: OPT, dtype: torch.dtype | None, device:
     Parameters outside of the layers form one group with the root module: the token table is used first and last, and
     must not be in two groups. Of a model on the ``"meta"`` device each process gets its shares unfilled.
 
-    Args:
-        module: the module whose forward is called; holds ``model``.
-        model: the model.
-        dtype: parameters are gathered and used in it; gradients are summed in float32. ``None`` is float32.
-        device: this process's device.
+    ``module`` is the one whose forward is called, and holds the model. Parameters are gathered and used in ``dtype``,
+    gradients are then summed in float32; ``None`` is float32.
     """
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=None if dtype is None else torch.float32)
@@ -83,10 +77,6 @@ def fill(model: OPT, checkpoint: Checkpoint, world: World) -> None:
     """Gives a model on the ``"meta"`` device, or a sharded one, the weights of its checkpoint, in float32.
 
     Of a sharded one each process reads its share of each tensor alone: of the rows, as FSDP divides them.
-
-    Raises:
-        ValueError: (``CheckpointError``) if the files do not hold what they should.
-        OSError: if they cannot be read.
     """
     if not _is_sharded(model):
         state = world.each(lambda: dict(read_weights(checkpoint, world.device, torch.float32)))
