@@ -61,7 +61,7 @@ def entered(walk: Callable[[], Any]) -> list[str]:
     found: dict[str, None] = {}
     given: dict[int, bool] = {}
     properties = {
-        item.fget.__code__
+        getattr(item.fget, "__code__", None)
         for module in list(sys.modules.values())
         if getattr(module, "__name__", "").startswith("minopt")
         for kind in vars(module).values()

@@ -172,11 +172,11 @@ class Runs:
         return {"MINOPT_HOME": str(self.folder / "home"), "OMP_NUM_THREADS": "1", "MINOPT_TEST_SEEN": seen}
 
     def start(self, name: str, *patches: Patch, rank: int = 0, environment: dict[str, str] | None = None,
-              **settings: Any) -> Any:  # fmt: skip
-        """One process of a run."""
+              arguments: list[str] | None = None, **settings: Any) -> Any:  # fmt: skip
+        """One process of a run, or of the command with the given arguments."""
         environment = self.environment(name) | (environment or {})
-        arguments = (self.arguments(name, **settings), environment, self.log(name, rank), patches)
-        process: Any = _FORKS.Process(target=work, args=arguments)
+        arguments = arguments or self.arguments(name, **settings)
+        process: Any = _FORKS.Process(target=work, args=(arguments, environment, self.log(name, rank), patches))
         process.start()
         return process
 
