@@ -196,30 +196,6 @@ def test_squad_with_anything_missing_or_of_another_type_is_read_or_the_path_to_t
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ([1], "all of it: expected an object, got a list. A .json holds SQuAD (v1.1 or v2.0), a .jsonl"),
-        ({"a": 1}, "data: expected a list, got nothing. "),
-        (squad("c", {"question": None}), "data[0].paragraphs[0].qas[0].id: expected a text, got nothing. "),
-        (squad("c", qa("?", ("c", True))), "qas[0].answers[0].answer_start: expected a whole number, got true or fal"),
-        (squad("c", qa("?", (" \n", 0))), "qas[0].answers[0].text: expected an answer, got a blank text. "),
-        (squad("c", qa("?")), "qas[0].answers: expected one or more, got none. A question without answers needs is_"),
-        (squad("c\ud800", qa("?")), "paragraphs[0].context: expected characters, got half of one at 1 of the text. "),
-        (b'{"data": [}', "expected JSON, got an error: Expecting value: line 1 column 11 (char 10). "),
-        (b"[" * 200_000, "expected JSON, got an error: "),
-        (b'{"data": ' + b"9" * 5000 + b"}", "expected JSON, got an error: Exceeds the limit"),
-    ],
-)
-def test_json_that_is_not_squad_is_one_line_with_the_path_of_what_is_wrong(
-    write: Write, content: Any, message: str
-) -> None:
-    path = write("dev.json", content)
-    with pytest.raises(ValueError, match=rf"^{re.escape(str(path))}: [\w\[\].]*{re.escape(message)}") as caught:
-        read_data(path, split="dev")
-    assert "\n" not in str(caught.value)
-
-
 @pytest.mark.parametrize(("ending", "mark"), [(".jsonl", b""), (".ndjson", b"\xef\xbb\xbf"), (".JSONL", b"")])
 def test_lines_of_json_are_examples_with_their_texts_as_they_are(write: Write, ending: str, mark: bytes) -> None:
     lines = ['{"prompt": " {answer}\\n", "completion": " b\\n"}', "", " \r",
@@ -233,23 +209,34 @@ def test_lines_of_json_are_examples_with_their_texts_as_they_are(write: Write, e
     ]
 
 
+GOOD_LINE = b'{"prompt": "a", "completion": "b"}\n\n'  # the next one is the third
+
+
 @pytest.mark.parametrize(
-    ("line", "message"),
+    ("content", "message"),
     [
-        ("[1]", "all of it: expected an object, got a list. "),
-        ('{"prompt": "a"}', "completion: expected a text, got nothing. A .json holds SQuAD"),
-        ('{"completion": "a"}', "prompt: expected a text, got nothing. "),
-        ('{"prompt": 1, "completion": "a"}', "prompt: expected a text, got a whole number. "),
-        ('{"prompt": "a", "completion": ""}', "completion: expected a text to train on, got an empty one. "),
-        ('{"prompt": "a", "completion": "\\ud83d"}', "completion: expected characters, got half of one at 0 of the "),
-        ('{"prompt": "a", "completion": "b", "id": null}', "id: expected a text, got null. "),
-        ('{"prompt": "a"', "expected JSON, got an error: Expecting ',' delimiter"),
+        ([1], "all of it: expected an object, got a list. A .json holds SQuAD (v1.1 or v2.0), a .jsonl"),
+        (squad("c", qa("?", ("c", True))), "data[0].paragraphs[0].qas[0].answers[0].answer_start: expected a whole nu"),
+        (squad("c", qa("?", (" \n", 0))), "data[0].paragraphs[0].qas[0].answers[0].text: expected an answer, got a bl"),
+        (squad("c", qa("?")), "data[0].paragraphs[0].qas[0].answers: expected one or more, got none. A question witho"),
+        (squad("c\ud800", qa("?")), "data[0].paragraphs[0].context: expected characters, got half of one at 1 of the "),
+        (b'{"data": [}', "expected JSON, got an error: Expecting value: line 1 column 11 (char 10). "),
+        (b"[" * 200_000, "expected JSON, got an error: "),
+        (b'{"data": ' + b"9" * 5000 + b"}", "expected JSON, got an error: Exceeds the limit"),
+        (GOOD_LINE + b"[1]", "line 3: all of it: expected an object, got a list. "),
+        (GOOD_LINE + b'{"prompt": "a"}', "line 3: completion: expected a text, got nothing. A .json holds SQuAD"),
+        (GOOD_LINE + b'{"prompt": 1, "completion": "a"}', "line 3: prompt: expected a text, got a whole number. "),
+        (GOOD_LINE + b'{"prompt": "a", "completion": ""}', "line 3: completion: expected a text to train on, got an"),
+        (GOOD_LINE + b'{"prompt": "a", "completion": "b", "id": null}', "line 3: id: expected a text, got null. "),
+        (GOOD_LINE + b'{"prompt": "a"', "line 3: expected JSON, got an error: Expecting ',' delimiter"),
     ],
-)
-def test_a_bad_line_is_named_with_its_file_and_number(write: Write, line: str, message: str) -> None:
-    path = write("a.jsonl", f'{{"prompt": "a", "completion": "b"}}\n\n{line}'.encode())
-    with pytest.raises(ValueError, match=f"^{re.escape(f'{path}: line 3: {message}')}") as caught:
-        read_data(path)
+)  # fmt: skip
+def test_what_is_not_of_the_format_is_one_line_with_the_place_of_what_is_wrong(
+    write: Write, content: Any, message: str
+) -> None:
+    path = write("a.jsonl" if message.startswith("line") else "dev.json", content)
+    with pytest.raises(ValueError, match=f"^{re.escape(f'{path}: {message}')}") as caught:
+        read_data(path, split="dev")
     assert "\n" not in str(caught.value)
 
 

@@ -174,7 +174,7 @@ def _squad_examples(record: dict[str, Any], context: str, task: Task, at: str) -
     answers = [] if record.get("is_impossible") else record.get("answers", [])
     if blank := [n for n, answer in enumerate(answers) if not answer["text"].strip()]:
         raise ValueError(f"{at}[{blank[0]}].text: expected an answer, got a blank text. {_FORMATS}")
-    if not answers and "is_impossible" not in record:
+    if not answers and not (record.get("is_impossible") or {"is_impossible", "answers"} <= record.keys()):
         raise ValueError(f"{at}: expected one or more, got none. A question without answers needs is_impossible: true.")
     right = tuple(dict.fromkeys(answer["text"].strip() for answer in answers))
     values = {"context": context, "question": record["question"].strip(), "answer": (*right, UNANSWERABLE)[0]}
