@@ -67,7 +67,7 @@ def entered(walk: Callable[[], Any]) -> list[str]:
         for kind in vars(module).values()
         if isinstance(kind, type)
         for item in vars(kind).values()
-        if isinstance(item, property) and item.fget is not None
+        if isinstance(item, property) and hasattr(item.fget, "__code__")
     }
 
     def look(frame: FrameType, event: str, result: object) -> None:

@@ -22,7 +22,7 @@ from minopt.devices import auto_dtype
 
 logger = logging.getLogger(__name__)
 
-# What reads files of each format: from a ``Found``, a known configuration and patterns to ignore to ``Tensors``.
+# What reads files of each format: from a ``Found``, a known configuration and patterns to ignore to ``Contents``.
 _READERS = {
     Format.HUGGING_FACE: read_huggingface,
     Format.DIVIDED: read_huggingface,
