@@ -83,7 +83,8 @@ def main() -> None:
     folder, dtype, tokens, rounds = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
     device = "cuda" if torch.cuda.is_available() else "cpu"
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(minutes=20))
+    alone: dict[str, Any] = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    dist.init_process_group(backend, timeout=timedelta(minutes=20), **alone)
     size, rank = dist.get_world_size(), dist.get_rank()
     if device == "cuda":
         torch.cuda.set_device(rank)

@@ -175,10 +175,6 @@ def _text(word: str) -> str:
     return utf8(word)
 
 
-def _ids(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(",") if text.strip())
-
-
 def _choice(choices: Sequence[str], text: str) -> Any:
     word = text.lower() if "true" in choices else text
     return {"true": True, "false": False}.get(word, choices[choices.index(word)])
@@ -186,7 +182,7 @@ def _choice(choices: Sequence[str], text: str) -> Any:
 
 # For each type of a field: what reads a word, what stands for it in the help, and what an error expects.
 _Kind = tuple[Callable[[str], Any], str, str]
-_IDS: _Kind = (_ids, "IDS", "ids such as 5 or 5,6")
+_IDS: _Kind = (lambda text: tuple(map(int, text.split(","))) if text else (), "IDS", "ids such as 5 or 5,6")
 _KINDS: dict[str, _Kind] = {
     "int": (int, "N", "an integer"), "float": (float, "X", "a number"), "str": (str, "TEXT", "a text"),
     "file": (str, "FILE", "a file"), "folder": (str, "FOLDER", "a folder"),
