@@ -122,15 +122,11 @@ class Request:
         mask = None if mask is None else mask.to(device)
         return replace(self, input_ids=self.input_ids.to(device), attention_mask=mask)
 
-    def padding(self) -> Tensor:
-        """How many tokens at the left of each prompt are padding, ``[B]``."""
-        mask, ids = self.attention_mask, self.input_ids
-        return ids.new_zeros(len(ids)) if mask is None else (~mask).sum(1)
-
     def rules(self, copies: int) -> list[Rule]:
         """The rules on scores of ``B * copies`` rows."""
-        padding = self.padding().repeat_interleave(copies)
-        return build_rules(self.config, self.input_ids.shape[1], padding, self.eos_token_ids, self.logits_processor)
+        ids, mask = self.input_ids, self.attention_mask
+        padding = (ids.new_zeros(len(ids)) if mask is None else (~mask).sum(1)).repeat_interleave(copies)
+        return build_rules(self.config, ids.shape[1], padding, self.eos_token_ids, self.logits_processor)
 
     def read_prompts(self, cache: KVCache) -> Tensor:
         """Reads the prompts into an empty cache; returns the logits ``[B, V]`` after them."""
