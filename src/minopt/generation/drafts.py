@@ -67,8 +67,8 @@ class PromptLookup:
         self.most, self.ngram_size = config.prompt_lookup_num_tokens, config.max_matching_ngram_size
         self.length, self.end = T, T + config.max_new_tokens
         self.real = with_new_tokens(request.attention_mask, config.max_new_tokens)
-        mask = torch.ones_like(request.input_ids) if request.attention_mask is None else request.attention_mask
-        self.texts = [Text(compress(*row)) for row in zip(request.input_ids.tolist(), mask.tolist(), strict=True)]
+        is_text = torch.ones_like(request.input_ids) if request.attention_mask is None else request.attention_mask
+        self.texts = [Text(compress(*row)) for row in zip(request.input_ids.tolist(), is_text.tolist(), strict=True)]
         # The rest of the draft, the next token last: a token of each row, and the logits [B, V] after it.
         self.ahead: list[tuple[tuple[int, ...], Tensor]] = []
         self.came_true = 0  # accepted tokens of the newest draft
