@@ -149,11 +149,11 @@ def compare(
 
 @contextlib.contextmanager
 def model_timed(timer: Timer, ours: minopt.OPT, theirs: Any | None = None) -> Iterator[None]:
-    """Counts the calls of the two models' ``forward`` as "model"."""
+    """Counts as "model" how often the two models are asked for logits."""
     with contextlib.ExitStack() as stack:
-        for model in (ours, theirs):
-            if model is not None:
-                stack.enter_context(mock.patch.object(model, "forward", timer.wrap("model", model.forward)))
+        stack.enter_context(mock.patch.object(ours, "read", timer.wrap("model", ours.read)))
+        if theirs is not None:
+            stack.enter_context(mock.patch.object(theirs, "forward", timer.wrap("model", theirs.forward)))
         yield
 
 
