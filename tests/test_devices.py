@@ -14,6 +14,9 @@ import torch
 from minopt.checkpoint.checkpoint import open_checkpoint
 from minopt.devices import auto_dtype, has_bfloat16
 from minopt.inference.offload import StreamedOPT
+from minopt.training.checks import check_precision
+from minopt.training.config import TrainingConfig
+from minopt.training.optim import float32_products
 
 Write = Callable[..., Path]
 
@@ -56,3 +59,20 @@ def test_memory_that_the_driver_does_not_pin(monkeypatch: pytest.MonkeyPatch, wr
     checkpoint = open_checkpoint(write_checkpoint(num_hidden_layers=5))
     with pytest.raises(ValueError, match=r"^offload: the driver cannot pin .* of memory \(2\)\. Use offload disk\.$"):
         StreamedOPT(checkpoint, torch.device("cpu"), torch.float32, in_memory=True)
+
+
+def test_bfloat16_is_not_trained_on_a_gpu_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu, config = torch.device("cuda:0"), TrainingConfig(output_dir="x", bf16=True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    check_precision(config, gpu)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    with pytest.raises(ValueError, match=r"^--bf16: expected .* 8\.0 or more, got one of 7\.5, .* Use --fp16\.$"):
+        check_precision(config, gpu)
+
+
+def test_a_run_computes_in_tf32_on_a_gpu_unless_it_is_told_not_to() -> None:
+    before = torch.get_float32_matmul_precision()
+    for device, tf32, expected in (("cuda", True, "high"), ("cuda", False, before), ("cpu", True, before)):
+        with float32_products(TrainingConfig(output_dir="x", tf32=tf32), torch.device(device)):
+            assert torch.get_float32_matmul_precision() == expected
+        assert torch.get_float32_matmul_precision() == before

@@ -6,6 +6,8 @@ Shapes: B rows, T tokens this call, S cached + T, N tokens to be generated, K be
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +19,15 @@ class Packed:
     """Several texts in one row, without padding. Each text attends only to itself."""
 
     lengths: tuple[int, ...]  # tokens of each text; their sum is the length of the row
+
+    def ends(self, device: torch.device) -> Tensor:
+        """Where texts begin and the last one ends, int32 ``[texts + 1]``: the same tensor for all layers."""
+        return _ends(self.lengths, device)
+
+
+@lru_cache(maxsize=4)
+def _ends(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(device, non_blocking=True)
 
 
 def positions(attention_mask: Tensor | Packed | None, past: int, T: int, device: torch.device) -> Tensor:
@@ -32,7 +43,8 @@ def positions(attention_mask: Tensor | Packed | None, past: int, T: int, device:
         int64 ``[B, T]``, or ``[T]`` if all rows are alike.
     """
     if isinstance(attention_mask, Packed):
-        return torch.cat([torch.arange(length, device=device) for length in attention_mask.lengths])
+        each = [torch.arange(length) for length in attention_mask.lengths]
+        return torch.cat(each).to(device, non_blocking=True)  # a GPU would launch a kernel for each
     new = torch.arange(T, device=device) + past
     if attention_mask is None or attention_mask.ndim == 4:
         return new

@@ -20,9 +20,11 @@ if __name__ == "__main__":
 
 import torch
 
+import minopt
 from minopt import int8
 from minopt.checkpoint.names import parameter_shapes
 from minopt.config import OPTConfig
+from minopt.distributed import World
 from minopt.generation import decode
 from minopt.generation.options import GenerationConfig
 from minopt.generation.request import prepare
@@ -30,8 +32,9 @@ from minopt.generation.scoring import token_logprobs
 from minopt.inference.fast import FastOPT
 from minopt.inference.graphs import GraphedOPT
 from minopt.model import OPT
+from minopt.training.trainer import _Run
 
-L, N = 2, 17  # layers, new tokens
+L, N, STEPS = 2, 17, 2  # layers, new tokens, steps of training
 SIZE: dict[str, Any] = {"vocab_size": 512, "hidden_size": 128, "num_hidden_layers": L, "num_attention_heads": 2,
                         "ffn_dim": 512, "max_position_embeddings": 600, "eos_token_id": None}  # fmt: skip
 KINDS: dict[str, dict[str, Any]] = {
@@ -86,6 +89,25 @@ def scoring(form: str, kind: str, dtype: torch.dtype) -> Run:
     return run
 
 
+def training(**settings: Any) -> Run:
+    """Some steps of a run, as the loop does them; each has texts of several lengths."""
+    examples = [minopt.Example("the ship sailed " * (2 + i), "at dawn " * (1 + i % 3), id=str(i)) for i in range(8)]
+    tokenizer = minopt.Tokenizer.load(minopt.DEMO)
+    with tempfile.TemporaryDirectory() as folder:
+        config = minopt.TrainingConfig(
+            output_dir=folder, per_device_train_batch_size=2, gradient_accumulation_steps=2, device="cuda", **settings
+        )
+        with gpu(1):
+            model: Any = OPT(OPTConfig(**(SIZE | {"vocab_size": 2048, "dropout": 0.1})), device="cuda:0")
+        model.float = model.to = lambda *_: model  # it is there, in float32; FakeTensors cannot be swapped
+        run = _Run(model, tokenizer, config, World(0, 1, torch.device("cuda:0")), examples, None)
+        run.total_steps, run.microbatches = STEPS, iter([[[0, 1], [2, 3]], [[4, 5], [6, 7]]])
+        with gpu(1) as seen, run.wrapped(None):
+            for _ in range(STEPS):
+                assert not run._step()
+    return seen
+
+
 def cases() -> dict[str, Callable[[], Run]]:
     found: dict[str, Callable[[], Run]] = {}
     ways = [*itertools.product(("plain", "fast", "graphed"), KINDS), ("int8", "125m")]
@@ -95,6 +117,9 @@ def cases() -> dict[str, Callable[[], Run]]:
             found[f"{form}, {kind}, {options}"] = partial(generation, form, kind, dtype, options, padded=True)
         found[f"{form}, {kind}, no padding"] = partial(generation, form, kind, dtype, "greedy", padded=False)
         found[f"{form}, {kind}, scoring"] = partial(scoring, form, kind, dtype)
+    for precision, batching in itertools.product(("fp16", "bf16", "tf32"), ("packed", "grouped")):
+        found[f"training, {precision}, {batching}"] = partial(training, **{precision: True}, batching=batching)
+    found["training, recomputed"] = partial(training, bf16=True, recompute=True)
     found["second GPU"] = partial(generation, "graphed", "125m", torch.float16, "greedy", True, "cuda:1")
     found["again"] = partial(generation, "graphed", "125m", torch.float16, "sampling", False, times=3)
     return found

@@ -63,6 +63,7 @@ def gpu(answer: int, on_cpu: int = 0, capability: tuple[int, int] = (9, 0)) -> I
     """
     import torch
     from torch._subclasses.fake_tensor import FakeTensor
+    from torch.overrides import TorchFunctionMode
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -86,8 +87,8 @@ def gpu(answer: int, on_cpu: int = 0, capability: tuple[int, int] = (9, 0)) -> I
             return [True, *[False] * (len(tensor) - 1)]
         return _nested(tensor.shape, value(tensor))
 
-    def choose(query: Any, mask: Any) -> int:
-        """As torch does for a GPU."""
+    def choose(query: Any, mask: Any = None) -> None:
+        """Notes which attention torch would choose on a GPU."""
         half = query.dtype in (torch.float16, torch.bfloat16) and (
             capability >= (8, 0) or query.dtype != torch.bfloat16
         )
@@ -98,7 +99,12 @@ def gpu(answer: int, on_cpu: int = 0, capability: tuple[int, int] = (9, 0)) -> I
         else:
             name = "efficient" if half or query.dtype == torch.float32 else "math"
         run.attention[name] += 1
-        return {"math": 0, "flash": 1, "efficient": 2, "cudnn": 3}[name]
+
+    class Attention(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.nn.functional.scaled_dot_product_attention and args[0].device.type == "cuda":
+                choose(args[0], args[3])
+            return func(*args, **(kwargs or {}))
 
     def as_fake(tensor: Any) -> Any:
         return tensor if isinstance(tensor, FakeTensor) else mode.from_tensor(tensor)
@@ -107,15 +113,11 @@ def gpu(answer: int, on_cpu: int = 0, capability: tuple[int, int] = (9, 0)) -> I
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             packet, kwargs = func.overloadpacket, kwargs or {}
             args = tree_map_only(torch.Tensor, as_fake, args)
-            if packet is aten._fused_sdp_choice:
-                return choose(args[0], args[3] if len(args) > 3 else kwargs.get("attn_mask"))
-            if (
-                packet is aten.scaled_dot_product_attention and args[0].device.type == "cuda"
-            ):  # whole, in inference mode
-                choose(args[0], args[3] if len(args) > 3 else kwargs.get("attn_mask"))
             if packet in numbers and (args[0].constant is None or args[0].device.type == "cuda"):
                 run.reads += args[0].device.type == "cuda"
                 return value(args[0])
+            if packet in (aten.pin_memory, aten._pin_memory):
+                return args[0]
             if packet is aten.nonzero:  # its shape is a number that the host reads
                 run.reads += args[0].device.type == "cuda"
                 return args[0].new_zeros(1, args[0].ndim, dtype=torch.long)
@@ -136,6 +138,7 @@ def gpu(answer: int, on_cpu: int = 0, capability: tuple[int, int] = (9, 0)) -> I
         stack.enter_context(mock.patch.object(FakeTensor, "tolist", values))
         stack.enter_context(mode)
         stack.enter_context(Recorder())
+        stack.enter_context(Attention())
         yield run
 
 

@@ -40,8 +40,8 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
   void synchronizeDevice(const DeviceIndex) const override {}
 };
 
-struct Hooks final : at::CUDAHooksInterface {
-  explicit Hooks(at::CUDAHooksArgs) {}
+struct CUDAHooks final : at::CUDAHooksInterface {
+  explicit CUDAHooks(at::CUDAHooksArgs) {}
   void init() const override {}
   bool hasCUDA() const override { return true; }
   bool hasPrimaryContext(DeviceIndex) const override { return true; }
@@ -59,5 +59,5 @@ struct Hooks final : at::CUDAHooksInterface {
 C10_REGISTER_GUARD_IMPL(CUDA, Guard)
 
 namespace at {
-REGISTER_CUDA_HOOKS(Hooks)
+REGISTER_CUDA_HOOKS(CUDAHooks)  // torch looks for this name
 }

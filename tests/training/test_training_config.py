@@ -23,6 +23,7 @@ CHANGES_RUN: dict[str, Any] = {
     "max_steps": 4, "learning_rate": 1e-7, "lr_scheduler_type": "cosine", "warmup_ratio": 0.1, "warmup_steps": 3,
     "lr_decay_ratio": 0.2, "weight_decay": 0.3, "adam_beta1": 0.4, "adam_beta2": 0.5, "adam_epsilon": 0.6,
     "max_grad_norm": 0.7, "label_smoothing": 0.8, "dropout": 0.9, "seed": 0, "fp16": True, "bf16": True,
+    "tf32": False,
 }  # fmt: skip
 OTHER: dict[str, Any] = CHANGES_RUN | {
     "output_dir": "out", "do_train": True, "do_eval": True, "recipe": "paddlenlp", "dev_file": "d.json",

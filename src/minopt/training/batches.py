@@ -182,5 +182,8 @@ def collate(rows: Sequence[Row], device: torch.device, *, packed: bool) -> Batch
         begins = [n * input_ids.shape[1] for n in range(len(inputs))]
     at = torch.cat([torch.arange(b + s - 1, b + n) for b, n, s in zip(begins, lengths, starts, strict=True)])
     targets = torch.cat([ids[start:] for ids, start in zip(texts, starts, strict=True)])
-    input_ids, at, targets = (tensor.to(device, non_blocking=True) for tensor in (input_ids, at, targets))
+    tensors = [input_ids, at, targets]
+    if device.type == "cuda":  # which copies from pinned memory by itself, while the host goes on
+        tensors = [tensor.pin_memory() for tensor in tensors]
+    input_ids, at, targets = (tensor.to(device, non_blocking=True) for tensor in tensors)
     return Batch(input_ids, tuple(lengths) if in_one_row else None, at, targets, sum(lengths) if rows else 0)

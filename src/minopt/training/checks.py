@@ -5,7 +5,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 
+import torch
+
 from minopt.checkpoint.save import named_tensors
+from minopt.devices import has_bfloat16
 from minopt.distributed import World
 from minopt.evaluation.tasks import EvaluationConfig
 from minopt.model import OPT
@@ -38,6 +41,16 @@ def check_fit(model: OPT, config: EvaluationConfig, eval_data: Sequence[Example]
     ids = [] if eval_data is None or isinstance(eval_data, str) else [example.id for example in eval_data]
     if len(set(ids)) < len(ids):
         raise ValueError("eval_data: expected a different id for each example, got some more than once.")
+
+
+def check_precision(config: TrainingConfig, device: torch.device) -> None:
+    """Refuses ``--bf16`` on a GPU that emulates bfloat16: ``ValueError``."""
+    if config.bf16 and not has_bfloat16(device):
+        capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
+        raise ValueError(
+            f"--bf16: expected a GPU of compute capability 8.0 or more, got one of {capability}, which has no "
+            "bfloat16. Use --fp16."
+        )
 
 
 def accumulation_of(config: TrainingConfig, world: World, batch_size: int) -> int:

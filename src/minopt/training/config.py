@@ -83,6 +83,7 @@ class TrainingConfig(EvaluationConfig):
     # How it runs
     fp16: bool = option(False, "compute products in float16 with a scaled loss; weights stay float32")
     bf16: bool = option(False, "compute products in bfloat16; weights stay float32")
+    tf32: bool = option(True, "on GPUs that have it, compute float32 products in TF32, which has 10 bits of fraction")
     recompute: bool = option(False, "compute layers again in the backward pass: less memory, about a third more time")
     compile: bool = option(False, "compile the layers with torch.compile")
     parallel: str = option(

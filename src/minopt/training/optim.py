@@ -60,6 +60,18 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
 
 
 @contextmanager
+def float32_products(config: TrainingConfig, device: torch.device) -> Iterator[None]:
+    """Until the block ends, lets a GPU compute float32 products in TF32 if the settings say so."""
+    before = torch.get_float32_matmul_precision()
+    if config.tf32 and device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@contextmanager
 def training_layers(model: OPT, config: TrainingConfig) -> Iterator[None]:
     """Until the block ends, lets layers run as the settings say: with another dropout, recomputed, compiled.
 

@@ -27,11 +27,11 @@ from minopt.model import OPT
 from minopt.progress import bar, counted, say
 from minopt.tokenizer import Tokenizer
 from minopt.training.batches import Row, collate, microbatches, tokenise
-from minopt.training.checks import accumulation_of, check_fit, warn
+from minopt.training.checks import accumulation_of, check_fit, check_precision, warn
 from minopt.training.config import TrainingConfig
 from minopt.training.data import Example, references_of
 from minopt.training.loss import ModelWithLoss
-from minopt.training.optim import build_optimizer, clip_gradients, learning_rate, training_layers
+from minopt.training.optim import build_optimizer, clip_gradients, float32_products, learning_rate, training_layers
 from minopt.training.run import BEST, MODEL, PREDICTIONS, SETTINGS, RunFolder, Signals, read_state
 from minopt.training.weights import apply_fsdp, fill, find, gathered, save
 
@@ -93,6 +93,7 @@ def train(
         if tokenizer is None:
             raise ValueError("tokenizer: expected the model's, got None. Pass it, or a name instead of the model.")
         check_fit(model, config, eval_data)
+        check_precision(config, world.device)
         if eval_data is not None and not isinstance(eval_data, str):
             eval_data = eval_data[: config.max_eval_samples]
         run = _Run(model, tokenizer, config, world, train_data, eval_data)
@@ -149,7 +150,7 @@ class _Run:
         """
         config, world, model = self.config, self.world, self.model
         model.float().train()
-        with training_layers(model, config):
+        with training_layers(model, config), float32_products(config, world.device):
             self.module: Any = ModelWithLoss(model)  # within DDP where that is used
             if self.is_sharded:
                 apply_fsdp(self.module, model, self.dtype, world.device)
@@ -271,12 +272,13 @@ class _Run:
                 # DDP and FSDP average over the processes; what is wanted is the sum.
                 loss_sum += self._backward([self.tokens.rows[i] for i in indices], world.size / learned)
         self.scaler.unscale_(self.optimizer)
-        self.grad_norm = clip_gradients(self.module.parameters(), config.max_grad_norm).item()
+        norm = clip_gradients(self.module.parameters(), config.max_grad_norm)
+        loss, self.grad_norm = torch.stack([loss_sum, norm]).tolist()  # here alone the host waits for a GPU
         if math.isfinite(self.grad_norm):  # the same in all processes, as the norm is
             self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
-        total_loss, stopped = world.sum(loss_sum.item(), float(self.signals.received != 0))
+        total_loss, stopped = world.sum(loss, float(self.signals.received != 0))
         self._count(total_loss, learned)
         return stopped > 0
 
