@@ -112,3 +112,17 @@ def test_a_cache_that_is_expanded_or_used_beside_another_has_graphs_of_its_own(d
     del held
     for expected, found in streams:
         assert torch.equal(found.sequences, expected.sequences)
+
+
+def test_steps_of_any_number_of_shapes_are_compiled(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch stops after 8 of them, and runs the others as they are."""
+    model = build_ours(lively("125m", torch.float32, num_hidden_layers=1)).to(device)
+    graphed = GraphedOPT(model.config, model.state_dict().items(), compile_step=True)
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda run, **_: compile_(run, backend="eager", dynamic=False))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    for rows in range(1, 10):
+        ids = torch.full((rows, 1), 5, device=device)
+        graphed.read(ids, ids, None, None, graphed.new_cache(rows, 8))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 9

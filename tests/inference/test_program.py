@@ -536,6 +536,7 @@ def test_where_inductor_has_no_product_of_its_own_torchs_is_taken(monkeypatch: p
 
     def package(program: Any, package_path: str, inductor_configs: dict[str, Any]) -> None:
         tried.append(inductor_configs.get("max_autotune_gemm_backends"))
+        assert not torch.backends.cuda.cudnn_sdp_enabled()  # a program for a GPU would plan each new length
         if tried[-1] != "CPP,ATEN":
             raise CppCompileError(["g++"], "NoValidChoicesError")
 

@@ -23,6 +23,7 @@ from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.exc import CppCompileError, InductorError, InvalidCxxCompiler
 from torch._inductor.utils import fresh_cache
 from torch.export import Dim, ExportedProgram
+from torch.nn.attention import sdpa_kernel
 
 from minopt import int8
 from minopt.cache import KVCache
@@ -45,7 +46,7 @@ from minopt.generation.decode import generate
 from minopt.inference.linear import OUTLIERS_FROM, join_rows, split_rows
 from minopt.inference.program import FORMAT, PROGRAM, ExportedModel, Manifest, machine, sha256
 from minopt.load_options import LoadOptions
-from minopt.model import OPT
+from minopt.model import OPT, WITHOUT_PLANS
 from minopt.tokenizer import TOKENIZER_FILES, Tokenizer
 
 _NEW = 16  # new tokens of each check prompt
@@ -294,7 +295,8 @@ def _compile(model: OPT, path: Path) -> None:
         # float32 they gain nothing). Where a processor has none for some shape, those that are faster.
         ways = [options | {"max_autotune": True, "max_autotune_gemm_backends": b} for b in ("CPP", "CPP,ATEN")]
     failure = ""
-    with torch.no_grad(), warnings.catch_warnings():  # without gradients, or nothing is frozen
+    # Without gradients, or nothing is frozen. A trace does not keep the choice of attention's kernels.
+    with torch.no_grad(), warnings.catch_warnings(), sdpa_kernel(WITHOUT_PLANS):
         warnings.simplefilter("ignore")  # of torch's, about its own parts
         program = _trace(model)
         for way in ways:

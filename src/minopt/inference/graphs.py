@@ -6,6 +6,7 @@ Shapes: B batch, Q tokens of a row this step (beams, a draft, or 1), S capacity 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -130,7 +131,8 @@ class Graph:
             mask = added_mask(self.mask & mask_of_slots(cache.slots, every), model.dtype)
             return read(self.input_ids, self.position_ids, mask, None, cache)
 
-        self.replay = capture(step, device, pool)
+        with torch._dynamo.config.patch(recompile_limit=10**6) if model.compile_step else nullcontext():
+            self.replay = capture(step, device, pool)  # torch would compile the first 8 shapes of a process alone
 
     def __call__(self, input_ids: Tensor, position_ids: Tensor, mask: Tensor | None, length: int) -> Tensor:
         """Reads tokens into the slots from ``length`` on; the logits hold until the next call."""
