@@ -27,6 +27,7 @@ def test_a_gpu_without_bfloat16_computes_in_float16(
 ) -> None:
     """A T4 emulates bfloat16, and torch says that it has it. On a CPU models are in float32 anyway."""
     gpu, cpu = torch.device("cuda:1"), torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", {gpu: capability}.__getitem__)
     assert has_bfloat16(cpu)
     assert has_bfloat16(gpu) == (dtype == torch.bfloat16)
@@ -63,6 +64,7 @@ def test_memory_that_the_driver_does_not_pin(monkeypatch: pytest.MonkeyPatch, wr
 
 def test_bfloat16_is_not_trained_on_a_gpu_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu, config = torch.device("cuda:0"), TrainingConfig(output_dir="x", bf16=True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     check_precision(config, gpu)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))

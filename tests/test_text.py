@@ -21,6 +21,7 @@ from torch import Tensor
 import minopt
 from minopt import GenerationConfig, Tokenizer
 from minopt.checkpoint.checkpoint import open_checkpoint
+from minopt.generation import texts as module
 from minopt.generation.texts import SCORES_IN_TOKENS
 from minopt.stops import Pieces
 from tests.test_tokenizer import STOP_ALPHABET, STOP_TEXTS, first_stop, stop_ids, write_marked
@@ -80,8 +81,13 @@ def test_details_tell_tokens_log_probabilities_and_why_it_stopped(lm: minopt.Lan
         assert torch.allclose(torch.tensor([[v for _, v in step] for step in record.top_logprobs]), values, atol=1e-4)
 
 
+@pytest.mark.parametrize("steps", [1, 8])
 @pytest.mark.parametrize("options", [{}, {"do_sample": True, "seed": 3, "temperature": 1.5}])
-def test_a_stream_adds_up_to_the_text(lm: minopt.LanguageModel, options: dict[str, object]) -> None:
+def test_a_stream_adds_up_to_the_text(
+    lm: minopt.LanguageModel, options: dict[str, object], steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a look each step too, or with one every eighth as on a GPU."""
+    monkeypatch.setattr(module, "steps_between_looks", lambda request: steps)
     for prompt in PROMPTS:
         pieces = lm.stream(prompt, max_new_tokens=40, **options)
         assert isinstance(pieces, Iterator)

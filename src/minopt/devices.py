@@ -46,7 +46,8 @@ def has_bfloat16(device: torch.device) -> bool:
     """Whether a device computes in bfloat16 itself. GPUs before Ampere (compute capability 8.0), such as a T4, emulate
     it: slowly, and without the fast kernels of attention. ``torch.cuda.is_bf16_supported`` says that they have it.
     """
-    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
+    is_here = device.type == "cuda" and torch.cuda.is_available()  # a GPU that is only planned for is a new one
+    return not is_here or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def auto_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:

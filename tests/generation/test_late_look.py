@@ -27,14 +27,14 @@ from tests.generation.test_properties import search as of_examples
 @contextmanager
 def late(steps: int) -> Iterator[None]:
     """The host looks as rarely as on a GPU, every so many steps."""
-    rarely = decode._look_every
+    rarely = decode.steps_between_looks
 
     def as_on_a_gpu(request: Any) -> int:
         return rarely(dataclasses.replace(request, decoder=Watched(request.decoder, "cuda")))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(decode, "LOOK_EVERY", steps)
-        patch.setattr(decode, "_look_every", as_on_a_gpu)
+        patch.setattr(decode, "steps_between_looks", as_on_a_gpu)
         yield
 
 
@@ -131,7 +131,7 @@ def test_the_host_looks_each_step_where_it_costs_nothing_or_somebody_sees_the_st
     def every(decoder: Any, processor: Any = None, criterion: Any = None, **options: Any) -> int:
         config = GenerationConfig(**options)
         request = prepare(say([[10, 11]]), ids, None, config, processor, criterion)
-        return decode._look_every(dataclasses.replace(request, decoder=decoder))
+        return decode.steps_between_looks(dataclasses.replace(request, decoder=decoder))
 
     gpu = Watched(decoder, "cuda")
     assert every(gpu) == every(gpu, do_sample=True) == every(gpu, no_repeat_ngram_size=2) == decode.LOOK_EVERY == 8

@@ -89,6 +89,15 @@ def scoring(form: str, kind: str, dtype: torch.dtype) -> Run:
     return run
 
 
+def streaming() -> Run:
+    with gpu(N):
+        model = build("graphed", "125m", torch.float16, "cuda:0")
+    lm = minopt.LanguageModel(model, minopt.Tokenizer.load(minopt.DEMO))
+    with gpu(N, lists={(3,): [17, 1, 0]}) as run:  # a token, which is new, of a row that goes on
+        assert sum(1 for _ in lm.stream("The ship", max_new_tokens=N)) > 1
+    return run
+
+
 def training(**settings: Any) -> Run:
     """Some steps of a run, as the loop does them; each has texts of several lengths."""
     examples = [minopt.Example("the ship sailed " * (2 + i), "at dawn " * (1 + i % 3), id=str(i)) for i in range(8)]
@@ -117,6 +126,7 @@ def cases() -> dict[str, Callable[[], Run]]:
             found[f"{form}, {kind}, {options}"] = partial(generation, form, kind, dtype, options, padded=True)
         found[f"{form}, {kind}, no padding"] = partial(generation, form, kind, dtype, "greedy", padded=False)
         found[f"{form}, {kind}, scoring"] = partial(scoring, form, kind, dtype)
+    found["streaming"] = streaming
     for precision, batching in itertools.product(("fp16", "bf16", "tf32"), ("packed", "grouped")):
         found[f"training, {precision}, {batching}"] = partial(training, **{precision: True}, batching=batching)
     found["training, recomputed"] = partial(training, bf16=True, recompute=True)

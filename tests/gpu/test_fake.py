@@ -17,7 +17,7 @@ import pytest
 from tests.gpu.cases import OPTIONS, STEPS, L, N, cases
 
 # How often the host may wait for the GPU: a few times at the ends, and then.
-READS = {"beams": N, "drafts": 2 * N, "scoring": 0}
+READS = {"beams": N, "drafts": 2 * N, "scoring": 0, "streaming": N + N // 8}
 OTHERS = N // 8
 # What a captured step may launch.
 A_LAYER, OUTSIDE = 11, 13

@@ -40,7 +40,7 @@ class Plan(Command):
         import torch
 
         from minopt import int8
-        from minopt.devices import resolve_dtype
+        from minopt.devices import auto_dtype, resolve_dtype
         from minopt.inference.plan import device_counts, find_config, plan_generation, rows_that_fit
         from minopt.memory import available_memory
 
@@ -56,7 +56,7 @@ class Plan(Command):
         if memory is None:
             raise ValueError("--memory: what is free cannot be read on this machine. Say how much there is.")
         is_shared = self.memory is None and device == "cpu"  # by all processes on it
-        dtype = resolve_dtype(self.dtype) or (torch.float32 if device == "cpu" else stored)
+        dtype = resolve_dtype(self.dtype) or auto_dtype(stored, torch.device(device))
         quantize = self.quantize or ("int8" if int8.CONFIG_KEY in config.extra else None)
         common: dict[str, Any] = {"dtype": dtype, "device": device, "length": length}
         counts = device_counts(config)

@@ -97,7 +97,7 @@ def run(request: Request) -> GenerationOutput:
     request = request.on_device()
     if request.config.num_beams > 1:
         return beam_search(request)
-    steps = list(decode_steps(request, _look_every(request)))
+    steps = list(decode_steps(request, steps_between_looks(request)))
     lengths, last = torch.stack([step.is_new for step in steps]).sum(0).tolist(), steps[-1]
 
     def stacked(parts: list[Tensor]) -> Any:
@@ -113,7 +113,7 @@ def run(request: Request) -> GenerationOutput:
     )
 
 
-def _look_every(request: Request) -> int:
+def steps_between_looks(request: Request) -> int:
     """How many steps may pass until the host looks whether any row goes on.
 
     One on a CPU, where this costs nothing. One if a user's function or the clock must not see a step after the last

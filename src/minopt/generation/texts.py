@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from minopt.generation.batches import cut_batches
-from minopt.generation.decode import decode_steps, run
+from minopt.generation.decode import decode_steps, run, steps_between_looks
 from minopt.generation.options import GenerationConfig
 from minopt.generation.request import STOP_REASONS, Decoder, GenerationOutput, Request
 from minopt.progress import bar
@@ -94,10 +95,13 @@ class TextBatch:
         """The text of the only row, piece by piece; what may begin a stop string waits until that is known."""
         decoder = StreamDecoder(Pieces(self.tokenizer, self.skip_special_tokens), self.stops)
         ids, given, reason = list[int](), 0, ""
-        for step in decode_steps(self.request.on_device()):
-            if bool(step.is_new):
-                ids.append(int(step.tokens))
-            if reason := STOP_REASONS[int(step.reasons)]:
+        for step in decode_steps(self.request.on_device(), steps_between_looks(self.request)):
+            token, is_new, number = torch.cat([step.tokens, step.is_new, step.reasons]).tolist()  # one wait for a GPU
+            if is_new:
+                ids.append(token)
+            if (reason := STOP_REASONS[number]) == "exhausted":
+                continue  # the loop ends by itself, or refuses scores that are no numbers
+            if reason:
                 break
             if piece := decoder.push(ids[-1]):
                 given += len(piece)
