@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from datetime import date
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -60,9 +61,9 @@ def summary(samples: list[float]) -> dict[str, float]:
     }
 
 
-def read_bytes_per_second(device: str) -> float:
+def read_bytes_per_second(device: str, numbers: int = 200_000_000) -> float:
     """The speed of memory: summing 800 MB of float32, best of 10."""
-    data = torch.ones(200_000_000, device=device)
+    data = torch.ones(numbers, device=device)
     return data.nbytes / min(seconds(data.sum, device) for _ in range(10))
 
 
@@ -114,7 +115,7 @@ def machine(device: str) -> dict[str, Any]:
         "commit": commit(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "transformers": version("transformers"),
+        "transformers": version("transformers") if find_spec("transformers") else None,
         "device": torch.cuda.get_device_name() if device != "cpu" else _processor(),
         "threads": torch.get_num_threads(),
     }
