@@ -98,7 +98,7 @@ def streaming() -> Run:
     return run
 
 
-def training(**settings: Any) -> Run:
+def training(capability: tuple[int, int] = (9, 0), **settings: Any) -> Run:
     """Some steps of a run, as the loop does them; each has texts of several lengths."""
     examples = [minopt.Example("the ship sailed " * (2 + i), "at dawn " * (1 + i % 3), id=str(i)) for i in range(8)]
     tokenizer = minopt.Tokenizer.load(minopt.DEMO)
@@ -111,7 +111,7 @@ def training(**settings: Any) -> Run:
         model.float = model.to = lambda *_: model  # it is there, in float32; FakeTensors cannot be swapped
         run = _Run(model, tokenizer, config, World(0, 1, torch.device("cuda:0")), examples, None)
         run.total_steps, run.microbatches = STEPS, iter([[[0, 1], [2, 3]], [[4, 5], [6, 7]]])
-        with gpu(1) as seen, run.wrapped(None):
+        with gpu(1, capability=capability) as seen, run.wrapped(None):
             for _ in range(STEPS):
                 assert not run._step()
     return seen
@@ -129,6 +129,7 @@ def cases() -> dict[str, Callable[[], Run]]:
     found["streaming"] = streaming
     for precision, batching in itertools.product(("fp16", "bf16", "tf32"), ("packed", "grouped")):
         found[f"training, {precision}, {batching}"] = partial(training, **{precision: True}, batching=batching)
+    found["training, fp16 on a T4"] = partial(training, (7, 5), fp16=True)
     found["training, recomputed"] = partial(training, bf16=True, recompute=True)
     found["second GPU"] = partial(generation, "graphed", "125m", torch.float16, "greedy", True, "cuda:1")
     found["again"] = partial(generation, "graphed", "125m", torch.float16, "sampling", False, times=3)

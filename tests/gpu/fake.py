@@ -58,7 +58,10 @@ class Run:
 
 @contextlib.contextmanager
 def gpu(
-    answer: int, on_cpu: int = 0, lists: Mapping[tuple[int, ...], list[int]] = MappingProxyType({})
+    answer: int,
+    on_cpu: int = 0,
+    lists: Mapping[tuple[int, ...], list[int]] = MappingProxyType({}),
+    capability: tuple[int, int] = (9, 0),
 ) -> Iterator[Run]:
     """Runs a block with a GPU that is not there.
 
@@ -71,7 +74,7 @@ def gpu(
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils._pytree import tree_leaves, tree_map_only
 
-    aten, run, capability = torch.ops.aten, Run(), (9, 0)
+    aten, run = torch.ops.aten, Run()
     nothing = {aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided, aten.detach,
                aten.detach_, aten.lift_fresh}  # fmt: skip
     copies, numbers = {aten._to_copy, aten.to, aten.copy_}, {aten._local_scalar_dense, aten.item, aten.is_nonzero}
