@@ -1,12 +1,11 @@
 """Speed and peak memory of fine-tuning an opt-125m-size model on SQuAD, minopt and transformers' Trainer in turn.
 
     python benchmarks/bench_finetune.py --train-file TRAIN.json --tokenizer FOLDER [--hardware NAME]
-    python benchmarks/bench_finetune.py --train-file TRAIN.json --tokenizer FOLDER --device cuda --mfu [--hardware NAME]
 
 Each sample is a step of a process of its own; processes of all variants take turns. The padded variants see the same
 examples in the same order. A token is real if it is no padding; tokens a second are those of a step's examples over
 its whole time, from the end of the step before: data, forward, backward, clipping, optimizer, logging. Peak memory is
-the process', before anything is saved. With --mfu: model FLOPs over the measured peak of a matrix product.
+the process', before anything is saved.
 """
 
 from __future__ import annotations
@@ -38,7 +37,6 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8, help="that are timed, of a process")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[8, 2])
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
-    parser.add_argument("--mfu", action="store_true", help="model FLOP utilisation at 2,048 tokens instead")
     parser.add_argument("--worker", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
@@ -47,13 +45,9 @@ def main() -> None:
     if args.train_file is None or args.tokenizer is None:
         parser.error("--train-file and --tokenizer are needed")
     with tempfile.TemporaryDirectory() as temporary:
-        topic, cases = ("finetune-mfu", utilisation(args, temporary)) if args.mfu else (
-            "finetune", [compare(args, temporary, b, d) for d in args.dtypes for b in args.batch_sizes]
-        )  # fmt: skip
-    result = {"topic": topic, **common.machine(args.device), "rounds": args.rounds, "steps": args.steps, "cases": cases}
-    if not args.mfu:
-        result["loss"] = compare_losses(args)
-    common.keep(topic, args.hardware, result)
+        cases = [compare(args, temporary, b, d) for d in args.dtypes for b in args.batch_sizes]
+    result = {"topic": "finetune", **common.machine(args.device), "rounds": args.rounds, "steps": args.steps}
+    common.keep("finetune", args.hardware, {**result, "cases": cases, "loss": compare_losses(args)})
 
 
 def compare(args: argparse.Namespace, temporary: str, batch_size: int, dtype: str) -> dict[str, Any]:
@@ -248,42 +242,6 @@ def train_transformers(
     )
     trainer.train()
     return times, counts, peak_bytes(device)
-
-
-def utilisation(args: argparse.Namespace, temporary: str) -> list[dict[str, Any]]:
-    """Model FLOPs a second of full rows of 2,048 tokens, as a share of a matrix product's."""
-    from minopt import OPT, OPTConfig, Tokenizer
-    from minopt.training.data import read_data
-    from minopt.training.trainer import TrainingConfig, train
-
-    tokenizer = Tokenizer.load(args.tokenizer)
-    examples = read_data(args.train_file)
-    assert not isinstance(examples, str)
-    text = "\n".join(dict.fromkeys(example.prompt for example in examples))
-    peak = common.matmul_flops_per_second(torch.bfloat16, args.device)
-    cases = []
-    for name, rows in (("opt-125m", 16), ("opt-1.3b", 8)):
-        for compiled in (False, True):
-            folder = Path(temporary) / f"{name}-{compiled}"
-            config = TrainingConfig(
-                output_dir=str(folder), src_length=1888, tgt_length=160, per_device_train_batch_size=rows, bf16=True,
-                max_steps=max(args.steps, 20) + 5, logging_steps=1, compile=compiled, device=args.device,
-                save_steps=10**6,
-            )  # fmt: skip
-            model = OPT(OPTConfig.preset(name), device=args.device)
-            torch.cuda.reset_peak_memory_stats()
-            train(model, text, config, tokenizer=tokenizer)
-            lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-            rate = statistics.median(line["tokens_per_second"] for line in lines[5:])
-            flops = rate * flops_per_token(model.config, 2048)
-            cases.append({
-                "model": name, "compile": compiled, "rows": rows, "tokens_per_second": rate,
-                "flops_per_second": flops, "peak_flops_per_second": peak, "utilisation": round(flops / peak, 4),
-                "peak_mb": round(torch.cuda.max_memory_allocated() / 1e6),
-            })  # fmt: skip
-            print(json.dumps(cases[-1]), flush=True)
-            del model
-    return cases
 
 
 def flops_per_token(config: Any, length: int) -> float:

@@ -149,8 +149,9 @@ def main() -> None:
     if not args.rehearse and path.exists():  # checks that ran today, and are not asked for again
         rows = [row for row in json.loads(path.read_text())["rows"] if row["check"] not in args.only]
     result: Row = {"topic": "gpu-acceptance", **common.machine("cpu"), "rows": rows}
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2 if args.rehearse else 1) as pool:
-        for found in pool.map(partial(check, folder=Path(folder), rehearse=args.rehearse, end=end), args.only):
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
+        run = partial(check, folder=Path(folder), rehearse=args.rehearse, end=end)
+        for found in (pool.map if args.rehearse else map)(run, args.only):
             rows += [row | {"commit": result["commit"]} for row in found]
             print("\n".join(as_lines(found)), flush=True)
             result |= {row["figure"]: row["value"] for row in found if row["check"] == "machine" and row["figure"]}

@@ -13,7 +13,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ import minopt
 from minopt import DEMO, OPT, Example, OPTConfig, Tokenizer, int8, loading
 from minopt.checkpoint.names import parameter_shapes, to_hf
 from minopt.devices import has_bfloat16
-from minopt.inference import graphs
+from minopt.inference import graphs, linear
 from minopt.training.config import TrainingConfig
 
 SMALL = {"vocab_size": 128, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "ffn_dim": 128,
@@ -104,10 +104,12 @@ class Here:
 
 
 def stand_in() -> None:
-    """Makes the CPU take a GPU's ways through minopt: graphs that run their step, a compiler that only traces it."""
+    """Makes the CPU take a GPU's ways: its products, graphs that run their step, a compiler that only traces it."""
     fits: dict[str, Any] = {"graphs": lambda options, _: bool(options.optimize), "compile": lambda *_: False}
     loading.FORMS = tuple(replace(form, fits=fits.get(form.name, form.fits)) for form in loading.FORMS)
     graphs.capture = lambda step, *_: step() is not None and step  # it runs before it is captured
+    linear.kind_on_cpu = lambda _: linear.OnGPU  # type: ignore
+    linear._works = lambda *_: False  # type: ignore  # other products of int8
     compile_ = torch.compile
     torch.compile = lambda run, **options: compile_(run, backend="eager", dynamic=options.get("dynamic"))  # type: ignore
 
@@ -202,9 +204,9 @@ def examples(count: int, words: int = 30) -> list[Example]:
 def fit(here: Here, name: str, data: Any, model: OPT | None = None, **settings: Any) -> list[dict[str, Any]]:
     """Trains a model (the small one of the package) in a folder of that name; the lines of its metrics."""
     model = minopt.load_model(DEMO, device="cpu", dtype="float32") if model is None else model
-    exact = {"tf32": False} if any(field.name == "tf32" for field in fields(TrainingConfig)) else {}
     defaults = {"device": here.kind, "per_device_train_batch_size": 4, "src_length": 96, "tgt_length": 32,
-                "dropout": 0.0, "learning_rate": 1e-4, "logging_steps": 1, "save_steps": 10**6}  # fmt: skip
-    config = TrainingConfig(output_dir=str(here.folder / name), **defaults | exact | settings)
+                "tf32": False, "dropout": 0.0, "learning_rate": 1e-4, "logging_steps": 1,
+                "save_steps": 10**6}  # fmt: skip
+    config = TrainingConfig(output_dir=str(here.folder / name), **defaults | settings)
     minopt.train(model, data, config, tokenizer=Tokenizer.load(DEMO))
     return [json.loads(line) for line in (here.folder / name / "metrics.jsonl").read_text().splitlines()]
