@@ -6,7 +6,6 @@ python benchmarks/gpu_checks.py CHECK FOLDER [--rehearse]
 from __future__ import annotations
 
 import argparse
-import gc
 import math
 import os
 import shutil
@@ -271,9 +270,7 @@ def speed(here: Here, name: str) -> None:
     prefill(here, decoder, config)
     del decoder
     for label, options in {"int8": {"quantize": True}, "transformers": {}, "compiled": {"compiled": True}}.items():
-        gc.collect()  # graphs and their model refer to each other
-        if not here.rehearse:
-            torch.cuda.empty_cache()
+        here.release()
         if label == "int8" and name == "opt-125m":
             continue
         decoder = (
@@ -345,7 +342,7 @@ def offload(here: Here) -> None:
     minopt.save_model(lively(config, 0.02, device=here.device, dtype=here.half), folder)
     expected = new_tokens(minopt.load(folder, device=here.device, optimize=False).decoder, ids, mask)
     planned = plan_generation(config, dtype=here.half, device="cuda", offload="cpu").host
-    gc.collect()
+    here.release()
     for place in ("cpu", "disk"):
         if place == "cpu" and here.rehearse:
             here.say("host memory to the plan", None, reason="CUDA pins the memory")
@@ -365,11 +362,8 @@ def plan(here: Here) -> None:
         config, folder = here.size(name), here.folder / name
         if not folder.exists():
             minopt.save_model(lively(config, 0.02, device=here.device, dtype=here.half), folder)
-        gc.collect()
+        here.release()
         case, length = f"{name}, {rows} x {length}", min(length, config.max_position_embeddings)
-        if not here.rehearse:
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
         lm = minopt.load(folder, device=here.device)
         new_tokens(lm.decoder, draw(config, rows, length - 16), None, 16)
         planned = plan_generation(config, dtype=here.half, device="cuda", batch=rows, length=length)

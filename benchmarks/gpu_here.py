@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import json
 import math
@@ -79,6 +80,13 @@ class Here:
 
     def free_bytes(self) -> int:
         return 10**11 if self.rehearse else torch.cuda.mem_get_info()[0]
+
+    def release(self) -> None:
+        """Gives back the memory of models that are gone; graphs and their model refer to each other."""
+        gc.collect()
+        if not self.rehearse:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
 
     def bandwidth(self) -> float:
         """Bytes a second, reading."""

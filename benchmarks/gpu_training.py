@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import shutil
 import signal
@@ -64,6 +63,7 @@ def training_speed(here: Here) -> None:
         here.say("tokens a second", speeds[batching], batching)
     here.say("packed to padded", speeds["packed"] / speeds["padded"])
     del model
+    here.release()
     if not here.rehearse and not has_bfloat16(here.device):
         here.say("MFU of opt-1.3b", None, reason="CUDA: this GPU emulates bfloat16")
         return
@@ -82,7 +82,7 @@ def training_speed(here: Here) -> None:
         found.append(rate * flops_per_token(config, T) / here.matrix_peak())
         here.say("MFU" + ", compiled" * compiled, found[-1], f"{rows} rows of {T} tokens, {rate:.0f} tokens/s")
         del model
-        gc.collect()
+        here.release()
         shutil.rmtree(here.folder / f"mfu-{compiled}")
     here.say("MFU of opt-1.3b", max(found))
 
