@@ -259,38 +259,44 @@ def speed(here: Here, name: str) -> None:
     size = sum(math.prod(shape) for shape in parameter_shapes(config).values()) * 2
     if (free := here.free_bytes()) < 1.3 * size + 2e9:
         raise Skipped(f"CUDA: {name} takes {1.3 * size / 1e9 + 2:.0f} GB, {free / 1e9:.0f} GB are free")
-    read, ours = size - (config.max_position_embeddings + 2) * config.hidden_size * 2, dict[int, float]()
-    bandwidth, rows_of = here.bandwidth(), (1, 8)
-    decoder: Any = built(here, config)
-    for rows in rows_of:
-        ours[rows] = ms_per_token(here, decoder, config, rows)
-        here.say("ms a token", ours[rows], f"batch {rows}")
+    read, ours = size - (config.max_position_embeddings + 2) * config.hidden_size * 2, timed(here, config, (1, 8))
     cached = 2 * config.num_hidden_layers * config.hidden_size * 2 * 128  # half the tokens of a row
-    here.say("share of bandwidth, batch 1", (read + cached) / (ours[1] / 1e3) / bandwidth)
-    prefill(here, decoder, config)
-    del decoder
-    for label, options in {"int8": {"quantize": True}, "transformers": {}, "compiled": {"compiled": True}}.items():
-        here.release()
-        if label == "int8" and name == "opt-125m":
-            continue
-        decoder = (
-            reference(here, config, None, here.half) if label == "transformers" else built(here, config, **options)
-        )
-        if decoder is None:
-            here.say("to transformers with a static cache", None, reason="transformers is not installed")
-            continue
-        for rows in (1,) if label == "compiled" and name != "opt-125m" else rows_of:  # compiling takes minutes
-            case = f"batch {rows}"
-            time_of = ms_per_token_there if label == "transformers" else ms_per_token
-            ms = time_of(here, decoder, config, rows)
-            here.say(f"ms a token, {label}", ms, case)
-            if label == "transformers":
-                here.say("to transformers with a static cache", ms / ours[rows], case)
-            elif label == "int8":
-                here.say(f"int8 to 16 bits, {case}", ours[rows] / ms)
-            else:
-                here.say("compiled to load()", ours[rows] / ms, case)
-        del decoder
+    here.say("share of bandwidth, batch 1", (read + cached) / (ours[1] / 1e3) / here.bandwidth())
+    if name != "opt-125m":
+        for rows, ms in timed(here, config, (1, 8), ", int8", quantize=True).items():
+            here.say(f"int8 to 16 bits, batch {rows}", ours[rows] / ms)
+    beside_transformers(here, config, ours)
+    rows_of = (1, 8) if name == "opt-125m" else (1,)  # compiling takes minutes
+    for rows, ms in timed(here, config, rows_of, ", compiled", compiled=True).items():
+        here.say("compiled to load()", ours[rows] / ms, f"batch {rows}")
+
+
+def timed(here: Here, config: OPTConfig, rows_of: tuple[int, ...], kind: str = "", **options: bool) -> dict[int, float]:
+    """The time of a token by the number of rows, and once that of a prompt."""
+    here.release()
+    decoder, found = built(here, config, **options), {}
+    for rows in rows_of:
+        found[rows] = ms_per_token(here, decoder, config, rows)
+        here.say(f"ms a token{kind}", found[rows], f"batch {rows}")
+    if not options:
+        prefill(here, decoder, config)
+    return found
+
+
+def beside_transformers(here: Here, config: OPTConfig, ours: dict[int, float]) -> None:
+    """The time of a token in transformers, whatever becomes of it there."""
+    here.release()
+    figure = "to transformers with a static cache"
+    try:
+        if (model := reference(here, config, None, here.half)) is None:
+            here.say(figure, None, reason="transformers is not installed")
+            return
+        for rows, ms in ours.items():
+            theirs = ms_per_token_there(here, model, config, rows)
+            here.say("ms a token, transformers", theirs, f"batch {rows}")
+            here.say(figure, theirs / ms, f"batch {rows}")
+    except Exception as reason:
+        here.say(figure, None, reason=f"transformers: {(str(reason).splitlines() or ['failed'])[0]}")
 
 
 def ms_per_token(here: Here, decoder: Any, config: OPTConfig, rows: int) -> float:
