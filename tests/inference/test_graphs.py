@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -23,6 +25,7 @@ OPTIONS: list[dict[str, Any]] = [
 ]  # fmt: skip
 
 captured: list[int] = []
+CAPTURE = graphs.capture
 
 
 @pytest.fixture(autouse=True, params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -126,3 +129,57 @@ def test_steps_of_any_number_of_shapes_are_compiled(device: str, monkeypatch: py
         ids = torch.full((rows, 1), 5, device=device)
         graphed.read(ids, ids, None, None, graphed.new_cache(rows, 8))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 9
+
+
+def test_all_captures_use_one_stream_and_a_failed_one_leaves_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Graphs share a pool's memory on one stream alone; and torch leaves the stream of a capture only if that ends."""
+    device, used = torch.device("cuda:7"), list[Any]()
+    current = [Mock(name="own")]
+
+    @contextmanager
+    def chosen(stream: Any) -> Iterator[None]:
+        current.append(stream)
+        try:
+            yield
+        finally:
+            current.remove(stream)
+
+    @contextmanager
+    def capturing(graph: Any, pool: Any, stream: Any, capture_error_mode: str) -> Iterator[None]:
+        used.append(stream)
+        yield
+        current.append(stream)  # as where the end of a capture fails
+        current.pop()
+
+    fakes = {"Stream": lambda device: Mock(), "current_stream": lambda device: current[-1], "stream": chosen,
+             "device": nullcontext, "CUDAGraph": Mock, "graph": capturing}  # fmt: skip
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    outcomes: Any = iter([torch.zeros(1)] * 4 + [torch.zeros(1)] * 3 + [RuntimeError("capture")] + [torch.zeros(1)] * 4)
+
+    def step() -> Tensor:
+        found = next(outcomes)
+        if isinstance(found, RuntimeError):
+            raise found
+        return found
+
+    CAPTURE(step, device, None)
+    with pytest.raises(RuntimeError, match="capture"):
+        CAPTURE(step, device, None)
+    assert current[1:] == []
+    CAPTURE(step, device, None)
+    assert len(used) == 3
+    assert len(set(used)) == 1
+
+
+def test_a_failed_capture_leaves_nothing_to_the_next_text(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its pool can be captured into no more."""
+    plain, graphed = build("125m", device)
+    ids, capture = torch.tensor([[2, 5, 60, 7]]), graphs.capture
+    monkeypatch.setattr(graphs, "capture", Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory")))
+    with pytest.raises(torch.OutOfMemoryError):
+        minopt.generate(graphed, ids, max_new_tokens=9)
+    assert graphed._last is None
+    monkeypatch.setattr(graphs, "capture", capture)
+    expected = minopt.generate(plain, ids, max_new_tokens=9).sequences
+    assert torch.equal(minopt.generate(graphed, ids, max_new_tokens=9).sequences, expected)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
+from functools import cache
+from threading import Lock
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -24,6 +26,8 @@ from minopt.masks import added_mask, mask_of_slots
 # A step attends a multiple of so many slots, and a cache has one: texts of similar length share a graph. Kernels of
 # attention want a multiple of 8.
 BUCKET = 256
+
+_ONE_CAPTURE = Lock()  # at a time in a process: another one's would wait for the GPU, which ends the first
 
 
 class GraphedOPT(FastOPT):
@@ -70,7 +74,12 @@ class GraphedOPT(FastOPT):
         """See ``Decoder.read``. A call that wants all logits is a step; its logits hold until the next step."""
         if wanted is not None or cache not in self._graphs:  # prompts and scored texts, whose shapes hardly come again
             return super().read(input_ids, position_ids, mask, wanted, cache)
-        logits = self._graphs[cache].run(self, input_ids, position_ids, mask, cache.length)
+        try:
+            logits = self._graphs[cache].run(self, input_ids, position_ids, mask, cache.length)
+        except BaseException:  # torch captures nothing more into a pool whose first capture failed
+            del self._graphs[cache]
+            self._last = None
+            raise
         cache.length += input_ids.shape[1]
         return logits
 
@@ -153,19 +162,25 @@ def capture(step: Callable[[], Tensor], device: torch.device, pool: Any) -> Call
     The step runs three times before, because libraries set themselves up in their first calls, which cannot be
     captured. It may: it writes nothing but the slots that the first replay writes.
     """
-    stream, graph = torch.cuda.Stream(device), torch.cuda.CUDAGraph()  # type: ignore[no-untyped-call]
-    with torch.cuda.device(device):
-        stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                step()
+    stream, graph, before = _side_stream(device), torch.cuda.CUDAGraph(), torch.cuda.current_stream(device)
+    # The stream is chosen around all: where a capture fails, torch would leave its own the current one.
+    with _ONE_CAPTURE, torch.cuda.device(device), torch.cuda.stream(stream):
+        stream.wait_stream(before)
+        for _ in range(3):
+            step()
         # Other threads may use the GPU meanwhile. The stream is named: torch's own is one of the first device.
         with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
             logits = step()
-        torch.cuda.current_stream(device).wait_stream(stream)
+    before.wait_stream(stream)
 
     def replay() -> Tensor:
         graph.replay()
         return logits
 
     return replay
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream of all captures: the memory of a pool serves the next graph only on the stream of the last one."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
