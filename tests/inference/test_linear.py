@@ -97,6 +97,22 @@ def test_weights_alone_in_int8_do_not_overflow_float16() -> None:
     assert product(x).float() == pytest.approx(21.48, rel=1e-3)
 
 
+def test_the_kernel_for_weights_in_int8_gets_scales_of_all_their_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU's computes in float32; bfloat16 would round a scale by as much as int8 rounds a weight."""
+    weight, scale = int8.quantize(draw(64, 48))
+    x, bias = draw(1, 48).bfloat16(), draw(64, seed=1).bfloat16()
+    expected = linear.WeightOnlyInt8(weight, scale, bias)(x)
+
+    def kernel(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+        assert scale.dtype == torch.float32
+        return (x.float() @ weight.float().T * scale).to(x.dtype)
+
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr(linear, "_has_int8_kernel", lambda *_: True)
+    monkeypatch.setattr(torch, "_weight_int8pack_mm", kernel)
+    torch.testing.assert_close(linear.WeightOnlyInt8(weight, scale, bias)(x), expected, rtol=0.02, atol=0.02)
+
+
 def test_outlier_channels_ruin_plain_rounding_and_not_that_of_large_models() -> None:
     weight, scale = int8.quantize(draw(64, 256))
     x = draw(8, 256, seed=1)

@@ -232,8 +232,9 @@ class WeightOnlyInt8(Product):
             return self._activation(_compiled(x, (self._weight * self._scale).to(x.dtype), self.bias))
         rows = x.numel() // x.shape[-1]
         if x.is_cuda and 0 < rows <= _FEW_ROWS and _has_int8_kernel(x.device, x.dtype):
-            scale = self._scale.flatten().to(x.dtype)
-            y = torch._weight_int8pack_mm(x.flatten(0, -2), self._weight, scale).view(*x.shape[:-1], -1)
+            # It computes in float32, and in bfloat16 a scale would have 8 bits.
+            y = torch._weight_int8pack_mm(x.flatten(0, -2), self._weight, self._scale.flatten())
+            y = y.view(*x.shape[:-1], -1)
             return self._activation(y if self.bias is None else y + self.bias)
         # By out= a GPU multiplies in float32 and casts in one kernel.
         weight = torch.mul(self._weight, self._scale, out=x.new_empty(self._weight.shape))
@@ -249,7 +250,7 @@ def _has_int8_kernel(device: torch.device, dtype: torch.dtype) -> bool:
     if not torch._C._dispatch_has_kernel_for_dispatch_key("aten::_weight_int8pack_mm", "CUDA"):
         return False
     weight = torch.arange(-32, 32, dtype=torch.int8, device=device).expand(64, 64).contiguous()
-    x, scale = torch.ones(2, 64, dtype=dtype, device=device), torch.full((64,), 0.5, dtype=dtype, device=device)
+    x, scale = torch.ones(2, 64, dtype=dtype, device=device), torch.full((64,), 0.5, device=device)
     try:
         return bool((torch._weight_int8pack_mm(x, weight, scale) == -16).all())
     except RuntimeError:
