@@ -140,7 +140,8 @@ def _attend_apart(q: Tensor, k: Tensor, v: Tensor, packed: Packed, dropout: floa
         # The kernel's backward pass takes 3 ms a text more in bfloat16: short ones take half the time in float32.
         with torch.autocast("cpu", enabled=False):
             return _attend_apart(q.float(), k.float(), v.float(), packed, dropout).to(dtype)
-    if q.is_cuda and dtype.itemsize == 2 and not dropout and torch.cuda.get_device_capability(q.device) >= (8, 0):
+    fits = dtype.itemsize == 2 and q.shape[3] % 8 == 0 and not dropout  # flash attention's kernel of several texts
+    if q.is_cuda and fits and torch.cuda.get_device_capability(q.device) >= (8, 0):
         from torch.nn.attention.varlen import varlen_attn  # imports the compiler
 
         ends, longest = packed.ends(q.device), max(packed.lengths)

@@ -98,7 +98,7 @@ def streaming() -> Run:
     return run
 
 
-def training(capability: tuple[int, int] = (9, 0), **settings: Any) -> Run:
+def training(capability: tuple[int, int] = (9, 0), heads: int = 2, **settings: Any) -> Run:
     """Some steps of a run, as the loop does them; each has texts of several lengths."""
     examples = [minopt.Example("the ship sailed " * (2 + i), "at dawn " * (1 + i % 3), id=str(i)) for i in range(8)]
     tokenizer = minopt.Tokenizer.load(minopt.DEMO)
@@ -107,7 +107,8 @@ def training(capability: tuple[int, int] = (9, 0), **settings: Any) -> Run:
             output_dir=folder, per_device_train_batch_size=2, gradient_accumulation_steps=2, device="cuda", **settings
         )
         with gpu(1):
-            model: Any = OPT(OPTConfig(**(SIZE | {"vocab_size": 2048, "dropout": 0.1})), device="cuda:0")
+            changed = {"vocab_size": 2048, "dropout": 0.1, "num_attention_heads": heads}
+            model: Any = OPT(OPTConfig(**(SIZE | changed)), device="cuda:0")
         model.float = model.to = lambda *_: model  # it is there, in float32; FakeTensors cannot be swapped
         run = _Run(model, tokenizer, config, World(0, 1, torch.device("cuda:0")), examples, None)
         run.total_steps, run.microbatches = STEPS, iter([[[0, 1], [2, 3]], [[4, 5], [6, 7]]])
@@ -131,6 +132,7 @@ def cases() -> dict[str, Callable[[], Run]]:
         found[f"training, {precision}, {batching}"] = partial(training, **{precision: True}, batching=batching)
     found["training, fp16 on a T4"] = partial(training, (7, 5), fp16=True)
     found["training, recomputed"] = partial(training, bf16=True, recompute=True)
+    found["training, bf16 with heads of 4"] = partial(training, heads=32, bf16=True)
     found["second GPU"] = partial(generation, "graphed", "125m", torch.float16, "greedy", True, "cuda:1")
     found["again"] = partial(generation, "graphed", "125m", torch.float16, "sampling", False, times=3)
     return found
