@@ -13,6 +13,7 @@ import torch
 
 from minopt.checkpoint.checkpoint import open_checkpoint
 from minopt.devices import auto_dtype, has_bfloat16
+from minopt.distributed import processes
 from minopt.inference.offload import StreamedOPT
 from minopt.training.checks import check_precision
 from minopt.training.config import TrainingConfig
@@ -37,6 +38,18 @@ def test_a_gpu_without_bfloat16_computes_in_float16(
     assert open_checkpoint(write_checkpoint(dtype=torch.bfloat16)).dtype_on(gpu) == dtype
 
 
+def test_a_run_on_one_gpu_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch makes no device the current one by "cuda" alone."""
+    chosen: list[int] = []
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setattr("minopt.distributed.resolve_device", lambda *_: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch._C, "_cuda_setDevice", chosen.append, raising=False)
+    with processes("cuda") as world:
+        assert world.device == torch.device("cuda:1")
+    assert chosen == [1]
+
+
 def test_pinned_memory_is_as_large_as_the_layers_and_is_given_back(
     monkeypatch: pytest.MonkeyPatch, write_checkpoint: Write
 ) -> None:
@@ -55,11 +68,21 @@ def test_pinned_memory_is_as_large_as_the_layers_and_is_given_back(
 
 
 def test_memory_that_the_driver_does_not_pin(monkeypatch: pytest.MonkeyPatch, write_checkpoint: Write) -> None:
-    driver = mock.Mock(**{"cudaHostRegister.return_value": 2})
+    """The next kernel, whosoever, would fail with the same error once more."""
+    driver, zeros, cleared = mock.Mock(**{"cudaHostRegister.return_value": 2}), torch.zeros, list[Any]()
+
+    def launch(*size: Any, **options: Any) -> Any:
+        if driver.cudaHostRegister.called:
+            cleared.append(options["device"])
+            raise RuntimeError("CUDA error: out of memory")
+        return zeros(*size, **options)
+
     monkeypatch.setattr(torch.cuda, "cudart", lambda: driver)
+    monkeypatch.setattr(torch, "zeros", launch)
     checkpoint = open_checkpoint(write_checkpoint(num_hidden_layers=5))
     with pytest.raises(ValueError, match=r"^offload: the driver cannot pin .* of memory \(2\)\. Use offload disk\.$"):
         StreamedOPT(checkpoint, torch.device("cpu"), torch.float32, in_memory=True)
+    assert cleared == [torch.device("cpu")]
 
 
 def test_bfloat16_is_not_trained_on_a_gpu_without_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -139,6 +139,8 @@ def processes(device: str | None) -> Iterator[World]:
     size = int(os.environ.get("WORLD_SIZE", "1"))
     chosen = resolve_device(device, int(os.environ.get("LOCAL_RANK", "0")) if size > 1 else None)
     if chosen.type == "cuda":
+        if chosen.index is None:  # torch sets no device without a number
+            chosen = torch.device("cuda", torch.cuda.current_device())
         torch.cuda.set_device(chosen)
     if size == 1:
         yield World(0, 1, chosen)

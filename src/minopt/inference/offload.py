@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from threading import Event, Lock, Thread
@@ -196,6 +197,8 @@ class _Stream:
         driver = torch.cuda.cudart()  # type: ignore[no-untyped-call]
         failure = driver.cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)
         if int(failure) != 0:
+            with suppress(RuntimeError):  # CUDA reports it once more, with the next kernel, whoever launches that
+                torch.zeros(1, device=self._device)
             advice = "Use offload disk." if count > len(self.places) else "Free some of the machine's memory."
             raise ValueError(f"offload: the driver cannot pin {size_of(memory.nbytes)} of memory ({failure}). {advice}")
         weakref.finalize(self, driver.cudaHostUnregister, memory.data_ptr())
