@@ -140,8 +140,10 @@ class Graph:
             mask = added_mask(self.mask & mask_of_slots(cache.slots, every), model.dtype)
             return read(self.input_ids, self.position_ids, mask, None, cache)
 
-        with torch._dynamo.config.patch(recompile_limit=10**6) if model.compile_step else nullcontext():
-            self.replay = capture(step, device, pool)  # torch would compile the first 8 shapes of a process alone
+        # torch would compile the first 8 shapes of a process alone, and the first 256 of all models in it.
+        limits = {"recompile_limit": 10**6, "accumulated_recompile_limit": 10**6}
+        with torch._dynamo.config.patch(limits) if model.compile_step else nullcontext():
+            self.replay = capture(step, device, pool)
 
     def __call__(self, input_ids: Tensor, position_ids: Tensor, mask: Tensor | None, length: int) -> Tensor:
         """Reads tokens into the slots from ``length`` on; the logits hold until the next call."""
