@@ -25,7 +25,7 @@ class Deletion:
     Attributes:
         rows: names in ``FORMS``.
         modules: below ``minopt``.
-        tests: files in ``tests/inference``.
+        tests: files in ``tests``.
         lines: pieces of lines elsewhere, by file, that offer the form to users.
     """
 
@@ -35,20 +35,25 @@ class Deletion:
     lines: tuple[tuple[str, str], ...] = ()
 
 
+GPU = ("gpu/test_fake", "gpu/test_acceptance")
 DELETIONS = {
-    "tensor_parallel": Deletion(("tensor_parallel",), ("inference.tensor_parallel",), ("test_tensor_parallel",)),
-    "offload": Deletion(("offload",), ("inference.offload",), ("test_offload",)),
+    "tensor_parallel": Deletion(
+        ("tensor_parallel",), ("inference.tensor_parallel",), ("inference/test_tensor_parallel", "gpu/test_acceptance")
+    ),
+    "offload": Deletion(
+        ("offload",), ("inference.offload",), ("inference/test_offload", "test_devices", "gpu/test_acceptance")
+    ),
     "program and compile": Deletion(
         ("program", "compile"),
         ("inference.program", "inference.compile"),
-        ("test_program",),
+        ("inference/test_program", "gpu/test_acceptance"),
         (("__init__.py", "export_model"),),
     ),
-    "graphs": Deletion(("graphs",), ("inference.graphs",), ("test_graphs",)),
+    "graphs": Deletion(("graphs",), ("inference.graphs",), ("inference/test_graphs", *GPU)),
     "fast, graphs and tensor_parallel": Deletion(
         ("fast", "graphs", "tensor_parallel"),
         ("inference.fast", "inference.graphs", "inference.tensor_parallel"),
-        ("test_fast", "test_frozen", "test_graphs", "test_int8", "test_tensor_parallel"),
+        (*(f"inference/test_{name}" for name in ("fast", "frozen", "graphs", "int8", "tensor_parallel")), *GPU),
     ),
 }
 
@@ -59,7 +64,7 @@ def delete(deletion: Deletion, tree: Path) -> None:
     for module in deletion.modules:
         (package / f"{module.replace('.', '/')}.py").unlink()
     for test in deletion.tests:
-        (tree / "tests" / "inference" / f"{test}.py").unlink()
+        (tree / "tests" / f"{test}.py").unlink()
     for file, piece in deletion.lines:
         _keep_lines(package / file, lambda number, line, piece=piece: piece not in line)
     loading = package / "loading.py"
