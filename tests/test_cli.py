@@ -49,7 +49,7 @@ def test_the_installed_script_is_the_same_program() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "prompt: expected one, or --input with a file of them"),
+        ([], "prompt: expected a prompt or --input, got neither"),
         (["x", "--model", "/nowhere"], "/nowhere: no such folder"),
         (["x", "--temperature", "0", "--do-sample"], "--temperature must be from 1e-6 to 1e6"),
         (["x", "--seed", "1"], "--seed acts on sampling only, and --do-sample is off"),

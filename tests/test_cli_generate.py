@@ -209,9 +209,9 @@ def test_a_file_of_prompts_that_is_none_names_the_line(
     [
         ("--input /nowhere.txt", "--input: /nowhere.txt: there is no such file or folder. Check the path."),
         ("--input /", "--input: /: expected a file, got a folder. Name a file in it."),
-        ("x --input p.txt", "prompt: expected one, or --input with a file of them. Either may be -"),
-        ("--input p.txt --resume", "--resume: goes with --output."),
-        ("--input p.txt --output o --resume --force", "--resume: goes with --output and without --force"),
+        ("x --input p.txt", "prompt: expected a prompt or --input, got both. Either may be -"),
+        ("--input p.txt --resume", "--resume: needs --output, and"),
+        ("--input p.txt --output o --resume --force", "--resume: needs --output, and cannot be combined with --force"),
         ("--input {tmp}/p.txt --output {tmp}/no/o --model /no", "there is no folder"),  # before a model is loaded
         ("--input {tmp}/p.txt --output {tmp} --model /no", "--output: expected a file, got a folder"),
         ("x --resume", "--resume: goes with --input"),

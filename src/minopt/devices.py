@@ -21,10 +21,11 @@ def resolve_device(device: torch.device | str | None, local_rank: int | None = N
     Raises:
         ValueError: if this machine or this torch does not have it.
     """
+    wanted = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        if chosen.type not in ("cpu", "cuda"):
+        if str(wanted).partition(":")[0] not in ("cpu", "cuda"):
             raise RuntimeError("minopt runs on cpu and cuda")
+        chosen = torch.device(wanted)
         if chosen.type == "cuda" and local_rank is not None:
             if chosen.index is not None:
                 raise ValueError(f"device: expected cuda, as each process takes its own GPU, got '{chosen}'.")

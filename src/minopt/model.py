@@ -27,7 +27,7 @@ from minopt.masks import Packed, causal_mask, positions
 # from padding_idx + 1 = 2 and gives padding row 1 (metaseq, utils.make_positions).
 POSITION_OFFSET = 2
 
-WITHOUT_PLANS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+WITHOUT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 def _quick_gelu(x: Tensor) -> Tensor:
@@ -126,7 +126,7 @@ def _attention(
     have ever new lengths.
     """
     is_free = q.is_cuda and (torch.compiler.is_compiling() or torch.backends.cuda.cudnn_sdp_enabled())  # type: ignore[no-untyped-call]
-    with sdpa_kernel(WITHOUT_PLANS) if is_free else nullcontext():
+    with sdpa_kernel(WITHOUT_CUDNN) if is_free else nullcontext():
         return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal, scale=scale)
 
 

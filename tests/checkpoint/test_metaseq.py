@@ -301,7 +301,7 @@ BROKEN: dict[str, tuple[dict[str, Any], Callable[[list[Path]], object], str]] = 
         r"decoder\.output_projection\.weight differs from the token embeddings"),
     "metadata that does not add up": (
         {"shards": 3, "parts": 1}, lambda ps: [rewrite(p, set_metadata(numels=[5] * 12)) for p in ps],
-        r"shard0\.pt: its shard_metadata does not add up \(sizes that are not those of its shapes\)"),
+        r"shard0\.pt: its shard_metadata does not add up \(numels that are not those of the shapes\)"),
     "more padding than numbers": ({"shards": 3, "parts": 1}, lambda ps: rewrite(ps[0], set_metadata(padding=10**9)),
                                   r"shard0\.pt: decoder\.\S+\.flat_param_0 must be .* with 1000000000 of padding"),
     "metadata of another shard": (

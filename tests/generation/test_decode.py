@@ -517,7 +517,7 @@ REFUSED: list[tuple[str, Tensor, Tensor | None, dict[str, Any], str]] = [
     ("nothing left to generate", torch.ones(2, 3), None, {"suppress_tokens": range(96)},
      "suppress_tokens holds all 96 ids, which leaves nothing to generate"),
     *((f"{name} behind the vocabulary", torch.ones(2, 3), None, {name: value},
-       "generation: expected ids from 0 to 95 in options, got 96")
+       "generation: expected ids from 0 to 95, the vocabulary, and ")
       for name, value in (("suppress_tokens", (5, 96)), ("eos_token_id", 96), ("eos_token_id", (4, 96)),
                           ("pad_token_id", 96), ("forced_bos_token_id", 96), ("bad_words_ids", [[5], [4, 96, 5]]),
                           ("sequence_bias", {(96, 5): 1.0}))),

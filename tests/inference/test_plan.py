@@ -21,9 +21,9 @@ from minopt.config import PRESETS
 from minopt.inference import plan
 from minopt.inference.linear import Plain, kind_on_cpu
 from minopt.inference.plan import device_counts, find_config, plan_generation, rows_that_fit
-from minopt.inference.program import MANIFEST
 from minopt.load_options import LoadOptions
 from minopt.progress import size_of
+from minopt.strangers import MANIFEST
 from tests.conftest import build_ours, build_reference
 
 FLOAT16_GPU: dict[str, Any] = {"dtype": torch.float16, "device": "cuda"}

@@ -303,8 +303,8 @@ def test_a_template_with_anything_but_plain_fields_is_an_error_that_names_them(
         ("{answer}{answer}", "{question}", "--prompt_template: expected one field or more"),
         ("{question}", "{{}}", "--completion_template: expected one field, got none (in '{{}}'). The fields are "),
         ("{question}", "{answer} {answer}", "--completion_template: expected one field, got {answer}, {answer} (in "),
-        ("{answer} {question}", "{answer}", "--completion_template: expected a field that --prompt_template does not "
-         "give away, got {answer} (in '{answer}' and '{answer} {question}'). "),
+        ("{answer} {question}", "{answer}", "--completion_template: expected a field that is not "
+         "in --prompt_template, got {answer} (in '{answer}' and '{answer} {question}'). "),
     ],
 )  # fmt: skip
 def test_a_template_that_breaks_a_rule_is_an_error_that_names_it(prompt: str, completion: str, message: str) -> None:
@@ -403,7 +403,7 @@ def test_a_download_that_fails_is_one_line_and_leaves_nothing(
         (tmp_path / "home").write_bytes(b"")
     else:  # what a full disk does to a file that grows
         resource.setrlimit(resource.RLIMIT_FSIZE, (len(good) // 2, limits[1]))
-    start = f"dev_file: expected {module.SQUAD_URL}dev-v1.1.json to be copied to {cached}, got {reason}"
+    start = f"dev_file: {module.SQUAD_URL}dev-v1.1.json cannot be downloaded to {cached} ({reason}"
     try:
         with pytest.raises(OSError, match=f"^{re.escape(start)}") as caught:
             read_data("squad", split="dev", show_progress=False)

@@ -96,16 +96,15 @@ class Generate(Loading):
     def _check_combination(self, given: dict[str, Any], prompt: str | None) -> None:
         """Refuses flags that do not go together."""
         if (prompt is None) == (self.input is None):
-            raise ValueError(
-                "prompt: expected one, or --input with a file of them. Either may be -, which is standard input."
-            )
+            got = "neither" if prompt is None else "both"
+            raise ValueError(f"prompt: expected a prompt or --input, got {got}. Either may be -, for standard input.")
         for name in _MANY:
             if name in given and self.input is None:
                 raise ValueError(f"--{name}: goes with --input. Leave it out beside one text.")
         if self.input is not None and self.echo:
             raise ValueError("--echo: the output of --input has the prompts already. Leave it out.")
         if self.resume and (self.force or self.output is None):
-            raise ValueError(f"--resume: goes with --output{' and without --force' if self.force else ''}.")
+            raise ValueError("--resume: needs --output, and cannot be combined with --force.")
         if self.model is None and self.revision is not None:
             raise ValueError("--revision: goes with --model. The small demo model has no revisions.")
 

@@ -49,7 +49,7 @@ class Task:
             )
         if completion[0] in prompt:
             raise ValueError(
-                f"--completion_template: expected a field that --prompt_template does not give away, got "
+                f"--completion_template: expected a field that is not in --prompt_template, got "
                 f"{_named(completion)} (in {self.completion!r} and {self.prompt!r}). Take it out of one of the two."
             )
 

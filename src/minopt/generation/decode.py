@@ -121,9 +121,9 @@ def steps_between_looks(request: Request) -> int:
     one, or if the host has to know each token.
     """
     config = request.config
-    is_seen = request.logits_processor or request.stopping_criteria or config.max_time is not None
-    is_known = request.decoder.device.type == "cpu" or config.prompt_lookup_num_tokens is not None
-    return 1 if is_seen or is_known else LOOK_EVERY
+    must_look = bool(request.logits_processor or request.stopping_criteria or config.max_time is not None)
+    must_look |= request.decoder.device.type == "cpu" or config.prompt_lookup_num_tokens is not None
+    return 1 if must_look else LOOK_EVERY
 
 
 @torch.inference_mode()
@@ -151,8 +151,8 @@ def decode_steps(request: Request, look_every: int = 1) -> Iterator[Step]:
     lookup = None if config.prompt_lookup_num_tokens is None else PromptLookup(request, cache)
     draws = _random_numbers(N, B * copies, request) if config.do_sample else None
     reasons = torch.zeros(B * copies, dtype=torch.int8, device=device)
-    running = is_new = reasons == RUNNING  # the same as long as no row has ended
-    at_once = look_every == 1 and device.type == "cpu"  # the host may look at each step
+    running = is_new = reasons == RUNNING
+    none_has_ended = look_every == 1 and device.type == "cpu"  # which only there is known without waiting
     broken_at = torch.full((B * copies,), N, device=device)  # the step in which a row's scores are no numbers
     for step in range(N):
         length = T + step
@@ -165,9 +165,11 @@ def decode_steps(request: Request, look_every: int = 1) -> Iterator[Step]:
         asked_for = _asked_for(config, logits, scores, tokens)
         sequences[:, length] = tokens
         ends, any_runs = stopper(tokens, step + 1, sequences[:, : length + 1]), True
-        if not (at_once and running is is_new and _all_go_on(best, ends)):
+        none_has_ended = none_has_ended and _all_go_on(best, ends)
+        if not none_has_ended:
             running, has_token = reasons == RUNNING, best.abs() < torch.inf
-            broken_at = broken_at.where(~running | has_token | (best == -torch.inf), step)  # -inf: no token is left
+            is_broken = running & ~has_token & (best != -torch.inf)  # -inf: the rules left no token
+            broken_at = torch.where(is_broken, step, broken_at)
             reasons = torch.where(running, ends.masked_fill(~has_token, EXHAUSTED), reasons)
             is_new, running = running & has_token, reasons == RUNNING
             tokens = tokens.where(is_new, request.pad_token_id)

@@ -293,10 +293,12 @@ def _check_ids(vocab_size: int, config: GenerationConfig, eos: tuple[int, ...], 
         )
     V, beams, most_beams = vocab_size, config.num_beams, 2**24 // vocab_size
     words = [i for ids in (*config.bad_words_ids, *(ids for ids, _ in config.sequence_bias)) for i in ids]
-    named = (*config.suppress_tokens, config.forced_bos_token_id or 0, *words, *eos, pad)
+    forced = config.forced_bos_token_id or 0
+    ids_of = {"suppress_tokens": config.suppress_tokens, "forced_bos_token_id": (forced,), "eos_token_id": eos,
+              "bad_words_ids or sequence_bias": words, "pad_token_id": (pad,)}  # fmt: skip
     problem = ""
-    if outside := [i for i in named if i >= V]:
-        problem = f"expected ids from 0 to {V - 1} in options, got {outside[0]}"
+    if outside := [f"{name} has {i}" for name, ids in ids_of.items() for i in ids if i >= V]:
+        problem = f"expected ids from 0 to {V - 1}, the vocabulary, and {outside[0]}"
     elif config.do_sample and beams > most_beams:
         problem = f"num_beams is {beams}, and torch draws among at most 2**24 candidates: at most {most_beams} beams"
     elif config.top_logprobs > V:

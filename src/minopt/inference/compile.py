@@ -46,7 +46,7 @@ from minopt.generation.decode import generate
 from minopt.inference.linear import OUTLIERS_FROM, join_rows, split_rows
 from minopt.inference.program import FORMAT, PROGRAM, ExportedModel, Manifest, machine, sha256
 from minopt.load_options import LoadOptions
-from minopt.model import OPT, WITHOUT_PLANS
+from minopt.model import OPT, WITHOUT_CUDNN
 from minopt.tokenizer import TOKENIZER_FILES, Tokenizer
 
 _NEW = 16  # new tokens of each check prompt
@@ -296,7 +296,7 @@ def _compile(model: OPT, path: Path) -> None:
         ways = [options | {"max_autotune": True, "max_autotune_gemm_backends": b} for b in ("CPP", "CPP,ATEN")]
     failure = ""
     # Without gradients, or nothing is frozen. A trace does not keep the choice of attention's kernels.
-    with torch.no_grad(), warnings.catch_warnings(), sdpa_kernel(WITHOUT_PLANS):
+    with torch.no_grad(), warnings.catch_warnings(), sdpa_kernel(WITHOUT_CUDNN):
         warnings.simplefilter("ignore")  # of torch's, about its own parts
         program = _trace(model)
         for way in ways:

@@ -126,7 +126,7 @@ def _download(name: str, split: str, show_progress: bool) -> Path:
             torch.hub.download_url_to_file(url, str(new), hash_prefix=_SQUAD_SHA256[name], progress=shown)
     except (OSError, HTTPException, RuntimeError) as error:  # the last is a wrong digest
         raise OSError(
-            f"{split}_file: expected {url} to be copied to {path.parent}, got {first_line(error)}. "
+            f"{split}_file: {url} cannot be downloaded to {path.parent} ({first_line(error)}). "
             "Try again, or fetch the file by hand and give its path."
         ) from None
     return path

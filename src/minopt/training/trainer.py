@@ -191,8 +191,10 @@ class _Run:
             self._loop()
         save(self.model, self.folder.path / MODEL, self.tokenizer, world)
         world.first(self._finish)
-        done = self.progress
-        return TrainResult(done.step, done.skipped, done.loss, done.metrics, self.predictions, self.folder.path)
+        progress = self.progress
+        return TrainResult(
+            progress.step, progress.skipped, progress.loss, progress.metrics, self.predictions, self.folder.path
+        )
 
     def _begin(self) -> None:
         """Takes the folder, and goes on from the checkpoint that is in it or was named."""
@@ -238,23 +240,25 @@ class _Run:
         world.first(write)
 
     def _loop(self) -> None:
-        config, done = self.config, self.progress
-        stopped = done.step > 0 and self._evaluate_if_due()  # a run may be killed between a checkpoint and this
-        while done.step < self.total_steps and not stopped:
+        config, progress = self.config, self.progress
+        stopped = progress.step > 0 and self._evaluate_if_due()  # a run may be killed between a checkpoint and this
+        while progress.step < self.total_steps and not stopped:
             began = time.perf_counter()
             stopped = self._step()
             self.seconds += time.perf_counter() - began
-            done.step += 1
-            last = done.step == self.total_steps
-            if done.step % config.logging_steps == 0 or last:
+            progress.step += 1
+            last = progress.step == self.total_steps
+            if progress.step % config.logging_steps == 0 or last:
                 self._log()
             self.bar.update()
-            if done.step % config.save_steps == 0 or last:
+            if progress.step % config.save_steps == 0 or last:
                 self._save()
             stopped = stopped or self._evaluate_if_due()
         if stopped:
             self._save()
-            raise TrainingStopped(self.signals.received or signal.SIGTERM, done.step, self.folder.checkpoint(done.step))
+            raise TrainingStopped(
+                self.signals.received or signal.SIGTERM, progress.step, self.folder.checkpoint(progress.step)
+            )
 
     def _step(self) -> bool:
         """One optimizer step. Returns whether a signal has come to any process."""
@@ -266,7 +270,8 @@ class _Run:
         learned, mine = sum(map(self.tokens.learned, examples)), examples[world.rank :: world.size]
         loss_sum = torch.zeros((), device=world.device)
         for number, indices in enumerate(mine, 1):
-            # DDP sums gradients over the processes with the last microbatch alone; FSDP's would be whole until then.
+            # DDP sums gradients over the processes with the last microbatch alone. FSDP always shards them: unsharded
+            # ones would have to fit on each GPU.
             waits = self.is_ddp and number < len(mine)
             with self.module.no_sync() if waits else contextlib.nullcontext():
                 # DDP and FSDP average over the processes; what is wanted is the sum.
@@ -293,48 +298,48 @@ class _Run:
         return loss.detach()
 
     def _count(self, loss_sum: float, learned: int) -> None:
-        done = self.progress
+        progress = self.progress
         if math.isfinite(loss_sum):
-            done.loss_sum, done.loss_tokens = done.loss_sum + loss_sum, done.loss_tokens + learned
+            progress.loss_sum, progress.loss_tokens = progress.loss_sum + loss_sum, progress.loss_tokens + learned
         if math.isfinite(self.grad_norm):
-            done.skipped_in_a_row = 0
+            progress.skipped_in_a_row = 0
             return
-        done.skipped, done.skipped_in_a_row = done.skipped + 1, done.skipped_in_a_row + 1
-        if done.skipped_in_a_row >= MOST_SKIPPED:
+        progress.skipped, progress.skipped_in_a_row = progress.skipped + 1, progress.skipped_in_a_row + 1
+        if progress.skipped_in_a_row >= MOST_SKIPPED:
             raise ValueError(
-                f"step {done.step + 1}: gradients of {MOST_SKIPPED} steps in a row were not finite, the last loss was "
-                f"{loss_sum / learned}. Lower --learning_rate, or use --bf16 instead of --fp16."
+                f"step {progress.step + 1}: gradients of {MOST_SKIPPED} steps in a row were not finite, the last "
+                f"loss was {loss_sum / learned}. Lower --learning_rate, or use --bf16 instead of --fp16."
             )
 
     def _log(self) -> None:
         """Writes metrics, and shows them beside the bar or, without a terminal, in a line."""
-        done, total = self.progress, self.total_steps
-        done.loss = done.loss_sum / done.loss_tokens if done.loss_tokens else math.nan
+        progress, total = self.progress, self.total_steps
+        progress.loss = progress.loss_sum / progress.loss_tokens if progress.loss_tokens else math.nan
         speed = self.world.sum(self.tokens_seen)[0] / self.seconds
-        rate = learning_rate(done.step - 1, total, self.config)
+        rate = learning_rate(progress.step - 1, total, self.config)
         metrics = {
-            "step": done.step,
-            "epoch": round(done.step / self.steps_per_epoch, 6),
-            "loss": done.loss,
+            "step": progress.step,
+            "epoch": round(progress.step / self.steps_per_epoch, 6),
+            "loss": progress.loss,
             "learning_rate": rate,
             "grad_norm": self.grad_norm,
-            "skipped_steps": done.skipped,
+            "skipped_steps": progress.skipped,
             "tokens_per_second": round(speed, 1),
         }
-        done.loss_sum, done.loss_tokens, self.tokens_seen, self.seconds = 0.0, 0, 0, 0.0
+        progress.loss_sum, progress.loss_tokens, self.tokens_seen, self.seconds = 0.0, 0, 0, 0.0
         self.world.first(lambda: self.folder.add_metrics(metrics))
-        text = f"loss {done.loss:.4f}  lr {rate:.2e}  {speed:,.0f} tokens/s"
-        text += f"  {done.skipped} skipped" if done.skipped else ""
+        text = f"loss {progress.loss:.4f}  lr {rate:.2e}  {speed:,.0f} tokens/s"
+        text += f"  {progress.skipped} skipped" if progress.skipped else ""
         self.bar.set_postfix_str(text, refresh=False)
         if self.bar.disable and self.world.is_first:
-            left = (time.perf_counter() - self.began_at) / (done.step - self.first_step) * (total - done.step)
-            say(f"step {done.step}/{total}  {text}  {tqdm.format_interval(left)} left")
+            left = (time.perf_counter() - self.began_at) / (progress.step - self.first_step) * (total - progress.step)
+            say(f"step {progress.step}/{total}  {text}  {tqdm.format_interval(left)} left")
 
     def _save(self) -> None:
-        done, config = self.progress, self.model.config.to_dict()  # with which a checkpoint opens as a model
-        state = {**self.record, "config": config, "progress": asdict(done), "scaler": self.scaler.state_dict()}
-        self.folder.save(done.step, self.module, self.optimizer, state)
-        self.world.first(lambda: self.folder.remove_old(self.config.keep_last, done.best_step))
+        progress, config = self.progress, self.model.config.to_dict()  # with which a checkpoint opens as a model
+        state = {**self.record, "config": config, "progress": asdict(progress), "scaler": self.scaler.state_dict()}
+        self.folder.save(progress.step, self.module, self.optimizer, state)
+        self.world.first(lambda: self.folder.remove_old(self.config.keep_last, progress.best_step))
 
     def _evaluate_if_due(self) -> bool:
         """Evaluates, and keeps the best model. Returns whether a signal has come meanwhile."""
@@ -345,7 +350,7 @@ class _Run:
 
     def _evaluate(self) -> bool:
         assert self.eval_tokens is not None
-        config, world, done, task = self.config, self.world, self.progress, self.config.resolved_task()
+        config, world, progress, task = self.config, self.world, self.progress, self.config.resolved_task()
         dtype = torch.float32 if self.dtype is None or (config.fp16 and world.device.type == "cpu") else self.dtype
         result = evaluate(
             gathered(self.model, world.device, dtype), self.tokenizer, self.eval_tokens.rows, self.references,
@@ -354,22 +359,28 @@ class _Run:
         )  # fmt: skip
         if result is None:
             return True
-        done.metrics, self.predictions, done.evaluated_step = dict(result.metrics), dict(result.predictions), done.step
+        progress.metrics, self.predictions, progress.evaluated_step = (
+            dict(result.metrics),
+            dict(result.predictions),
+            progress.step,
+        )
 
         def write() -> None:
-            shown = "  ".join(f"{name} {value:.4g}" for name, value in done.metrics.items())
-            say(f"evaluation after step {done.step}: {shown}")
-            self.folder.add_metrics({"step": done.step} | {f"eval_{name}": v for name, v in done.metrics.items()})
+            shown = "  ".join(f"{name} {value:.4g}" for name, value in progress.metrics.items())
+            say(f"evaluation after step {progress.step}: {shown}")
+            self.folder.add_metrics(
+                {"step": progress.step} | {f"eval_{name}": v for name, v in progress.metrics.items()}
+            )
             if self.predictions:
                 self.folder.write(PREDICTIONS, self.predictions)
 
         world.first(write)
         score = result.metrics[task.best] if self.references else -result.metrics["loss"]
-        is_best = score > done.best_score
+        is_best = score > progress.best_score
         if is_best:
-            done.best_step, done.best_score = done.step, score
+            progress.best_step, progress.best_score = progress.step, score
             save(self.model, self.folder.path / BEST, self.tokenizer, world)
-        if is_best or self.folder.checkpoint(done.step).exists():
+        if is_best or self.folder.checkpoint(progress.step).exists():
             self._save()
         return False
 

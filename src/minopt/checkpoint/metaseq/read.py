@@ -98,16 +98,16 @@ def _described(file: TensorFile) -> dict[str, _Flat]:
     try:
         for group in file.content["shard_metadata"]["param_metadata"]:
             if not isinstance(group["fsdp_path"], str):
-                raise ValueError("an fsdp_path that is no text")
+                raise ValueError("an fsdp_path that is not a string")
             prefix = f"{group['fsdp_path']}." if group["fsdp_path"] else ""
             for flat, about in group["params"].items():
                 names, padding = [prefix + name for name in about["names"]], about["padding"]
                 sizes = [tuple(shape) for shape in about["shapes"]]
                 numbers = (*(size for shape in sizes for size in shape), *about["numels"], padding)
                 if not all(is_int(n) and 0 <= n < 2**48 for n in numbers) or len(names) != len(sizes):
-                    raise ValueError("a size that is none")
+                    raise ValueError("a size that is not a non-negative integer")
                 if [*about["numels"]] != [math.prod(shape) for shape in sizes]:
-                    raise ValueError("sizes that are not those of its shapes")
+                    raise ValueError("numels that are not those of the shapes")
                 found[prefix + flat] = tuple(zip(names, sizes, strict=True)), padding
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{file.path}: its shard_metadata does not add up ({error}). Fetch the file again."
