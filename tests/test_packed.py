@@ -154,3 +154,10 @@ def test_only_a_text_alone_must_fit_the_positions() -> None:
     assert model(torch.full((1, 2 * POSITIONS), 5), Packed((POSITIONS, POSITIONS))).shape[1] == 2 * POSITIONS
     with pytest.raises(ValueError, match=r"^input_ids: .* = 65 positions, the model has 64\. Shorten the input\.$"):
         model(torch.full((1, 68), 5), Packed((3, POSITIONS + 1)))
+
+
+def test_ends_that_a_gpu_keeps_serve_training_after_inference() -> None:
+    packed = Packed((3, 5))
+    with torch.inference_mode():
+        assert packed.ends(torch.device("cpu")).tolist() == [0, 3, 8]
+    assert not packed.ends(torch.device("cpu")).is_inference()

@@ -26,6 +26,7 @@ class Packed:
 
 
 @lru_cache(maxsize=4)
+@torch.inference_mode(False)  # what was made in this mode could not serve a training step later
 def _ends(lengths: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(device, non_blocking=True)
 
