@@ -148,7 +148,9 @@ def test_all_captures_use_one_stream_and_a_failed_one_leaves_it(monkeypatch: pyt
     @contextmanager
     def capturing(graph: Any, pool: Any, stream: Any, capture_error_mode: str) -> Iterator[None]:
         used.append(stream)
+        assert not torch.is_inference_mode_enabled()  # or no graph could be captured outside of it any more
         yield
+        assert not torch.is_inference_mode_enabled()
         current.append(stream)  # as where the end of a capture fails
         current.pop()
 
@@ -159,16 +161,18 @@ def test_all_captures_use_one_stream_and_a_failed_one_leaves_it(monkeypatch: pyt
     outcomes: Any = iter([torch.zeros(1)] * 4 + [torch.zeros(1)] * 3 + [RuntimeError("capture")] + [torch.zeros(1)] * 4)
 
     def step() -> Tensor:
+        assert torch.is_inference_mode_enabled()
         found = next(outcomes)
         if isinstance(found, RuntimeError):
             raise found
         return found
 
-    CAPTURE(step, device, None)
-    with pytest.raises(RuntimeError, match="capture"):
+    with torch.inference_mode():
         CAPTURE(step, device, None)
-    assert current[1:] == []
-    CAPTURE(step, device, None)
+        with pytest.raises(RuntimeError, match="capture"):
+            CAPTURE(step, device, None)
+        assert current[1:] == []
+        CAPTURE(step, device, None)
     assert len(used) == 3
     assert len(set(used)) == 1
 

@@ -170,8 +170,13 @@ def capture(step: Callable[[], Tensor], device: torch.device, pool: Any) -> Call
         stream.wait_stream(before)
         for _ in range(3):
             step()
+        # The first capture makes tensors for the random generator, into which captures outside of this mode write too.
         # Other threads may use the GPU meanwhile. The stream is named: torch's own is one of the first device.
-        with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
+        with (
+            torch.inference_mode(False),
+            torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"),
+            torch.inference_mode(),
+        ):
             logits = step()
     before.wait_stream(stream)
 
