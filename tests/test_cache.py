@@ -58,7 +58,7 @@ def test_slots_write_what_an_int_writes(chunks: tuple[int, ...]) -> None:
         for filled, whole in zip(fill(by_int, tokens, seed), fill(by_slots, tokens, seed), strict=True):
             for some, all_ in zip(filled, whole, strict=True):
                 assert some.shape[2] == begin
-                assert all_.shape[2] == by_slots.capacity == CAPACITY
+                assert all_.shape[2] == by_slots.window == CAPACITY
                 assert torch.equal(some, all_[:, :, :begin])
                 assert not all_[:, :, begin:].any()
     for layer, keys in enumerate(by_int.keys):

@@ -30,7 +30,7 @@ class KVCache:
         length: tokens filled so far, the same for every row (rows are padded to it).
         slots: the slots of the new tokens, int64 ``[T]``, in a step that is to have the same shapes wherever it writes
             (CUDA graphs, exported programs): it attends all slots under a mask, and ``length`` stays as it is.
-        window: how many slots such a step attends, if not all.
+        window: how many slots such a step attends, from the first on.
 
     Raises:
         ValueError: if batch size or capacity is not positive.
@@ -54,7 +54,7 @@ class KVCache:
         self.values = [torch.zeros_like(keys) for keys in self.keys]
         self.length = 0
         self.slots: Tensor | None = None
-        self.window: int | None = None
+        self.window = capacity
 
     @classmethod
     def of(
@@ -62,7 +62,8 @@ class KVCache:
     ) -> KVCache:
         """A cache in the memory of given keys and values; arguments as the attributes."""
         cache = cls.__new__(cls)
-        cache.keys, cache.values, cache.length, cache.slots, cache.window = keys, values, 0, slots, window
+        cache.keys, cache.values, cache.length, cache.slots = keys, values, 0, slots
+        cache.window = cache.capacity if window is None else window
         return cache
 
     def __repr__(self) -> str:
@@ -75,7 +76,7 @@ class KVCache:
 
     @property
     def capacity(self) -> int:
-        return self.keys[0].shape[2] if self.window is None else self.window
+        return self.keys[0].shape[2]
 
     @property
     def nbytes(self) -> int:
@@ -92,7 +93,7 @@ class KVCache:
         if self.slots is not None:
             keys.index_copy_(2, self.slots, key)
             values.index_copy_(2, self.slots, value)
-            return (keys, values) if self.window is None else (keys[:, :, : self.window], values[:, :, : self.window])
+            return keys[:, :, : self.window], values[:, :, : self.window]
         end = self.length + new
         keys[:, :, self.length : end] = key
         values[:, :, self.length : end] = value
@@ -119,7 +120,7 @@ class KVCache:
         self.truncate(end)
 
     def first_rows(self, count: int) -> KVCache:
-        """A cache of the first rows alone, in the same memory."""
+        """An empty cache of the first rows alone, in the same memory."""
         return KVCache.of([t[:count] for t in self.keys], [t[:count] for t in self.values])
 
     def repeat_rows(self, first: KVCache) -> None:

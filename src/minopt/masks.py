@@ -20,14 +20,14 @@ class Packed:
 
     lengths: tuple[int, ...]  # tokens of each text; their sum is the length of the row
 
-    def ends(self, device: torch.device) -> Tensor:
-        """Where texts begin and the last one ends, int32 ``[texts + 1]``: the same tensor for all layers."""
-        return _ends(self.lengths, device)
+    def cu_seqlens(self, device: torch.device) -> Tensor:
+        """The cumulated lengths from 0 on, int32 ``[texts + 1]``: the same tensor for all layers."""
+        return _cu_seqlens(self.lengths, device)
 
 
 @lru_cache(maxsize=4)
 @torch.inference_mode(False)  # what was made in this mode could not serve a training step later
-def _ends(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+def _cu_seqlens(lengths: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(device, non_blocking=True)
 
 

@@ -144,9 +144,9 @@ def _attend_apart(q: Tensor, k: Tensor, v: Tensor, packed: Packed, dropout: floa
     if q.is_cuda and fits and torch.cuda.get_device_capability(q.device) >= (8, 0):
         from torch.nn.attention.varlen import varlen_attn  # imports the compiler
 
-        ends, longest = packed.ends(q.device), max(packed.lengths)
+        cu_seqlens, longest = packed.cu_seqlens(q.device), max(packed.lengths)
         q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # [T, H, D]
-        y: Any = varlen_attn(q, k, v, ends, ends, longest, longest, scale=1.0, window_size=(-1, 0))
+        y: Any = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, scale=1.0, window_size=(-1, 0))
         return y.transpose(0, 1)[None]
     queries, keys, values = (torch.split(x, list(packed.lengths), dim=2) for x in (q, k, v))
     return torch.cat([
@@ -362,7 +362,7 @@ class OPT(nn.Module):
             raise ValueError(f"cache: made for {cache.batch_size} rows, got input_ids of {B}.")
         length = 0 if cache is None else cache.length
         by_slots = cache is not None and cache.slots is not None
-        S = cache.capacity if cache is not None and by_slots else length + T
+        S = cache.window if cache is not None and by_slots else length + T
         if cache is not None and S > (most := cache.capacity):
             what = f"cache: {length} tokens cached + {T} new = {S}, its capacity is {most}"
             raise ValueError(f"{what}. Make it larger, or feed less.")

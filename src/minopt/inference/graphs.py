@@ -1,6 +1,6 @@
 """Decoding on a GPU as CUDA graphs: a step is one launch, whatever number of kernels it has.
 
-Shapes: B batch, Q tokens of a row this step (beams, a draft, or 1), S capacity of the cache, V vocabulary.
+Shapes: B batch, Q tokens of a row this step (beams, a draft, or 1), S slots that a step attends, V vocabulary.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ class Graph:
     """A step of ``[B, Q]`` tokens into one cache's memory, with the places that it reads its input from."""
 
     def __init__(self, model: GraphedOPT, cache: KVCache, Q: int, length: int, pool: Any) -> None:
-        B, S, device = cache.batch_size, cache.capacity, model.device
+        B, S, device = cache.batch_size, cache.window, model.device
         self.input_ids = torch.zeros(B, Q, dtype=torch.long, device=device)
         self.position_ids = torch.zeros(B, Q, dtype=torch.long, device=device)
         self.mask, self.is_masked = torch.ones(B, 1, Q, S, dtype=torch.bool, device=device), False
