@@ -159,5 +159,5 @@ def test_only_a_text_alone_must_fit_the_positions() -> None:
 def test_ends_that_a_gpu_keeps_serve_training_after_inference() -> None:
     packed = Packed((3, 5))
     with torch.inference_mode():
-        assert packed.ends(torch.device("cpu")).tolist() == [0, 3, 8]
-    assert not packed.ends(torch.device("cpu")).is_inference()
+        assert packed.cu_seqlens(torch.device("cpu")).tolist() == [0, 3, 8]
+    assert not packed.cu_seqlens(torch.device("cpu")).is_inference()

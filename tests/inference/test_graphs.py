@@ -123,12 +123,12 @@ def test_steps_of_any_number_of_shapes_are_compiled(device: str, monkeypatch: py
     graphed = GraphedOPT(model.config, model.state_dict().items(), compile_step=True)
     compile_ = torch.compile
     monkeypatch.setattr(torch, "compile", lambda run, **_: compile_(run, backend="eager", dynamic=False))
-    monkeypatch.setattr(torch._dynamo.config, "accumulated_recompile_limit", 8)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    for rows in range(1, 10):
-        ids = torch.full((rows, 1), 5, device=device)
-        graphed.read(ids, ids, None, None, graphed.new_cache(rows, 8))
+    with torch._dynamo.config.patch(accumulated_recompile_limit=8):
+        for rows in range(1, 10):
+            ids = torch.full((rows, 1), 5, device=device)
+            graphed.read(ids, ids, None, None, graphed.new_cache(rows, 8))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 9
 
 
