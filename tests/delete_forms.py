@@ -53,7 +53,7 @@ DELETIONS = {
     "fast, graphs and tensor_parallel": Deletion(
         ("fast", "graphs", "tensor_parallel"),
         ("inference.fast", "inference.graphs", "inference.tensor_parallel"),
-        (*(f"inference/test_{name}" for name in ("fast", "frozen", "graphs", "int8", "tensor_parallel")), *GPU),
+        (*(f"inference/test_{name}" for name in ("fast", "frozen", "graphs", "int8", "plan", "tensor_parallel")), *GPU),
     ),
 }
 

@@ -6,12 +6,14 @@ use large batches.
 
 from __future__ import annotations
 
+import atexit
 import math
+import threading
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from threading import Event, Lock, Thread
 from typing import Any
 
@@ -70,6 +72,20 @@ class StreamedOPT(InferenceOPT):
         refuse("its layers are in their files, it cannot be copied or pickled")
 
 
+@cache
+def _finish_before_the_end() -> None:
+    """Has the process, before it ends, wait for a layer that is being read: its thread would end in torch's code, and
+    take the process with it ("terminate called without an active exception").
+    """
+
+    def wait() -> None:
+        for thread in threading.enumerate():
+            if isinstance(thread, _Fetch):
+                thread.join()
+
+    atexit.register(wait)
+
+
 def check(options: LoadOptions) -> None:
     """Refuses options that do not go with layers that are offloaded."""
     if options.offload == "cpu" and options.device.type == "cpu":
@@ -122,6 +138,7 @@ class _Stream:
     """The layers of a checkpoint, in turn."""
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, in_memory: bool) -> None:
+        _finish_before_the_end()
         self.checkpoint, self.dtype, self._device = checkpoint, dtype, device
         self._count, on_gpu = checkpoint.config.num_hidden_layers, device.type == "cuda"
         first = "layers.0."
