@@ -171,13 +171,13 @@ def train_minopt(
 
     tokenizer, examples, tokens = data_for(model, train_file, batch_size, steps, seed)
     peaks = []
-    save = trainer._Run._save
+    save = trainer.Run._save
 
     def measured_save(self: Any) -> None:
         peaks.append(peak_bytes(device))
         save(self)
 
-    trainer._Run._save = measured_save  # type: ignore[method-assign]
+    trainer.Run._save = measured_save  # type: ignore[method-assign]
     config = TrainingConfig(
         output_dir=str(folder / "run"), per_device_train_batch_size=batch_size, max_steps=steps, logging_steps=1,
         learning_rate=3e-5, batching=batching, bf16=dtype == "bfloat16", seed=seed, device=device, save_steps=10**6,

@@ -32,7 +32,7 @@ from minopt.generation.scoring import token_logprobs
 from minopt.inference.fast import FastOPT
 from minopt.inference.graphs import GraphedOPT
 from minopt.model import OPT
-from minopt.training.trainer import _Run
+from minopt.training import trainer
 
 L, N, STEPS = 2, 17, 2  # layers, new tokens, steps of training
 SIZE: dict[str, Any] = {"vocab_size": 512, "hidden_size": 128, "num_hidden_layers": L, "num_attention_heads": 2,
@@ -110,7 +110,7 @@ def training(capability: tuple[int, int] = (9, 0), heads: int = 2, **settings: A
             changed = {"vocab_size": 2048, "dropout": 0.1, "num_attention_heads": heads}
             model: Any = OPT(OPTConfig(**(SIZE | changed)), device="cuda:0")
         model.float = model.to = lambda *_: model  # it is there, in float32; FakeTensors cannot be swapped
-        run = _Run(model, tokenizer, config, World(0, 1, torch.device("cuda:0")), examples, None)
+        run = trainer.Run(model, tokenizer, config, World(0, 1, torch.device("cuda:0")), examples, None)
         run.total_steps, run.microbatches = STEPS, iter([[[0, 1], [2, 3]], [[4, 5], [6, 7]]])
         with gpu(1, capability=capability) as seen, run.wrapped(None):
             for _ in range(STEPS):

@@ -61,19 +61,19 @@ def rank() -> int:
 
 def before_step(step: int | None, act: Patch) -> None:
     """Has a process do something when it begins a step, counted from 0, or any."""
-    original = trainer._Run._step
+    original = trainer.Run._step
 
     def wrapped(run: Any, *args: Any) -> bool:
         if step in (None, run.progress.step):
             act()
         return original(run, *args)
 
-    trainer._Run._step = wrapped  # type: ignore[method-assign]
+    trainer.Run._step = wrapped  # type: ignore[method-assign]
 
 
 def record_what_is_seen() -> None:
     """Writes process, step and examples of each microbatch to a file."""
-    path, backward = os.environ["MINOPT_TEST_SEEN"].format(rank()), trainer._Run._backward
+    path, backward = os.environ["MINOPT_TEST_SEEN"].format(rank()), trainer.Run.backward
 
     def recorded(run: Any, rows: Any, weight: float) -> Any:
         if rows:
@@ -82,7 +82,7 @@ def record_what_is_seen() -> None:
                 file.write(json.dumps([os.getpid(), run.progress.step, indices]) + "\n")
         return backward(run, rows, weight)
 
-    trainer._Run._backward = recorded  # type: ignore[method-assign]
+    trainer.Run.backward = recorded  # type: ignore[method-assign]
 
 
 def kill(number: int = signal.SIGKILL) -> None:

@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 
 from minopt import OPT, Tokenizer
 from minopt.distributed import World
-from minopt.training import trainer
+from minopt.training import method, trainer
 from minopt.training.config import TrainingConfig
 from minopt.training.data import Example
 from tests.conftest import build_ours, build_reference
@@ -100,7 +100,7 @@ class Seen:
 @contextmanager
 def watched() -> Iterator[Seen]:
     """Looks on, and changes nothing."""
-    seen, clip, take_step = Seen(), trainer.clip_gradients, trainer._Run._step
+    seen, clip, take_step = Seen(), method.clip_gradients, trainer.Run._step
 
     def watch_clip(parameters: Any, max_norm: float) -> Tensor:
         parameters = list(parameters)
@@ -114,8 +114,8 @@ def watched() -> Iterator[Seen]:
         seen.scales.append(run.scaler.get_scale())
         return stopped
 
-    clipping = mock.patch.object(trainer, "clip_gradients", watch_clip)
-    with clipping, mock.patch.object(trainer._Run, "_step", watch_step):
+    clipping = mock.patch.object(method, "clip_gradients", watch_clip)
+    with clipping, mock.patch.object(trainer.Run, "_step", watch_step):
         yield seen
 
 

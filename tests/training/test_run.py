@@ -18,7 +18,7 @@ import pytest
 from safetensors.torch import load_file
 
 from minopt.evaluation.answers import EvaluationResult
-from minopt.training import trainer
+from minopt.training import method, trainer
 from minopt.training.run import RunFolder
 from tests.training.runs import STEPS, Patch, Runs, before_step, kill, rank, signal_at
 
@@ -30,7 +30,6 @@ SETTINGS = {"dropout": 0, "save_steps": 6}
 
 def before(owner: Any, name: str, act: Patch, *, path: str = "", step: int | None = None, of: int = 0) -> None:
     """Has a process do something when it calls a method, for a checkpoint after ``step`` or a folder ``path``."""
-    owner = trainer if owner == "trainer" else owner  # a module cannot be sent to a process
     original = getattr(owner, name)
 
     def wrapped(*args: Any, **options: Any) -> Any:
@@ -71,7 +70,7 @@ def scores(*first: float) -> None:
     def evaluate(*args: Any, **options: Any) -> EvaluationResult:
         return EvaluationResult({"loss": 1.0, "f1": left.pop(0) if left else 1.0}, {})
 
-    trainer.evaluate = evaluate
+    method.evaluate = evaluate
 
 
 def slow_steps() -> None:
@@ -145,10 +144,10 @@ def test_a_run_killed_while_it_saves_goes_on_from_a_whole_checkpoint(
 @pytest.mark.parametrize(
     ("owner", "name", "path", "call", "number", "after"),
     [
-        ("trainer", "save", ".model.saving", "fsync", 1, False),
-        ("trainer", "save", ".model.saving", "replace", 1, True),
-        (trainer._Run, "_finish", "", "replace", 2, True),
-        (trainer._Run, "_finish", "", "rmdir", 1, False),
+        (trainer.Run, "save", ".model.saving", "fsync", 1, False),
+        (trainer.Run, "save", ".model.saving", "replace", 1, True),
+        (trainer.Run, "_finish", "", "replace", 2, True),
+        (trainer.Run, "_finish", "", "rmdir", 1, False),
         (RunFolder, "write", "", "fsync", 1, False),
         (RunFolder, "write", "", "replace", 1, False),
     ],
@@ -212,7 +211,7 @@ def test_the_last_and_the_best_are_kept_over_a_resumption(runs: Runs) -> None:
                 "evaluation_strategy": "steps", "eval_steps": 3, "lr_scheduler_type": "constant"}  # fmt: skip
     assert runs("best", partial(scores, 2.0, 5.0), partial(signal_at, 7, signal.SIGKILL), **settings).code == -9
     assert runs.steps("best") == [6]
-    patch = partial(before, "trainer", "save", partial(fail_in, "fsync", 1), path="best")
+    patch = partial(before, trainer.Run, "save", partial(fail_in, "fsync", 1), path="best")
     assert runs("best", partial(scores, 4.0, 6.0), patch, **settings).code == -9  # while it writes a better one
     assert runs("best", partial(scores, 4.0, 4.0), **settings).code == 0
     assert runs.steps("best") == [6, 12]

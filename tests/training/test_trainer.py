@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import minopt
 from minopt import OPT
 from minopt.evaluation.answers import EvaluationResult
-from minopt.training import trainer
+from minopt.training import method, trainer
 from minopt.training.batches import microbatches
 from minopt.training.config import TrainingConfig
 from minopt.training.data import Example
@@ -272,10 +272,10 @@ def test_tokens_a_second_are_those_of_training_whatever_evaluation_and_saving_ta
 
         return wrapped
 
-    monkeypatch.setattr(trainer._Run, "_step", ticking(trainer._Run._step, 1))
+    monkeypatch.setattr(trainer.Run, "_step", ticking(trainer.Run._step, 1))
     monkeypatch.setattr(trainer.RunFolder, "save", ticking(trainer.RunFolder.save, 1000))
     better = (EvaluationResult({"loss": 1.0, "f1": float(n)}, {}) for n in range(9))
-    monkeypatch.setattr(trainer, "evaluate", ticking(lambda *args, **options: next(better), 1000))
+    monkeypatch.setattr(method, "evaluate", ticking(lambda *args, **options: next(better), 1000))
     monkeypatch.setattr(trainer.time, "perf_counter", lambda: clock[0])
     config = settings(tmp_path / "run", evaluation_strategy="steps", eval_steps=1, save_steps=3)
     train(model_of(), examples(12), config, tokenizer=tokenizer(), eval_data=examples(2))
@@ -307,7 +307,7 @@ def test_the_best_checkpoint_stays_and_best_is_written_on_improvement_alone(
         return EvaluationResult({"loss": 1.0, "f1": next(left)}, {"q0": "a"})
 
     config = settings(folder, max_steps=5, evaluation_strategy="steps", eval_steps=1, keep_last=1, save_steps=1)
-    with mock.patch.object(trainer, "evaluate", evaluate), watched() as seen:
+    with mock.patch.object(method, "evaluate", evaluate), watched() as seen:
         result = train(model_of(), examples(12), config, tokenizer=tokenizer(), eval_data=examples(2))
     found = {path.name for path in (folder / "checkpoints").glob("step-*")}
     assert found == {f"step-0000000{step}" for step in (best, 5)}
@@ -367,13 +367,13 @@ def test_what_does_not_fit_is_refused_before_anything_is_trained(tmp_path: Path)
 def test_what_is_evaluated_is_a_plain_model(
     changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen, evaluate = [], trainer.evaluate
+    seen, evaluate = [], method.evaluate
 
     def watch(model: OPT, *args: Any, **options: Any) -> Any:
         seen.append((any("forward" in vars(layer) for layer in model.layers), model.training, model.dtype))
         return evaluate(model, *args, **options)
 
-    monkeypatch.setattr(trainer, "evaluate", watch)
+    monkeypatch.setattr(method, "evaluate", watch)
     monkeypatch.setattr(torch, "compile", lambda function: function)
     config = settings(tmp_path / "run", max_steps=1, do_eval=True, **changes)
     train(model_of(), examples(4), config, tokenizer=tokenizer(), eval_data=examples(2))

@@ -45,18 +45,18 @@ class Finetune(Command):
 
         from minopt.distributed import processes
         from minopt.loading import load
-        from minopt.training.data import read_data
+        from minopt.training.method import method_of
         from minopt.training.trainer import TrainingStopped, train
         from minopt.training.weights import NO_TOKENIZER
 
-        task = config.resolved_task()
+        method = method_of(config)
         train_data: Any = None
         eval_data: Any = None
         with processes(config.device) as world:
             if config.trains:
-                train_data = world.first_then_all(lambda: read_data(config.train_file, task))
+                train_data = world.first_then_all(lambda: method.read(config, "train"))
             if config.evaluates:
-                eval_data = world.first_then_all(lambda: read_data(config.dev_file, task, split="dev"))
+                eval_data = world.first_then_all(lambda: method.read(config, "dev"))
             if not config.trains:
                 lm = world.first_then_all(lambda: load(name, device=world.device, dtype="float32", optimize=False))
                 if lm.tokenizer is None:

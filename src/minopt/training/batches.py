@@ -38,6 +38,11 @@ class Tokens:
     cut_completions: int = 0  # these end without an eos
     dropped: int = 0  # these have no row: too little of their prompt may be cut
 
+    @property
+    def lengths(self) -> list[int]:
+        """How many tokens each row has."""
+        return [len(ids) for ids, _ in self.rows]
+
     def learned(self, indices: Sequence[int]) -> int:
         """How many tokens of some rows count in the loss."""
         return sum(len(self.rows[i].ids) - self.rows[i].start for i in indices)

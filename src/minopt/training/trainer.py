@@ -21,19 +21,18 @@ from minopt import __version__
 from minopt.checkpoint.checkpoint import Checkpoint
 from minopt.config import read_json
 from minopt.distributed import World, processes
-from minopt.evaluation.answers import evaluate
 from minopt.evaluation.tasks import seed_of
 from minopt.model import OPT
 from minopt.progress import bar, counted, say
 from minopt.tokenizer import Tokenizer
-from minopt.training.batches import Row, collate, microbatches, tokenise
-from minopt.training.checks import accumulation_of, check_fit, check_precision, warn
+from minopt.training.batches import microbatches
+from minopt.training.checks import accumulation_of, check_fit, check_precision
 from minopt.training.config import TrainingConfig
-from minopt.training.data import Example, references_of
-from minopt.training.loss import ModelWithLoss
-from minopt.training.optim import build_optimizer, clip_gradients, float32_products, learning_rate, training_layers
+from minopt.training.data import Example
+from minopt.training.method import Method, method_of
+from minopt.training.optim import float32_products, learning_rate, training_layers
 from minopt.training.run import BEST, MODEL, PREDICTIONS, SETTINGS, RunFolder, Signals, read_state
-from minopt.training.weights import apply_fsdp, fill, find, gathered, save
+from minopt.training.weights import apply_fsdp
 
 MOST_SKIPPED = 20  # steps in a row whose gradients are not finite
 
@@ -86,9 +85,9 @@ def train(
         TrainingStopped: if SIGTERM or SIGINT has ended it.
     """
     with processes(config.device) as world, contextlib.ExitStack() as stack:
-        checkpoint = None
+        method, checkpoint = method_of(config), None
         if not isinstance(model, OPT):
-            checkpoint, tokenizer = find(model, tokenizer, world)
+            checkpoint, tokenizer = method.find(model, tokenizer, world)
             model = OPT(checkpoint.config, device="meta")
         if tokenizer is None:
             raise ValueError("tokenizer: expected the model's, got None. Pass it, or a name instead of the model.")
@@ -96,7 +95,7 @@ def train(
         check_precision(config, world.device)
         if eval_data is not None and not isinstance(eval_data, str):
             eval_data = eval_data[: config.max_eval_samples]
-        run = _Run(model, tokenizer, config, world, train_data, eval_data)
+        run: Run = type("Run", (Run, method), {})(model, tokenizer, config, world, train_data, eval_data)
         world.first(lambda: stack.enter_context(run.folder.locked()))
         stack.enter_context(run.wrapped(checkpoint))
         return run.train()
@@ -118,21 +117,19 @@ class _Progress:
     loss_tokens: int = 0  # since then
 
 
-class _Run:
-    """A run in one process."""
+class Run(Method):
+    """A run in one process: the loop, which drives the parts of a method."""
 
     def __init__(
-        self, model: OPT, tokenizer: Tokenizer, config: TrainingConfig, world: World,
-        train_data: Sequence[Example] | str, eval_data: Sequence[Example] | str | None,
-    ) -> None:  # fmt: skip
+        self, model: OPT, tokenizer: Tokenizer, config: TrainingConfig, world: World, train_data: Any, eval_data: Any
+    ) -> None:
         self.model, self.tokenizer, self.config, self.world = model, tokenizer, config, world
+        self.eval_data = eval_data
         self.tokens, self.eval_tokens = world.each(lambda: (
-            tokenise(train_data, tokenizer, model.config, config, training=True),
-            None if eval_data is None else tokenise(eval_data, tokenizer, model.config, config, training=False),
+            self.tokenise(train_data, training=True),
+            None if eval_data is None else self.tokenise(eval_data, training=False),
         ))  # fmt: skip
-        tokens, eval_is_text = {"train_file": self.tokens, "dev_file": self.eval_tokens}, isinstance(eval_data, str)
-        warn(config.replace(do_train=True), world, tokens, eval_is_text=eval_is_text)
-        self.references = references_of(eval_data or "")
+        self.warn()
         self.folder = RunFolder(config.output_dir, world)
         self.record: dict[str, Any] = {"settings": config.to_dict(), "data": self.tokens.digest()}
         self.dtype = torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else None
@@ -151,16 +148,16 @@ class _Run:
         config, world, model = self.config, self.world, self.model
         model.float().train()
         with training_layers(model, config), float32_products(config, world.device):
-            self.module: Any = ModelWithLoss(model)  # within DDP where that is used
+            self.module = self.build()
             if self.is_sharded:
                 apply_fsdp(self.module, model, self.dtype, world.device)
             if checkpoint is not None:
-                fill(model, checkpoint, world)
+                self.fill(checkpoint)
             if not self.is_sharded:
                 model.to(world.device)
             if self.is_ddp:
                 self.module = DistributedDataParallel(self.module, gradient_as_bucket_view=True)
-            self.optimizer = build_optimizer(self.module, config)
+            self.optimizer = self.build_optimizer()
             self.scaler = torch.amp.GradScaler(world.device.type, enabled=config.fp16)
             try:
                 yield
@@ -173,10 +170,10 @@ class _Run:
     def train(self) -> TrainResult:
         config, world = self.config, self.world
         self._begin()
-        self.steps_per_epoch = math.ceil(len(self.tokens.rows) / self.batch_size)
+        lengths, count = self.tokens.lengths, world.size * self.accumulation
+        self.steps_per_epoch = math.ceil(len(lengths) / self.batch_size)
         epochs = math.ceil(config.num_train_epochs * self.steps_per_epoch)
         self.total_steps = config.max_steps if config.max_steps > 0 else epochs
-        lengths, count = [len(ids) for ids, _ in self.tokens.rows], world.size * self.accumulation
         grouped, self.first_step = config.batching == "grouped", self.progress.step  # above 0 in a run that goes on
         self.microbatches = microbatches(
             lengths, self.batch_size, count, config.seed, grouped=grouped, first_step=self.first_step
@@ -189,7 +186,7 @@ class _Run:
             torch.random.fork_rng(devices=devices),
         ):
             self._loop()
-        save(self.model, self.folder.path / MODEL, self.tokenizer, world)
+        self.save(self.folder.path / MODEL)
         world.first(self._finish)
         progress = self.progress
         return TrainResult(
@@ -210,7 +207,7 @@ class _Run:
             # DDP arranges its buckets after a first backward pass. With more than two processes a resumed run would
             # otherwise sum in another order than an uninterrupted one.
             for _ in range(2):
-                self._backward([], 0.0)
+                self.backward([], 0.0)
             self.optimizer.zero_grad()
         if path is not None:
             folder.load(path, self.module, self.optimizer)
@@ -226,11 +223,12 @@ class _Run:
             folder.checkpoints.mkdir(exist_ok=True)
             self.tokenizer.save(folder.checkpoints)  # a checkpoint opens as a model
             folder.trim_metrics(self.progress.step, self.progress.evaluated_step)
-            rows, size = self.tokens.rows, self.world.size
+            lengths, size = self.tokens.lengths, self.world.size
+            learned = self.tokens.learned(range(len(lengths)))
             say(config.to_text())
             say(
-                f"{counted(len(rows), 'example')}, {counted(sum(len(ids) for ids, _ in rows), 'token')}, "
-                f"{self.tokens.learned(range(len(rows))):,} in the loss; {counted(self.batch_size, 'example')} a step: "
+                f"{counted(len(lengths), 'example')}, {counted(sum(lengths), 'token')}, "
+                f"{learned:,} in the loss; {counted(self.batch_size, 'example')} a step: "
                 f"{counted(size, 'process', 'processes')} x {counted(self.accumulation, 'microbatch', 'microbatches')} "
                 f"x {self.batch_size // size // self.accumulation}"
             )
@@ -262,40 +260,15 @@ class _Run:
 
     def _step(self) -> bool:
         """One optimizer step. Returns whether a signal has come to any process."""
-        config, world, step = self.config, self.world, self.progress.step
-        torch.manual_seed(seed_of(config.seed, step, world.rank))
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(step, self.total_steps, config)
+        world, step = self.world, self.progress.step
+        torch.manual_seed(seed_of(self.config.seed, step, world.rank))
         examples = next(self.microbatches)
-        learned, mine = sum(map(self.tokens.learned, examples)), examples[world.rank :: world.size]
-        loss_sum = torch.zeros((), device=world.device)
-        for number, indices in enumerate(mine, 1):
-            # DDP sums gradients over the processes with the last microbatch alone. FSDP always shards them: unsharded
-            # ones would have to fit on each GPU.
-            waits = self.is_ddp and number < len(mine)
-            with self.module.no_sync() if waits else contextlib.nullcontext():
-                # DDP and FSDP average over the processes; what is wanted is the sum.
-                loss_sum += self._backward([self.tokens.rows[i] for i in indices], world.size / learned)
-        self.scaler.unscale_(self.optimizer)
-        norm = clip_gradients(self.module.parameters(), config.max_grad_norm)
-        loss, self.grad_norm = torch.stack([loss_sum, norm]).tolist()  # here alone the host waits for a GPU
-        if math.isfinite(self.grad_norm):  # the same in all processes, as the norm is
-            self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad()
+        learned = sum(map(self.tokens.learned, examples))
+        rows = [[self.tokens.rows[i] for i in indices] for indices in examples[world.rank :: world.size]]
+        loss, self.grad_norm = self.move(rows, learned, step, self.total_steps)
         total_loss, stopped = world.sum(loss, float(self.signals.received != 0))
         self._count(total_loss, learned)
         return stopped > 0
-
-    def _backward(self, rows: Sequence[Row], weight: float) -> torch.Tensor:
-        """Adds the gradients of a microbatch, times a weight. Returns the sum of its losses."""
-        batch, kind = collate(rows, self.world.device, packed=self.config.batching == "packed"), self.world.device.type
-        self.tokens_seen += batch.tokens
-        in_16_bits = self.dtype is not None and not self.is_sharded  # FSDP gathers parameters in 16 bits itself
-        with torch.autocast(kind, dtype=self.dtype or torch.bfloat16, enabled=in_16_bits):
-            loss = self.module(batch, self.config.label_smoothing)
-        self.scaler.scale(loss * weight).backward()
-        return loss.detach()
 
     def _count(self, loss_sum: float, learned: int) -> None:
         progress = self.progress
@@ -349,14 +322,7 @@ class _Run:
         return due and self.progress.evaluated_step != step and self._evaluate()
 
     def _evaluate(self) -> bool:
-        assert self.eval_tokens is not None
-        config, world, progress, task = self.config, self.world, self.progress, self.config.resolved_task()
-        dtype = torch.float32 if self.dtype is None or (config.fp16 and world.device.type == "cpu") else self.dtype
-        result = evaluate(
-            gathered(self.model, world.device, dtype), self.tokenizer, self.eval_tokens.rows, self.references,
-            task.scores, config.generation, world, batch_size=config.per_device_eval_batch_size,
-            stop=lambda: self.signals.received != 0,
-        )  # fmt: skip
+        world, progress, result = self.world, self.progress, self.measure()
         if result is None:
             return True
         progress.metrics, self.predictions, progress.evaluated_step = (
@@ -375,11 +341,11 @@ class _Run:
                 self.folder.write(PREDICTIONS, self.predictions)
 
         world.first(write)
-        score = result.metrics[task.best] if self.references else -result.metrics["loss"]
+        score = self.score(result.metrics)
         is_best = score > progress.best_score
         if is_best:
             progress.best_step, progress.best_score = progress.step, score
-            save(self.model, self.folder.path / BEST, self.tokenizer, world)
+            self.save(self.folder.path / BEST)
         if is_best or self.folder.checkpoint(progress.step).exists():
             self._save()
         return False
