@@ -26,7 +26,7 @@ ORDER = (
     ("config",),
     ("settings",),
     ("cache", "distributed", "int8", "load_options", "masks"),
-    ("model",),
+    ("int4", "model"),
     ("tokenizer", "wrapped"),
     ("stops",),
     ("generation",),

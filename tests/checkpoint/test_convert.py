@@ -415,7 +415,7 @@ REFUSED: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ),
     ("125m", {"max_shard_bytes": 0}, ValueError, r"max_shard_bytes: expected a positive number, got 0"),
     ("125m", METASEQ | {"max_shard_bytes": 5}, ValueError, r"max_shard_bytes: acts on format hf only"),
-    ("125m", {"quantize": "int4"}, ValueError, r'quantize: expected None or "int8", got \'int4\''),
+    ("125m", {"quantize": "fp4"}, ValueError, r'quantize: expected None, "int8" or "int4", got \'fp4\''),
     ("125m", METASEQ | {"quantize": "int8"}, ValueError, r"quantize: metaseq's format cannot hold int8 weights"),
     ("125m", {"model_config": "opt-9b"}, ValueError, r"model_config: opt-9b: no such file, and .*opt-125m"),
     ("125m", {"model_config": "opt-125m"}, CheckpointError, r"num_hidden_layers is 12 in the given config"),

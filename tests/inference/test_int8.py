@@ -384,7 +384,8 @@ def test_inspect_checks_the_values_that_int8_stands_for(folder: Path) -> None:
 
 ANOTHER = (
     r"config\.json: quantization_config: expected int8 weights with a scale for each channel \(compressed-tensors, "
-    r"int-quantized\), got {}\. Fetch the model that it was made from, and convert that with --quantize int8\."
+    r"int-quantized\), or symmetric int4 ones \(pack-quantized\), got {}\. Fetch the model that it was made from, and "
+    r"convert that with --quantize int8\."
 )
 UNUSABLE = r"model\.safetensors: {} of its int8 weights cannot be used: {}\. Fetch the files again, or convert"
 
@@ -406,8 +407,8 @@ SCHEMES: dict[str, tuple[Any, str]] = {
     "gptq": ({"quant_method": "gptq", "bits": 4}, "gptq"),
     "no method": ({"bits": 4}, "no quant_method"),
     "no object": ([1, 2], "no quant_method"),
-    "int4": (int8.CONFIG | {"format": "pack-quantized"} | with_weights(num_bits=4, strategy="group", group_size=128),
-             "compressed-tensors, pack-quantized, int4, symmetric, a scale for each group"),
+    "int3": (int8.CONFIG | {"format": "pack-quantized"} | with_weights(num_bits=3, strategy="group", group_size=128),
+             "compressed-tensors, pack-quantized, int3, symmetric, a scale for each group"),
     "asymmetric": (int8.CONFIG | with_weights(symmetric=False),
                    "compressed-tensors, int-quantized, int8, asymmetric, a scale for each channel"),
     "fixed activations": (

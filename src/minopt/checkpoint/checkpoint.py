@@ -134,8 +134,8 @@ def _check_tensors(tensors: dict[str, SourceTensor], config: OPTConfig, source: 
     for name, tensor in tensors.items():
         if name in expected and tensor.shape != expected[name]:
             wrong.append(f"{name}: expected {list(expected[name])}, got {list(tensor.shape)}")
-        elif name in expected and tensor.dtype in (None, torch.int8):
-            kind = "int8" if tensor.dtype else "another kind"
+        elif name in expected and (tensor.dtype is None or not tensor.dtype.is_floating_point):
+            kind = tensor.kind if tensor.dtype else "another kind"
             wrong.append(f"{name}: expected float64, float32, float16 or bfloat16, got {kind}")
     problems = {"missing": missing, "unexpected": list(map(described, unexpected)),
                 "of the wrong shape or kind": wrong}  # fmt: skip

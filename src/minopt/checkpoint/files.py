@@ -22,7 +22,8 @@ from minopt.strangers import what_it_is
 _NUMBERS_IN_CACHE = 2**20
 _PIECE_BYTES = 64_000_000
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I8": torch.int8}
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I8": torch.int8,
+          "I32": torch.int32}  # fmt: skip
 
 
 class TensorFile:
@@ -31,7 +32,7 @@ class TensorFile:
     Attributes:
         path: the file.
         shapes: the tensors' shapes by key.
-        dtypes: their dtypes by key; ``None`` for one that no OPT has (integers other than int8).
+        dtypes: their dtypes by key; ``None`` for one that no OPT has (integers but int8, and int32 of packed int4).
         is_wrapped: whether the tensors lie in a dict under "model", as metaseq writes them.
         content: if so, all that the file holds, by key.
     """

@@ -1,4 +1,4 @@
-"""Hugging Face's checkpoints: one file or shards, with config.json; of weights in floats, or in int8 with scales.
+"""Hugging Face's checkpoints: one file or shards, with config.json; of weights in floats, int8 or int4.
 
 The state dicts of torch.distributed.checkpoint, as training writes them, have the same names and are read here too.
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from minopt import int8
+from minopt import int4, int8
 from minopt.checkpoint.divided import open_divided
 from minopt.checkpoint.errors import CheckpointError, some
 from minopt.checkpoint.find import Format, Found
@@ -26,8 +26,8 @@ _PLAIN = "If its weights are plain, take quantization_config out of config.json.
 
 
 def read_huggingface(found: Found, known: OPTConfig | None, ignore: Sequence[str]) -> Contents:
-    """The tensors of files under Hugging Face's names; no numbers are read but scales of int8 weights."""
-    is_int8 = _is_int8(found.folder, known)
+    """The tensors of files under Hugging Face's names; no numbers are read but scales of int8 and int4 weights."""
+    scheme = _scheme(found.folder, known)
     is_divided, where = found.format is Format.DIVIDED, found.where
     if is_divided:
         stored = open_divided(found.folder)
@@ -48,7 +48,7 @@ def read_huggingface(found: Found, known: OPTConfig | None, ignore: Sequence[str
             "which divides them among processes. Put them together first (python zero_to_fp32.py, which lies beside "
             "DeepSpeed's checkpoints), or save with stage3_gather_16bit_weights_on_model_save."
         )
-    return Contents(_with_scales(tensors, is_int8, where), (head,))
+    return Contents(_with_scales(tensors, scheme, where), (head,))
 
 
 def _names_of(key: str) -> tuple[str, ...]:
@@ -56,70 +56,92 @@ def _names_of(key: str) -> tuple[str, ...]:
     return () if name is None else (name,)
 
 
-def _is_int8(folder: Path, known: OPTConfig | None) -> bool:
-    """Whether the configuration, or else the folder's config.json, has a ``quantization_config``, of int8 as ours."""
+def _scheme(folder: Path, known: OPTConfig | None) -> str | int | None:
+    """What the ``quantization_config`` says, of the configuration or else of the folder's config.json: ``"int8"``, or
+    int4 weights' group size (see ``int4.group_of``).
+    """
     path = folder / "config.json"
     found = None if known is None else known.extra.get(int8.CONFIG_KEY)
     if found is None and path.is_file():  # another one may be given
         with suppress(ValueError):
             found = read_json(path).get(int8.CONFIG_KEY)
-    other = None if found is None else int8.other_scheme(found)
-    if other is not None:
+    if found is None or (group := int4.group_of(found)) is not None:
+        return None if found is None else group
+    if (other := int8.other_scheme(found)) is not None:
         raise CheckpointError(
             f"{path}: quantization_config: expected int8 weights with a scale for each channel (compressed-tensors, "
-            f"int-quantized), got {other}. Fetch the model that it was made from, and convert that with --quantize "
-            f"int8. {_PLAIN}"
+            f"int-quantized), or symmetric int4 ones (pack-quantized), got {other}. Fetch the model that it was made "
+            f"from, and convert that with --quantize int8. {_PLAIN}"
         )
-    return found is not None
+    return "int8"
 
 
-def _with_scales(tensors: Mapping[str, SourceTensor], declared: bool, where: Path) -> dict[str, SourceTensor]:
-    """Joins int8 weights and their scales; ``declared``: there is a ``quantization_config``."""
+def _with_scales(tensors: Mapping[str, SourceTensor], scheme: str | int | None, where: Path) -> dict[str, SourceTensor]:
+    """Joins int8 or int4 weights and their scales; ``scheme`` is what ``_scheme`` gives."""
     scales = {name: tensor for name, tensor in tensors.items() if name.endswith(int8.SCALE)}
-    weights = [name for name, tensor in tensors.items() if tensor.dtype == torch.int8 and name not in scales]
-    if declared and not weights:
-        raise CheckpointError(f"{where}: expected int8 weights as config.json's quantization_config says, got none. "
+    packed = {name.removesuffix(int4.PACKED): tensor for name, tensor in tensors.items() if name.endswith(int4.PACKED)}
+    group = scheme if isinstance(scheme, int) else None
+    kind, dtype = ("int4", torch.int32) if group is not None or packed else ("int8", torch.int8)
+    if kind == "int4":
+        plain = {name: t for name, t in tensors.items() if not name.endswith((int4.PACKED, int4.SHAPE))}
+        tensors, weights = plain | packed, list(packed)
+    else:
+        weights = [name for name, tensor in tensors.items() if tensor.dtype == dtype and name not in scales]
+    if scheme is not None and not weights:
+        raise CheckpointError(f"{where}: expected {kind} weights as config.json's quantization_config says, got none. "
                               + _PLAIN)  # fmt: skip
-    if weights and not declared:
+    if weights and (scheme is None or (kind == "int4" and group is None)):
         raise CheckpointError(
-            f"{where}: {len(weights)} of its weights are int8 ({some(weights)}), expected a quantization_config in "
+            f"{where}: {len(weights)} of its weights are {kind} ({some(weights)}), expected a quantization_config in "
             "config.json that says how they were made, got none. Fetch config.json again."
         )
     if not weights:
         return dict(tensors)
     found = {name: tensor for name, tensor in tensors.items() if name not in scales}
-    dtype = main_dtype(found.values())
-    problems = []
+    main, problems = main_dtype(found.values()), []
     for name in dict.fromkeys([*weights, *(scale.removesuffix(int8.SCALE) for scale in scales)]):
-        scale = _read_scale(name, found.get(name), scales.get(name + int8.SCALE))
-        if isinstance(scale, str):
-            problems.append(scale)
+        weight = found.get(name)
+        scale = _read_scale(name, weight, scales.get(name + int8.SCALE), group)
+        if isinstance(scale, str) or weight is None:
+            problems.append(str(scale))
+        elif group is None:
+            found[name] = replace(weight, dtype=main, scale=scale)
         else:
-            found[name] = replace(found[name], dtype=dtype, scale=scale)
+            shape = (weight.shape[0], weight.shape[1] * int4.IN_A_WORD)
+            packed_one = replace(weight, name=name)
+            found[name] = SourceTensor(name, shape, main, packed=packed_one, scale=scale)
     if problems:
         raise CheckpointError(
-            f"{where}: {len(problems)} of its int8 weights cannot be used: {some(problems)}. Fetch the files again, or "
-            "convert the model that they were made from with --quantize int8."
+            f"{where}: {len(problems)} of its {kind} weights cannot be used: {some(problems)}. Fetch the files again, "
+            f"or convert the model that they were made from with --quantize {kind}."
         )
     return found
 
 
-def _read_scale(name: str, weight: SourceTensor | None, scale: SourceTensor | None) -> Tensor | str:
-    """The scale of a weight as float32 ``[out, 1]``, or what is wrong with the two."""
-    if weight is None or weight.dtype != torch.int8:
-        return f"{name}: expected int8, as it has a scale, got {'nothing' if weight is None else weight.dtype}"
+def _read_scale(name: str, weight: SourceTensor | None, scale: SourceTensor | None, group: int | None) -> Tensor | str:
+    """The scale of an int8 weight as float32 ``[out, 1]``, or that of an int4 one as stored ``[out, groups]``; or what
+    is wrong with the two. ``group`` is int4's.
+    """
+    kind, dtype = ("int8", torch.int8) if group is None else ("int4", torch.int32)
+    if weight is None or weight.dtype != dtype:
+        return f"{name}: expected {kind}, as it has a scale, got {'nothing' if weight is None else weight.dtype}"
     if not (int8.is_quantized(name) or name in ("project_in.weight", "project_out.weight")) or len(weight.shape) != 2:
-        return f"{name}: expected a float dtype, got int8, which only weights of linear layers may be"
-    rows = weight.shape[0]
+        return f"{name}: expected a float dtype, got {kind}, which only weights of linear layers may be"
+    rows, inputs = weight.shape[0], weight.shape[1] * int4.IN_A_WORD
+    columns = inputs // group if group else 1
+    if group and inputs % group:
+        return f"{name}: expected a multiple of {group} inputs, its groups, got {inputs}"
     if scale is None:
-        return f"{name}{int8.SCALE}: expected shape [{rows}, 1], got no such tensor"
-    if scale.shape not in ((rows,), (rows, 1)):
-        return f"{scale.name}: expected shape [{rows}, 1], got {list(scale.shape)}"
+        return f"{name}{int8.SCALE}: expected shape [{rows}, {columns}], got no such tensor"
+    if scale.shape not in [(rows, columns)] + [(rows,)] * (columns == 1):
+        return f"{scale.name}: expected shape [{rows}, {columns}], got {list(scale.shape)}"
     if scale.dtype is None or not scale.dtype.is_floating_point:
         return f"{scale.name}: expected a float dtype, got {scale.dtype or 'another kind'}"
-    values = scale.read(torch.float32).view(rows, 1)
+    values = scale.read(torch.float32).view(rows, columns)
     wrong = ~((values > 0) & (values * 128).isfinite())  # what int8 reaches is finite too
     if wrong.any():
-        first = int(wrong.flatten().nonzero()[0])
-        return f"{scale.name}: expected positive, finite scales, got {values[first].item():g} at row {first}"
-    return values
+        first = int(wrong.nonzero()[0, 0])
+        worst = values[wrong][0].item()
+        return f"{scale.name}: expected positive, finite scales, got {worst:g} at row {first}"
+    mapped = None if group is None else scale.map()
+    return values if mapped is None else mapped.view(rows, columns)

@@ -148,8 +148,9 @@ def inspect_checkpoint(
         check: read all values and look for numbers that are not finite or beyond 100, and for tensors of zeros.
         digest: read all values and compute SHA-256 digests that do not depend on how the file was saved: of each
             tensor, over its name, dtype and shape as three lines (``layers.0.fc1.weight``, ``float16``, ``3072,768``)
-            and then its little-endian bytes in row-major order, those of an int8 weight followed by its scales' as
-            float32; and of the whole, over the lines ``<name> <digest>`` sorted by name. Each line ends with a newline.
+            and then its little-endian bytes in row-major order, those of an int8 or int4 weight followed by its
+            scales' as float32; and of the whole, over the lines ``<name> <digest>`` sorted by name. Each line ends with
+            a newline.
         show_progress: draw a bar on stderr, if that is a terminal, while values are read.
 
     Raises:
@@ -181,8 +182,7 @@ def _describe(base: Report, checkpoint: Checkpoint, check: bool, digest: bool, s
     reports, problems = [], []
     tensors, shown = checkpoint.tensors.values(), show_progress and (check or digest)
     for tensor in bar(len(tensors), " tensors", iterable=tensors, shown=shown, leave=False):
-        dtype = _name(tensor.stored.dtype)
-        dtypes[dtype] += tensor.numel
+        dtypes[tensor.kind] += tensor.numel
         findings, own = None, None
         try:
             if check:
@@ -191,7 +191,7 @@ def _describe(base: Report, checkpoint: Checkpoint, check: bool, digest: bool, s
             own = digest_of(tensor) if digest else None
         except CheckpointError as error:
             problems.append(str(error))
-        reports.append(TensorReport(tensor.name, tensor.shape, dtype, findings, own))
+        reports.append(TensorReport(tensor.name, tensor.shape, tensor.kind, findings, own))
     try:
         if check:
             checkpoint.check_head()
@@ -246,12 +246,12 @@ def _chunks(tensor: SourceTensor, dtype: torch.dtype | None) -> Iterator[tuple[i
 def digest_of(tensor: SourceTensor) -> str:
     """SHA-256 of a tensor, as ``inspect_checkpoint`` defines it."""
     stored, shape = tensor.stored, ",".join(map(str, tensor.shape))
-    state = hashlib.sha256(f"{tensor.name}\n{_name(stored.dtype)}\n{shape}\n".encode())
+    state = hashlib.sha256(f"{tensor.name}\n{tensor.kind}\n{shape}\n".encode())
     stored.check_copies()
     for _, numbers in _chunks(stored, stored.dtype):
         _update(state, numbers)
     if tensor.scale is not None:
-        _update(state, tensor.scale)
+        _update(state, tensor.scale.float())
     return state.hexdigest()
 
 
@@ -267,12 +267,12 @@ def fingerprint(checkpoint: Checkpoint) -> str:
     for tensor in checkpoint.tensors.values():
         dtype = tensor.stored.dtype
         state.update(f"{tensor.name} {dtype} {tensor.shape}\n".encode())
-        for run in (run for piece in (tensor, *tensor.beside, *tensor.copies) for run in piece.runs):
+        for run in (run for piece in (tensor.stored, *tensor.beside, *tensor.copies) for run in piece.runs):
             numbers = torch.empty(min(64, run.stop - run.start), dtype=dtype)
             run.file.read_into(numbers, run.key, run.start)
             _update(state, numbers)
         if tensor.scale is not None:
-            _update(state, tensor.scale)
+            _update(state, tensor.scale.float())
     return state.hexdigest()
 
 
@@ -287,7 +287,3 @@ def check_same_seen(folder: Path, seen: Sequence[str]) -> None:
 
 def _update(state: Any, numbers: torch.Tensor) -> None:
     state.update(numbers.view(-1).view(torch.uint8).numpy().data)
-
-
-def _name(dtype: torch.dtype | None) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minopt import int8
+from minopt import int4, int8
 from minopt.atomic import replacing
 from minopt.checkpoint.checkpoint import Checkpoint
 from minopt.checkpoint.errors import first_line, some
@@ -68,7 +68,8 @@ def save_model(
             tokenizer.save(new)
         if generation_defaults:
             write_json(new / "generation_config.json", _special_tokens(model.config) | dict(generation_defaults))
-        write_config(new, model.config, model.dtype, is_int8=any(key.endswith(int8.SCALE) for key in tensors))
+        is_int8 = any(key.endswith(int8.SCALE) for key in tensors)
+        write_config(new, model.config, model.dtype, int8.CONFIG if is_int8 else None)
 
 
 def generation_config_of(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -82,8 +83,10 @@ def _special_tokens(config: OPTConfig) -> dict[str, Any]:
     return {name: values[name] for name in TOKEN_IDS}
 
 
-def write_config(folder: Path, config: OPTConfig, dtype: torch.dtype, *, is_int8: bool = False) -> None:
-    """Writes config.json, for weights of ``dtype``, or for int8 weights beside other tensors of ``dtype``."""
+def write_config(
+    folder: Path, config: OPTConfig, dtype: torch.dtype, quantization: Mapping[str, Any] | None = None
+) -> None:
+    """Writes config.json, for weights of ``dtype``, or for quantized ones beside other tensors of ``dtype``."""
     # The model's head is the token table, whatever the config.json said that was read: loading compares the two.
     own = {
         "architectures": ["OPTForCausalLM"],
@@ -91,7 +94,7 @@ def write_config(folder: Path, config: OPTConfig, dtype: torch.dtype, *, is_int8
         "torch_dtype": str(dtype).removeprefix("torch."),
     }
     values = {key: value for key, value in config.to_dict().items() if key not in ("dtype", int8.CONFIG_KEY)}
-    write_json(folder / "config.json", values | own | ({int8.CONFIG_KEY: int8.CONFIG} if is_int8 else {}))
+    write_json(folder / "config.json", values | own | ({int8.CONFIG_KEY: quantization} if quantization else {}))
 
 
 def write_json(path: Path, content: Mapping[str, object]) -> None:
@@ -127,7 +130,7 @@ def write_safetensors(
 def _write_file(path: Path, shown: Mapping[str, Tensor], numbers: Iterator[Tensor]) -> None:
     """Writes one file (https://huggingface.co/docs/safetensors); the library's own writer takes all tensors at once."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    names = {dtype: name for name, dtype in DTYPES.items()}
+    names = {torch.int64: "I64", **{dtype: name for name, dtype in DTYPES.items()}}
     begin = 0
     for key, tensor in sorted(shown.items(), key=lambda item: -item[1].dtype.itemsize):  # so that all are aligned
         offsets = [begin, begin := begin + tensor.nbytes]
@@ -174,7 +177,8 @@ def check_apart(checkpoint: Checkpoint, destination: Path) -> None:
 def replacing_model(folder: Path, replaced: Iterable[str]) -> Iterator[Path]:
     """Gives an empty folder to fill, which takes the place of ``folder`` if the block ends well.
 
-    Files of ``folder`` come along, but for config.json, weights of any kind and those of the names ``replaced``.
+    Files of ``folder`` come along, but for config.json, quantization.json, weights of any kind and those of the
+    names ``replaced``.
 
     Raises:
         FileExistsError: if ``folder`` is a mount point or the current folder, or holds something other than a model.
@@ -194,7 +198,7 @@ def replacing_model(folder: Path, replaced: Iterable[str]) -> Iterator[Path]:
             new.mkdir()
             yield new
             if is_old:
-                written = {*replaced, "config.json", *weights, *(path.name for path in new.iterdir())}
+                written = {*replaced, "config.json", int4.RECORD, *weights, *(path.name for path in new.iterdir())}
                 shutil.copytree(
                     folder, new, symlinks=True, dirs_exist_ok=True, copy_function=_link,
                     ignore=lambda inner, names: written & set(names) if Path(inner) == folder else set(),

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from minopt import int8
+from minopt import int4, int8
 from minopt.checkpoint.errors import CheckpointError, some
 from minopt.checkpoint.files import TensorFile
 from minopt.checkpoint.keys import own_keys
@@ -61,12 +61,14 @@ class SourceTensor:
     Attributes:
         name: the model's, or the file's as long as it has no other.
         shape: the whole tensor's.
-        dtype: the stored one (for an int8 weight, that of the other tensors); ``None`` for one that no OPT has, such
-            as int64.
+        dtype: the stored one (for an int8 or int4 weight, that of the other tensors); ``None`` for one that no OPT
+            has, such as int64.
         runs: the places of its numbers.
         beside: instead of runs, tensors that have some of its columns each.
         copies: the same tensor as other model parallel parts hold it.
-        scale: float32 ``[out, 1]``, where the runs are int8 and stand for their products with it.
+        packed: instead of runs, int4 numbers, eight in an int32.
+        scale: float32 ``[out, 1]``, where the runs are int8 and stand for their products with it; of int4 numbers
+            ``[out, groups]``.
     """
 
     name: str
@@ -75,6 +77,7 @@ class SourceTensor:
     runs: tuple[Run, ...] = ()
     beside: tuple[SourceTensor, ...] = ()
     copies: tuple[SourceTensor, ...] = ()
+    packed: SourceTensor | None = None
     scale: Tensor | None = None
 
     @property
@@ -83,8 +86,15 @@ class SourceTensor:
 
     @property
     def stored(self) -> SourceTensor:
-        """The tensor as it lies in files: itself, or its int8 numbers."""
+        """The tensor as it lies in files: itself, its int8 numbers, or its packed ones."""
+        if self.packed is not None:
+            return self.packed
         return self if self.scale is None else replace(self, dtype=torch.int8, scale=None)
+
+    @property
+    def kind(self) -> str:
+        """``"int4"``, or the dtype that its numbers are stored in."""
+        return "int4" if self.packed is not None else str(self.stored.dtype).removeprefix("torch.")
 
     @property
     def place(self) -> tuple[Path, int, int] | None:
@@ -113,6 +123,7 @@ class SourceTensor:
             runs=tuple(self.runs_of(start * width, stop * width)),
             beside=tuple(tensor.rows(start, stop) for tensor in self.beside),
             copies=tuple(tensor.rows(start, stop) for tensor in self.copies),
+            packed=None if self.packed is None else self.packed.rows(start, stop),
             scale=None if self.scale is None else self.scale[start:stop],
         )
 
@@ -140,11 +151,20 @@ class SourceTensor:
 
     def read_int8(self) -> tuple[Tensor, Tensor]:
         """A weight as int8 ``[out, in]`` with its scale: as stored, or made of the stored numbers."""
-        if self.scale is not None:
+        if self.scale is not None and self.packed is None:
             mapped = self.stored.map()
             return self.stored.read() if mapped is None else mapped.contiguous(), self.scale
         try:
             return int8.quantize(self.read())
+        except ValueError as error:
+            raise CheckpointError(f"{self.name}: {error}") from None
+
+    def read_int4(self, group: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """A weight packed, with its scales in a dtype: as stored, or made of the stored numbers."""
+        if self.packed is not None and self.scale is not None and self.scale.shape[1] * group == self.shape[1]:
+            return self.packed.read(), self.scale.to(dtype)
+        try:
+            return int4.quantize(self.read(), group, dtype)
         except ValueError as error:
             raise CheckpointError(f"{self.name}: {error}") from None
 
@@ -176,7 +196,8 @@ class SourceTensor:
             if rows.scale is None:
                 numbers = rows.columns(0, width, out.dtype)
             else:
-                numbers = int8.dequantize(rows.stored.read(), rows.scale)
+                dequantize = int8.dequantize if rows.packed is None else int4.dequantize
+                numbers = dequantize(rows.stored.read(), rows.scale)
             first = row * width
             low, high = max(start, first), min(stop, first + numbers.numel())
             out[low - start : high - start] = numbers.view(-1)[low - first : high - first]

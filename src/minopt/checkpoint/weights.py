@@ -108,7 +108,7 @@ def _read_int8(source: SourceTensor, columns: tuple[int, int] | None) -> list[tu
 def _int8_names(checkpoint: Checkpoint) -> set[str]:
     """The int8 weights of the layers, if all of those are."""
     names = {name for name in checkpoint.tensors if int8.is_quantized(name)}
-    other = sorted(name for name in names if checkpoint.tensors[name].scale is None)
+    other = sorted(name for name in names if checkpoint.tensors[name].kind != "int8")
     if other and len(other) < len(names):
         logger.warning("%s: only %d of the layers' %d weights are int8 (%s not), so those are converted to floats too.",
                        checkpoint.found.folder, len(names) - len(other), len(names), some(other))  # fmt: skip

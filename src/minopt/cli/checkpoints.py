@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from minopt.cli.records import DESTINATION, FORCE, MODEL, Reading, tell
@@ -24,16 +25,27 @@ class Convert(Reading):
     format: str = option("hf", "a Hugging Face folder, or metaseq's reshard.pt or its parts", choices=("hf", "metaseq"))
     parts: int = option(1, "with --format metaseq: the number of model parallel parts")
     dtype: str = option("auto", "float32, bfloat16, float16 or float64 (auto: as stored)")
-    quantize: str | None = option(None, "with --format hf: round the layers' weights to 8 bits", choices=("int8",))
+    quantize: str | None = option(
+        None, "with --format hf: round the layers' weights to 8 or 4 bits", choices=("int8", "int4")
+    )
+    calibration: str | None = option(None, "with --quantize: a text, for int4 by GPTQ and for --smooth", kind="file")
+    smooth: float | None = option(None, "with int8 and --calibration: SmoothQuant's strength, such as 0.5")
+    device: str | None = option(None, "with --calibration: where it computes (the GPU if there is one)")
     max_shard_size: int = option(2 * 10**9, "with --format hf: the largest file (2GB)", kind="size")
     force: bool = option(False, FORCE)
 
     def run(self, given: dict[str, Any]) -> None:
         from minopt.checkpoint.convert import convert
+        from minopt.int4 import RECORD
+        from minopt.progress import counted
 
         options = {**vars(self), "show_progress": True}
         options["max_shard_bytes"] = options.pop("max_shard_size")
         convert(options.pop("source"), options.pop("destination"), **options)
+        if self.calibration is not None:
+            found = json.loads((Path(self.destination).expanduser() / RECORD).read_text(encoding="utf-8"))["perplexity"]
+            tell(f"perplexity on {counted(found['windows'], 'held-out window')} of {self.calibration}: "
+                 f"{found['before']:.4g} before, {found['after']:.4g} after (kept in {RECORD})")  # fmt: skip
         tell(f"wrote {self.destination}")
 
 

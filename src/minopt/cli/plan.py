@@ -39,7 +39,7 @@ class Plan(Command):
     def run(self, given: dict[str, Any]) -> int:
         import torch
 
-        from minopt import int8
+        from minopt import int4, int8
         from minopt.devices import auto_dtype, resolve_dtype
         from minopt.inference.plan import device_counts, find_config, plan_generation, rows_that_fit
         from minopt.memory import available_memory
@@ -57,7 +57,8 @@ class Plan(Command):
             raise ValueError("--memory: what is free cannot be read on this machine. Say how much there is.")
         is_shared = self.memory is None and device == "cpu"  # by all processes on it
         dtype = resolve_dtype(self.dtype) or auto_dtype(stored, torch.device(device))
-        quantize = self.quantize or ("int8" if int8.CONFIG_KEY in config.extra else None)
+        is_int4 = int4.group_of(config.extra.get(int8.CONFIG_KEY)) is not None
+        quantize = self.quantize or ("int8" if int8.CONFIG_KEY in config.extra and not is_int4 else None)
         common: dict[str, Any] = {"dtype": dtype, "device": device, "length": length}
         counts = device_counts(config)
         ways: list[dict[str, Any]] = [{"devices": n, "quantize": quantize} for n in counts]
@@ -79,6 +80,8 @@ class Plan(Command):
         kind = "a GPU" if device == "cuda" else "a CPU"
         print(f"{self.model} as {name}, {texts} (prompt and new ones), on {kind} with {size_of(memory)}\n")
         _print_table(plans, rows)
+        if is_int4 and quantize is None:
+            print(f"On disk they take about an eighth of float32: its int4 weights are computed with as {name}.")
         if self.devices not in counts:
             print(f"The model has {config.num_attention_heads} heads and can be divided among "
                   f"{', '.join(map(str, counts))} devices, not among {self.devices}.")  # fmt: skip

@@ -148,7 +148,7 @@ def check_fits(checkpoint: Checkpoint, options: LoadOptions, devices: int = 1) -
     if free is None:
         return
     dtype = options.dtype or checkpoint.dtype_on(device)
-    is_int8 = any(tensor.scale is not None for tensor in checkpoint.tensors.values())
+    is_int8 = any(tensor.kind == "int8" for tensor in checkpoint.tensors.values())
     quantize = "int8" if is_int8 else options.quantize
     asked: dict[str, Any] = {"dtype": dtype, "devices": devices, "offload": options.offload, "quantize": quantize}
 
