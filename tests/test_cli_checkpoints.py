@@ -91,11 +91,11 @@ def test_each_option_reaches_the_library(tmp_path: Path, monkeypatch: pytest.Mon
     given = {"format": "metaseq", "parts": 4, "dtype": "bfloat16", "max_shard_bytes": 1_500_000, "tokenizer": "c",
              "model_config": "opt-125m", "force": True, "show_progress": True, "revision": "v1",
              "local_files_only": True, "quantize": None, "ignore": ("a.*",), "calibration": None, "smooth": None,
-             "device": None}  # fmt: skip
+             "device": None, "adapter": None}  # fmt: skip
     default = {"format": "hf", "parts": 1, "dtype": "auto", "max_shard_bytes": 2_000_000_000, "tokenizer": None,
                "model_config": None, "force": False, "show_progress": True, "revision": None,
                "local_files_only": False, "quantize": "int8", "ignore": (), "calibration": None, "smooth": None,
-               "device": None}  # fmt: skip
+               "device": None, "adapter": None}  # fmt: skip
     assert asked == [(("a", "b"), given), (("a", "b"), default)]
 
 

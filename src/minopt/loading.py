@@ -72,6 +72,7 @@ def load(
     local_files_only: bool = False,
     model_config: OPTConfig | str | Path | None = None,
     ignore: Sequence[str] = (),
+    adapter: str | Path | None = None,
     tokenizer: str | Path | None = None,
 ) -> LanguageModel:
     """Loads a model with its tokenizer: ``minopt.load("facebook/opt-125m").generate("Today is")``.
@@ -105,7 +106,13 @@ def load(
     _choose(options, None)[1].check(options)  # before anything is downloaded
     path = find_model(name_or_path, revision=revision, local_files_only=local_files_only)
     form, module = _choose(options, path)
-    checkpoint = (module.open_files if form.has_own_files else open_checkpoint)(path, model_config, ignore)
+    if form.has_own_files:
+        if adapter is not None:
+            raise ValueError(f"adapter: {path} is an exported program, to which it does not apply. Name the model that "
+                             "it was exported from.")  # fmt: skip
+        checkpoint = module.open_files(path, model_config, ignore)
+    else:
+        checkpoint = open_checkpoint(path, model_config, ignore, adapter)
     folder = checkpoint.found.folder
     reader = Tokenizer.beside(folder, tokenizer)
     defaults = read_defaults(folder / "generation_config.json", checkpoint.config.vocab_size)
@@ -130,6 +137,7 @@ def load_model(
     local_files_only: bool = False,
     model_config: OPTConfig | str | Path | None = None,
     ignore: Sequence[str] = (),
+    adapter: str | Path | None = None,
 ) -> OPT:
     """Loads the plain, trainable model of a checkpoint, in evaluation mode.
 
@@ -147,6 +155,7 @@ def load_model(
         model_config: replaces the checkpoint's own configuration: an ``OPTConfig``, the name of a preset such as
             ``"opt-1.3b"``, or a config.json.
         ignore: tensors to leave out, as patterns of their names in the files: ``"score.*"``, ``"v_head.*"``.
+        adapter: the folder of a LoRA as peft writes it, which is merged into the weights while they are read.
 
     Raises:
         FileNotFoundError: if there is no such folder, repository or file.
@@ -156,4 +165,4 @@ def load_model(
     """
     target, number_type = resolve_device(device), resolve_dtype(dtype)  # before anything is downloaded
     path = find_model(name_or_path, revision=revision, local_files_only=local_files_only)
-    return load_checkpoint(open_checkpoint(path, model_config, ignore), target, number_type)
+    return load_checkpoint(open_checkpoint(path, model_config, ignore, adapter), target, number_type)

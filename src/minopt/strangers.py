@@ -84,8 +84,9 @@ def what_it_holds(folder: Path) -> str | None:
             base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
         except (ValueError, LookupError, TypeError, RecursionError):
             base = None
-        return (f"an adapter for {base or 'another model'}. Merge the two first (PEFT: merge_and_unload, "
-                "save_pretrained), and name that folder.")  # fmt: skip
+        base = base or "the model that it was made for"
+        return (f'an adapter for {base}. Name that model, and the adapter beside it: load("{base}", '
+                f'adapter="{folder}"), or --model {base} --adapter {folder}.')  # fmt: skip
     if (run := unfinished_run(folder)) is not None:
         return run
     for patterns, what in _FOLDERS:

@@ -68,7 +68,10 @@ def test_weights_under_the_name_of_another_format(tmp_path: Path) -> None:
 
 RUN = ("run.json", "checkpoints/step-00000010/x", "checkpoints/step-00000020/x", "best/config.json")
 FOLDERS: dict[str, tuple[str, ...]] = {
-    "an adapter for facebook/opt-125m. Merge the two first": ("adapter_config.json", "adapter_model.safetensors"),
+    "an adapter for facebook/opt-125m. Name that model, and the adapter beside it": (
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ),
     "a training run that is not finished. Run it again to go on, or take": RUN,
     "checkpoints/step-00000020 or": RUN,
     "Put them together first: python zero_to_fp32.py": ("config.json", "global_step5/x", "zero_to_fp32.py"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -28,6 +29,9 @@ _READERS = {
     Format.DIVIDED: read_huggingface,
     Format.METASEQ: read_metaseq,
 }
+
+# Is imported once an adapter is given: its ``merge(checkpoint, adapter)`` is the checkpoint with the adapter in it.
+_ADAPTERS = "minopt.methods.lora"
 
 
 @dataclass(frozen=True)
@@ -80,7 +84,10 @@ class Checkpoint:
 
 
 def open_checkpoint(
-    path: Path, model_config: OPTConfig | str | Path | None = None, ignore: Sequence[str] = ()
+    path: Path,
+    model_config: OPTConfig | str | Path | None = None,
+    ignore: Sequence[str] = (),
+    adapter: str | Path | None = None,
 ) -> Checkpoint:
     """Opens all files of a checkpoint and checks that they are exactly a model's; no numbers are read but samples.
 
@@ -88,6 +95,7 @@ def open_checkpoint(
         path: a folder that holds one checkpoint, or any one file of it.
         model_config: instead of what the files say: a configuration, the name of a preset, or a config.json.
         ignore: tensors to leave out, by patterns of their names in the files: ``"score.*"``.
+        adapter: the folder of one, which is merged into the tensors when they are read.
 
     Raises:
         MissingFileError: if a file is not there.
@@ -113,7 +121,8 @@ def open_checkpoint(
     elif source == "config.json":
         check_agreement(known, read.told, found.folder / source)
     _check_tensors(read.tensors, known, source.replace("as given", "the given configuration"), found.where)
-    return Checkpoint(found, known, source, {n: read.tensors[n] for n in parameter_shapes(known)}, read.heads)
+    checkpoint = Checkpoint(found, known, source, {n: read.tensors[n] for n in parameter_shapes(known)}, read.heads)
+    return checkpoint if adapter is None else import_module(_ADAPTERS).merge(checkpoint, Path(adapter))
 
 
 def _check_tensors(tensors: dict[str, SourceTensor], config: OPTConfig, source: str, where: Path) -> None:

@@ -59,6 +59,7 @@ def convert(
     local_files_only: bool = False,
     model_config: OPTConfig | str | Path | None = None,
     ignore: Sequence[str] = (),
+    adapter: str | Path | None = None,
     tokenizer: str | Path | None = None,
     force: bool = False,
     show_progress: bool = False,
@@ -87,7 +88,7 @@ def convert(
             of activations go from the weights into the layer norms, for programs that round activations to 8 bits.
         device: where calibration computes; ``None`` is the GPU if there is one, else the CPU.
         max_shard_bytes: the most that one safetensors file holds, unless a single tensor is larger.
-        revision, local_files_only, model_config, ignore: see ``minopt.load_model``.
+        revision, local_files_only, model_config, ignore, adapter: see ``minopt.load_model``.
         tokenizer: the folder of its files; ``None`` looks beside the weights, then one folder up.
         force: replace a model that is there.
         show_progress: draw a bar on stderr, if that is a terminal.
@@ -104,7 +105,7 @@ def convert(
     _check_calibration(quantize, calibration, smooth)
     check_destination(destination, force)  # before anything is downloaded
     path = find_model(source, revision=revision, local_files_only=local_files_only)
-    checkpoint = open_checkpoint(path, model_config, ignore)
+    checkpoint = open_checkpoint(path, model_config, ignore, adapter)
     check_apart(checkpoint, destination)
     if format == "metaseq":
         check_parts(checkpoint.config, parts)

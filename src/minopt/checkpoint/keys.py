@@ -137,7 +137,8 @@ def described(key: str) -> str:
 def left_out(keys: Sequence[str]) -> str:
     """The advice about keys that an OPT does not have: leave them out, but for an adapter's."""
     if any(_ADAPTER.search(key) for key in keys):
-        return "They are an adapter's: merge it into the model first (PEFT: merge_and_unload)."
+        return ("They are an adapter's: merge it into the model first (PEFT: merge_and_unload). A folder that holds an "
+                "adapter alone is given beside its model: --adapter.")  # fmt: skip
     names: dict[str, None] = {}
     for key in keys:
         folder = key.rpartition(".")[0]

@@ -189,18 +189,19 @@ class SourceTensor:
 
     def _read_by_rows(self, out: Tensor, start: int) -> None:
         """``read_into`` of what is known by whole rows: takes what is wanted of some rows at a time."""
-        width, stop = max(1, self.shape[1]), start + out.numel()
+        width, stop = max(1, math.prod(self.shape[1:])), start + out.numel()
         last, step = -(-stop // width), max(1, CHUNK_NUMBERS // width)
         for row in range(start // width, last, step):
-            rows = self.rows(row, min(row + step, last))
-            if rows.scale is None:
-                numbers = rows.columns(0, width, out.dtype)
-            else:
-                dequantize = int8.dequantize if rows.packed is None else int4.dequantize
-                numbers = dequantize(rows.stored.read(), rows.scale)
-            first = row * width
+            numbers, first = self.rows(row, min(row + step, last))._computed(out.dtype), row * width
             low, high = max(start, first), min(stop, first + numbers.numel())
             out[low - start : high - start] = numbers.view(-1)[low - first : high - first]
+
+    def _computed(self, dtype: torch.dtype) -> Tensor:
+        """All numbers of one that has no runs of them, in a dtype or a more exact one."""
+        if self.scale is None:
+            return self.columns(0, self.shape[1], dtype)
+        dequantize = int8.dequantize if self.packed is None else int4.dequantize
+        return dequantize(self.stored.read(), self.scale)
 
     def _read_columns(self, out: Tensor, first: int) -> None:
         """Fills ``out``, as high as the tensor, with its columns from column ``first`` on, cast to its dtype."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minopt.cli.records import DESTINATION, FORCE, MODEL, Reading, tell
+from minopt.cli.records import ADAPTER, DESTINATION, FORCE, MODEL, Reading, tell
 from minopt.settings import option
 
 
@@ -25,6 +25,7 @@ class Convert(Reading):
     format: str = option("hf", "a Hugging Face folder, or metaseq's reshard.pt or its parts", choices=("hf", "metaseq"))
     parts: int = option(1, "with --format metaseq: the number of model parallel parts")
     dtype: str = option("auto", "float32, bfloat16, float16 or float64 (auto: as stored)")
+    adapter: str | None = option(None, ADAPTER, kind="folder")
     quantize: str | None = option(
         None, "with --format hf: round the layers' weights to 8 or 4 bits", choices=("int8", "int4")
     )

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 MODEL = "a folder, any one file of a checkpoint, or a name such as facebook/opt-125m"
 DESTINATION = "the folder to write; it is created"
+ADAPTER = "the folder of a LoRA, as peft writes it, to merge into the weights"
 FORCE = "replace a model or program that is already in the destination"
 
 
@@ -38,6 +39,7 @@ class Loading(Reading):
     device: str | None = option(None, "cpu, cuda, cuda:1, ... (the GPU if there is one)")
     dtype: str = option("auto", "float32, bfloat16, float16 or float64 (auto: float32 on a CPU, else the file's own)")
     quantize: str | None = option(None, "round the weights to 8 bits: a quarter of float32's bytes", choices=("int8",))
+    adapter: str | None = option(None, ADAPTER, kind="folder")
 
     def load(self, **others: Any) -> LanguageModel:
         """The model that is asked for, with other arguments of ``load`` too."""
