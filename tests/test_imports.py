@@ -35,9 +35,9 @@ ORDER = (
     ("evaluation",),
     ("training",),
     ("text",),
+    ("loading",),
     ("methods",),
     ("interop",),
-    ("loading",),
     ("cli",),
     ("__main__",),
 )

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from minopt.generation.texts import GeneratedText
     from minopt.inference.compile import export_model
     from minopt.loading import load, load_model
+    from minopt.methods.heads import ClassifiedText, MarkedAnswer, QuestionAnswering, SequenceClassifier
     from minopt.model import OPT
     from minopt.text import LanguageModel
     from minopt.tokenizer import Tokenizer
@@ -50,6 +51,10 @@ _HOME = {
     "LanguageModel": "minopt.text",
     "load": "minopt.loading",
     "load_model": "minopt.loading",
+    "ClassifiedText": "minopt.methods.heads",
+    "MarkedAnswer": "minopt.methods.heads",
+    "QuestionAnswering": "minopt.methods.heads",
+    "SequenceClassifier": "minopt.methods.heads",
     "OPT": "minopt.model",
     "Tokenizer": "minopt.tokenizer",
     "TrainingConfig": "minopt.training.config",
@@ -63,13 +68,17 @@ __all__ = [
     "DEMO",
     "OPT",
     "CheckpointError",
+    "ClassifiedText",
     "Example",
     "GeneratedText",
     "GenerationConfig",
     "GenerationOutput",
     "KVCache",
     "LanguageModel",
+    "MarkedAnswer",
     "OPTConfig",
+    "QuestionAnswering",
+    "SequenceClassifier",
     "Tokenizer",
     "TrainResult",
     "TrainingConfig",

@@ -221,7 +221,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "tensor unexpected": (
         lambda f: rewrite_safetensors(f, lambda ts: ts | {"score.weight": torch.zeros(2)}),
-        r"1 unexpected \(score\.weight: a classifier's head, as of OPTForSequenceClassification\)\. To load all "
+        r"1 unexpected \(score\.weight: a classifier's head .*SequenceClassifier\.load opens\)\. To load all "
         r"else, leave them out: ignore=\['score\.\*'\] \(--ignore \"score\.\*\"\)\.",
     ),
     "tensor of integers": (

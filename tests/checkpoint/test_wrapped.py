@@ -130,9 +130,9 @@ def test_the_opt_of_a_larger_model_opens_and_the_rest_is_named(
 
 
 HEADS = {
-    "score.weight": "score.weight: a classifier's head, as of OPTForSequenceClassification",
+    "score.weight": "score.weight: a classifier's head (OPTForSequenceClassification), which minopt.SequenceClassifier",
     "v_head.summary.weight": "v_head.summary.weight: TRL's value head",
-    "qa_outputs.weight": "qa_outputs.weight: the head of OPTForQuestionAnswering",
+    "qa_outputs.weight": "qa_outputs.weight: the head of OPTForQuestionAnswering, which minopt.QuestionAnswering",
     "lm_head.bias": "lm_head.bias: of a head that is more than the token table",
     "reward.weight": "1 unexpected (reward.weight)",
 }

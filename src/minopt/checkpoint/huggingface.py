@@ -28,16 +28,8 @@ _PLAIN = "If its weights are plain, take quantization_config out of config.json.
 def read_huggingface(found: Found, known: OPTConfig | None, ignore: Sequence[str]) -> Contents:
     """The tensors of files under Hugging Face's names; no numbers are read but scales of int8 and int4 weights."""
     scheme = _scheme(found.folder, known)
-    is_divided, where = found.format is Format.DIVIDED, found.where
-    if is_divided:
-        stored = open_divided(found.folder)
-    else:
-        files = found.open()
-        stored = {key: stored_tensor(file, key) for file in files for key in file.shapes}
-        counts = Counter(key for file in files for key in file.shapes)
-        if twice := sorted(key for key, count in counts.items() if count > 1):
-            raise CheckpointError(f"{where}: stored in several of its files: {some(twice)}. Fetch the files again.")
-    tensors = own_tensors(stored, _names_of, ignore, where, say=not is_divided)
+    stored, where = stored_tensors(found), found.where
+    tensors = own_tensors(stored, _names_of, ignore, where, say=found.format is not Format.DIVIDED)
     head = tensors.pop(HF_HEAD, None)
     if head is not None and head.dtype == torch.int8:
         raise CheckpointError(f"{where}: {HF_HEAD}: expected the token embeddings, to which OPT's head is tied, got "
@@ -49,6 +41,17 @@ def read_huggingface(found: Found, known: OPTConfig | None, ignore: Sequence[str
             "DeepSpeed's checkpoints), or save with stage3_gather_16bit_weights_on_model_save."
         )
     return Contents(_with_scales(tensors, scheme, where), (head,))
+
+
+def stored_tensors(found: Found) -> dict[str, SourceTensor]:
+    """All tensors of a checkpoint's files by their keys, whatever they are; no numbers are read."""
+    if found.format is Format.DIVIDED:
+        return open_divided(found.folder)
+    files = found.open()
+    counts = Counter(key for file in files for key in file.shapes)
+    if twice := sorted(key for key, count in counts.items() if count > 1):
+        raise CheckpointError(f"{found.where}: stored in several of its files: {some(twice)}. Fetch the files again.")
+    return {key: stored_tensor(file, key) for file in files for key in file.shapes}
 
 
 def _names_of(key: str) -> tuple[str, ...]:

@@ -43,9 +43,9 @@ _ADAPTER = re.compile(r"(^|\.)(lora_\w+|ia3_\w+|base_layer|modules_to_save|promp
 
 # What stands beside a decoder and computes something else from it, by the beginning of its name.
 _HEADS = {
-    "score": "a classifier's head, as of OPTForSequenceClassification",
+    "score": "a classifier's head (OPTForSequenceClassification), which minopt.SequenceClassifier.load opens",
     "classifier": "a classifier's head",
-    "qa_outputs": "the head of OPTForQuestionAnswering",
+    "qa_outputs": "the head of OPTForQuestionAnswering, which minopt.QuestionAnswering.load opens",
     "v_head": "TRL's value head",
     "lm_head": "of a head that is more than the token table, to which OPT's is tied",
 }

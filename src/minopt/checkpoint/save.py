@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +25,15 @@ from minopt.model import OPT
 from minopt.tokenizer import TOKENIZER_FILES, Tokenizer
 from minopt.wrapped import decoder_of
 
+
+class Head(NamedTuple):
+    """What stands on a decoder in place of the language model's head."""
+
+    architecture: str  # transformers' class
+    tensors: Mapping[str, Tensor]  # by their keys in the file
+    settings: Mapping[str, Any]  # what config.json says of it
+
+
 MAX_SHARD_BYTES = 5_000_000_000  # what transformers 4 splits at
 
 
@@ -37,6 +46,7 @@ def save_model(
     numbers: Iterator[Tensor] | None = None,
     *,
     force: bool = False,
+    head: Head | None = None,
 ) -> None:
     """Writes config.json, safetensors (several with an index, if large) and the tokenizer's files.
 
@@ -52,6 +62,7 @@ def save_model(
         numbers: the whole parameters in the model's order, each made when it is written, for a model whose parameters
             are sharded; ``None`` takes the model's own.
         force: replace a model that is there.
+        head: another head to write too; ``numbers`` has its tensors last.
 
     Raises:
         FileExistsError: if ``folder`` holds something and ``force`` is not given; if it is a file, a mount point or the
@@ -61,7 +72,7 @@ def save_model(
     """
     folder, model = Path(folder).expanduser(), decoder_of(model)
     check_destination(folder, force)
-    tensors = named_tensors(model)
+    tensors = named_tensors(model) | dict(head.tensors if head else {})
     with replacing_model(folder, TOKENIZER_FILES if tokenizer else ()) as new:
         write_safetensors(new, tensors, numbers or iter(tensors.values()), max_shard_bytes)
         if tokenizer is not None:
@@ -69,7 +80,7 @@ def save_model(
         if generation_defaults:
             write_json(new / "generation_config.json", _special_tokens(model.config) | dict(generation_defaults))
         is_int8 = any(key.endswith(int8.SCALE) for key in tensors)
-        write_config(new, model.config, model.dtype, int8.CONFIG if is_int8 else None)
+        write_config(new, model.config, model.dtype, int8.CONFIG if is_int8 else None, head)
 
 
 def generation_config_of(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -84,14 +95,19 @@ def _special_tokens(config: OPTConfig) -> dict[str, Any]:
 
 
 def write_config(
-    folder: Path, config: OPTConfig, dtype: torch.dtype, quantization: Mapping[str, Any] | None = None
+    folder: Path,
+    config: OPTConfig,
+    dtype: torch.dtype,
+    quantization: Mapping[str, Any] | None = None,
+    head: Head | None = None,
 ) -> None:
     """Writes config.json, for weights of ``dtype``, or for quantized ones beside other tensors of ``dtype``."""
     # The model's head is the token table, whatever the config.json said that was read: loading compares the two.
     own = {
-        "architectures": ["OPTForCausalLM"],
+        "architectures": [head.architecture if head else "OPTForCausalLM"],
         "tie_word_embeddings": True,
         "torch_dtype": str(dtype).removeprefix("torch."),
+        **(head.settings if head else {}),
     }
     values = {key: value for key, value in config.to_dict().items() if key not in ("dtype", int8.CONFIG_KEY)}
     write_json(folder / "config.json", values | own | ({int8.CONFIG_KEY: quantization} if quantization else {}))
