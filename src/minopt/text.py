@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -267,6 +268,27 @@ class LanguageModel:
         if len(ids) < 2:
             raise ValueError(f"perplexity: expected a text of at least two tokens, got {text!r}.")
         return window_perplexity(self.decoder, ids, window, stride).perplexity
+
+    def add_tokens(self, tokens: Sequence[str], *, special: bool = False) -> list[int]:
+        """Adds tokens to the tokenizer, and rows for them to the model's token table.
+
+        New rows are the mean of those of all earlier tokens, so that texts without the new tokens keep almost the
+        probabilities that they had (Hewitt 2021, "Initializing New Word Embeddings for Pretrained Language Models").
+        Rows without a token (OPT's table has 7) are used first; then the table grows to a multiple of 8, with a new
+        parameter, so that an optimizer has to be made anew.
+
+        Args:
+            tokens: their texts. One that the tokenizer has already keeps its id and its row.
+            special: whether they are left out when ids are decoded, as ``</s>`` is.
+
+        Returns:
+            The id of each.
+
+        Raises:
+            ValueError: if the model is made for inference (load it with ``optimize=False``), or has no tokenizer.
+        """
+        ids: list[int] = import_module("minopt.methods.tokens").add_tokens(self, tokens, special)
+        return ids
 
     def save(self, folder: str | Path, *, force: bool = False) -> None:
         """Writes a folder that transformers opens too; see ``minopt.save_model``, also for what it raises."""
