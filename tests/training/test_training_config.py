@@ -23,7 +23,8 @@ CHANGES_RUN: dict[str, Any] = {
     "max_steps": 4, "learning_rate": 1e-7, "lr_scheduler_type": "cosine", "warmup_ratio": 0.1, "warmup_steps": 3,
     "lr_decay_ratio": 0.2, "weight_decay": 0.3, "adam_beta1": 0.4, "adam_beta2": 0.5, "adam_epsilon": 0.6,
     "max_grad_norm": 0.7, "label_smoothing": 0.8, "dropout": 0.9, "seed": 0, "fp16": True, "bf16": True,
-    "tf32": False,
+    "tf32": False, "optimizer": "mezo", "mezo_eps": 0.1, "lora_rank": 2, "lora_alpha": 3.0, "lora_dropout": 0.4,
+    "lora_target_modules": "fc1", "base_dtype": "bfloat16",
 }  # fmt: skip
 OTHER: dict[str, Any] = CHANGES_RUN | {
     "output_dir": "out", "do_train": True, "do_eval": True, "recipe": "paddlenlp", "dev_file": "d.json",
@@ -32,12 +33,13 @@ OTHER: dict[str, Any] = CHANGES_RUN | {
     "per_device_eval_batch_size": 3, "num_beams": 4, "min_tgt_length": 5, "length_penalty": 6.0,
     "no_repeat_ngram_size": 7, "select_topk": False, "top_k": 11, "top_p": 0.12, "logging_steps": 8, "save_steps": 9,
     "keep_last": 10, "overwrite_output_dir": True, "resume": "never",
+    "merge": True,
 }  # fmt: skip
 TOGETHER = OTHER | {"bf16": False}  # which contradicts fp16
 
 # What is expected of each setting: for integers the least value, for numbers the bounds with values beside and on them.
 INTEGERS = {"max_steps": -1} | dict.fromkeys(
-    ("seed", "warmup_steps", "min_tgt_length", "no_repeat_ngram_size", "top_k", "keep_last"), 0
+    ("seed", "warmup_steps", "min_tgt_length", "no_repeat_ngram_size", "top_k", "keep_last", "lora_rank"), 0
 ) | dict.fromkeys(
     ("src_length", "tgt_length", "per_device_train_batch_size", "gradient_accumulation_steps", "eval_steps",
      "per_device_eval_batch_size", "num_beams", "logging_steps", "save_steps", "max_eval_samples"), 1
@@ -48,13 +50,15 @@ PART = ("of at least 0 and below 1", (-1e-9, 1.0), (0, 0.999))
 NUMBERS: dict[str, tuple[str, tuple[float, ...], tuple[float, ...]]] = (
     dict.fromkeys(("warmup_ratio", "lr_decay_ratio", "label_smoothing", "top_p"), SHARE)
     | dict.fromkeys(("learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm"), FROM_0)
-    | dict.fromkeys(("adam_beta1", "adam_beta2", "dropout"), PART)
+    | dict.fromkeys(("adam_beta1", "adam_beta2", "dropout", "lora_dropout"), PART)
+    | dict.fromkeys(("mezo_eps", "lora_alpha"), ("above 0", (0.0, -1.0), (1e-9, 7.5)))
     | {"num_train_epochs": ("of at least 0", (-0.5,), (0.01, 4)), "length_penalty": ("", (), (-1.5, 0))}
 )
 CHOICES = {
     "recipe": ("paddlenlp",), "task": ("squad", "squad-question"), "batching": ("packed", "grouped", "padded"),
     "lr_scheduler_type": ("linear", "cosine", "constant"), "parallel": ("ddp", "fsdp"),
-    "evaluation_strategy": ("no", "steps", "epoch"),
+    "evaluation_strategy": ("no", "steps", "epoch"), "optimizer": ("adamw", "mezo"),
+    "base_dtype": ("float32", "bfloat16", "float16"),
 }  # fmt: skip
 TYPES = {f.name: f.type for f in fields(TrainingConfig)}
 NOT_NUMBERS = ["2", True, math.nan, math.inf, -math.inf, [2]]
@@ -96,6 +100,8 @@ def test_values_within_the_bounds_are_taken_and_others_are_named_by_their_flag(n
     partners: dict[str, Any] = {"tgt_length": 10**9} if name == "min_tgt_length" else {}
     if name.endswith("_template"):
         partners = {"prompt_template": "{context}", "completion_template": "{answer}"}
+    if name in ("lora_alpha", "lora_dropout", "lora_target_modules", "merge", "mezo_eps", "base_dtype"):
+        partners = {"lora_rank": 1, "optimizer": "mezo"}
     for value in good:
         if (name, value) == ("max_steps", 0):
             continue
@@ -263,11 +269,11 @@ def test_two_runs_differ_in_what_changes_a_run(name: str) -> None:
     assert differences(mine, mine | {name: OTHER[name]}) == (expected if name in CHANGES_RUN else [])
 
 
-def test_differences_are_all_named_and_a_setting_that_is_not_there_is_null() -> None:
+def test_differences_are_all_named_and_a_setting_that_is_not_there_has_its_default() -> None:
     mine = config_of(seed=3, learning_rate=1).to_dict()
     assert differences(mine, json.loads(json.dumps(mine | {"learning_rate": 1}))) == []
     theirs = mine | {"seed": 4, "dropout": 0.5, "keep_last": 7}
     del theirs["task"]
     assert differences(mine, theirs) == [
-        'task is null there and "squad" here', "seed is 4 there and 3 here", "dropout is 0.5 there and null here"
+        "seed is 4 there and 3 here", "dropout is 0.5 there and null here"
     ]  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -79,6 +79,17 @@ class TrainingConfig(EvaluationConfig):
     dropout: float | None = option(
         None, "dropout instead of the model's own; attention_dropout stays (the model's)", least=0, below=1
     )
+    optimizer: str = option(
+        "adamw", "adamw: by gradients; mezo: by forward passes alone, in place", choices=("adamw", "mezo")
+    )
+    mezo_eps: float = option(1e-3, "how far mezo moves the weights to measure the slope of the loss", above=0)
+    lora_rank: int = option(0, "train adapters of this rank (LoRA) beside the weights (0: the weights)", least=0)
+    lora_alpha: float = option(16.0, "adapters are multiplied by this over their rank", above=0)
+    lora_dropout: float = option(0.0, "dropout before adapters", least=0, below=1)
+    lora_target_modules: str = option("q_proj,v_proj", "linear modules that get adapters, with commas between")
+    base_dtype: str = option(
+        "float32", "dtype of weights that LoRA freezes or mezo moves", choices=("float32", "bfloat16", "float16")
+    )
 
     # How it runs
     fp16: bool = option(False, "compute products in float16 with a scaled loss; weights stay float32")
@@ -105,6 +116,7 @@ class TrainingConfig(EvaluationConfig):
     keep_last: int = option(
         2, "checkpoints to keep beside the best one; with 0 a finished run keeps only its model", least=0
     )
+    merge: bool = option(False, "write a whole model with the adapters of --lora_rank merged, instead of the adapters")
     overwrite_output_dir: bool = option(False, "start again, and remove the run or the model that is in --output_dir")
     resume: str = option(
         "auto", "auto: continue from the latest checkpoint; never: start again; or the path of a checkpoint"
@@ -132,6 +144,10 @@ class TrainingConfig(EvaluationConfig):
             problems.append("--output_dir: expected a folder for the run, got none. Name one")
         if self.fp16 and self.bf16:
             problems.append("--fp16 and --bf16: expected one of them, got both. Leave one out")
+        for names, acts, other in _TOGETHER:
+            given = [f"--{name}" for name in names if getattr(self, name) != self.default(name)]
+            if given and self.trains and not acts(self):
+                problems.append(f"{' and '.join(given)}: expected {other} as well, got none. Add it, or leave that out")
         if self.overwrite_output_dir and self.resume not in ("auto", "never"):
             problems.append(f"--overwrite_output_dir and --resume {self.resume}: expected one, got both. Leave one out")
         if self.max_steps < 0 and not self.num_train_epochs > 0:
@@ -169,12 +185,20 @@ class TrainingConfig(EvaluationConfig):
         return replace(self, **with_recipe(changes))
 
 
+# Settings that make no sense without others: which, whether these are there, and what they are.
+_TOGETHER: tuple[tuple[tuple[str, ...], Callable[[TrainingConfig], bool], str], ...] = (
+    (("lora_alpha", "lora_dropout", "lora_target_modules", "merge"), lambda c: c.lora_rank > 0, "--lora_rank"),
+    (("mezo_eps",), lambda c: c.optimizer == "mezo", "--optimizer mezo"),
+    (("base_dtype",), lambda c: c.lora_rank > 0 or c.optimizer == "mezo", "--lora_rank or --optimizer mezo"),
+)
+
 # Settings with which a run may go on from a checkpoint whatever their values were before.
 _SAME_RUN = {
     "dev_file", "max_eval_samples", "per_device_eval_batch_size", "num_beams", "min_tgt_length", "length_penalty",
     "no_repeat_ngram_size", "select_topk", "top_k", "top_p", "output_dir", "do_train", "do_eval", "recipe",
     "per_device_train_batch_size", "gradient_accumulation_steps", "recompute", "compile", "parallel", "device",
     "evaluation_strategy", "eval_steps", "logging_steps", "save_steps", "keep_last", "overwrite_output_dir", "resume",
+    "merge",
 }  # fmt: skip
 
 _TRAINING = tuple(
@@ -188,6 +212,8 @@ TrainingConfig.acts_only = (
     (("warmup_ratio",), lambda c, *_: not c.warmup_steps or not c.trains, "without --warmup_steps"),
     (("lr_decay_ratio",), lambda c, *_: c.lr_scheduler_type != "constant" or not c.trains,
      "with a learning rate that falls, and --lr_scheduler_type is constant"),
+    (("dropout", "max_grad_norm", "recompute", "adam_beta1", "adam_beta2", "adam_epsilon"),
+     lambda c, *_: c.optimizer == "adamw" or not c.trains, "with --optimizer adamw"),
     (("parallel",), lambda c, processes, _: processes > 1 or not c.trains, "in several processes (torchrun)"),
     (("eval_steps",), lambda c, *_: c.evaluation_strategy == "steps", "with --evaluation_strategy steps"),
     *EvaluationConfig.acts_only,
@@ -195,8 +221,11 @@ TrainingConfig.acts_only = (
 
 
 def differences(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
-    """The settings that make two runs different runs, each as ``name is VALUE there and VALUE here``."""
+    """The settings that make two runs different runs, each as ``name is VALUE there and VALUE here``.
+
+    One that is missing there, as in a run of an earlier version, has its default.
+    """
     return [
-        f"{f.name} is {json.dumps(theirs.get(f.name))} there and {json.dumps(mine.get(f.name))} here"
-        for f in fields(TrainingConfig) if f.name not in _SAME_RUN and mine.get(f.name) != theirs.get(f.name)
+        f"{f.name} is {json.dumps(theirs.get(f.name, f.default))} there and {json.dumps(mine.get(f.name))} here"
+        for f in fields(TrainingConfig) if f.name not in _SAME_RUN and mine.get(f.name) != theirs.get(f.name, f.default)
     ]  # fmt: skip

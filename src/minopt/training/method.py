@@ -23,19 +23,23 @@ from minopt.training.config import TrainingConfig
 from minopt.training.data import read_data, references_of
 from minopt.training.loss import ModelWithLoss
 from minopt.training.optim import build_optimizer, clip_gradients, learning_rate
-from minopt.training.run import Signals
+from minopt.training.run import RunFolder, Signals
 from minopt.training.weights import fill, find, gathered, save
 
 # The modules of other methods, each with when settings ask for it. A module has a class `Method`, made from the one
 # here. Where several fit, the first comes first. Each can be deleted: its file, its row, its flags and its tests.
-METHODS: tuple[tuple[str, Callable[[TrainingConfig], bool]], ...] = ()
+METHODS: tuple[tuple[str, Callable[[TrainingConfig], bool]], ...] = (
+    ("minopt.methods.mezo", lambda config: config.optimizer == "mezo"),
+    ("minopt.interop.lora", lambda config: config.lora_rank > 0),
+)
 
 
 class Method:
     """The plain method: all weights, by AdamW, on prompts with completions or on a text.
 
     ``Run`` in trainer.py drives it. Another method is a subclass that replaces some of these parts. All processes call
-    them at the same time. The attributes are there before the part that is named with them is called.
+    them at the same time. The attributes are there before the part that is named with them is called. Names that a
+    subclass adds must not be among those of ``Run``, which come first.
     """
 
     config: TrainingConfig
@@ -49,10 +53,11 @@ class Method:
     is_sharded: bool  # by FSDP
     is_ddp: bool
     module: Any  # for `fill`: what `build` gave; for `move` and later within DDP where that is used
-    optimizer: torch.optim.Optimizer  # for `move`, as all below
+    optimizer: Any  # what `build_optimizer` gave; for `move`, as all below
     scaler: torch.amp.GradScaler
     tokens_seen: int  # `move` adds what it reads
     signals: Signals
+    folder: RunFolder
 
     @classmethod
     def read(cls, config: TrainingConfig, split: Literal["train", "dev"]) -> Any:
@@ -79,7 +84,8 @@ class Method:
         """Gives the module its first weights, sharded or not. Without a checkpoint, ``model`` has its own: no call."""
         fill(self.model, checkpoint, self.world)
 
-    def build_optimizer(self) -> torch.optim.Optimizer:
+    def build_optimizer(self) -> torch.optim.Optimizer | None:
+        """The optimizer, whose state is kept in checkpoints; a method that needs none has its own ``move``."""
         return build_optimizer(self.module, self.config)
 
     def collate(self, rows: Sequence[Any]) -> Any:
@@ -125,10 +131,14 @@ class Method:
         self.optimizer.zero_grad()
         return loss, grad_norm
 
+    @property
+    def evaluation_dtype(self) -> torch.dtype:
+        is_slow = self.config.fp16 and self.world.device.type == "cpu"
+        return torch.float32 if is_slow else self.dtype or torch.float32
+
     def whole(self) -> OPT:
         """The model as it is now, not sharded, in evaluation mode and in the dtype of evaluations."""
-        is_slow = self.config.fp16 and self.world.device.type == "cpu"
-        return gathered(self.model, self.world.device, torch.float32 if is_slow else self.dtype or torch.float32)
+        return gathered(self.model.config, self.model.named_parameters(), self.world.device, self.evaluation_dtype)
 
     def measure(self) -> EvaluationResult | None:
         """Evaluates on ``eval_tokens``; ``None`` once a signal has come to any process."""
@@ -146,6 +156,10 @@ class Method:
     def save(self, folder: Path) -> None:
         """Writes the result, into a new folder or over an earlier result. The file that makes it one comes last."""
         save(self.model, folder, self.tokenizer, self.world)
+
+    def close(self) -> None:
+        """Makes ``model`` a plain one again, after the run or its failure; under FSDP a sharded one."""
+        self.model.eval()
 
 
 def method_of(config: TrainingConfig) -> type[Method]:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
@@ -44,6 +44,7 @@ SETTINGS, METRICS, PREDICTIONS, CHECKPOINTS, BEST = (
 )  # fmt: skip
 MODEL = ".model.saving"  # where the model is written before it takes its place in the run's folder
 _STATE = "state.json"  # of a checkpoint; written last
+_TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)  # what is in a checkpoint
 
 
 class RunFolder:
@@ -90,7 +91,7 @@ class RunFolder:
         restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # by torchrun, after a process died
         self._remove(".*.saving", f"{BEST}/.*.saving", f"{CHECKPOINTS}/.*.*ing")  # of a process that was killed
         if overwrite and not restarted:
-            self._remove(CHECKPOINTS, BEST, "config.json", "model*.safetensors*", PREDICTIONS, METRICS, SETTINGS)
+            self._remove(CHECKPOINTS, BEST, "*config.json", "*model*.safetensors*", PREDICTIONS, "*.jsonl", SETTINGS)
         elif resume == "never" and not restarted:
             self._set_aside()
         theirs = read_json(self.path / SETTINGS) if (self.path / SETTINGS).is_file() else None
@@ -171,10 +172,14 @@ class RunFolder:
     def add_metrics(self, record: Mapping[str, float]) -> None:
         """Adds a line; what is no finite number is null there, as JSON has it."""
         written = {name: value if math.isfinite(value) else None for name, value in record.items()}
-        path = self.path / METRICS
+        self.add_line(METRICS, {**written, "time": round(time.time(), 6)})
+
+    def add_line(self, name: str, record: Mapping[str, Any]) -> None:
+        """Adds a line to a file."""
+        path = self.path / name
         try:
             with path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({**written, "time": round(time.time(), 6)}) + "\n")
+                file.write(json.dumps(record) + "\n")
         except OSError as error:
             raise OSError(f"{path}: cannot be written ({error.strerror}). Is the disk full?") from None
 
@@ -183,7 +188,7 @@ class RunFolder:
 
         If ``best`` holds the same model, its files become second names of these.
         """
-        for path in sorted((self.path / MODEL).iterdir(), key=lambda path: path.name == "config.json"):
+        for path in sorted((self.path / MODEL).iterdir(), key=lambda path: path.name.endswith("config.json")):
             twin = self.path / BEST / path.name
             if is_best and twin.is_file():
                 with contextlib.suppress(OSError), replacing(twin) as new:  # where the disk has no links, a copy stays
@@ -204,7 +209,9 @@ class RunFolder:
         """The checkpoint of the most steps."""
         return max(map(self.checkpoint, self.steps()), default=None)
 
-    def save(self, step: int, module: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    def save(
+        self, step: int, module: nn.Module, optimizer: torch.optim.Optimizer | None, state: Mapping[str, Any]
+    ) -> None:
         """Writes a checkpoint, or the state alone of one that is there.
 
         It holds model and optimizer as torch.distributed.checkpoint writes them, a file a process, and what else there
@@ -237,7 +244,7 @@ class RunFolder:
                 f"{path}: cannot be written ({error}). Is the disk full? Earlier checkpoints are whole."
             ) from None
 
-    def load(self, path: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    def load(self, path: Path, module: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
         """Fills a model and its optimizer, in place; ``ValueError`` if the checkpoint is not of such a one."""
         tensors = _tensors(module, optimizer)
 
@@ -248,7 +255,10 @@ class RunFolder:
                 load(tensors, checkpoint_id=path, no_dist=self.world.size == 1)
 
         self.world.each(read)
-        set_state_dict(module, optimizer, model_state_dict=tensors["model"], optim_state_dict=tensors["optimizer"])
+        set_state_dict(
+            module, optimizer or (), model_state_dict=tensors["model"], optim_state_dict=tensors["optimizer"],
+            options=_TRAINED,
+        )  # fmt: skip
 
     def remove_old(self, keep_last: int, best_step: int) -> None:
         """Removes all checkpoints but the last few and the best; a run that goes on needs one."""
@@ -276,12 +286,12 @@ def read_state(path: Path) -> dict[str, Any]:
     return read_json(path / _STATE)
 
 
-def _tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    if not optimizer.state:  # the library fills it by a step that changes nothing, but counts
+def _tensors(module: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
+    if optimizer is not None and not optimizer.state:  # the library fills it by a step that changes nothing, but counts
         get_state_dict(module, optimizer)
         for values in optimizer.state.values():
             values["step"].zero_()
-    model, optim = get_state_dict(module, optimizer)
+    model, optim = get_state_dict(module, optimizer or (), options=_TRAINED)
     return {"model": model, "optimizer": optim}
 
 

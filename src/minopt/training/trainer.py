@@ -20,6 +20,7 @@ from tqdm import tqdm
 from minopt import __version__
 from minopt.checkpoint.checkpoint import Checkpoint
 from minopt.config import read_json
+from minopt.devices import resolve_dtype
 from minopt.distributed import World, processes
 from minopt.evaluation.tasks import seed_of
 from minopt.model import OPT
@@ -146,7 +147,7 @@ class Run(Method):
         With a checkpoint the model is on the meta device, and filled from that.
         """
         config, world, model = self.config, self.world, self.model
-        model.float().train()
+        model.to(resolve_dtype(config.base_dtype)).train()
         with training_layers(model, config), float32_products(config, world.device):
             self.module = self.build()
             if self.is_sharded:
@@ -162,9 +163,9 @@ class Run(Method):
             try:
                 yield
             finally:
-                model.eval()
+                self.close()
                 # DDP holds the processes' group, and gradients lie in its buckets.
-                self.optimizer.zero_grad()
+                self.module.zero_grad()
                 del self.module, self.optimizer
 
     def train(self) -> TrainResult:

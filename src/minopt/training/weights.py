@@ -6,10 +6,11 @@ Every process has to call each of these functions. Under FSDP none of them has a
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -20,6 +21,7 @@ from minopt.checkpoint.inspect import check_same_seen, fingerprint
 from minopt.checkpoint.save import save_model
 from minopt.checkpoint.tensors import Share
 from minopt.checkpoint.weights import read_weights
+from minopt.config import OPTConfig
 from minopt.distributed import World
 from minopt.model import OPT
 from minopt.strangers import NO_WEIGHTS, is_exported
@@ -73,40 +75,44 @@ def apply_fsdp(module: nn.Module, model: OPT, dtype: torch.dtype | None, device:
 
 
 @torch.no_grad()
-def fill(model: OPT, checkpoint: Checkpoint, world: World) -> None:
-    """Gives a model on the ``"meta"`` device, or a sharded one, the weights of its checkpoint, in float32.
+def fill(model: OPT, checkpoint: Checkpoint, world: World, names: Mapping[str, str] | None = None) -> None:
+    """Gives a model on the ``"meta"`` device, or a sharded one, the weights of its checkpoint, in its own dtype.
 
-    Of a sharded one each process reads its share of each tensor alone: of the rows, as FSDP divides them.
+    Of a sharded one each process reads its share of each tensor alone: of the rows, as FSDP divides them. ``names`` are
+    the checkpoint's by those of the model, where they differ; other parameters of the model stay as they are.
     """
+    names = names or {name: name for name, _ in model.named_parameters()}
     if not _is_sharded(model):
-        state = world.each(lambda: dict(read_weights(checkpoint, world.device, torch.float32)))
-        model.load_state_dict(state, assign=True)
+        state = world.each(lambda: dict(read_weights(checkpoint, world.device, model.dtype)))
+        model.load_state_dict({name: state[key] for name, key in names.items()}, strict=False, assign=True)
         return
     world.first(checkpoint.check_head)
-    share = Share(world.rank, world.size)
+    share, parameters = Share(world.rank, world.size), dict(model.named_parameters())
 
     def read() -> None:
-        for name, parameter in model.named_parameters():
+        for name, key in names.items():
+            parameter, source = parameters[name], checkpoint.tensors[key]
             assert isinstance(parameter, DTensor)
-            local, source = parameter.to_local(), checkpoint.tensors[name]
-            source = source.rows(*share.of(source.shape[0]))
-            assert local.shape == source.shape, name
-            if local.device.type == "cpu":
-                source.fill(local)
+            own, source = parameter.to_local(), source.rows(*share.of(source.shape[0]))
+            assert own.shape == source.shape, name
+            if own.device.type == "cpu":
+                source.fill(own)
             else:
-                local.copy_(source.read(local.dtype))
+                own.copy_(source.read(own.dtype))
 
     world.each(read)
 
 
 @torch.no_grad()
-def gathered(model: OPT, device: torch.device, dtype: torch.dtype) -> OPT:
-    """A plain model in evaluation mode with a model's parameters, whole in each process; shares what is there already.
+def gathered(
+    config: OPTConfig, parameters: Iterable[tuple[str, Tensor]], device: torch.device, dtype: torch.dtype
+) -> OPT:
+    """A plain model in evaluation mode with such parameters, whole in each process; shares what is there already.
 
     A model sharded by layers would gather each layer for each generated token.
     """
-    tensors = {name: _whole(parameter).detach().to(device, dtype) for name, parameter in model.named_parameters()}
-    plain = OPT(model.config, device="meta", dtype=dtype)
+    tensors = {name: whole(parameter).detach().to(device, dtype) for name, parameter in parameters}
+    plain = OPT(config, device="meta", dtype=dtype)
     plain.load_state_dict(tensors, assign=True)
     return plain.eval()
 
@@ -118,21 +124,31 @@ def save(model: OPT, folder: Path, tokenizer: Tokenizer, world: World) -> None:
     Under FSDP each process gathers one parameter at a time, on its device (docs/decisions.md says why not with
     torch.distributed.checkpoint).
     """
-    whole = map(_whole, model.parameters())
+    numbers = map(whole, model.parameters())
 
     def write() -> None:
         try:
             if world.is_first:
-                save_model(model, folder, tokenizer, max_shard_bytes=FILE_BYTES, numbers=whole, force=True)
+                save_model(model, folder, tokenizer, max_shard_bytes=FILE_BYTES, numbers=numbers, force=True)
         finally:
             if _is_sharded(model):
-                deque(whole, maxlen=0)  # the other processes gather with the first, which gathers on after an error
+                deque(numbers, maxlen=0)  # the other processes gather with the first, which gathers on after an error
 
     world.each(write)
 
 
-def _whole(parameter: torch.Tensor) -> torch.Tensor:
+def whole(parameter: Tensor) -> Tensor:
+    """A parameter out of the shares of all processes, which all take it."""
     return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+
+
+def local(parameter: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
+    """What this process has of a parameter, and the same rows of a tensor as large as the whole of it."""
+    if not isinstance(parameter, DTensor):
+        return parameter, numbers
+    mesh = parameter.device_mesh
+    begin, end = Share(mesh.get_local_rank(), mesh.size()).of(parameter.shape[0])
+    return parameter.to_local(), numbers[begin:end]
 
 
 def _is_sharded(model: OPT) -> bool:
