@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch.distributed.checkpoint import FileSystemReader
 
 import minopt
+from minopt.cli import main
 from minopt.distributed import World
 from minopt.training import method
 from minopt.training.batches import microbatches
@@ -150,6 +151,26 @@ def test_a_resumed_run_ends_with_the_same_bits_and_its_checkpoints_hold_the_adap
         train(tmp_path / "model", examples(12), lora(tmp_path / "whole", lora_rank=5), tokenizer=tokenizer())
 
 
+def test_the_command_writes_a_folder_that_load_merges_to_the_bits_of_peft(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    minopt.save_model(model_of(), tmp_path / "model", tokenizer())
+    data = [{"prompt": e.prompt, "completion": e.completion} for e in examples(8)]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in data))
+    command = (
+        f"finetune --model {tmp_path}/model --train-file {tmp_path}/data.jsonl --output-dir {tmp_path}/run "
+        "--lora-rank 8 --lora-alpha 16 --lora-target-modules q_proj,v_proj --max-steps 2 --src-length 40"
+        " --tgt-length 16 --device cpu"
+    )
+    assert main(command.split()) == 0
+    lm = minopt.load(tmp_path / "model", adapter=tmp_path / "run", device="cpu", optimize=False)
+    theirs = opened("125m", tmp_path / "run").merge_and_unload().state_dict()
+    assert all(torch.equal(t, theirs[f"model.decoder.{name}"]) for name, t in lm.model.state_dict().items())
+    assert not torch.equal(lm.model.layers[0].self_attn.q_proj.weight, model_of().layers[0].self_attn.q_proj.weight)
+    with pytest.raises(ValueError, match=r"step-00000002.*They are an adapter's"):
+        minopt.load(tmp_path / "run" / "checkpoints" / "step-00000002")
+
+
 def ends_at(step: int) -> Any:
     move = method.Method.move
 
@@ -163,8 +184,8 @@ def ends_at(step: int) -> Any:
 
 def in_processes(world: Any, folder: Path) -> list[float]:
     """Runs of each layout, from a name."""
-    for parallel in ("ddp", "fsdp"):
-        for merge in (False, True):
+    for parallel, merges in (("ddp", (False,)), ("fsdp", (False, True))):
+        for merge in merges:
             config = lora(folder / f"{parallel}-{merge}-{world.size}", max_steps=3, parallel=parallel, merge=merge,
                           per_device_train_batch_size=4 // world.size, do_eval=merge, lora_dropout=0.0)  # fmt: skip
             options = {"eval_data": examples(4)} if merge else {}
@@ -176,15 +197,13 @@ def test_two_processes_learn_what_one_does(tmp_path: Path) -> None:
     minopt.save_model(model_of("350m"), tmp_path / "model", tokenizer())
     in_processes(World(0, 1, torch.device("cpu")), tmp_path)
     together(2, tmp_path, partial(in_processes, folder=tmp_path))
-    for parallel in ("ddp", "fsdp"):
-        for file, merge in (("adapter_model.safetensors", False), ("model.safetensors", True)):
-            one, two = (load_file(tmp_path / f"{parallel}-{merge}-{size}" / file) for size in (1, 2))
-            assert one.keys() == two.keys()
-            assert distance([two[key] for key in one], [*one.values()]) < 1e-4
-        one, two = (losses(tmp_path / f"{parallel}-True-{size}") for size in (1, 2))
-        assert one == pytest.approx(two, rel=1e-5)
-        metrics = [json.loads((tmp_path / f"{parallel}-True-{s}" / "predictions.json").read_text()) for s in (1, 2)]
-        assert metrics[0] == metrics[1]
+    for name, file in (("ddp-False", "adapter_model"), ("fsdp-False", "adapter_model"), ("fsdp-True", "model")):
+        one, two = (load_file(tmp_path / f"{name}-{size}" / f"{file}.safetensors") for size in (1, 2))
+        assert one.keys() == two.keys()
+        assert distance([two[key] for key in one], [*one.values()]) < 1e-4
+        assert losses(tmp_path / f"{name}-2") == pytest.approx(losses(tmp_path / f"{name}-1"), rel=1e-5)
+    predictions = [json.loads((tmp_path / f"fsdp-True-{size}" / "predictions.json").read_text()) for size in (1, 2)]
+    assert predictions[0] == predictions[1]
 
 
 @pytest.mark.parametrize(
