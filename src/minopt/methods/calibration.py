@@ -61,7 +61,9 @@ class Walk:
         self._ends.final_layer_norm = self._ends.project_out = None
         self.learned, self.before = self._embedded(learned), self._embedded(held)
         self.after = self.before.clone()
-        self._layer = DecoderLayer(checkpoint.config, 0, device, torch.float32).eval().requires_grad_(False)
+        self._layer = (
+            DecoderLayer(checkpoint.config, 0, torch.float32).to_empty(device=device).eval().requires_grad_(False)
+        )
 
     def _embedded(self, ids: Tensor) -> Tensor:
         return torch.cat([self._ends.hidden_states(row[None].to(self._device)) for row in ids])
