@@ -161,7 +161,7 @@ def test_inspect_and_plan_say_what_it_is(folder: Path, capsys: pytest.CaptureFix
     assert line["quantize"] is None
     assert line["weights"] == plan_generation(config, dtype=torch.float32).weights  # it computes in floats
     assert main(["plan", str(folder)]) == 0
-    assert "its int4 weights are computed with as float32" in capsys.readouterr().out
+    assert "The files hold int4 weights, with which the model computes as float32." in capsys.readouterr().out
 
 
 def damaged(name: str, tensor: Any) -> Any:

@@ -59,6 +59,7 @@ def work(rank: int, size: int, folder: Path) -> None:
     found = {
         "int8": results(minopt.load(folder / "125m", mesh=mesh, quantize="int8")),
         "bfloat16": results(minopt.load(folder / "125m", mesh=mesh, dtype="bfloat16")),
+        "int4": results(minopt.load(folder / "int4", mesh=mesh)),
         "demo": texts(minopt.load(minopt.DEMO, mesh=mesh)),
         "errors": [message(partial(run, mesh, folder)) for run, _ in REFUSED.values()],
     }
@@ -132,6 +133,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     minopt.save_model(build_ours(three), folder / "three heads")
     for size, ffn_dim in ((2, 1), (4, 3)):  # the last process would have none
         minopt.save_model(build_ours(build_reference("125m", ffn_dim=ffn_dim)), folder / f"{size}, no rows")
+    minopt.convert(folder / "125m", folder / "int4", quantize="int4")
     for size in (2, 4):
         mp.spawn(work, (size, folder), nprocs=size)
     return folder
@@ -173,6 +175,9 @@ def test_other_precisions_and_texts(models: Path, size: int) -> None:
         rounding = (one["logits"] - exact).norm()
         assert 0 < (found[0][precision]["logits"] - exact).norm() < 1.5 * rounding
         assert all(torch.equal(found[0][precision]["greedy"], other[precision]["greedy"]) for other in found)
+    from_int4 = results(minopt.load(models / "int4", device="cpu"))["logits"]
+    assert (found[0]["int4"]["logits"] - from_int4).abs().max() < 1e-5 * from_int4.abs().max()
+    assert (exact - from_int4).norm() > 0.01 * exact.norm()
     written, streamed, scored = texts(minopt.load(minopt.DEMO, device="cpu"))
     for other in found:
         assert other["demo"][:2] == (written, streamed)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import transformers
 from minopt import convert, load_model
 from minopt.cli import main
 from minopt.evaluation.perplexity import window_perplexity
+from minopt.methods import smoothquant
 from minopt.methods.smoothquant import fold
 from tests.checkpoint.test_convert import stored
 from tests.conftest import build_ours, build_reference
@@ -72,9 +74,14 @@ def test_scales_are_the_published_ones(strength: float, tmp_path: Path) -> None:
 def test_outlier_channels_cost_less_in_a_program_that_rounds_activations(tmp_path: Path) -> None:
     write_model(tmp_path / "float", change=plant_outliers)
     words = ["convert", str(tmp_path / "float"), str(tmp_path / "smooth"), "--quantize", "int8", "--device", "cpu"]
-    assert main([*words, "--smooth", "0.5", "--calibration", str(README)]) == 0
+    with mock.patch.object(smoothquant, "_rounded", side_effect=smoothquant._rounded) as rounded:
+        assert main([*words, "--smooth", "0.5", "--calibration", str(README)]) == 0
     convert(tmp_path / "float", tmp_path / "int8", quantize="int8")
     _, held = windows(tmp_path / "float")
+    assert rounded.call_count == 3 * 6 * len(held)  # what goes into each linear module after, and nothing before
+    row = torch.tensor([[0.3, -2.54, 1.0], [0.0, 0.0, 0.0]])
+    assert torch.allclose(smoothquant._rounded(row), torch.tensor([[0.3, -2.54, 1.0], [0.0, 0.0, 0.0]]), atol=0.0101)
+    assert torch.allclose(smoothquant._rounded(row[:1]) / 0.02, torch.tensor([[15.0, -127.0, 50.0]]))
     with torch.no_grad():
         expected = load_model(tmp_path / "float", device="cpu")(held)
         errors = {}

@@ -28,7 +28,7 @@ from tests.conftest import KINDS, build_reference
 from tests.training.runs import Runs
 from tests.training.small import EOS, VOCAB, examples, losses, settings, together, tokenizer
 
-READ = ("float16", "350m", "galactica", "int8", "narrow", *SOURCES)
+READ = ("float16", "350m", "galactica", "int8", "int4", "narrow", *SOURCES)
 FILE_BYTES = 30_000  # small models in several files
 
 
@@ -38,6 +38,7 @@ def write_models(folder: Path) -> None:
         write_source(source, folder / source)
     write_source("bin", folder / "float16", dtype=torch.float16)
     convert(folder / "4 parts", folder / "int8", quantize="int8")
+    convert(folder / "4 parts", folder / "int4", quantize="int4")
     for name, kind, seed in (*((kind, kind, 0) for kind in KINDS), ("other", "125m", 1)):
         model = build_reference(kind, seed, vocab_size=VOCAB, eos_token_id=EOS)
         model.save_pretrained(folder / name)

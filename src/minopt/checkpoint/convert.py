@@ -102,7 +102,8 @@ def convert(
     destination = Path(destination).expanduser()
     number_type = resolve_dtype(dtype)
     _check_options(format, parts, quantize, max_shard_bytes)
-    _check_calibration(quantize, calibration, smooth)
+    _check_calibration(quantize, calibration, smooth, device)
+    target = resolve_device(device)
     check_destination(destination, force)  # before anything is downloaded
     path = find_model(source, revision=revision, local_files_only=local_files_only)
     checkpoint = open_checkpoint(path, model_config, ignore, adapter)
@@ -120,7 +121,7 @@ def convert(
     record: dict[str, Any] = {}
     if calibration is not None and quantize is not None:
         calibrate = import_module(CALIBRATED[quantize]).calibrate
-        read = calibrate(checkpoint, reader, Path(calibration), resolve_device(device), rounding, record, smooth)
+        read = calibrate(checkpoint, reader, Path(calibration), target, rounding, record, smooth)
     shown = _shown(checkpoint, rounding)
     _check_space(destination, sum(tensor.nbytes for tensor in shown.values()))
     with (
@@ -157,7 +158,9 @@ def _check_options(format: str, parts: int, quantize: str | None, max_shard_byte
         raise ValueError(f"max_shard_bytes: expected a positive number, got {max_shard_bytes}.")
 
 
-def _check_calibration(quantize: str | None, calibration: object, smooth: float | None) -> None:
+def _check_calibration(
+    quantize: str | None, calibration: str | Path | None, smooth: float | None, device: object
+) -> None:
     if smooth is not None and (quantize != "int8" or calibration is None):
         raise ValueError("smooth: acts on int8 weights with a calibration text. Add --quantize int8 and --calibration.")
     if smooth is not None and not (is_number(smooth) and 0 <= smooth <= 1):
@@ -165,6 +168,11 @@ def _check_calibration(quantize: str | None, calibration: object, smooth: float 
     if calibration is not None and (quantize is None or (quantize == "int8" and smooth is None)):
         raise ValueError("calibration: acts on int4 weights, and on int8 ones with smooth. Add --quantize int4, or "
                          "--quantize int8 --smooth 0.5.")  # fmt: skip
+    if calibration is None and device is not None:
+        raise ValueError("device: acts with a calibration text only. Leave it out.")
+    if calibration is not None and not Path(calibration).is_file():
+        raise FileNotFoundError(f"calibration: expected a file of plain text, there is none ({calibration}). Check the "
+                                "path.")  # fmt: skip
 
 
 def _check_space(destination: Path, total_bytes: int) -> None:

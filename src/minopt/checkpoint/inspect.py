@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 
+from minopt import int4
 from minopt.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from minopt.checkpoint.errors import AmbiguousPathError, CheckpointError, MissingFileError, some
 from minopt.checkpoint.find import Format, find_files, weight_files
 from minopt.checkpoint.hub import find_model
 from minopt.checkpoint.tensors import SourceTensor
-from minopt.config import OPTConfig
+from minopt.config import OPTConfig, read_json
 from minopt.memory import CHUNK_NUMBERS
 from minopt.progress import bar, size_of
 from minopt.tokenizer import Tokenizer
@@ -57,6 +58,7 @@ class Report:
         preset: the published size of this shape.
         parameters, dtypes: how many numbers it has, and how many of each dtype.
         tokenizer: the folder of its files.
+        quantization: what ``convert`` has noted of a calibration: method, windows, perplexities.
         tensors, digest: all tensors in the model's order, and one digest for all.
     """
 
@@ -73,6 +75,7 @@ class Report:
     parameters: int = 0
     dtypes: dict[str, int] = field(default_factory=dict)
     tokenizer: str | None = None
+    quantization: dict[str, Any] | None = None
     tensors: tuple[TensorReport, ...] = ()
     digest: str | None = None
 
@@ -125,6 +128,12 @@ def _rows(report: Report) -> Iterator[tuple[str, str]]:
                    f"positions, {norm}, {c['activation_function']}{biases}")  # fmt: skip
         yield "parameters", f"{report.parameters:,}"
         yield "dtypes", ", ".join(f"{name} ({count:,})" for name, count in report.dtypes.items())
+        if (q := report.quantization) is not None:
+            ppl, kept = q.get("perplexity", {}), int4.RECORD
+            yield (
+                "quantized",
+                f"by {q.get('method')}, perplexity {ppl.get('before')} before, {ppl.get('after')} after ({kept})",
+            )
         yield "tokenizer", report.tokenizer or "none beside the weights or one folder up"
     if report.digest is not None:
         yield "sha256", report.digest
@@ -197,7 +206,7 @@ def _describe(base: Report, checkpoint: Checkpoint, check: bool, digest: bool, s
             checkpoint.check_head()
     except CheckpointError as error:
         problems.append(str(error))
-    tokenizer = Tokenizer.find(checkpoint.found.folder)
+    tokenizer, record = Tokenizer.find(checkpoint.found.folder), checkpoint.found.folder / int4.RECORD
     return replace(
         base,
         problem=problems[0] if problems else None,
@@ -207,6 +216,7 @@ def _describe(base: Report, checkpoint: Checkpoint, check: bool, digest: bool, s
         parameters=dtypes.total(),
         dtypes=dict(dtypes),
         tokenizer=None if tokenizer is None else str(tokenizer),
+        quantization=read_json(record) if record.is_file() else None,
         tensors=tuple(reports),
         digest=digest_of_all({r.name: r.digest for r in reports}) if digest and not problems else None,
     )

@@ -81,7 +81,7 @@ class Plan(Command):
         print(f"{self.model} as {name}, {texts} (prompt and new ones), on {kind} with {size_of(memory)}\n")
         _print_table(plans, rows)
         if is_int4 and quantize is None:
-            print(f"On disk they take about an eighth of float32: its int4 weights are computed with as {name}.")
+            print(f"The files hold int4 weights, with which the model computes as {name}.")
         if self.devices not in counts:
             print(f"The model has {config.num_attention_heads} heads and can be divided among "
                   f"{', '.join(map(str, counts))} devices, not among {self.devices}.")  # fmt: skip

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,22 +52,23 @@ class Walk:
 
     @torch.no_grad()
     def __init__(self, checkpoint: Checkpoint, device: torch.device, learned: Tensor, held: Tensor) -> None:
-        self.checkpoint, self._ids, self._device = checkpoint, held, device
-        outside = {name: t for name, t in checkpoint.tensors.items() if not name.startswith("layers.")}
-        part = Checkpoint(checkpoint.found, checkpoint.config, checkpoint.config_source, outside, checkpoint.heads)
-        self._ends = OPT(checkpoint.config, device="meta").eval()
-        self._ends.layers = nn.ModuleList()
-        self._ends.load_state_dict(dict(read_weights(part, device, torch.float32)), assign=True)
-        self._out = self._ends.final_layer_norm, self._ends.project_out
-        self._ends.final_layer_norm = self._ends.project_out = None
-        self.learned, self.before = self._embedded(learned), self._embedded(held)
-        self.after = self.before.clone()
-        self._layer = (
-            DecoderLayer(checkpoint.config, 0, torch.float32).to_empty(device=device).eval().requires_grad_(False)
+        self.checkpoint, self._held, self._device = checkpoint, held, device
+        ends = self._ends()
+        ends.final_layer_norm = ends.project_out = None
+        self.learned, self.before = (
+            torch.cat([ends.hidden_states(row[None].to(device)) for row in ids]) for ids in (learned, held)
         )
+        self.after = self.before.clone()
+        self._layer = DecoderLayer(checkpoint.config, 0, device, torch.float32).eval().requires_grad_(False)
 
-    def _embedded(self, ids: Tensor) -> Tensor:
-        return torch.cat([self._ends.hidden_states(row[None].to(self._device)) for row in ids])
+    def _ends(self) -> OPT:
+        """The model without its layers. It is read twice: between, its table is not in memory."""
+        tensors = {name: t for name, t in self.checkpoint.tensors.items() if not name.startswith("layers.")}
+        ends = OPT(self.checkpoint.config, device="meta").eval()
+        ends.layers = nn.ModuleList()
+        weights = read_weights(replace(self.checkpoint, tensors=tensors), self._device, torch.float32)
+        ends.load_state_dict(dict(weights), assign=True)
+        return ends
 
     def layer(self, index: int) -> DecoderLayer:
         """A layer with its weights, in the place of the one before."""
@@ -76,15 +78,16 @@ class Walk:
 
     def perplexities(self) -> tuple[float, float]:
         """Of the held-out windows, by the model as it was and as it is written."""
-        found = [torch.zeros((), dtype=torch.float64) for _ in range(2)]
-        for total, states in zip(found, (self.before, self.after), strict=True):
-            for x, ids in zip(states, self._ids, strict=True):
-                for module in filter(None, self._out):
+        ends, found = self._ends(), []
+        for states in (self.before, self.after):
+            total = 0.0
+            for x, ids in zip(states, self._held, strict=True):
+                for module in filter(None, (ends.final_layer_norm, ends.project_out)):
                     x = module(x)
                 for h, following in zip(x[:-1].split(_PIECE), ids[1:].split(_PIECE), strict=True):
-                    total += F.cross_entropy(self._ends.head(h), following.to(h.device), reduction="sum").cpu()
-        count = self._ids.numel() - len(self._ids)
-        return math.exp(found[0] / count), math.exp(found[1] / count)
+                    total += F.cross_entropy(ends.head(h), following.to(h.device), reduction="sum").item()
+            found.append(math.exp(total / (self._held.numel() - len(self._held))))
+        return found[0], found[1]
 
 
 def run(layer: DecoderLayer, states: Tensor, keep: bool = True) -> None:
@@ -114,14 +117,11 @@ def windows_of(text: Path, tokenizer: Tokenizer | None, config: OPTConfig) -> tu
     The text is encoded in one piece. Of a long one, windows are taken at even distances.
 
     Raises:
-        FileNotFoundError: if there is no such file.
         ValueError: if it is no text, there is no tokenizer, or the text is too short.
     """
     if tokenizer is None:
         raise ValueError("calibration: expected a model with a tokenizer, it has none. Name its folder with "
                          "--tokenizer.")  # fmt: skip
-    if not text.is_file():
-        raise FileNotFoundError(f"calibration: expected a file of plain text, there is none ({text}). Check the path.")
     try:
         ids = torch.tensor(tokenizer.encode(text.read_bytes().decode("utf-8-sig")), dtype=torch.long)
     except UnicodeDecodeError as error:
