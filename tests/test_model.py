@@ -528,3 +528,11 @@ def test_padding_may_make_a_batch_wider_than_the_positions(kind: str) -> None:
     for logits in (model(ids, mask), read_in_chunks(model, ids, mask, (66, 3, 1), cache, by_slots=False)):
         for row, of_row, real in zip(ids, logits, mask, strict=True):
             assert error(of_row[real], model(row[None, real])[0]) <= 1e-10
+
+
+def test_linear_layers_are_of_the_plain_type_that_other_programs_look_for(kind: str) -> None:
+    model = build_ours(build_reference(kind))
+    linear = {name for name, module in model.named_modules() if type(module) is torch.nn.Linear}
+    projections = 2 if kind == "350m" else 0
+    assert len(linear) == 3 * 6 + projections
+    assert linear == {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}

@@ -53,46 +53,52 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }  # fmt: skip
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    if weight.is_meta and not x.is_meta:  # torch would give whatever the memory holds
-        raise ValueError(
-            f"model: expected weights with numbers, got one on the meta device under activations on {x.device}. Load "
-            "the model with minopt.load, whose option offload keeps weights elsewhere."
-        )
-    return F.linear(x, weight, bias)
-
-
-class Linear(nn.Linear):
-    """``nn.Linear`` left unfilled: OPT draws all weights itself, and loading replaces them anyway."""
-
+class _Unfilled(nn.Linear):
     def reset_parameters(self) -> None:
         pass
 
-    def forward(self, x: Tensor) -> Tensor:
-        return _product(x, self.weight, self.bias)
+
+def _linear_layer(inputs: int, outputs: int, bias: bool, dtype: torch.dtype | None) -> nn.Linear:
+    """An ``nn.Linear`` on the meta device, unfilled: OPT draws all weights itself, and loading replaces them anyway.
+
+    Its type is exactly that, by which other programs find the layers to quantise or prune.
+    """
+    layer: nn.Linear = _Unfilled(inputs, outputs, bias, "meta", dtype)
+    layer.__class__ = nn.Linear
+    return layer
 
 
 class Embedding(nn.Embedding):
-    """``nn.Embedding`` left unfilled, as ``Linear`` is. Given floats, it is the head: their product with the table."""
+    """``nn.Embedding`` left unfilled, as linear layers are. Given floats, it is the head: a product with the table."""
 
     def reset_parameters(self) -> None:
         pass
 
     def forward(self, x: Tensor) -> Tensor:
-        return _product(x, self.weight) if x.is_floating_point() else super().forward(x)
+        if self.weight.is_meta and not x.is_meta:  # torch would give whatever the memory holds
+            raise ValueError(
+                f"model: expected weights with numbers, got some on the meta device under input on {x.device}. Load "
+                "the model with minopt.load, whose option offload keeps weights elsewhere."
+            )
+        return F.linear(x, self.weight) if x.is_floating_point() else super().forward(x)
+
+
+def _norm(config: OPTConfig) -> partial[nn.LayerNorm]:
+    affine = config.layer_norm_elementwise_affine
+    return partial(nn.LayerNorm, config.hidden_size, elementwise_affine=affine, device="meta")
 
 
 class Attention(nn.Module):
     """Causal multi-head self-attention."""
 
-    def __init__(self, config: OPTConfig, index: int, device: torch.device | str | None, dtype: torch.dtype | None):
+    def __init__(self, config: OPTConfig, index: int, dtype: torch.dtype | None) -> None:
         super().__init__()
         self.index, self.head_dim, self.dropout = index, config.head_dim, config.attention_dropout
         C, bias = config.hidden_size, config.enable_bias
-        self.k_proj = Linear(C, C, bias, device, dtype)
-        self.v_proj = Linear(C, C, bias, device, dtype)
-        self.q_proj = Linear(C, C, bias, device, dtype)
-        self.out_proj = Linear(C, C, bias, device, dtype)
+        self.k_proj = _linear_layer(C, C, bias, dtype)
+        self.v_proj = _linear_layer(C, C, bias, dtype)
+        self.q_proj = _linear_layer(C, C, bias, dtype)
+        self.out_proj = _linear_layer(C, C, bias, dtype)
 
     def forward(self, x: Tensor, mask: Tensor | Packed | None, cache: KVCache | None) -> Tensor:
         B, T, _ = x.shape
@@ -162,17 +168,17 @@ class DecoderLayer(nn.Module):
     module of that name, after the last layer.
     """
 
-    def __init__(self, config: OPTConfig, index: int, device: torch.device | str | None, dtype: torch.dtype | None):
+    def __init__(self, config: OPTConfig, index: int, dtype: torch.dtype | None) -> None:
         super().__init__()
         self.norm_before = config.do_layer_norm_before
         self.dropout = config.dropout
         self.activation = ACTIVATIONS[config.activation_function]
-        C, affine = config.hidden_size, config.layer_norm_elementwise_affine
-        self.self_attn = Attention(config, index, device, dtype)
-        self.self_attn_layer_norm = nn.LayerNorm(C, elementwise_affine=affine, device=device, dtype=dtype)
-        self.fc1 = Linear(C, config.ffn_dim, config.enable_bias, device, dtype)
-        self.fc2 = Linear(config.ffn_dim, C, config.enable_bias, device, dtype)
-        self.final_layer_norm = nn.LayerNorm(C, elementwise_affine=affine, device=device, dtype=dtype)
+        C, bias, norm = config.hidden_size, config.enable_bias, _norm(config)
+        self.self_attn = Attention(config, index, dtype)
+        self.self_attn_layer_norm = norm(dtype=dtype)
+        self.fc1 = _linear_layer(C, config.ffn_dim, bias, dtype)
+        self.fc2 = _linear_layer(config.ffn_dim, C, bias, dtype)
+        self.final_layer_norm = norm(dtype=dtype)
 
     def forward(self, x: Tensor, mask: Tensor | Packed | None = None, cache: KVCache | None = None) -> Tensor:
         """Maps the residual stream ``[B, T, C]`` to ``[B, T, C]``, and writes the cache at the layer's own index.
@@ -208,15 +214,16 @@ class OPT(nn.Module):
         self.config = config
         C, E = config.hidden_size, config.embed_dim
         # A padding_idx as in fairseq and transformers: looking its row up gives it no gradient, the head does.
-        self.embed_tokens = Embedding(config.vocab_size, E, config.pad_token_id, device=device, dtype=dtype)
+        self.embed_tokens = Embedding(config.vocab_size, E, config.pad_token_id, device="meta", dtype=dtype)
         rows = config.max_position_embeddings + POSITION_OFFSET
-        self.embed_positions = Embedding(rows, C, device=device, dtype=dtype)
-        self.project_in = Linear(E, C, False, device, dtype) if E != C else None
-        self.layers = nn.ModuleList(DecoderLayer(config, i, device, dtype) for i in range(config.num_hidden_layers))
-        norm = partial(nn.LayerNorm, C, elementwise_affine=config.layer_norm_elementwise_affine)
-        self.final_layer_norm = norm(device=device, dtype=dtype) if config.has_final_layer_norm else None
-        self.project_out = Linear(C, E, False, device, dtype) if E != C else None
-        if not self.embed_tokens.weight.is_meta:
+        self.embed_positions = Embedding(rows, C, device="meta", dtype=dtype)
+        self.project_in = _linear_layer(E, C, False, dtype) if E != C else None
+        self.layers = nn.ModuleList(DecoderLayer(config, i, dtype) for i in range(config.num_hidden_layers))
+        self.final_layer_norm = _norm(config)(dtype=dtype) if config.has_final_layer_norm else None
+        self.project_out = _linear_layer(C, E, False, dtype) if E != C else None
+        device = torch.get_default_device() if device is None else torch.device(device)
+        if device.type != "meta":
+            self.to_empty(device=device)
             self.reset_parameters()
 
     @torch.no_grad()
@@ -228,10 +235,10 @@ class OPT(nn.Module):
         """
         std, L = self.config.init_std, self.config.num_hidden_layers
         for name, module in self.named_modules():
-            if isinstance(module, (Linear, Embedding)):
+            if isinstance(module, (nn.Linear, nn.Embedding)):
                 writes_residual = name.endswith((".out_proj", ".fc2"))
                 nn.init.normal_(module.weight, std=std / (2 * L) ** 0.5 if writes_residual else std)
-            if isinstance(module, Linear) and module.bias is not None:
+            if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
             if isinstance(module, nn.LayerNorm):
                 module.reset_parameters()
@@ -335,7 +342,7 @@ class OPT(nn.Module):
             # Not called as a module: its hooks expect embeddings as the result. Programs that keep weights elsewhere
             # (accelerate) replace forward itself, and fetch the table in it.
             return self.embed_tokens.forward(h)
-        return _product(h, self.embed_tokens.weight)  # an adapter is in its place, and acts on embeddings alone
+        return F.linear(h, self.embed_tokens.weight)  # an adapter is in its place, and acts on embeddings alone
 
     def new_cache(self, batch_size: int, capacity: int) -> KVCache:
         """An empty cache for ``batch_size`` rows of up to ``capacity`` tokens, in the model's dtype and place."""
