@@ -108,8 +108,8 @@ def test_a_model_of_another_tokenizer_is_one_line_too(
         ("finetune --lerning_rate 1", "--lerning-rate: no such flag. Did you mean --learning-rate?"),
         ("inspect --modle x", "--modle: no such flag. Did you mean --model?"),
         ("evaluate", "--task: expected a value, got none. See minopt evaluate --help."),
-        ("evaluate --task=squat", "--task: expected reference or perplexity or squad or squad-question, got 'squat'. "
-         "Did you mean squad? See"),
+        ("evaluate --task=squat", "--task: expected reference or perplexity or squad or squad-question or lm_eval:..., "
+         "got 'squat'. Did you mean squad? See"),
         ("finetune --parallel pipeline", "--parallel: expected ddp or fsdp, got 'pipeline'. See minopt finetune"),
         ("convert", "source, destination: expected a value, got none. See minopt convert --help."),
         ("inspect a b", "b: unexpected word. Put a text in quotes; if it begins with a hyphen, write -- before it."),

@@ -27,13 +27,18 @@ def option(
         default: its value if none is given.
         help: one line for the command line and the reader. Brackets at its end say what the default is or means;
             without them ``--help`` adds the default in brackets, unless it is ``None``, ``False`` or empty.
-        choices: the texts allowed.
+        choices: the texts allowed. One that ends with "..." stands for all that begin with what is before it.
         least, above, below, most: the numbers allowed: ``least`` and ``most`` are, ``above`` and ``below`` are not.
         fits: where type and limits do not say which values are allowed: what does, and how that reads in an error.
         **marks: what else a reader of the field's ``metadata`` needs.
     """
     limits = {"choices": choices, "least": least, "above": above, "below": below, "most": most, "fits": fits}
     return field(default=default, metadata={"help": help, **limits, **marks})
+
+
+def is_choice(text: str, choices: Collection[str]) -> bool:
+    """Whether a text is one of the choices of an option."""
+    return any(text == c or (c.endswith("...") and text.startswith(c[:-3])) for c in choices)
 
 
 def expected(f: Field[Any], value: Any) -> str | None:
@@ -48,7 +53,7 @@ def expected(f: Field[Any], value: Any) -> str | None:
         return None if isinstance(value, bool) else "true or false"
     if kind == "str":
         choices = f.metadata["choices"]
-        is_one = isinstance(value, str) and (not choices or value in choices)
+        is_one = isinstance(value, str) and (not choices or is_choice(value, choices))
         return None if is_one else " or ".join(choices) or "a text"
     least, above, below, most = (f.metadata[name] for name in ("least", "above", "below", "most"))
     inside = is_int(value) if kind == "int" else is_number(value)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from minopt import OPT
 from minopt.generation import scoring
-from minopt.generation.scoring import token_logprobs
+from minopt.generation.scoring import greedy_logprobs, token_logprobs
 from tests.conftest import KINDS, SIZE, build_ours, build_reference
 
 LIMIT, V = SIZE["max_position_embeddings"], SIZE["vocab_size"]
@@ -165,6 +165,25 @@ def test_scores_are_float32_whatever_the_model_and_need_no_gradient() -> None:
         (got,) = token_logprobs(build_ours(reference).to(dtype), [row], [1])
         assert (got.dtype, got.requires_grad) == (torch.float32, False)
         assert (got - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+@torch.no_grad()
+def test_the_most_probable_tokens_are_marked_and_the_last_may_lie_behind_the_positions(pair: Pair) -> None:
+    reference, ours = pair
+    rows = random_rows([LIMIT, LIMIT, 9], shared=5)
+    for row in rows:
+        row[7] = int(reference(torch.tensor([row[:7]])).logits[0, -1].argmax())  # both kinds occur
+        row.append(int(reference(torch.tensor([row])).logits[0, -1].argmax()))
+    found = greedy_logprobs(ours, rows, [1, 3, 2])
+    for row, start, (logprobs, are_best) in zip(rows, [1, 3, 2], found, strict=True):
+        best = reference(torch.tensor([row[:-1]])).logits[0].argmax(-1)
+        assert are_best.tolist() == (best == torch.tensor(row[1:]))[start - 1 :].tolist()
+        assert are_best[[7 - start, -1]].all()
+        assert not are_best.all()
+        (expected,) = token_logprobs(ours, [row[:-1]], [start])
+        assert torch.allclose(logprobs[:-1], expected, atol=1e-4)
+    with pytest.raises(ValueError, match=rf"text: {LIMIT + 2} tokens, the model has {LIMIT} positions"):
+        greedy_logprobs(ours, [[5] * (LIMIT + 2)], [1])
 
 
 @pytest.mark.parametrize(

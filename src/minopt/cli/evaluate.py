@@ -5,20 +5,25 @@ from __future__ import annotations
 import io
 import json
 from dataclasses import asdict, dataclass, fields
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from minopt.cli.flags import given_to
 from minopt.cli.records import MODEL, Loading, check_output
 from minopt.evaluation.tasks import TASKS, EvaluationConfig
-from minopt.settings import option
+from minopt.settings import is_choice, option
 
 if TYPE_CHECKING:
     from minopt.distributed import World
     from minopt.evaluation.answers import EvaluationResult
     from minopt.text import LanguageModel
 
+# Programs that have tasks of their own: ``--task NAME:TASK,TASK``, and the module whose ``evaluate`` runs them.
+_PROGRAMS = {"lm_eval": "minopt.interop.lm_eval"}
+
 _NAMES = ", ".join(TASKS)
+_OF_PROGRAMS = ("limit", "num_fewshot", "include_path")
 _OF_PERPLEXITY = ("data", "window", "stride")
 _OF_TASKS = ("output", *(f.name for f in fields(EvaluationConfig) if f.name != "task"))
 
@@ -27,25 +32,31 @@ _OF_TASKS = ("output", *(f.name for f in fields(EvaluationConfig) if f.name != "
 class Evaluate(Loading):
     """Measures a model. The task reference compares opt-125m or opt-350m, in float32, with the numbers in the tests of
     metaseq and transformers; the exit code is 0 if all hold, and 1 otherwise. The task perplexity measures the text
-    --data. The other tasks measure the loss, and score generated texts: squad exact match and F1 of answers,
-    squad-question ROUGE of questions. Under torchrun the processes share the examples or the text.
+    --data. squad and squad-question measure the loss, and score generated texts: exact match and F1 of answers, ROUGE
+    of questions. lm_eval:TASK,TASK are tasks of lm-evaluation-harness (pip install 'minopt[lm-eval]'). Under torchrun
+    the processes share the examples or the text.
     """
 
     summary = "measure a model: published numbers, perplexity, questions"
     records = (EvaluationConfig,)
     titles: ClassVar = {
         "data": "--task perplexity",
+        "limit": "--task lm_eval:...",
         "output": f"--task {_NAMES}; see also the last group",
         "device": "how the model is loaded",
         "prompt_template": f"data and generated texts of --task {_NAMES}",
     }
 
-    task: str = option("", "what to measure", choices=("reference", "perplexity", *TASKS), required=True)
+    task: str = option("", "what to measure", required=True, choices=(
+        "reference", "perplexity", *TASKS, *(f"{name}:..." for name in _PROGRAMS)))  # fmt: skip
     model: str | None = option(None, MODEL)
     json: bool = option(False, "write the results as JSON")
     data: str | None = option(None, "a text: .txt, or .raw such as WikiText-2's wiki.test.raw", kind="file")
     window: int | None = option(None, "tokens in a window (the model's positions)")
     stride: int | None = option(None, "tokens from the start of one window to the next (those of the window)")
+    limit: int | None = option(None, "the first N examples of each task (all)", least=1)
+    num_fewshot: int | None = option(None, "examples before each question (the task's own number)", least=0)
+    include_path: str | None = option(None, "a folder with tasks of your own, as YAML", kind="folder")
     output: str | None = option(None, "write the generated texts by id, in SQuAD's own format", kind="file")
     force: bool = option(False, "replace an --output file that exists")
 
@@ -62,7 +73,17 @@ class Evaluate(Loading):
         from minopt.distributed import processes
 
         with processes(self.device) as world:
-            measured = self._perplexity(world) if self.task == "perplexity" else self._questions(world, given)
+            if ":" in self.task:
+                program, _, names = self.task.partition(":")
+                module, options = (
+                    import_module(_PROGRAMS[program]),
+                    {name: getattr(self, name) for name in _OF_PROGRAMS},
+                )
+                measured = module.evaluate(
+                    world.first_then_all(lambda: self.load(device=world.device)), names, **options
+                )
+            else:
+                measured = self._perplexity(world) if self.task == "perplexity" else self._questions(world, given)
             if world.is_first:
                 print(json.dumps(measured, indent=2) if self.json else table_of(measured))
         return 0
@@ -71,9 +92,10 @@ class Evaluate(Loading):
         """Refuses flags that do not go together."""
         if self.model is None:
             raise ValueError("--model: expected a checkpoint to measure, got none. Name one.")
-        for names, tasks in ((_OF_PERPLEXITY, ("perplexity",)), (_OF_TASKS, tuple(TASKS))):
+        programs = tuple(f"{name}:..." for name in _PROGRAMS)
+        for names, tasks in ((_OF_PERPLEXITY, ("perplexity",)), (_OF_TASKS, tuple(TASKS)), (_OF_PROGRAMS, programs)):
             for name in names:
-                if name in given and self.task not in tasks:
+                if name in given and not is_choice(self.task, tasks):
                     wanted = " or ".join(tasks)
                     raise ValueError(f"--{name}: goes with --task {wanted}, got --task {self.task}. Leave it out.")
         if self.force and self.output is None:

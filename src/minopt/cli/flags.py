@@ -19,7 +19,7 @@ from functools import partial
 from inspect import get_annotations
 from typing import Any, ClassVar, TypeVar
 
-from minopt.settings import option, problems
+from minopt.settings import is_choice, option, problems
 
 T = TypeVar("T")
 
@@ -177,7 +177,9 @@ def _text(word: str) -> str:
 
 def _choice(choices: Sequence[str], text: str) -> Any:
     word = text.lower() if "true" in choices else text
-    return {"true": True, "false": False}.get(word, choices[choices.index(word)])
+    if not is_choice(word, choices):
+        raise ValueError
+    return {"true": True, "false": False}.get(word, word)
 
 
 # For each type of a field: what reads a word, what stands for it in the help, and what an error expects.

@@ -23,7 +23,6 @@ CHUNK, CHUNK_ON_GPU = 256, 2048
 SHARED = 32
 
 
-@torch.inference_mode()
 def token_logprobs(model: Decoder, rows: Sequence[Sequence[int]], starts: Sequence[int]) -> list[Tensor]:
     """Natural log-probabilities of tokens, each after those before it in its row. Rows are read as one batch.
 
@@ -41,32 +40,57 @@ def token_logprobs(model: Decoder, rows: Sequence[Sequence[int]], starts: Sequen
         ValueError: if a row is empty or longer than the model's positions, a start is outside of its row, or an id
             outside of the vocabulary; nothing has run then.
     """
+    _check(model, rows, starts, most_unread=0)
+    return _scored(model, rows, starts, None)
+
+
+def greedy_logprobs(
+    model: Decoder, rows: Sequence[Sequence[int]], starts: Sequence[int]
+) -> list[tuple[Tensor, Tensor]]:
+    """As ``token_logprobs``, and for each token, as booleans, whether it is the most probable one.
+
+    A row may have one token more than the model has positions: its last token is not read.
+    """
+    _check(model, rows, starts, most_unread=1)
+    are_best: list[Tensor] = []
+    return list(zip(_scored(model, rows, starts, are_best), are_best, strict=True))
+
+
+@torch.inference_mode()
+def _scored(
+    model: Decoder, rows: Sequence[Sequence[int]], starts: Sequence[int], are_best: list[Tensor] | None
+) -> list[Tensor]:
+    """The log-probabilities of rows; appends to a list, if there is one, which tokens are the most probable."""
     if not rows:
         return []
     model = decoder_of(model)
-    _check(model, rows, starts)
     B, L, P = len(rows), max(map(len, rows)), _common(rows)
     # Padded on the right, where causal attention needs no mask.
     ids = torch.tensor([[*row, *[0] * (L - len(row))] for row in rows])
     ends, at = torch.tensor([[len(row)] for row in rows]), torch.arange(L)
     is_scored = (at >= torch.tensor(starts)[:, None]) & (at < ends)  # [B, L]
     last = int((at * is_scored).max())
-    logprobs = torch.zeros(B, L)
+    logprobs, is_best = torch.zeros(B, L), None if are_best is None else torch.zeros(B, L, dtype=torch.bool)
     cache, P = model.new_cache(B, max(1, last)), min(P, last) if (B - 1) * P >= SHARED else 0
     if P > 0:
         shared = cache.first_rows(1)
-        _score(model, shared, ids, is_scored, logprobs, 0, P)
+        _score(model, shared, ids, is_scored, logprobs, is_best, 0, P)
         cache.repeat_rows(shared)
-    _score(model, cache, ids, is_scored, logprobs, P, last)
-    return [logprobs[i, start : len(row)] for i, (row, start) in enumerate(zip(rows, starts, strict=True))]
+    _score(model, cache, ids, is_scored, logprobs, is_best, P, last)
+    spans = [(i, slice(start, len(row))) for i, (row, start) in enumerate(zip(rows, starts, strict=True))]
+    if are_best is not None and is_best is not None:
+        are_best += [is_best[span] for span in spans]
+    return [logprobs[span] for span in spans]
 
 
 def _score(
-    model: Decoder, cache: KVCache, ids: Tensor, is_scored: Tensor, logprobs: Tensor, begin: int, end: int
-) -> None:
+    model: Decoder, cache: KVCache, ids: Tensor, is_scored: Tensor, logprobs: Tensor, is_best: Tensor | None,
+    begin: int, end: int,
+) -> None:  # fmt: skip
     """Reads tokens ``begin`` to ``end``, and fills in the log-probabilities of what follows each of them.
 
-    ``ids``, ``is_scored`` and ``logprobs`` are ``[B, L]``. A cache of one row reads what all B rows begin with.
+    ``ids``, ``is_scored``, ``logprobs`` and ``is_best`` are ``[B, L]``. A cache of one row reads what all B rows begin
+    with.
     """
     R, L = cache.batch_size, ids.shape[1]
     ids, is_scored, logprobs = (t.view(R, -1, L) for t in (ids, is_scored, logprobs))  # of a read row, C scored ones
@@ -81,6 +105,8 @@ def _score(
         target = ids[row, :, first + 1 + at]  # [N, C]
         found = logits.gather(1, target.to(model.device)) - logits.logsumexp(1, keepdim=True)
         logprobs[row, :, first + 1 + at] = found.cpu()
+        if is_best is not None:
+            is_best.view(R, -1, L)[row, :, first + 1 + at] = target == logits.argmax(1, keepdim=True).cpu()
 
 
 def _passes(scored: list[int], begin: int, end: int, chunk: int) -> Iterator[tuple[int, int]]:
@@ -95,10 +121,11 @@ def _passes(scored: list[int], begin: int, end: int, chunk: int) -> Iterator[tup
         yield begin, end
 
 
-def _check(model: Decoder, rows: Sequence[Sequence[int]], starts: Sequence[int]) -> None:
-    limit, V = model.config.max_position_embeddings, model.config.vocab_size
+def _check(model: Decoder, rows: Sequence[Sequence[int]], starts: Sequence[int], most_unread: int) -> None:
+    config = decoder_of(model).config
+    limit, V = config.max_position_embeddings, config.vocab_size
     for row, start in zip(rows, starts, strict=True):
-        if len(row) > limit:
+        if len(row) > limit + most_unread:
             raise ValueError(f"text: {len(row)} tokens, the model has {limit} positions. Shorten it, or cut it in two.")
         if not 1 <= start <= len(row):
             raise ValueError(f"starts: expected 1 to the row's {len(row)} tokens, got {start}.")
