@@ -36,7 +36,9 @@ def test_the_first_command_prints_what_is_shown(capsys: pytest.CaptureFixture[st
     assert capsys.readouterr().out.rstrip("\n") == match[2]
 
 
-@pytest.mark.parametrize("file", ["README.md", "docs/generation.md", "docs/inference.md", "docs/training.md"])
+@pytest.mark.parametrize(
+    "file", ["README.md", *(f"docs/{name}.md" for name in ("generation", "heads", "inference", "training"))]
+)
 def test_the_python_examples_run(file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MINOPT_HOME", str(tmp_path / "home"))

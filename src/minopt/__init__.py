@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from minopt.generation.texts import GeneratedText
     from minopt.inference.compile import export_model
     from minopt.loading import load, load_model
-    from minopt.methods.heads import ClassifiedText, MarkedAnswer, QuestionAnswering, SequenceClassifier
+    from minopt.methods.heads import ClassifiedText, QuestionAnswering, SequenceClassifier
+    from minopt.methods.labels import LabelledText, Preference
     from minopt.model import OPT
     from minopt.text import LanguageModel
     from minopt.tokenizer import Tokenizer
@@ -52,9 +53,10 @@ _HOME = {
     "load": "minopt.loading",
     "load_model": "minopt.loading",
     "ClassifiedText": "minopt.methods.heads",
-    "MarkedAnswer": "minopt.methods.heads",
     "QuestionAnswering": "minopt.methods.heads",
     "SequenceClassifier": "minopt.methods.heads",
+    "LabelledText": "minopt.methods.labels",
+    "Preference": "minopt.methods.labels",
     "OPT": "minopt.model",
     "Tokenizer": "minopt.tokenizer",
     "TrainingConfig": "minopt.training.config",
@@ -74,9 +76,10 @@ __all__ = [
     "GenerationConfig",
     "GenerationOutput",
     "KVCache",
+    "LabelledText",
     "LanguageModel",
-    "MarkedAnswer",
     "OPTConfig",
+    "Preference",
     "QuestionAnswering",
     "SequenceClassifier",
     "Tokenizer",

@@ -153,29 +153,15 @@ def test_a_new_classifier_shares_its_decoder_and_trains(tmp_path: Path) -> None:
     assert (config.num_labels, config.problem_type) == (1, None)
 
 
-def test_answers_are_the_best_spans_of_the_context(kind: str, tmp_path: Path) -> None:
+def test_starts_and_ends_of_answers_are_scored_as_by_transformers(kind: str, tmp_path: Path) -> None:
     theirs = reference_of(kind, "OPTForQuestionAnswering")
     ours = QuestionAnswering.load(write(tmp_path / "m", theirs), device="cpu")
     ids, mask = padded(rows(9, 5), "left")
-    question, context = "who went?", "he went home, she did not"
-    encoded = transformers.AutoTokenizer.from_pretrained(tmp_path / "m")(
-        question, context, return_tensors="pt", return_offsets_mapping=True
-    )
     with torch.no_grad():
         found, expected = ours(ids, mask), theirs(ids, attention_mask=mask)
-        pair = theirs(encoded.input_ids)
     for one, other in zip(found, (expected.start_logits, expected.end_logits), strict=True):
         assert error(one[mask.bool()], other[mask.bool()]) < 1e-5
-    places = [i for i, of in enumerate(encoded.sequence_ids()) if of == 1]
-    starts, ends = (x[0, places].softmax(0) for x in (pair.start_logits, pair.end_logits))
-    for most in (1, 4, 30):
-        spans = [(i, j) for i in range(len(places)) for j in range(i, min(i + most, len(places)))]
-        i, j = max(spans, key=lambda span: starts[span[0]] * ends[span[1]])
-        answer = ours.answer(question, context, max_answer_tokens=most)
-        offsets = encoded.offset_mapping[0]
-        assert answer.text == context[offsets[places[i]][0] : offsets[places[j]][1]].strip()
-        assert answer.text == context[answer.start : answer.end]
-        assert answer.probability == pytest.approx(float(starts[i] * ends[j]), rel=1e-4)
+    assert QuestionAnswering(ours.model).qa_outputs.bias.abs().max() == 0  # a new one
 
 
 def test_a_folder_with_a_head_that_is_opened_as_another_model_says_what_opens_it(
@@ -198,11 +184,10 @@ def test_a_folder_with_a_head_that_is_opened_as_another_model_says_what_opens_it
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"id2label": {"0": "a", "1": "b"}, "label2id": {}}, "expected score of {'weight': [2, 32]}, by config.json's"),
+        ({"id2label": {"0": "a", "1": "b"}, "label2id": {}}, "expected a head of {'weight': [2, 32]}, by word_embed"),
         ({"id2label": {"0": "a", "2": "b"}}, "id2label: expected a name for each label from 0 on, got {'0': 'a', '2"),
         ({"id2label": ["a", "b", "c"]}, "id2label: expected a name for each label"),
-        ({"num_labels": 4}, "num_labels 4 (config.json). Fetch config.json again"),
-        ({"problem_type": "poetry"}, "problem_type: expected None, single_label_classification, "),
+        ({"problem_type": "poetry"}, "problem_type: expected None, multi_label_classification, "),
     ],
 )
 def test_a_configuration_that_does_not_fit_the_head_is_refused(
@@ -219,7 +204,6 @@ def test_what_makes_no_sense_is_refused(tmp_path: Path) -> None:
     folder = write(tmp_path / "m", reference_of("125m", "OPTForSequenceClassification", **LABELS))
     ours = SequenceClassifier.load(folder, device="cpu")
     decoder = ours.model
-    reader = QuestionAnswering(decoder, tokenizer())
     ids, mask = padded(rows(5, 3), "left")
     cases: list[tuple[Callable[[], Any], str]] = [
         (lambda: ours(ids), "attention_mask: expected one, for rows begin or end with the padding token 1, got None"),
@@ -231,10 +215,8 @@ def test_what_makes_no_sense_is_refused(tmp_path: Path) -> None:
         (lambda: ours.rewards(["a"]), "rewards: expected a model of one output, got 3 labels. Call classify"),
         (lambda: SequenceClassifier(decoder, 1, tokenizer=tokenizer()).classify(["a"]), "got a regression"),
         (lambda: SequenceClassifier(decoder, 2).classify(["a"]), "tokenizer: the model's folder has none"),
-        (lambda: SequenceClassifier(decoder, 0), "labels: expected how many there are, at least 1, or their names"),
+        (lambda: SequenceClassifier(decoder, 0), "labels: expected how many, at least 1, or their names"),
         (lambda: SequenceClassifier(decoder, ["a", "a"]), "labels: expected how many"),
-        (lambda: reader.answer("who?", ""), "got an empty one (2 of 2)"),
-        (lambda: reader.answer("who?", "he", max_answer_tokens=0), "max_answer_tokens"),
         (lambda: ours.train(), "model: made for inference, it cannot be trained"),
     ]  # fmt: skip
     for call, message in cases:
@@ -242,5 +224,5 @@ def test_what_makes_no_sense_is_refused(tmp_path: Path) -> None:
             call()
     weights = load_file(folder / "model.safetensors")
     save_file(weights | {"score.bias": torch.ones(3)}, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ValueError, match=r"expected score of \{'weight': \[3, 32\]\}, .*got .*'bias': \[3\]"):
+    with pytest.raises(ValueError, match=r"a head of \{'weight': \[3, 32\]\}, .*got \{.*'bias': \[3\].*\. Do conf"):
         SequenceClassifier.load(folder)

@@ -55,7 +55,8 @@ NUMBERS: dict[str, tuple[str, tuple[float, ...], tuple[float, ...]]] = (
     | {"num_train_epochs": ("of at least 0", (-0.5,), (0.01, 4)), "length_penalty": ("", (), (-1.5, 0))}
 )
 CHOICES = {
-    "recipe": ("paddlenlp",), "task": ("squad", "squad-question"), "batching": ("packed", "grouped", "padded"),
+    "recipe": ("paddlenlp",), "task": ("squad", "squad-question", "classification", "reward"),
+    "batching": ("packed", "grouped", "padded"),
     "lr_scheduler_type": ("linear", "cosine", "constant"), "parallel": ("ddp", "fsdp"),
     "evaluation_strategy": ("no", "steps", "epoch"), "optimizer": ("adamw", "mezo"),
     "base_dtype": ("float32", "bfloat16", "float16"),
@@ -114,7 +115,8 @@ def test_values_within_the_bounds_are_taken_and_others_are_named_by_their_flag(n
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"task": "x", "num_beams": 0, "resume": None}, "--task: expected squad or squad-question, got 'x'; "
+        ({"task": "x", "num_beams": 0, "resume": None},
+         "--task: expected squad or squad-question or classification or reward, got 'x'; "
          "--num_beams: expected an integer of at least 1, got 0; --resume: expected a text, got None."),
         ({"output_dir": ""}, "--output_dir: expected a folder for the run, got none. Name one."),
         ({"fp16": True, "bf16": True}, "--fp16 and --bf16: expected one of them, got both. Leave one out."),
@@ -154,7 +156,7 @@ IGNORED: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
      {"max_steps": -1}),
     ({"parallel": "fsdp"}, "--parallel: ignored, acts only in several processes (torchrun)", {"processes": 2}),
     ({"do_eval": True, "min_tgt_length": 3, "eval_is_text": True, "do_train": True}, "--min_tgt_length: ignored, acts "
-     "only where answers are generated, and --dev_file is a text", {"eval_is_text": False}),
+     "only where answers are generated, and for --dev_file none are", {"eval_is_text": False}),
     ({"do_eval": True, "learning_rate": 1e-3, "save_steps": 4}, "--output_dir, --learning_rate, --save_steps: ignored, "
      "act only while training, and --do_eval alone trains nothing", {"do_train": True}),
     ({"task": "squad-question", "prompt_template": "{context}", "completion_template": "{answer}"},

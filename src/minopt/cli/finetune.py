@@ -58,10 +58,12 @@ class Finetune(Command):
             if config.evaluates:
                 eval_data = world.first_then_all(lambda: method.read(config, "dev"))
             if not config.trains:
-                lm = world.first_then_all(lambda: load(name, device=world.device, dtype="float32", optimize=False))
-                if lm.tokenizer is None:
-                    raise ValueError(NO_TOKENIZER.format(name))
-                measured = evaluate_examples(lm, eval_data, config, world)
+                measured = method.evaluate(name, eval_data, config, world)
+                if measured is None:
+                    lm = world.first_then_all(lambda: load(name, device=world.device, dtype="float32", optimize=False))
+                    if lm.tokenizer is None:
+                        raise ValueError(NO_TOKENIZER.format(name))
+                    measured = evaluate_examples(lm, eval_data, config, world)
                 if world.is_first:
                     print(table_of(dict(measured.metrics)))
                 return 0

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import ChainMap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -75,7 +76,7 @@ def _named(fields: Sequence[str]) -> str:
     return ", ".join(f"{{{name}}}" for name in fields) or "none"
 
 
-TASKS: Mapping[str, Task] = {
+TASKS: dict[str, Task] = {
     "squad": Task("{context}\nQuestion: {question}\nAnswer:", " {answer}"),
     # The words that PaddleNLP's OPT example trains on: a question is asked for, from its answer and the text.
     "squad-question": Task(
@@ -83,6 +84,9 @@ TASKS: Mapping[str, Task] = {
     ),
 }
 """The tasks that have a name, which ``--task`` takes."""
+
+# Of fine-tuning alone, whose examples have labels instead of completions.
+LABEL_TASKS: dict[str, Any] = {"classification": None, "reward": None}
 
 
 def fill(template: str, values: Mapping[str, str]) -> tuple[str, dict[str, int]]:
@@ -101,7 +105,10 @@ class EvaluationConfig:
     """A task, the data that measures it, and how texts are generated. Values that make no sense: ``ValueError``."""
 
     task: str = option(
-        "squad", "how data becomes prompts and completions, and how generated texts are scored", choices=TASKS
+        "squad",
+        "how data becomes prompts and completions, and how generated texts are scored; classification and reward train "
+        "on labels and on pairs",
+        choices=ChainMap(LABEL_TASKS, TASKS),
     )
     prompt_template: str | None = option(
         None, "the prompt instead of the task's, with the fields {context}, {question} and {answer}"
@@ -129,7 +136,7 @@ class EvaluationConfig:
         (("dev_file", "max_eval_samples", "per_device_eval_batch_size", *_GENERATION), lambda c, *_: c.evaluates,
          "with --do_eval or --evaluation_strategy"),
         (_GENERATION, lambda c, _, is_text: not (c.evaluates and is_text),
-         "where answers are generated, and --dev_file is a text"),
+         "where answers are generated, and for --dev_file none are"),
         (("length_penalty",), lambda c, *_: c.num_beams > 1, "with --num_beams of 2 or more"),
         (("top_k", "top_p"), lambda c, *_: not c.select_topk, "where tokens are drawn, with --select_topk false"),
         (("task",), lambda c, *_: c.prompt_template is None, "without --prompt_template"),

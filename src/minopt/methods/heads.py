@@ -1,14 +1,14 @@
-"""Other heads on the decoder: OPT as a classifier or a reward model, and as a reader that marks answers in a text.
+"""Other heads on the decoder: OPT as a classifier or a reward model, and as one that marks answers in a text.
 
 The folders are those of transformers' ``OPTForSequenceClassification`` and ``OPTForQuestionAnswering``.
 
-Shapes: B batch, T tokens, E word_embed_proj_dim, K labels.
+Shapes: B batch, T tokens, K labels.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -31,7 +31,7 @@ from minopt.wrapped import decoder_of
 
 _H = TypeVar("_H", bound="ModelWithHead")
 
-MULTI_LABEL, SINGLE_LABEL, REGRESSION = "multi_label_classification", "single_label_classification", "regression"
+SINGLE_LABEL, MULTI_LABEL, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
 
 
 @dataclass(frozen=True)
@@ -40,35 +40,27 @@ class ClassifiedText:
 
     text: str
     label: str  # the most probable
-    probabilities: Mapping[str, float]  # of each label; they add up to 1, but where a text may have several labels
-
-
-@dataclass(frozen=True)
-class MarkedAnswer:
-    """The part of a context that answers a question."""
-
-    text: str
-    start: int  # its place: context[start:end]
-    end: int
-    probability: float  # that it begins where it does, times that it ends where it does
+    probabilities: Mapping[str, float]  # of each label
 
 
 class ModelWithHead(nn.Module):
-    """A decoder, ``model``, and a linear layer on its hidden states."""
+    """A decoder, ``model``, and a linear layer on its hidden states, with a name as in transformers' class."""
 
-    ARCHITECTURE: ClassVar[str]  # transformers' class
-    HEAD: ClassVar[str]  # the linear layer's name, as there
+    ARCHITECTURE: ClassVar[str]
+    HEAD: ClassVar[str]
     model: OPT
+    settings: Mapping[str, Any]  # what config.json says of the head
 
     def __init__(self, model: OPT | LanguageModel, rows: int, bias: bool, tokenizer: Tokenizer | None) -> None:
         super().__init__()
         decoder = decoder_of(model)
         if not isinstance(decoder, OPT):
-            raise ValueError(f"optimize: expected True or False, got a program, which has no hidden states for "
-                             f"{self.HEAD}. Load it without optimize=\"compile\".")  # fmt: skip
+            raise ValueError(
+                f"optimize: expected True or False for {self.ARCHITECTURE}, got a program. Load another form."
+            )
         self.model, self.tokenizer = decoder, tokenizer or getattr(model, "tokenizer", None)
         head = nn.Linear(decoder.config.embed_dim, rows, bias, device=decoder.device, dtype=decoder.dtype)
-        nn.init.normal_(head.weight, std=decoder.config.init_std)  # as OPT's linear layers, and transformers' heads
+        nn.init.normal_(head.weight, std=decoder.config.init_std)  # as OPT's linear layers, and as in transformers
         if bias:
             nn.init.zeros_(head.bias)
         setattr(self, self.HEAD, head)
@@ -76,62 +68,48 @@ class ModelWithHead(nn.Module):
 
     @classmethod
     def load(cls: type[_H], name_or_path: str | Path, **options: Any) -> _H:
-        """Opens a folder of transformers' class, or of ``save``.
+        """Opens a folder of transformers' class.
 
         Args:
-            name_or_path, **options: see ``minopt.load``. By default it is fast and for inference only;
-                ``optimize=False`` gives a model that can be trained.
+            name_or_path, **options: see ``minopt.load``; all but ``ignore``. By default the model is fast and for
+                inference only; ``optimize=False`` gives one that can be trained.
 
         Raises:
             FileNotFoundError, OSError: as ``minopt.load`` does.
-            ValueError: as ``minopt.load`` does; also if the folder is a language model's, or another head's.
+            ValueError: as ``minopt.load`` does; also if the folder has not this head.
         """
-        at = {name: options.pop(name) for name in ("revision", "local_files_only") if name in options}
-        path = find_model(name_or_path, **at)
+        given = {name: options.pop(name) for name in ("revision", "local_files_only") if name in options}
+        path = find_model(name_or_path, **given)
         found = find_files(path)
-        tensors = cls.stored(found)
-        if not tensors and not found.missing:
+        stored = cls.stored(found)
+        if not stored and not found.missing:
             raise CheckpointError(
                 f"{found.where}: expected {cls.HEAD}.weight, as in {cls.ARCHITECTURE}, got a model without it. To "
                 f"start from a language model: minopt.{cls.__name__}(minopt.load(..., optimize=False), ...)."
             )
-        ignored = options.pop("ignore", ())
-        ignored = [ignored] if isinstance(ignored, str) else [*ignored]
-        lm = load(path, ignore=[*(tensor.name for tensor in tensors.values()), *ignored], **options)
+        lm = load(path, ignore=[tensor.name for tensor in stored.values()], **options)
         made = cls(lm, **cls._told(lm.decoder.config, found.where))
-        made.fill_head(tensors, found.where)
+        head: nn.Linear = getattr(made, cls.HEAD)
+        check_head(stored, {name: parameter.shape for name, parameter in head.named_parameters()}, found.where)
+        head.load_state_dict({name: tensor.read(head.weight.dtype) for name, tensor in stored.items()})
         return made.eval()
 
     @classmethod
     def stored(cls, found: Found) -> dict[str, SourceTensor]:
-        """The head's parameters in a checkpoint, whatever wrapper stands in front of their names; none of another's."""
-        names = {f"{cls.HEAD}.{name}": name for name in ("weight", "bias")}
-        ends = ((".".join(key.split(".")[-2:]), tensor) for key, tensor in stored_tensors(found).items())
-        return {names[end]: tensor for end, tensor in ends if end in names}
+        """The head's parameters in a checkpoint, whatever stands in front of their names; none of another's."""
+        ends = ((key.split(".")[-2:], key, tensor) for key, tensor in stored_tensors(found).items())
+        return {e[1]: replace(t, name=key) for e, key, t in ends if e in ([cls.HEAD, "weight"], [cls.HEAD, "bias"])}
 
     @classmethod
     def _told(cls, config: OPTConfig, where: object) -> dict[str, Any]:
-        """Arguments that config.json gives."""
-        return {}
-
-    def fill_head(self, tensors: Mapping[str, SourceTensor], where: object) -> None:
-        """Reads the head; ``ValueError`` if it is of another shape."""
-        head = getattr(self, self.HEAD)
-        expected = {name: list(parameter.shape) for name, parameter in head.named_parameters()}
-        if expected != (got := {name: list(tensor.shape) for name, tensor in tensors.items()}):
-            raise CheckpointError(f"{where}: expected {self.HEAD} of {expected}, by config.json's word_embed_proj_dim "
-                                  f"and id2label, got {got}. Do config and weights belong together?")  # fmt: skip
-        head.load_state_dict({name: tensor.read(head.weight.dtype) for name, tensor in tensors.items()})
-
-    def settings(self) -> dict[str, Any]:
-        """What config.json says of the head."""
+        """What config.json says for ``__init__``."""
         return {}
 
     def save(self, folder: str | Path, *, force: bool = False) -> None:
-        """Writes a folder that transformers opens as its class; see ``minopt.save_model``, also for what it raises."""
+        """Writes a folder that transformers opens; see ``minopt.save_model``, also for what it raises."""
         head = getattr(self, self.HEAD)
         tensors = {f"{self.HEAD}.{name}": parameter.detach() for name, parameter in head.named_parameters()}
-        written = Head(self.ARCHITECTURE, tensors, self.settings())
+        written = Head(self.ARCHITECTURE, tensors, self.settings)
         save_model(self.model, folder, self.tokenizer, force=force, head=written)
 
     def _encoded(self, texts: Sequence[str]) -> list[list[int]]:
@@ -154,13 +132,13 @@ class ModelWithHead(nn.Module):
 class SequenceClassifier(ModelWithHead):
     """An OPT that sorts texts, or rates them: ``score``, a linear layer without bias, on the last token of a text.
 
-    A new one has random numbers in ``score``, drawn as OPT's own, and shares its decoder with the model.
+    A new one shares its decoder with the model, and has random numbers in ``score``, drawn as OPT's own.
 
     Args:
         model: a language model; to train, ``minopt.load(..., optimize=False)``, whose tokenizer comes along.
-        labels: their names, or how many there are. One label makes a regression, such as a reward model.
-        problem_type: ``"single_label_classification"``, ``"multi_label_classification"``, ``"regression"``, or
-            ``None``, which is the last for one label and else the first; as in transformers.
+        labels: their names, or how many there are. One makes a regression, such as a reward model.
+        problem_type: as in transformers: ``"single_label_classification"``, which ``None`` is with two labels or more,
+            ``"multi_label_classification"`` or ``"regression"``.
         tokenizer: for ``classify`` and ``rewards``.
     """
 
@@ -171,69 +149,61 @@ class SequenceClassifier(ModelWithHead):
         self, model: OPT | LanguageModel, labels: int | Sequence[str] = 2, problem_type: str | None = None,
         tokenizer: Tokenizer | None = None,
     ) -> None:  # fmt: skip
-        names = label_names(labels)
-        known = (None, SINGLE_LABEL, MULTI_LABEL, REGRESSION)
-        if problem_type not in known or (problem_type == SINGLE_LABEL and len(names) == 1):
-            raise ValueError(f"problem_type: expected {', '.join(map(str, known))}, the second for two labels or more, "
-                             f"got {problem_type!r} for {len(names)}.")  # fmt: skip
+        names, known = label_names(labels), (None, MULTI_LABEL, REGRESSION, SINGLE_LABEL)
+        if problem_type not in known[: 3 + (len(names) > 1)]:
+            raise ValueError(f"problem_type: expected {', '.join(map(str, known))} (of two labels or more), got "
+                             f"{problem_type!r} of {len(names)}. Leave it out.")  # fmt: skip
         super().__init__(model, len(names), False, tokenizer)
-        self.labels, self.problem_type = names, problem_type
+        self.labels, self.problem_type, self.settings = names, problem_type, label_settings(names, problem_type)
 
     @classmethod
     def _told(cls, config: OPTConfig, where: object) -> dict[str, Any]:
-        labels = labels_of(config, where) or 2  # transformers' default
-        return {"labels": labels, "problem_type": config.extra.get("problem_type")}
-
-    def settings(self) -> dict[str, Any]:
-        """What config.json says of the labels, as transformers writes it."""
-        found: dict[str, Any] = {"id2label": {str(i): name for i, name in enumerate(self.labels)},
-                                 "label2id": {name: i for i, name in enumerate(self.labels)}}  # fmt: skip
-        return found | ({"problem_type": self.problem_type} if self.problem_type else {})
+        return {"labels": labels_of(config, where), "problem_type": config.extra.get("problem_type")}
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """The scores of the last real token of each row.
 
-        transformers takes the last token that is not ``pad_token_id``, and looks at no mask: with a mask that agrees,
-        that is the same one. It is another where a text itself ends with that token, or where padding is another one.
+        transformers takes the last id that is not ``pad_token_id``, whatever the mask says. That is another token where
+        a text ends with this id, or where padding has another one.
 
         Args:
             input_ids: ``[B, T]``, padded anywhere.
             attention_mask: ``[B, T]``, 1 or True = real; ``None`` says that none is padding.
 
         Returns:
-            ``[B, K]`` in the model's dtype: logits, or values in a regression.
+            ``[B, K]`` in the model's dtype: logits, or the values of a regression.
 
         Raises:
             ValueError: if shapes do not fit, a row has no real token, or rows look padded and there is no mask.
         """
         h = self.model.hidden_states(input_ids, attention_mask)  # checks shapes
-        pad = self.model.config.pad_token_id
         if attention_mask is None:
+            pad = self.model.config.pad_token_id
             if pad is not None and bool((input_ids[:, [0, -1]] == pad).any()):
                 raise ValueError(f"attention_mask: expected one, for rows begin or end with the padding token {pad}, "
                                  "got None, which says that all are real. Give it, of ones if they are.")  # fmt: skip
             return self.score(h[:, -1])
         if not bool(attention_mask.any(1).all()):
             raise ValueError("attention_mask: expected a real token in each row, got a row of padding. Leave it out.")
-        return self.score(h[torch.arange(len(h), device=h.device), _last_real(attention_mask)])
+        slots = torch.arange(h.shape[1], device=h.device)
+        return self.score(h[torch.arange(len(h), device=h.device), (attention_mask.bool() * slots).amax(1)])
 
     def classify(self, texts: Sequence[str], **limits: Any) -> list[ClassifiedText]:
         """Says of each text which label it has, and how probable each is.
 
         Args:
-            texts: any number; special tokens are added as in ``Tokenizer.encode``.
+            texts: any number of them.
             **limits: ``batch_size`` and ``max_batch_tokens`` of ``generation.batches.cut_batches``.
 
         Returns:
-            A ``ClassifiedText`` for each, in order. With several labels to a text (``problem_type``), each probability
-            is one of its own: those above 0.5 hold.
+            A ``ClassifiedText`` for each, in order. The probabilities add up to 1; those of a
+            ``"multi_label_classification"`` are independent.
 
         Raises:
             ValueError: for a regression, without a tokenizer, or for a text that is empty or too long.
         """
         if self.problem_type == REGRESSION or len(self.labels) == 1:
-            raise ValueError("classify: expected a model with labels, got a regression, whose outputs are numbers. "
-                             "Call rewards, or the model with ids.")  # fmt: skip
+            raise ValueError("classify: expected a model with labels, got a regression. Call rewards, or it with ids.")
         scores = self._scores(texts, limits)
         found = scores.sigmoid() if self.problem_type == MULTI_LABEL else scores.softmax(1)
         return [
@@ -242,7 +212,7 @@ class SequenceClassifier(ModelWithHead):
         ]
 
     def rewards(self, texts: Sequence[str], **limits: Any) -> list[float]:
-        """The one number that a reward model, or another regression, gives to each text; else as ``classify``."""
+        """The number that a reward model, or another regression, gives to each text; else as ``classify``."""
         if len(self.labels) > 1:
             raise ValueError(f"rewards: expected a model of one output, got {len(self.labels)} labels. Call classify.")
         return [value for (value,) in self._scores(texts, limits).tolist()]
@@ -253,80 +223,65 @@ class SequenceClassifier(ModelWithHead):
         rows = self._encoded(texts)
         scores = torch.empty(len(rows), len(self.labels))
         for batch in cut_batches(list(map(len, rows)), **limits):
-            ids, mask = pad_left([rows[i] for i in batch], self.model.config.pad_token_id)
-            mask = torch.ones_like(ids) if mask is None else mask
-            scores[batch] = self(ids.to(self.model.device), mask.to(self.model.device)).float().cpu()
+            scores[batch] = self.scores_of([rows[i] for i in batch])
         return scores
+
+    def scores_of(self, rows: Sequence[Sequence[int]]) -> Tensor:
+        """Scores of ids ``[rows, K]``, float32, on the CPU."""
+        ids, mask = pad_left(rows, self.model.config.pad_token_id)
+        mask = torch.ones_like(ids) if mask is None else mask
+        return self(ids.to(self.model.device), mask.to(self.model.device)).float().cpu()
 
 
 class QuestionAnswering(ModelWithHead):
-    """An OPT that marks answers: ``qa_outputs`` scores each token as an answer's first and as its last one.
-
-    A new one has random numbers in it; for the arguments see ``SequenceClassifier``.
-    """
+    """An OPT that marks answers: ``qa_outputs`` scores each token as an answer's first and as its last one."""
 
     ARCHITECTURE, HEAD = "OPTForQuestionAnswering", "qa_outputs"
     qa_outputs: nn.Linear
 
     def __init__(self, model: OPT | LanguageModel, tokenizer: Tokenizer | None = None) -> None:
         super().__init__(model, 2, True, tokenizer)
+        self.settings = {}
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The scores of each token as the first and as the last one of an answer, ``[B, T]`` both.
 
-        Args and errors are those of ``OPT.hidden_states``; rows of padding have numbers without a meaning.
+        Args and errors are those of ``OPT.hidden_states``.
         """
         start, end = self.qa_outputs(self.model.hidden_states(input_ids, attention_mask)).unbind(-1)
         return start, end
 
-    @torch.inference_mode()
-    def answer(self, question: str, context: str, *, max_answer_tokens: int = 30) -> MarkedAnswer:
-        """The most probable answer in a context of at most so many tokens; question and context are read as a pair.
 
-        Raises:
-            ValueError: if a text is empty, the two are longer than the model's positions, or there is no tokenizer.
-        """
-        self._encoded([question, context])
-        if not is_int(max_answer_tokens) or max_answer_tokens < 1:
-            raise ValueError(f"max_answer_tokens: expected an integer of at least 1, got {max_answer_tokens!r}.")
-        assert self.tokenizer is not None
-        encoding = self.tokenizer.backend.encode(question, context)
-        ids = torch.tensor([encoding.ids], device=self.model.device)
-        places = [i for i, of in enumerate(encoding.sequence_ids) if of == 1]
-        first, last = (scores[0, places].float().softmax(0) for scores in self(ids))
-        both = (first[:, None] * last).triu().tril(max_answer_tokens - 1)  # [T, T]: ends at or after its beginning
-        begin, end = divmod(int(both.argmax()), len(places))
-        start, stop = encoding.offsets[places[begin]][0], encoding.offsets[places[end]][1]
-        text = context[start:stop]
-        start += len(text) - len(text.lstrip())
-        return MarkedAnswer(text.strip(), start, start + len(text.strip()), float(both[begin, end]))
+def check_head(stored: Mapping[str, SourceTensor], expected: Mapping[str, Sequence[int]], where: object) -> None:
+    """Refuses a stored head of other shapes than the configuration's."""
+    wanted, got = ({k: [*s] for k, s in of.items()} for of in (expected, {k: t.shape for k, t in stored.items()}))
+    if wanted != got:
+        raise CheckpointError(f"{where}: expected a head of {wanted}, by word_embed_proj_dim and id2label of "
+                              f"config.json, got {got}. Do config and weights belong together?")  # fmt: skip
 
 
 def label_names(labels: int | Sequence[str]) -> tuple[str, ...]:
     """Names of labels: as given, or as transformers calls so many; ``ValueError`` if that is none."""
-    if is_int(labels) and isinstance(labels, int) and labels >= 1:
-        return tuple(f"LABEL_{i}" for i in range(labels))
-    names = () if isinstance(labels, (int, str)) or not isinstance(labels, Sequence) else tuple(labels)
-    if not names or not all(isinstance(name, str) for name in names) or len({*names}) < len(names):
-        raise ValueError(f"labels: expected how many there are, at least 1, or their names, each once, got {labels!r}.")
-    return names
+    given = [f"LABEL_{i}" for i in range(labels)] if isinstance(labels, int) and is_int(labels) else labels
+    if not isinstance(given, (list, tuple)) or not given or len({n for n in given if isinstance(n, str)}) < len(given):
+        raise ValueError(f"labels: expected how many, at least 1, or their names, each once, got {labels!r}.")
+    return tuple(given)
 
 
-def labels_of(config: OPTConfig, where: object) -> tuple[str, ...] | None:
-    """The names of the labels in a configuration; ``None`` if it has none."""
-    named, count = config.extra.get("id2label"), config.extra.get("num_labels")
+def labels_of(config: OPTConfig, where: object) -> tuple[str, ...]:
+    """The names of the labels in a configuration; transformers' two if it has none."""
+    named, count = config.extra.get("id2label"), config.extra.get("num_labels", 2)
     try:
-        if named is None:
-            return None if count is None else label_names(count)
-        by_id = {int(key): name for key, name in named.items()}
-        if count not in (None, len(by_id)):
-            raise ValueError
-        return label_names([by_id[i] for i in range(len(by_id))])
+        by_id = {int(key): name for key, name in (named or {}).items()}
+        return label_names([by_id[i] for i in range(len(by_id))] if named is not None else count)
     except (AttributeError, LookupError, TypeError, ValueError):
-        raise CheckpointError(f"{where}: id2label: expected a name for each label from 0 on, got {named!r}, num_labels "
-                              f"{count!r} (config.json). Fetch config.json again.") from None  # fmt: skip
+        raise CheckpointError(
+            f"{where}: id2label: expected a name for each label from 0 on, got {named!r}. Fetch config.json again."
+        ) from None
 
 
-def _last_real(mask: Tensor) -> Tensor:
-    """The index ``[B]`` of the last real token of each row."""
-    return (mask.bool() * torch.arange(mask.shape[1], device=mask.device)).amax(1)
+def label_settings(labels: Sequence[str], problem_type: str | None) -> dict[str, Any]:
+    """What config.json says of labels, as transformers writes it."""
+    numbered = {str(i): name for i, name in enumerate(labels)}
+    found: dict[str, Any] = {"id2label": numbered, "label2id": {name: i for i, name in enumerate(labels)}}
+    return found | ({"problem_type": problem_type} if problem_type else {})

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from minopt.config import read_json
-from minopt.evaluation.tasks import EvaluationConfig
+from minopt.evaluation.tasks import LABEL_TASKS, EvaluationConfig
 from minopt.settings import option
 
 # PaddleNLP's OPT example: the command in its README, and what its script takes where the command says nothing.
@@ -144,6 +144,10 @@ class TrainingConfig(EvaluationConfig):
             problems.append("--output_dir: expected a folder for the run, got none. Name one")
         if self.fp16 and self.bf16:
             problems.append("--fp16 and --bf16: expected one of them, got both. Leave one out")
+        if self.task in LABEL_TASKS and (
+            other := "lora_rank" if self.lora_rank else self.prompt_template and "prompt_template"
+        ):
+            problems.append(f"--task {self.task} and --{other}: expected one of them, got both. Leave one out")
         for names, acts, other in _TOGETHER:
             given = [f"--{name}" for name in names if getattr(self, name) != self.default(name)]
             if given and self.trains and not acts(self):

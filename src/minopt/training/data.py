@@ -154,7 +154,7 @@ def _read_lines(text: str, path: Path) -> Iterator[Example]:
     lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]  # JSON may hold \u2028
     for count, (number, line) in enumerate(lines):
         at = f"{path}: line {number}: "
-        record = _parse(line, _LINE, at)
+        record = parse(line, _LINE, at)
         completion = record["completion"]
         if not completion:
             raise ValueError(f"{at}completion: expected a text to train on, got an empty one. {_FORMATS}")
@@ -162,7 +162,7 @@ def _read_lines(text: str, path: Path) -> Iterator[Example]:
 
 
 def _read_squad(text: str, task: Task, path: Path) -> Iterator[Example]:
-    for i, article in enumerate(_parse(text, _SQUAD, f"{path}: ")["data"]):
+    for i, article in enumerate(parse(text, _SQUAD, f"{path}: ")["data"]):
         for j, paragraph in enumerate(article["paragraphs"]):
             for k, question in enumerate(paragraph["qas"]):
                 at = f"{path}: data[{i}].paragraphs[{j}].qas[{k}].answers"
@@ -200,21 +200,21 @@ def _nearest(context: str, text: str, answer: dict[str, Any]) -> int | None:
     return min((p for p in places if p >= 0), key=lambda p: abs(p - start), default=None)
 
 
-def _parse(text: str, shape: Any, at: str) -> Any:
-    """JSON of a shape; errors begin with ``at``."""
+def parse(text: str, shape: Any, at: str, formats: str = _FORMATS) -> Any:
+    """JSON of a shape; errors begin with ``at``, and say which formats there are."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{at}expected JSON, got an error: {first_line(error)}. {_FORMATS}") from None
-    _check(value, shape, at, "")
+        raise ValueError(f"{at}expected JSON, got an error: {first_line(error)}. {formats}") from None
+    _check(value, shape, at, "", formats)
     return value
 
 
-def _check(value: object, shape: Any, at: str, path: str) -> None:
+def _check(value: object, shape: Any, at: str, path: str, formats: str) -> None:
     """Refuses a value of JSON that has not the given shape, and names the path to what is wrong."""
     kind, where = shape if isinstance(shape, type) else type(shape), f"{at}{path.lstrip('.') or 'all of it'}"
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise ValueError(f"{where}: expected {_KINDS[kind]}, got {_KINDS[type(value)]}. {_FORMATS}")
+        raise ValueError(f"{where}: expected {_KINDS[kind]}, got {_KINDS[type(value)]}. {formats}")
     if isinstance(value, str):
         try:
             value.encode()  # tokenizers take no other
@@ -223,9 +223,9 @@ def _check(value: object, shape: Any, at: str, path: str) -> None:
                              "Write both halves of a surrogate pair.") from None  # fmt: skip
     elif isinstance(value, list):
         for i, item in enumerate(value):
-            _check(item, shape[0], at, f"{path}[{i}]")
+            _check(item, shape[0], at, f"{path}[{i}]", formats)
     elif isinstance(value, dict):
         for key, inner in shape.items():
             name = key.removesuffix("?")
             if name in value or name == key:
-                _check(value.get(name, ...), inner, at, f"{path}.{name}")
+                _check(value.get(name, ...), inner, at, f"{path}.{name}", formats)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from minopt.checkpoint.checkpoint import Checkpoint
 from minopt.distributed import World
 from minopt.evaluation.answers import EvaluationResult, evaluate
+from minopt.evaluation.tasks import LABEL_TASKS
 from minopt.model import OPT
 from minopt.tokenizer import Tokenizer
 from minopt.training.batches import Tokens, collate, tokenise
@@ -31,6 +32,7 @@ from minopt.training.weights import fill, find, gathered, save
 METHODS: tuple[tuple[str, Callable[[TrainingConfig], bool]], ...] = (
     ("minopt.methods.mezo", lambda config: config.optimizer == "mezo"),
     ("minopt.interop.lora", lambda config: config.lora_rank > 0),
+    ("minopt.methods.labels", lambda config: config.task in LABEL_TASKS),
 )
 
 
@@ -58,6 +60,11 @@ class Method:
     tokens_seen: int  # `move` adds what it reads
     signals: Signals
     folder: RunFolder
+
+    @classmethod
+    def evaluate(cls, name: str, data: Any, config: TrainingConfig, world: World) -> EvaluationResult | None:
+        """Measures a model as it is, for --do_eval alone; ``None`` if it is to be measured as a language model."""
+        return None
 
     @classmethod
     def read(cls, config: TrainingConfig, split: Literal["train", "dev"]) -> Any:

@@ -6,7 +6,7 @@ Every process has to call each of these functions. Under FSDP none of them has a
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from minopt.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from minopt.checkpoint.hub import find_model
 from minopt.checkpoint.inspect import check_same_seen, fingerprint
-from minopt.checkpoint.save import save_model
+from minopt.checkpoint.save import Head, save_model
 from minopt.checkpoint.tensors import Share
 from minopt.checkpoint.weights import read_weights
 from minopt.config import OPTConfig
@@ -32,7 +32,9 @@ NO_TOKENIZER = "--model_name_or_path: expected a model with a tokenizer, {} has 
 FILE_BYTES = 1_000_000_000  # of one file of weights
 
 
-def find(name_or_path: str | Path, tokenizer: Tokenizer | None, world: World) -> tuple[Checkpoint, Tokenizer]:
+def find(
+    name_or_path: str | Path, tokenizer: Tokenizer | None, world: World, ignore: Sequence[str] = ()
+) -> tuple[Checkpoint, Tokenizer]:
     """Opens a checkpoint as ``load_model`` does, and the tokenizer beside its weights, or one folder up.
 
     Raises what that raises, and ``ValueError`` without a tokenizer, or if processes see different files.
@@ -42,7 +44,7 @@ def find(name_or_path: str | Path, tokenizer: Tokenizer | None, world: World) ->
         path = find_model(name_or_path)
         if is_exported(path):
             raise ValueError(NO_WEIGHTS)
-        checkpoint = open_checkpoint(path)
+        checkpoint = open_checkpoint(path, ignore=ignore)
         found = tokenizer or Tokenizer.beside(checkpoint.found.folder)
         if found is None:
             raise ValueError(NO_TOKENIZER.format(name_or_path))
@@ -118,18 +120,18 @@ def gathered(
 
 
 @torch.no_grad()
-def save(model: OPT, folder: Path, tokenizer: Tokenizer, world: World) -> None:
+def save(model: OPT, folder: Path, tokenizer: Tokenizer, world: World, head: Head | None = None) -> None:
     """Writes a model, sharded or not, as ``save_model`` does, and raises what that raises; the first process writes.
 
     Under FSDP each process gathers one parameter at a time, on its device (docs/decisions.md says why not with
     torch.distributed.checkpoint).
     """
-    numbers = map(whole, model.parameters())
+    numbers = map(whole, [*model.parameters(), *(head.tensors.values() if head else ())])
 
     def write() -> None:
         try:
             if world.is_first:
-                save_model(model, folder, tokenizer, max_shard_bytes=FILE_BYTES, numbers=numbers, force=True)
+                save_model(model, folder, tokenizer, max_shard_bytes=FILE_BYTES, numbers=numbers, force=True, head=head)
         finally:
             if _is_sharded(model):
                 deque(numbers, maxlen=0)  # the other processes gather with the first, which gathers on after an error
