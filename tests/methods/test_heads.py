@@ -106,6 +106,19 @@ def test_folders_go_round_to_the_bit(kind: str, name: str, optimize: bool, tmp_p
     assert one.keys() <= {*other, "dtype"}
 
 
+def test_int8_and_layers_on_the_disk_classify_too(tmp_path: Path) -> None:
+    folder = write(tmp_path / "m", reference_of("350m", "OPTForSequenceClassification", **LABELS))
+    ids, mask = padded(rows(9, 5), "right")
+    with torch.no_grad():
+        plain = SequenceClassifier.load(folder, device="cpu", optimize=False)(ids, mask)
+        assert error(SequenceClassifier.load(folder, device="cpu", offload="disk")(ids, mask), plain) < 1e-5
+        ours = SequenceClassifier.load(folder, device="cpu", quantize="int8")
+        assert 1e-5 < error(ours(ids, mask), plain) < 0.1
+        ours.save(tmp_path / "int8")
+        again = SequenceClassifier.load(tmp_path / "int8", device="cpu")
+        assert torch.equal(again(ids, mask), ours(ids, mask))
+
+
 def test_texts_are_classified_in_batches_as_alone(tmp_path: Path) -> None:
     theirs = reference_of("125m", "OPTForSequenceClassification", **LABELS)
     ours = SequenceClassifier.load(write(tmp_path / "m", theirs), device="cpu")
@@ -217,6 +230,7 @@ def test_what_makes_no_sense_is_refused(tmp_path: Path) -> None:
         (lambda: SequenceClassifier(decoder, 2).classify(["a"]), "tokenizer: the model's folder has none"),
         (lambda: SequenceClassifier(decoder, 0), "labels: expected how many, at least 1, or their names"),
         (lambda: SequenceClassifier(decoder, ["a", "a"]), "labels: expected how many"),
+        (lambda: SequenceClassifier.load(folder, optimize="compile"), "optimize: expected True or False, got"),
         (lambda: ours.train(), "model: made for inference, it cannot be trained"),
     ]  # fmt: skip
     for call, message in cases:

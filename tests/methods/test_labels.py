@@ -49,6 +49,7 @@ def pairs(count: int, seed: int = 0) -> list[Preference]:
     ]
 
 
+ALONE = World(0, 1, torch.device("cpu"))
 DATA: dict[str, Any] = {"classification": texts, "reward": pairs}
 
 
@@ -163,12 +164,21 @@ def test_a_language_model_becomes_a_classifier_that_is_measured_kept_and_opened(
     assert opened.labels == ours.labels
 
 
+def test_a_run_warns_of_what_does_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = settings(tmp_path / "run", task="classification", max_steps=1, do_eval=True)
+    options: Any = {"tokenizer": tokenizer(), "eval_data": texts(3)}
+    train(model_of(), texts(4), config, **options)
+    assert "ignored" not in caplog.text
+    train(model_of(), texts(4), config.replace(num_beams=2, output_dir=str(tmp_path / "other")), **options)
+    assert "--num_beams: ignored, acts only where answers are generated, and for --dev_file none are." in caplog.text
+
+
 def test_a_model_whose_rewards_are_all_alike_prefers_nothing() -> None:
     model = SequenceClassifier(model_of(), 1, tokenizer=tokenizer()).eval()
     torch.nn.init.zeros_(model.score.weight)
     config = settings(Path("run"), task="reward")
-    tokens = labels.encode(pairs(6), tokenizer(), config, model.labels, "--dev_file")
-    found = labels.measured(model, tokens, pairs(6), config, World(0, 1, torch.device("cpu")))
+    tokens = labels.encode(pairs(6), tokenizer(), config, model.labels, "--dev_file", ALONE)
+    found = labels.measured(model, tokens, pairs(6), config, ALONE)
     assert found is not None
     assert found.metrics == {"loss": pytest.approx(0.6931472), "accuracy": 0.0, "examples": 6.0}
 
@@ -197,7 +207,7 @@ def test_two_processes_do_what_one_does(tmp_path: Path) -> None:
     reference_of("125m").save_pretrained(tmp_path / "lm")
     tokenizer().save(tmp_path / "lm")
     work = partial(run_in_processes, tmp_path)
-    alone, two = work(World(1, 1, torch.device("cpu"))), together(2, tmp_path, work)
+    alone, two = work(ALONE), together(2, tmp_path, work)
     for i, (loss, weights, metrics, predictions) in enumerate(alone):
         for process in two:
             assert process[i][0] == pytest.approx(loss, rel=1e-5)
@@ -223,16 +233,18 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path) -> None:
 def test_what_is_too_long_is_cut_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     config = settings(tmp_path / "run", src_length=3, tgt_length=3)
     long = [LabelledText("abcdefgh", 0), LabelledText("abc", 1)]
-    tokens = labels.encode(long, tokenizer(), config.replace(task="classification"), ("a", "b"), "--train_file")
+    tokens = labels.encode(long, tokenizer(), config.replace(task="classification"), ("a", "b"), "--train_file", ALONE)
     kept = [[tokenizer().decode(text.ids[:-1]) for text in row] for row in tokens.rows]
     assert kept == [["abcde"], ["abc"]]
     assert [int(text.ids[-1]) for (text,) in tokens.rows] == [0, 1]
-    tokens = labels.encode([Preference("efgh", "ij", "abcd")], tokenizer(), config.replace(task="reward"), ("r",), "")
+    tokens = labels.encode(
+        [Preference("efgh", "ij", "abcd")], tokenizer(), config.replace(task="reward"), ("r",), "", ALONE
+    )
     assert [[tokenizer().decode(text.ids[:-1]) for text in row] for row in tokens.rows] == [["defgh", "bcdij"]]
     assert tokens.rows[0][0].ids[0] == tokenizer().bos_token_id
     config = settings(tmp_path / "run", task="reward", src_length=3, tgt_length=3, max_steps=1)
     train(model_of(), [Preference("efgh", "ij", "abcd")], config, tokenizer=tokenizer())
-    assert "--train_file: 2 texts are cut to 6 tokens (--src_length and --tgt_length)." in caplog.text
+    assert "--train_file: 2 texts are cut to 6 tokens (--src_length, --tgt_length)." in caplog.text
 
 
 ROW = {"text": "a", "label": "good"}
@@ -286,7 +298,8 @@ def test_labels_and_models_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         (lambda: train(str(folder), pairs(4), reward),
          "--task reward: expected a model of one output got one of bad, fair, good, problem_type"),
         (lambda: train(str(folder), pairs(4), config), "expected a list of minopt.LabelledText, got Preference"),
-        (lambda: train(str(wide), texts(4), config), "expected a head of {'weight': [2, 32]}, by word_embed"),
+        (lambda: train(str(wide), [LabelledText("x", "a")], config),
+         "expected a head of {'weight': [2, 32]}, by word_embed"),
         (lambda: config.replace(lora_rank=4), "--task classification and --lora_rank: expected one of them, got both"),
         (lambda: config.replace(prompt_template="{question}", completion_template="{answer}"), "and --prompt_template"),
     ]  # fmt: skip

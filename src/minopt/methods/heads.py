@@ -53,11 +53,7 @@ class ModelWithHead(nn.Module):
 
     def __init__(self, model: OPT | LanguageModel, rows: int, bias: bool, tokenizer: Tokenizer | None) -> None:
         super().__init__()
-        decoder = decoder_of(model)
-        if not isinstance(decoder, OPT):
-            raise ValueError(
-                f"optimize: expected True or False for {self.ARCHITECTURE}, got a program. Load another form."
-            )
+        decoder = decoder_of(model).as_opt()
         self.model, self.tokenizer = decoder, tokenizer or getattr(model, "tokenizer", None)
         head = nn.Linear(decoder.config.embed_dim, rows, bias, device=decoder.device, dtype=decoder.dtype)
         nn.init.normal_(head.weight, std=decoder.config.init_std)  # as OPT's linear layers, and as in transformers
@@ -78,6 +74,10 @@ class ModelWithHead(nn.Module):
             FileNotFoundError, OSError: as ``minopt.load`` does.
             ValueError: as ``minopt.load`` does; also if the folder has not this head.
         """
+        if options.get("optimize") == "compile":
+            raise ValueError(
+                'optimize: expected True or False, got "compile", which has no hidden states. Leave it out.'
+            )
         given = {name: options.pop(name) for name in ("revision", "local_files_only") if name in options}
         path = find_model(name_or_path, **given)
         found = find_files(path)

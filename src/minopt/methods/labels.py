@@ -72,10 +72,8 @@ class LabelLoss(nn.Module):
 
     def forward(self, batch: Batch, label_smoothing: float = 0.0) -> Tensor:
         h = self.model.hidden_states(batch.input_ids, None if batch.lengths is None else Packed(batch.lengths))
-        return F.cross_entropy(
-            _logits(self.score(h.flatten(0, 1)[batch.at])), batch.targets, reduction="sum",
-            label_smoothing=label_smoothing,
-        )  # fmt: skip
+        logits = _logits(self.score(h.flatten(0, 1)[batch.at]))
+        return F.cross_entropy(logits, batch.targets, reduction="sum", label_smoothing=label_smoothing)
 
 
 def _logits(scores: Tensor) -> Tensor:
@@ -120,26 +118,21 @@ class Method(method.Method):
         path = world.first_then_all(lambda: find_model(name_or_path))
         stored = world.each(lambda: SequenceClassifier.stored(find_files(path)))
         checkpoint, reader = weights.find(path, tokenizer, world, [*ignore, *(t.name for t in stored.values())])
-        config = checkpoint.config
-        if stored:
-            labels = labels_of(config, checkpoint.found.where)
-            check_head(stored, {"weight": (len(labels), config.embed_dim)}, checkpoint.found.where)
-        architectures = {"architectures": [SequenceClassifier.ARCHITECTURE if stored else "OPTForCausalLM"]}
-        return replace(checkpoint, config=replace(config, extra={**config.extra, **architectures})), reader
+        architectures = [SequenceClassifier.ARCHITECTURE if stored else "OPTForCausalLM"]
+        config = replace(checkpoint.config, extra={**checkpoint.config.extra, "architectures": architectures})
+        return replace(checkpoint, config=config), reader
 
     def tokenise(self, data: Any, *, training: bool) -> Tokens:
-        option = "--train_file" if training else "--dev_file"
-        extra = self.model.config.extra
+        extra, task = self.model.config.extra, self.config.task
         if training and extra.get("architectures") == [SequenceClassifier.ARCHITECTURE]:
-            self.labels = known_labels(
-                labels_of(self.model.config, "model"), extra.get("problem_type"), self.config.task
-            )
+            self.labels = known_labels(labels_of(self.model.config, "model"), extra.get("problem_type"), task)
         elif training:  # what a language model's config.json says of labels means nothing
-            self.labels = label_names(1) if self.config.task == "reward" else new_labels(data, option)
-        return encode(data, self.tokenizer, self.config, self.labels, option)
+            self.labels = label_names(1) if task == "reward" else new_labels(data)
+        option = "--train_file" if training else "--dev_file"
+        return encode(data, self.tokenizer, self.config, self.labels, option, self.world)
 
     def warn(self) -> None:
-        warn(self.config, self.world, {"--train_file": self.tokens, "--dev_file": self.eval_tokens})
+        warn_of_ignored(self.config.replace(do_train=True), self.world)
 
     def build(self) -> nn.Module:
         config, labels = self.model.config, self.labels
@@ -147,14 +140,14 @@ class Method(method.Method):
         self.model.config = replace(config, extra={**config.extra, **settings})  # that of checkpoints
         generator = torch.Generator().manual_seed(seed_of(self.config.seed))
         self.drawn = config.init_std * torch.randn(len(labels), config.embed_dim, generator=generator)
-        place: Any = {"device": self.world.device, "dtype": self.model.dtype}
-        self.head = nn.Linear(config.embed_dim, len(labels), bias=False, **place)
+        self.head = nn.Linear(config.embed_dim, len(labels), bias=False, dtype=self.model.dtype).to(self.world.device)
         self._fill_head(self.drawn)
         return LabelLoss(self.model, self.head)
 
     def fill(self, checkpoint: Checkpoint) -> None:
         super().fill(checkpoint)
-        stored = SequenceClassifier.stored(checkpoint.found)
+        if stored := SequenceClassifier.stored(checkpoint.found):
+            check_head(stored, {"weight": self.drawn.shape}, checkpoint.found.where)
         self._fill_head(stored["weight"].read(torch.float32) if stored else self.drawn)
 
     @torch.no_grad()
@@ -185,8 +178,8 @@ class Method(method.Method):
         if (reader := model.tokenizer) is None:
             raise ValueError(weights.NO_TOKENIZER.format(name))
         data, labels = data[: config.max_eval_samples], known_labels(model.labels, model.problem_type, config.task)
-        tokens = world.each(lambda: encode(data, reader, config, labels, "--dev_file"))
-        warn(config, world, {"--dev_file": tokens})
+        tokens = world.each(lambda: encode(data, reader, config, labels, "--dev_file", world))
+        warn_of_ignored(config, world)
         return measured(model, tokens, data, config, world)
 
 
@@ -221,20 +214,21 @@ def known_labels(labels: tuple[str, ...], problem_type: str | None, task: str) -
     return labels
 
 
-def new_labels(examples: Sequence[Any], option: str) -> tuple[str, ...]:
+def new_labels(examples: Sequence[Any]) -> tuple[str, ...]:
     """The labels of examples: their names in alphabetical order, or numbers from 0 on, of which each occurs."""
     given = {getattr(example, "label", None) for example in examples}
     names = sorted(label for label in given if isinstance(label, str))
     if len(given) < 2 or not (len(names) == len(given) or given == {*range(len(given))}):
         got = some(sorted(map(repr, given))) or "none"
-        raise ValueError(f"{option}: expected two labels or more, all names or all numbers from 0 on without gaps, got "
-                         f"{got}. Change them, or begin with a classifier that has these labels.")  # fmt: skip
+        raise ValueError(f"--train_file: expected two labels or more, all names or all numbers from 0 on without gaps, "
+                         f"got {got}. Change them, or begin with a classifier that has these labels.")  # fmt: skip
     return label_names(names or len(given))
 
 
 def encode(
-    examples: Sequence[Any], tokenizer: Tokenizer, config: TrainingConfig, labels: Sequence[str], option: str
-) -> Texts:
+    examples: Sequence[Any], tokenizer: Tokenizer, config: TrainingConfig, labels: Sequence[str], option: str,
+    world: World,
+) -> Texts:  # fmt: skip
     """Examples as rows. Beyond ``src_length + tgt_length`` tokens a text loses its end, one of a pair its beginning."""
     kind, most, tokens = _KINDS[config.task][0], config.src_length + config.tgt_length, Texts([])
     if wrong := [type(example).__name__ for example in examples if not isinstance(example, kind)]:
@@ -244,24 +238,27 @@ def encode(
     if not is_pair and (unknown := [f"{e.label!r} ({n})" for n, e in enumerate(examples, 1) if e.label not in numbers]):
         raise ValueError(f"{option}: expected labels {some(labels)}, or 0 to {len(labels) - 1}, got {some(unknown)}, "
                          "with the example's number. Correct them, or begin with a language model.")  # fmt: skip
-    for e in examples:
-        made, target = [], 0 if is_pair else numbers[e.label]
-        for ids in tokenizer.encode_each([e.prompt + e.chosen, e.prompt + e.rejected] if is_pair else [e.text]):
+    texts = [(e.prompt + e.chosen, e.prompt + e.rejected) if is_pair else (e.text,) for e in examples]
+    encoded = iter(tokenizer.encode_each([text for row in texts for text in row]))
+    for example, row in zip(examples, texts, strict=True):
+        made, target = [], 0 if is_pair else numbers[example.label]
+        for ids in (next(encoded) for _ in row):
             if len(ids) > most:
                 tokens.cut_prompts += 1
                 bos = ids[: ids[0] == tokenizer.bos_token_id]
                 ids = bos + ids[len(ids) - most + len(bos) :] if is_pair else ids[:most]
             made.append(Row(torch.tensor([*ids, target], dtype=torch.int32), len(ids)))
         tokens.rows.append(tuple(made))
+    if tokens.cut_prompts and world.is_first:
+        logger.warning(
+            "%s: %d texts are cut to %d tokens (--src_length, --tgt_length).", option, tokens.cut_prompts, most
+        )
     return tokens
 
 
-def warn(config: TrainingConfig, world: World, tokens: Mapping[str, Tokens | None]) -> None:
-    """Says what was cut, and which settings do nothing."""
-    cut = {option: of.cut_prompts for option, of in tokens.items() if of is not None and of.cut_prompts}
-    most = f"{config.src_length + config.tgt_length} tokens (--src_length and --tgt_length)"
-    said = [f"{option}: {n} texts are cut to {most}" for option, n in cut.items()]
-    for sentence in (*said, *config.ignored(processes=world.size, eval_is_text=True)) if world.is_first else ():
+def warn_of_ignored(config: TrainingConfig, world: World) -> None:
+    """Says which settings do nothing."""
+    for sentence in config.ignored(processes=world.size, eval_is_text=True) if world.is_first else ():
         logger.warning("%s.", sentence)
 
 
