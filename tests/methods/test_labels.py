@@ -82,7 +82,9 @@ def their_loss(model: Any, task: str, batch: list[Any], smoothing: float) -> Ten
     return -((1 - smoothing / 2) * F.logsigmoid(margins) + smoothing / 2 * F.logsigmoid(-margins)).mean()
 
 
-@pytest.mark.parametrize("batching", ["packed", "padded"])
+@pytest.mark.parametrize(
+    ("kind", "batching"), [("125m", "packed"), ("350m", "packed"), ("galactica", "packed"), ("125m", "padded")]
+)
 @pytest.mark.parametrize("task", DATA)
 def test_losses_and_weights_are_those_of_a_loop_with_transformers(
     task: str, kind: str, batching: str, tmp_path: Path
@@ -183,8 +185,7 @@ def test_a_model_whose_rewards_are_all_alike_prefers_nothing() -> None:
     assert found.metrics == {"loss": pytest.approx(0.6931472), "accuracy": 0.0, "examples": 6.0}
 
 
-RUNS = (("classification", "ddp", "lm"), ("classification", "fsdp", "classifier"), ("reward", "ddp", "classifier"),
-        ("reward", "fsdp", "lm"))  # fmt: skip
+RUNS = (("classification", "fsdp", "classifier"), ("reward", "ddp", "classifier"), ("reward", "fsdp", "lm"))
 
 
 def run_in_processes(folder: Path, world: World) -> list[Any]:

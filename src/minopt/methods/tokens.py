@@ -20,7 +20,9 @@ _MULTIPLE = 8  # rows of the table, as in the published models: GPUs are slow on
 
 def add_tokens(lm: LanguageModel, tokens: Sequence[str], special: bool) -> list[int]:
     """See ``LanguageModel.add_tokens``."""
-    tokens = _checked(tokens)
+    is_list = isinstance(tokens, Sequence) and not isinstance(tokens, str)
+    if not is_list or not all(isinstance(text, str) and text.strip() for text in tokens):
+        raise ValueError(f"tokens: expected a list of texts, none of them blank, got {tokens!r}.")
     model, tokenizer = lm.model, lm.tokenizer
     if tokenizer is None:
         raise ValueError("tokenizer: the model's folder has none to add tokens to. Copy its files there.")
@@ -31,19 +33,10 @@ def add_tokens(lm: LanguageModel, tokens: Sequence[str], special: bool) -> list[
     add([AddedToken(text, special=special, normalized=not special) for text in tokens])
     by_text = tokenizer.backend.get_vocab(with_added_tokens=True)
     ids = [by_text[text] for text in tokens]
-    if "added_tokens_decoder" in tokenizer.settings:  # which would be believed before tokenizer.json
-        declared = {str(i): _flags(token) for i, token in tokenizer.backend.get_added_tokens_decoder().items()}
-        tokenizer.settings["added_tokens_decoder"] = declared
+    tokenizer.settings.pop("added_tokens_decoder", None)  # transformers would believe it, and not tokenizer.json
     if new := sorted({*ids} - used):
         _give_rows(lm, new, sorted(i for i in used if i < model.config.vocab_size))
     return ids
-
-
-def _checked(tokens: Sequence[str]) -> list[str]:
-    is_list = isinstance(tokens, Sequence) and not isinstance(tokens, str)
-    if not is_list or not all(isinstance(text, str) and text.strip() for text in tokens):
-        raise ValueError(f"tokens: expected a list of texts, none of them blank, got {tokens!r}.")
-    return list(tokens)
 
 
 @torch.no_grad()
@@ -59,8 +52,3 @@ def _give_rows(lm: LanguageModel, new: list[int], known: list[int]) -> None:
         lm.model.config = replace(lm.model.config, vocab_size=rows)
     table.weight[new] = mean
     lm.__dict__.pop("_rows_without_token", None)
-
-
-def _flags(token: AddedToken) -> dict[str, object]:
-    names = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
-    return {name: getattr(token, name) for name in names}
