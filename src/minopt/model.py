@@ -58,12 +58,14 @@ class _Unfilled(nn.Linear):
         pass
 
 
-def _linear_layer(inputs: int, outputs: int, bias: bool, dtype: torch.dtype | None) -> nn.Linear:
-    """An ``nn.Linear`` on the meta device, unfilled: OPT draws all weights itself, and loading replaces them anyway.
+def _linear_layer(
+    inputs: int, outputs: int, bias: bool, device: torch.device | str | None, dtype: torch.dtype | None
+) -> nn.Linear:
+    """An ``nn.Linear`` left unfilled: OPT draws all weights itself, and loading replaces them anyway.
 
     Its type is exactly that, by which other programs find the layers to quantise or prune.
     """
-    layer: nn.Linear = _Unfilled(inputs, outputs, bias, "meta", dtype)
+    layer: nn.Linear = _Unfilled(inputs, outputs, bias, device, dtype)
     layer.__class__ = nn.Linear
     return layer
 
@@ -85,20 +87,20 @@ class Embedding(nn.Embedding):
 
 def _norm(config: OPTConfig) -> partial[nn.LayerNorm]:
     affine = config.layer_norm_elementwise_affine
-    return partial(nn.LayerNorm, config.hidden_size, elementwise_affine=affine, device="meta")
+    return partial(nn.LayerNorm, config.hidden_size, elementwise_affine=affine)
 
 
 class Attention(nn.Module):
     """Causal multi-head self-attention."""
 
-    def __init__(self, config: OPTConfig, index: int, dtype: torch.dtype | None) -> None:
+    def __init__(self, config: OPTConfig, index: int, device: torch.device | str | None, dtype: torch.dtype | None):
         super().__init__()
         self.index, self.head_dim, self.dropout = index, config.head_dim, config.attention_dropout
         C, bias = config.hidden_size, config.enable_bias
-        self.k_proj = _linear_layer(C, C, bias, dtype)
-        self.v_proj = _linear_layer(C, C, bias, dtype)
-        self.q_proj = _linear_layer(C, C, bias, dtype)
-        self.out_proj = _linear_layer(C, C, bias, dtype)
+        self.k_proj = _linear_layer(C, C, bias, device, dtype)
+        self.v_proj = _linear_layer(C, C, bias, device, dtype)
+        self.q_proj = _linear_layer(C, C, bias, device, dtype)
+        self.out_proj = _linear_layer(C, C, bias, device, dtype)
 
     def forward(self, x: Tensor, mask: Tensor | Packed | None, cache: KVCache | None) -> Tensor:
         B, T, _ = x.shape
@@ -168,17 +170,17 @@ class DecoderLayer(nn.Module):
     module of that name, after the last layer.
     """
 
-    def __init__(self, config: OPTConfig, index: int, dtype: torch.dtype | None) -> None:
+    def __init__(self, config: OPTConfig, index: int, device: torch.device | str | None, dtype: torch.dtype | None):
         super().__init__()
         self.norm_before = config.do_layer_norm_before
         self.dropout = config.dropout
         self.activation = ACTIVATIONS[config.activation_function]
         C, bias, norm = config.hidden_size, config.enable_bias, _norm(config)
-        self.self_attn = Attention(config, index, dtype)
-        self.self_attn_layer_norm = norm(dtype=dtype)
-        self.fc1 = _linear_layer(C, config.ffn_dim, bias, dtype)
-        self.fc2 = _linear_layer(config.ffn_dim, C, bias, dtype)
-        self.final_layer_norm = norm(dtype=dtype)
+        self.self_attn = Attention(config, index, device, dtype)
+        self.self_attn_layer_norm = norm(device=device, dtype=dtype)
+        self.fc1 = _linear_layer(C, config.ffn_dim, bias, device, dtype)
+        self.fc2 = _linear_layer(config.ffn_dim, C, bias, device, dtype)
+        self.final_layer_norm = norm(device=device, dtype=dtype)
 
     def forward(self, x: Tensor, mask: Tensor | Packed | None = None, cache: KVCache | None = None) -> Tensor:
         """Maps the residual stream ``[B, T, C]`` to ``[B, T, C]``, and writes the cache at the layer's own index.
@@ -214,16 +216,14 @@ class OPT(nn.Module):
         self.config = config
         C, E = config.hidden_size, config.embed_dim
         # A padding_idx as in fairseq and transformers: looking its row up gives it no gradient, the head does.
-        self.embed_tokens = Embedding(config.vocab_size, E, config.pad_token_id, device="meta", dtype=dtype)
+        self.embed_tokens = Embedding(config.vocab_size, E, config.pad_token_id, device=device, dtype=dtype)
         rows = config.max_position_embeddings + POSITION_OFFSET
-        self.embed_positions = Embedding(rows, C, device="meta", dtype=dtype)
-        self.project_in = _linear_layer(E, C, False, dtype) if E != C else None
-        self.layers = nn.ModuleList(DecoderLayer(config, i, dtype) for i in range(config.num_hidden_layers))
-        self.final_layer_norm = _norm(config)(dtype=dtype) if config.has_final_layer_norm else None
-        self.project_out = _linear_layer(C, E, False, dtype) if E != C else None
-        device = torch.get_default_device() if device is None else torch.device(device)
-        if device.type != "meta":
-            self.to_empty(device=device)
+        self.embed_positions = Embedding(rows, C, device=device, dtype=dtype)
+        self.project_in = _linear_layer(E, C, False, device, dtype) if E != C else None
+        self.layers = nn.ModuleList(DecoderLayer(config, i, device, dtype) for i in range(config.num_hidden_layers))
+        self.final_layer_norm = _norm(config)(device=device, dtype=dtype) if config.has_final_layer_norm else None
+        self.project_out = _linear_layer(C, E, False, device, dtype) if E != C else None
+        if not self.embed_tokens.weight.is_meta:
             self.reset_parameters()
 
     @torch.no_grad()
@@ -259,17 +259,18 @@ class OPT(nn.Module):
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | Packed | None = None,
         position_ids: Tensor | None = None,
         cache: KVCache | None = None,
         logits_to_keep: int = 0,
+        inputs_embeds: Tensor | None = None,
     ) -> Tensor:
         """Scores the next token at each position: ``head(hidden_states(...))``.
 
         Args:
             logits_to_keep: only the last that many positions get logits; 0 means all.
-            input_ids, attention_mask, position_ids, cache: see ``hidden_states``.
+            input_ids, attention_mask, position_ids, cache, inputs_embeds: see ``hidden_states``.
 
         Returns:
             Logits ``[B, T or logits_to_keep, V]`` in the model's dtype.
@@ -279,7 +280,7 @@ class OPT(nn.Module):
         """
         if logits_to_keep < 0:
             raise ValueError(f"logits_to_keep: expected 0 (all) or more, got {logits_to_keep}.")
-        h = self.hidden_states(input_ids, attention_mask, position_ids, cache)
+        h = self.hidden_states(input_ids, attention_mask, position_ids, cache, inputs_embeds)
         if logits_to_keep:
             # Of a view, F.linear would make a batch of products, with a copy of the token table for each row.
             h = h[:, -logits_to_keep:].clone(memory_format=torch.contiguous_format)
@@ -287,10 +288,11 @@ class OPT(nn.Module):
 
     def hidden_states(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | Packed | None = None,
         position_ids: Tensor | None = None,
         cache: KVCache | None = None,
+        inputs_embeds: Tensor | None = None,
     ) -> Tensor:
         """Runs the decoder without its head.
 
@@ -305,6 +307,8 @@ class OPT(nn.Module):
             position_ids: ``[B, T]`` or ``[T]``, from 0 and below ``max_position_embeddings`` (not checked: reading
                 them would wait for a GPU); derived from ``attention_mask`` if ``None``.
             cache: filled tokens to go on from; the new ones are appended to it.
+            inputs_embeds: ``[B, T, E]`` in place of ``input_ids`` and of what ``embed_tokens`` gives for them: soft
+                prompts, or what another model has made of an image. Positions are added to them as to tokens.
 
         Returns:
             ``[B, T, E]`` in the model's dtype, ready for ``head``. Rows of padding hold finite numbers without
@@ -315,14 +319,14 @@ class OPT(nn.Module):
                 nothing has run or been written then.
         """
         past = 0 if cache is None else cache.length
-        self._check_shapes(input_ids, attention_mask, position_ids, cache)
-        T = input_ids.shape[1]
+        given = self._check_shapes(input_ids, inputs_embeds, attention_mask, position_ids, cache)
+        T = given.shape[1]
         if position_ids is None:
-            position_ids = positions(attention_mask, past, T, input_ids.device)
+            position_ids = positions(attention_mask, past, T, given.device)
         mask = attention_mask
         if not (isinstance(mask, Packed) or (mask is not None and mask.ndim == 4)):
-            mask = causal_mask(mask, past, T, past + T, input_ids.device)
-        x = self.embed_tokens(input_ids)
+            mask = causal_mask(mask, past, T, past + T, given.device)
+        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if self.project_in is not None:
             x = self.project_in(x)
         x = x + self.embed_positions(position_ids + POSITION_OFFSET)  # [B, T, C]
@@ -349,10 +353,16 @@ class OPT(nn.Module):
         return KVCache(self.config, batch_size, capacity, dtype=self.dtype, device=self.device)
 
     def read(
-        self, input_ids: Tensor, position_ids: Tensor, mask: Tensor | None, wanted: Tensor | None, cache: KVCache
+        self,
+        input_ids: Tensor | None,
+        position_ids: Tensor,
+        mask: Tensor | None,
+        wanted: Tensor | None,
+        cache: KVCache,
+        inputs_embeds: Tensor | None = None,
     ) -> Tensor:
         """See ``Decoder.read``."""
-        h = self.hidden_states(input_ids, mask, position_ids, cache).flatten(0, 1)  # [B * T, E]
+        h = self.hidden_states(input_ids, mask, position_ids, cache, inputs_embeds).flatten(0, 1)  # [B * T, E]
         return self.head(h if wanted is None else h[wanted])
 
     def agreed(self, decision: Tensor) -> Tensor:
@@ -360,11 +370,22 @@ class OPT(nn.Module):
         return decision
 
     def _check_shapes(
-        self, input_ids: Tensor, mask: Tensor | Packed | None, position_ids: Tensor | None, cache: KVCache | None
-    ) -> None:
-        if input_ids.ndim != 2 or 0 in input_ids.shape:
+        self,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+        mask: Tensor | Packed | None,
+        position_ids: Tensor | None,
+        cache: KVCache | None,
+    ) -> Tensor:
+        """The ids, or what is given in their place; ``ValueError`` if shapes do not fit together."""
+        given, E = input_ids if inputs_embeds is None else inputs_embeds, self.config.embed_dim
+        if given is None or (input_ids is not None and inputs_embeds is not None):
+            raise ValueError(f"input_ids, inputs_embeds: expected one, got {'none' if given is None else 'both'}.")
+        if input_ids is not None and (input_ids.ndim != 2 or 0 in input_ids.shape):
             raise ValueError(f"input_ids: expected [batch, tokens], at least one of each, got {list(input_ids.shape)}.")
-        B, T = input_ids.shape
+        if inputs_embeds is not None and (given.ndim != 3 or 0 in given.shape or given.shape[2] != E):
+            raise ValueError(f"inputs_embeds: expected [batch, tokens, {E}], got {list(given.shape)}.")
+        B, T = given.shape[:2]
         if cache is not None and cache.batch_size != B:
             raise ValueError(f"cache: made for {cache.batch_size} rows, got input_ids of {B}.")
         length = 0 if cache is None else cache.length
@@ -397,3 +418,4 @@ class OPT(nn.Module):
             if longest > limit:
                 what = f"input_ids: {length} tokens cached + {T} new = {longest} positions, the model has {limit}"
                 raise ValueError(f"{what}. Shorten the input.")
+        return given

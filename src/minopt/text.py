@@ -190,6 +190,7 @@ class LanguageModel:
         continuations: Sequence[str] | None = None,
         *,
         add_bos: bool | None = None,
+        inputs_embeds: torch.Tensor | None = None,
         show_progress: bool = True,
         **limits: Any,
     ) -> Any:
@@ -202,6 +203,7 @@ class LanguageModel:
             text: one text, or a list of any number of them; with ``continuations``, the prompt.
             continuations: texts that may follow ``text``.
             add_bos: see ``Tokenizer.encode``.
+            inputs_embeds: floats ``[tokens, E]`` that stand before each text, such as a soft prompt.
             show_progress, batch_size, max_batch_tokens: see ``generate_each``.
 
         Returns:
@@ -216,7 +218,7 @@ class LanguageModel:
         with bar(len(texts), "text", shown=show_progress and len(batches) > 1) as drawn:
             for batch in batches:
                 rows, starts = zip(*(pairs[i] for i in batch), strict=True)
-                values = token_logprobs(self.decoder, rows, [max(1, start) for start in starts])
+                values = token_logprobs(self.decoder, rows, [max(1, start) for start in starts], inputs_embeds)
                 for i, ids, start, logprobs in zip(batch, rows, starts, values, strict=True):
                     first = () if start else (None,)
                     found[i] = ScoredText(texts[i], tuple(ids[start:]), (*first, *logprobs.tolist()))

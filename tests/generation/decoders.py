@@ -92,7 +92,13 @@ class Fake:
         return self.caches[-1]
 
     def read(
-        self, input_ids: Tensor, position_ids: Tensor, mask: Tensor | None, wanted: Tensor | None, cache: Slots
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        mask: Tensor | None,
+        wanted: Tensor | None,
+        cache: Slots,
+        *_: None,
     ) -> Tensor:
         self.reads.append(Read(input_ids, position_ids, mask, wanted))
         cache.reads += 1
@@ -153,7 +159,7 @@ class Watched:
         self.reads: list[Read] = []
 
     def read(
-        self, input_ids: Tensor, position_ids: Tensor, mask: Tensor | None, wanted: Tensor | None, cache: Any
+        self, input_ids: Tensor, position_ids: Tensor, mask: Tensor | None, wanted: Tensor | None, cache: Any, *_: None
     ) -> Tensor:
         self.reads.append(Read(input_ids, position_ids, mask, wanted))
         logits: Tensor = self.decoder.read(input_ids, position_ids, mask, wanted, cache)

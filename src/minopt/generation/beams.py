@@ -57,7 +57,8 @@ class Texts:
 def beam_search(request: Request) -> GenerationOutput:
     """Continues each prompt with its ``num_return_sequences`` best hypotheses, best first."""
     decoder, config = request.decoder, request.config
-    (B, T), K, N, device = request.input_ids.shape, config.num_beams, config.max_new_tokens, decoder.device
+    (B, begin), T, device = request.input_ids.shape, request.prompt_length, decoder.device
+    K, N = config.num_beams, config.max_new_tokens
     stopper, rules = Stopper(request), request.rules(K)
     cache = decoder.new_cache(B, T + K * (N - 1))
     logits = request.read_prompts(cache)[:, None].expand(-1, K, -1)  # [B, K, V]
@@ -73,14 +74,14 @@ def beam_search(request: Request) -> GenerationOutput:
         logprobs = logits.flatten(0, 1).float().log_softmax(-1)
         scores = logprobs
         for rule in rules:
-            scores = rule(running.ids[..., : T + step].flatten(0, 1), scores)
+            scores = rule(running.ids[..., : begin + step].flatten(0, 1), scores)
         logprobs, scores = logprobs.view(B, K, -1), scores.view(B, K, -1)
         seen.append({"scores": scores} if config.output_scores else {})
         if config.top_logprobs:
             seen[-1]["top_logprobs"], seen[-1]["top_token_ids"] = logprobs.topk(config.top_logprobs)
         candidates = _candidates(request, running, scores, logprobs, step)
-        texts = candidates.ids[..., : T + step + 1].flatten(0, 1)
-        candidates.reasons = stopper(candidates.ids[..., T + step], step + 1, texts)
+        texts = candidates.ids[..., : begin + step + 1].flatten(0, 1)
+        candidates.reasons = stopper(candidates.ids[..., begin + step], step + 1, texts)
         ends = candidates.reasons != RUNNING
         finished = finished.best(_ended(candidates, config, step + 1, ends & is_open[:, None]))
         # A row without any candidate ends with the beams that it has.
@@ -102,7 +103,7 @@ def beam_search(request: Request) -> GenerationOutput:
             visible = _compact(cache, T, visible)
         visible = torch.cat([visible, own], 2)
         mask = beam_mask(request.attention_mask, T, visible)
-        logits = decoder.read(running.ids[..., T + step], position_ids, mask, None, cache).view(B, K, -1)
+        logits = decoder.read(running.ids[..., begin + step], position_ids, mask, None, cache).view(B, K, -1)
         position_ids = position_ids + 1
     return _output(request, finished, seen)
 

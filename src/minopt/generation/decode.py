@@ -58,10 +58,11 @@ class Step:
 
 def generate(
     decoder: Decoder,
-    input_ids: Tensor,
+    input_ids: Tensor | None = None,
     attention_mask: Tensor | None = None,
     config: GenerationConfig | None = None,
     *,
+    inputs_embeds: Tensor | None = None,
     logits_processor: Rule | Sequence[Rule] | None = None,
     stopping_criteria: Criterion | Sequence[Criterion] | None = None,
     generator: torch.Generator | None = None,
@@ -74,6 +75,8 @@ def generate(
         input_ids: ``[B, T]`` integer ids on any device, shorter prompts padded on the left.
         attention_mask: ``[B, T]``, 1 = real, 0 = padding; ``None`` if nothing is padded.
         config: the options; ``None`` is ``GenerationConfig()``.
+        inputs_embeds: ``[B, T, E]`` floats in place of ``input_ids``, for soft prompts and the like (see
+            ``OPT.hidden_states``). The output, rules and criteria then have the new tokens alone.
         logits_processor: your own rules, functions of the tokens so far ``[R, S]`` and their float32 scores ``[R, V]``
             (log-probabilities in beam search) to new scores; transformers' processors are such functions.
         stopping_criteria: functions of the tokens so far ``[R, S]`` and ``None`` to booleans ``[R]``, True = the row
@@ -90,7 +93,8 @@ def generate(
             beside a seed or without sampling; nothing has run then. And if scores are no numbers (NaN).
     """
     config = with_defaults({}, options, config)
-    return run(prepare(decoder, input_ids, attention_mask, config, logits_processor, stopping_criteria, generator))
+    more = logits_processor, stopping_criteria, generator
+    return run(prepare(decoder, input_ids, attention_mask, config, *more, inputs_embeds=inputs_embeds))
 
 
 def run(request: Request) -> GenerationOutput:
@@ -134,7 +138,8 @@ def decode_steps(request: Request, look_every: int = 1) -> Iterator[Step]:
     ``look_every - 1`` steps without a new token may follow the last one.
     """
     decoder, config, copies = request.decoder, request.config, request.config.num_return_sequences
-    (B, T), N, device = request.input_ids.shape, config.max_new_tokens, decoder.device
+    (B, begin), T, N = request.input_ids.shape, request.prompt_length, config.max_new_tokens
+    device = decoder.device
     rules, stopper = request.rules(copies), Stopper(request)
     cache = decoder.new_cache(B * copies, T + N)
     prompts = cache.first_rows(B)
@@ -155,7 +160,7 @@ def decode_steps(request: Request, look_every: int = 1) -> Iterator[Step]:
     none_has_ended = look_every == 1 and device.type == "cpu"  # which only there is known without waiting
     broken_at = torch.full((B * copies,), N, device=device)  # the step in which a row's scores are no numbers
     for step in range(N):
-        length = T + step
+        length = begin + step
         scores = logits.float()
         for rule in rules:
             scores = rule(sequences[:, :length], scores)
@@ -183,7 +188,7 @@ def decode_steps(request: Request, look_every: int = 1) -> Iterator[Step]:
         if lookup is not None:
             logits = lookup.read(tokens, running)
         else:
-            logits = decoder.read(tokens[:, None], position_ids, step_mask(real, length + 1), None, cache)
+            logits = decoder.read(tokens[:, None], position_ids, step_mask(real, T + step + 1), None, cache)
             position_ids = position_ids + 1
 
 

@@ -51,7 +51,13 @@ class Decoder(Protocol):
         """An empty cache for ``batch_size`` rows of up to ``capacity`` tokens."""
 
     def read(
-        self, input_ids: Tensor, position_ids: Tensor, mask: Tensor | None, wanted: Tensor | None, cache: KVCache
+        self,
+        input_ids: Tensor | None,
+        position_ids: Tensor,
+        mask: Tensor | None,
+        wanted: Tensor | None,
+        cache: KVCache,
+        inputs_embeds: Tensor | None = None,
     ) -> Tensor:
         """Reads tokens into the cache.
 
@@ -62,9 +68,13 @@ class Decoder(Protocol):
             wanted: int64 ``[N]``, the tokens after which logits are wanted, counted through all rows: 0 to
                 ``B * T - 1``. ``None`` is all of them.
             cache: a cache of B rows.
+            inputs_embeds: ``[B, T, E]`` in the decoder's dtype, in place of ``input_ids``, which are ``None`` then.
 
         Returns:
             Logits ``[N, V]``. They hold until the next call.
+
+        Raises:
+            ValueError: if the decoder reads no embeddings (an exported program).
         """
 
     def agreed(self, decision: Tensor) -> Tensor:
@@ -79,7 +89,8 @@ class GenerationOutput:
     """
 
     sequences: Tensor
-    """``[R, T + N]`` int64: the prompt as given (or its kept end), the new tokens, then padding."""
+    """``[R, T + N]`` int64: the prompt as given (or its kept end), the new tokens, then padding. ``[R, N]`` where the
+    prompt was embeddings."""
     lengths: tuple[int, ...]
     """The number of new tokens of each row, the one that ended it included."""
     stop_reasons: tuple[str, ...]
@@ -104,7 +115,10 @@ class GenerationOutput:
 
 @dataclass(frozen=True)
 class Request:
-    """A checked call: ids ``[B, T]`` int64, and a boolean mask of the same shape or ``None`` without padding."""
+    """A checked call: ids ``[B, T]`` int64, and a boolean mask of the same shape or ``None`` without padding.
+
+    Where ``inputs_embeds`` ``[B, T, E]`` are the prompts, ids are ``[B, 0]``: rules and criteria see new tokens alone.
+    """
 
     decoder: Decoder
     config: GenerationConfig
@@ -115,25 +129,33 @@ class Request:
     logits_processor: tuple[Rule, ...]
     stopping_criteria: tuple[Criterion, ...]
     generator: torch.Generator | None
+    inputs_embeds: Tensor | None = None
+
+    @property
+    def prompt_length(self) -> int:
+        """T: how many tokens of the cache the prompts take, padding included."""
+        return (self.input_ids if self.inputs_embeds is None else self.inputs_embeds).shape[1]
 
     def on_device(self) -> Request:
-        """The same with ids and mask on the decoder's device."""
-        mask, device = self.attention_mask, self.decoder.device
+        """The same with its tensors on the decoder's device."""
+        mask, embeds, device = self.attention_mask, self.inputs_embeds, self.decoder.device
         mask = None if mask is None else mask.to(device)
-        return replace(self, input_ids=self.input_ids.to(device), attention_mask=mask)
+        embeds = None if embeds is None else embeds.to(device, self.decoder.dtype)
+        return replace(self, input_ids=self.input_ids.to(device), attention_mask=mask, inputs_embeds=embeds)
 
     def rules(self, copies: int) -> list[Rule]:
         """The rules on scores of ``B * copies`` rows."""
-        ids, mask = self.input_ids, self.attention_mask
+        ids, mask = self.input_ids, self.attention_mask if self.inputs_embeds is None else None
         padding = (ids.new_zeros(len(ids)) if mask is None else (~mask).sum(1)).repeat_interleave(copies)
         return build_rules(self.config, ids.shape[1], padding, self.eos_token_ids, self.logits_processor)
 
     def read_prompts(self, cache: KVCache) -> Tensor:
         """Reads the prompts into an empty cache; returns the logits ``[B, V]`` after them."""
-        (B, T), mask, device = self.input_ids.shape, self.attention_mask, self.input_ids.device
-        position_ids = positions(mask, 0, T, device).expand(B, T)
+        B, T, mask, device = len(self.input_ids), self.prompt_length, self.attention_mask, self.input_ids.device
+        position_ids, attended = positions(mask, 0, T, device).expand(B, T), causal_mask(mask, 0, T, T, device)
         last = torch.arange(T - 1, B * T, T, device=device)
-        return self.decoder.read(self.input_ids, position_ids, causal_mask(mask, 0, T, T, device), last, cache)
+        ids = self.input_ids if self.inputs_embeds is None else None
+        return self.decoder.read(ids, position_ids, attended, last, cache, self.inputs_embeds)
 
 
 class Stopper:
@@ -176,13 +198,14 @@ def _checked(found: Any, tokens: Tensor) -> Tensor:
 
 def prepare(
     decoder: Decoder,
-    input_ids: Tensor,
+    input_ids: Tensor | None,
     attention_mask: Tensor | None,
     config: GenerationConfig,
     logits_processor: Rule | Sequence[Rule] | None = None,
     stopping_criteria: Criterion | Sequence[Criterion] | None = None,
     generator: torch.Generator | None = None,
     bos_token_id: int | None = None,
+    inputs_embeds: Tensor | None = None,
 ) -> Request:
     """Checks the arguments of ``generate``, and raises what it raises. Nothing runs or goes to the decoder's device.
 
@@ -191,7 +214,11 @@ def prepare(
     decoder = decoder_of(decoder)
     model = decoder.config
     generator = _generator(decoder.device, config, generator)
-    _check_prompt(model.vocab_size, input_ids, attention_mask)
+    if inputs_embeds is None:
+        _check_prompt(model.vocab_size, input_ids, attention_mask)
+        assert input_ids is not None
+    else:
+        input_ids = _no_ids(model, input_ids, inputs_embeds, attention_mask, config)
     rows = len(input_ids) * (config.num_return_sequences if config.num_beams == 1 else 1)
     if decoder.max_batch is not None and rows > decoder.max_batch:
         raise ValueError(
@@ -199,7 +226,9 @@ def prepare(
             "or continuations at once (batch_size), or export it with a larger --max-batch."
         )
     bos = model.bos_token_id if bos_token_id is None else bos_token_id
-    input_ids, mask = _fit(model.max_position_embeddings, input_ids, attention_mask, config, bos)
+    mask = attention_mask
+    if inputs_embeds is None:
+        input_ids, mask = _fit(model.max_position_embeddings, input_ids, attention_mask, config, bos)
     eos = model.eos_token_ids if config.eos_token_id is None else config.eos_token_id
     eos = eos if isinstance(eos, tuple) else (eos,)
     # What fills a row that has ended: any id would do, for it has no meaning.
@@ -207,7 +236,7 @@ def prepare(
     _check_ids(model.vocab_size, config, eos, pad)
     mask = None if mask is None or bool(mask.all()) else mask.bool()
     rules, criteria = _callables(logits_processor=logits_processor), _callables(stopping_criteria=stopping_criteria)
-    return Request(decoder, config, input_ids.long(), mask, eos, pad, rules, criteria, generator)
+    return Request(decoder, config, input_ids.long(), mask, eos, pad, rules, criteria, generator, inputs_embeds)
 
 
 def _generator(device: torch.device, config: GenerationConfig, given: torch.Generator | None) -> torch.Generator | None:
@@ -234,7 +263,35 @@ def _callables(**argument: Any) -> tuple[Any, ...]:
     return several
 
 
-def _check_prompt(vocab_size: int, input_ids: Tensor, attention_mask: Tensor | None) -> None:
+def _no_ids(
+    model: OPTConfig, input_ids: Tensor | None, embeds: Tensor, attention_mask: Tensor | None, config: GenerationConfig
+) -> Tensor:
+    """The ids ``[B, 0]`` of prompts that are embeddings, once those are checked."""
+    if input_ids is not None:
+        raise ValueError(
+            "input_ids, inputs_embeds: expected one, got both. Embed the ids: model.embed_tokens(input_ids)."
+        )
+    is_tensor = isinstance(embeds, Tensor)
+    if (
+        not is_tensor
+        or not embeds.is_floating_point()
+        or embeds.ndim != 3
+        or 0 in embeds.shape[:2]
+        or (embeds.shape[2] != model.embed_dim)
+    ):
+        got = f"{list(embeds.shape)} of {embeds.dtype}" if is_tensor else type(embeds).__name__
+        raise ValueError(f"inputs_embeds: expected floats [batch, tokens, {model.embed_dim}], got {got}.")
+    if config.prompt_lookup_num_tokens is not None:
+        raise ValueError(
+            "prompt_lookup_num_tokens: copies ids of the prompt, and inputs_embeds have none. Leave it out."
+        )
+    _check_mask(attention_mask, list(embeds.shape[:2]), "inputs_embeds")
+    lengths = [embeds.shape[1]] if attention_mask is None else attention_mask.bool().sum(1).tolist()
+    check_room(model.max_position_embeddings, max(lengths), config.replace(truncate_prompt=False))
+    return torch.zeros(len(embeds), 0, dtype=torch.long, device=embeds.device)
+
+
+def _check_prompt(vocab_size: int, input_ids: Tensor | None, attention_mask: Tensor | None) -> None:
     if not isinstance(input_ids, Tensor) or not isinstance(attention_mask, Tensor | None):
         wrong = attention_mask if isinstance(input_ids, Tensor) else input_ids
         raise ValueError(f"input_ids: expected ids and mask as tensors, got {type(wrong).__name__}. Use torch.tensor.")
@@ -248,11 +305,15 @@ def _check_prompt(vocab_size: int, input_ids: Tensor, attention_mask: Tensor | N
             f"input_ids: expected ids from 0 to {vocab_size - 1}, got {least if least < 0 else most}. "
             "Do the tokenizer and the model belong together?"
         )
+    _check_mask(attention_mask, list(input_ids.shape), "input_ids")
+
+
+def _check_mask(attention_mask: Tensor | None, shape: list[int], name: str) -> None:
     if attention_mask is None:
         return
-    shape, real = list(input_ids.shape), attention_mask.bool()
+    real = attention_mask.bool()
     if list(real.shape) != shape:
-        raise ValueError(f"attention_mask: expected the shape of input_ids {shape}, got {list(real.shape)}.")
+        raise ValueError(f"attention_mask: expected the shape of {name} {shape}, got {list(real.shape)}.")
     if not bool(real[:, -1].all()) or bool((real[:, :-1] & ~real[:, 1:]).any()):
         raise ValueError("attention_mask: expected padding on the left only, got some after a token.")
 

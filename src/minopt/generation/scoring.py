@@ -23,7 +23,9 @@ CHUNK, CHUNK_ON_GPU = 256, 2048
 SHARED = 32
 
 
-def token_logprobs(model: Decoder, rows: Sequence[Sequence[int]], starts: Sequence[int]) -> list[Tensor]:
+def token_logprobs(
+    model: Decoder, rows: Sequence[Sequence[int]], starts: Sequence[int], inputs_embeds: Tensor | None = None
+) -> list[Tensor]:
     """Natural log-probabilities of tokens, each after those before it in its row. Rows are read as one batch.
 
     What all rows begin with is read once. Dropout is active if the model is in training mode: call ``eval()`` first.
@@ -32,6 +34,7 @@ def token_logprobs(model: Decoder, rows: Sequence[Sequence[int]], starts: Sequen
         model: an ``OPT`` on any device, or another decoder, such as an exported program.
         rows: ids, of any lengths.
         starts: each row's index of the first token that is scored; at least 1, for a first token has no score.
+        inputs_embeds: floats ``[tokens, E]`` that stand before each row, such as a soft prompt.
 
     Returns:
         For each row float32 ``[length - start]``, on the CPU.
@@ -40,8 +43,8 @@ def token_logprobs(model: Decoder, rows: Sequence[Sequence[int]], starts: Sequen
         ValueError: if a row is empty or longer than the model's positions, a start is outside of its row, or an id
             outside of the vocabulary; nothing has run then.
     """
-    _check(model, rows, starts, most_unread=0)
-    return _scored(model, rows, starts, None)
+    _check(model, rows, starts, 0, inputs_embeds)
+    return _scored(model, rows, starts, None, inputs_embeds)
 
 
 def greedy_logprobs(
@@ -58,12 +61,17 @@ def greedy_logprobs(
 
 @torch.inference_mode()
 def _scored(
-    model: Decoder, rows: Sequence[Sequence[int]], starts: Sequence[int], are_best: list[Tensor] | None
+    model: Decoder,
+    rows: Sequence[Sequence[int]],
+    starts: Sequence[int],
+    are_best: list[Tensor] | None,
+    inputs_embeds: Tensor | None = None,
 ) -> list[Tensor]:
     """The log-probabilities of rows; appends to a list, if there is one, which tokens are the most probable."""
     if not rows:
         return []
     model = decoder_of(model)
+    before = 0 if inputs_embeds is None else len(inputs_embeds)
     B, L, P = len(rows), max(map(len, rows)), _common(rows)
     # Padded on the right, where causal attention needs no mask.
     ids = torch.tensor([[*row, *[0] * (L - len(row))] for row in rows])
@@ -71,9 +79,13 @@ def _scored(
     is_scored = (at >= torch.tensor(starts)[:, None]) & (at < ends)  # [B, L]
     last = int((at * is_scored).max())
     logprobs, is_best = torch.zeros(B, L), None if are_best is None else torch.zeros(B, L, dtype=torch.bool)
-    cache, P = model.new_cache(B, max(1, last)), min(P, last) if (B - 1) * P >= SHARED else 0
-    if P > 0:
+    cache, P = model.new_cache(B, before + max(1, last)), min(P, last) if (B - 1) * P >= SHARED else 0
+    if before + P > 0:
         shared = cache.first_rows(1)
+        if inputs_embeds is not None:
+            embeds = inputs_embeds.to(model.device, model.dtype)[None]
+            first = torch.zeros(1, dtype=torch.long, device=model.device)  # not every kernel takes no rows
+            model.read(None, positions(None, 0, before, model.device)[None], None, first, shared, embeds)
         _score(model, shared, ids, is_scored, logprobs, is_best, 0, P)
         cache.repeat_rows(shared)
     _score(model, cache, ids, is_scored, logprobs, is_best, P, last)
@@ -100,7 +112,7 @@ def _score(
         wanted[-1, stop] |= not wanted[:, first + 1 : stop + 1].any()  # not every kernel takes no rows
         row, at = wanted[:, first + 1 : stop + 1].nonzero().unbind(1)
         read = ids[:, 0, first:stop].to(model.device)
-        position_ids = positions(None, first, stop - first, model.device).expand(R, -1)
+        position_ids = positions(None, cache.length, stop - first, model.device).expand(R, -1)
         logits = model.read(read, position_ids, None, (row * (stop - first) + at).to(model.device), cache).float()
         target = ids[row, :, first + 1 + at]  # [N, C]
         found = logits.gather(1, target.to(model.device)) - logits.logsumexp(1, keepdim=True)
@@ -121,9 +133,16 @@ def _passes(scored: list[int], begin: int, end: int, chunk: int) -> Iterator[tup
         yield begin, end
 
 
-def _check(model: Decoder, rows: Sequence[Sequence[int]], starts: Sequence[int], most_unread: int) -> None:
+def _check(
+    model: Decoder, rows: Sequence[Sequence[int]], starts: Sequence[int], most_unread: int, embeds: Tensor | None = None
+) -> None:
     config = decoder_of(model).config
-    limit, V = config.max_position_embeddings, config.vocab_size
+    limit, V, E = config.max_position_embeddings, config.vocab_size, config.embed_dim
+    if embeds is not None:
+        if embeds.ndim != 2 or embeds.shape[1] != E or len(embeds) == 0 or not embeds.is_floating_point():
+            shape = f"{list(embeds.shape)} of {embeds.dtype}"
+            raise ValueError(f"inputs_embeds: expected floats [tokens, {E}], got {shape}.")
+        limit -= len(embeds)
     for row, start in zip(rows, starts, strict=True):
         if len(row) > limit + most_unread:
             raise ValueError(f"text: {len(row)} tokens, the model has {limit} positions. Shorten it, or cut it in two.")

@@ -69,11 +69,18 @@ class GraphedOPT(FastOPT):
 
     @torch.inference_mode()
     def read(
-        self, input_ids: Tensor, position_ids: Tensor, mask: Tensor | None, wanted: Tensor | None, cache: KVCache
+        self,
+        input_ids: Tensor | None,
+        position_ids: Tensor,
+        mask: Tensor | None,
+        wanted: Tensor | None,
+        cache: KVCache,
+        inputs_embeds: Tensor | None = None,
     ) -> Tensor:
         """See ``Decoder.read``. A call that wants all logits is a step; its logits hold until the next step."""
         if wanted is not None or cache not in self._graphs:  # prompts and scored texts, whose shapes hardly come again
-            return super().read(input_ids, position_ids, mask, wanted, cache)
+            return super().read(input_ids, position_ids, mask, wanted, cache, inputs_embeds)
+        assert input_ids is not None
         try:
             logits = self._graphs[cache].run(self, input_ids, position_ids, mask, cache.length)
         except BaseException:  # torch captures nothing more into a pool whose first capture failed

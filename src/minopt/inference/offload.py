@@ -114,7 +114,7 @@ class _StreamedLayer(Frozen):
 
     def __init__(self, stream: _Stream, index: int) -> None:
         super().__init__()
-        layer = DecoderLayer(stream.checkpoint.config, index, stream.dtype).eval()
+        layer = DecoderLayer(stream.checkpoint.config, index, "meta", stream.dtype).eval()
         self._run, self._weights = partial(functional_call, layer), partial(stream.take, index)
 
     def forward(self, x: Tensor, mask: Tensor | Packed | None = None, cache: KVCache | None = None) -> Tensor:

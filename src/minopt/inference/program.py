@@ -150,9 +150,19 @@ class ExportedModel:
         return KVCache(self.config, batch_size, capacity, dtype=self.dtype, device=self.device)
 
     def read(
-        self, input_ids: Tensor, position_ids: Tensor, mask: Tensor | None, wanted: Tensor | None, cache: KVCache
+        self,
+        input_ids: Tensor | None,
+        position_ids: Tensor,
+        mask: Tensor | None,
+        wanted: Tensor | None,
+        cache: KVCache,
+        inputs_embeds: Tensor | None = None,
     ) -> Tensor:
         """See ``Decoder.read``."""
+        if input_ids is None:
+            raise ValueError(
+                "inputs_embeds: expected ids, for an exported program looks them up itself. Load the model."
+            )
         (B, T), past = input_ids.shape, cache.length
         S = past + T
         if mask is None:

@@ -59,9 +59,7 @@ class Walk:
             torch.cat([ends.hidden_states(row[None].to(device)) for row in ids]) for ids in (learned, held)
         )
         self.after = self.before.clone()
-        self._layer = (
-            DecoderLayer(checkpoint.config, 0, torch.float32).to_empty(device=device).eval().requires_grad_(False)
-        )
+        self._layer = DecoderLayer(checkpoint.config, 0, device, torch.float32).eval().requires_grad_(False)
 
     def _ends(self) -> OPT:
         """The model without its layers. It is read twice: between, its table is not in memory."""
