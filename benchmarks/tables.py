@@ -211,10 +211,17 @@ def fitting(config: OPTConfig, devices: int, memory: int) -> str:
     return f"{rows:,}" if rows else "-"
 
 
+def methods() -> str:
+    first, *_ = rows = newest("methods", "epyc2")["peak_bytes"]
+    return table(" | opt-125m | opt-1.3b", ([row["way"], *(
+        f"{row[size] / 1e9:.2f} GB ({row[size] / first[size]:.2f})" for size in ("opt-125m", "opt-1.3b")
+    )] for row in rows))  # fmt: skip
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "speed": lambda: inference(IN_README),
     **{build.__name__: build for build in (inference, contexts, start, peaks, steps, prompts, finetune, squad, int8,
-                                           load, convert, memory, processes, plan)},
+                                           load, convert, memory, processes, plan, methods)},
 }  # fmt: skip
 
 

@@ -28,6 +28,7 @@ from tests.conftest import error
 from tests.training.small import (
     distance,
     examples,
+    lines,
     losses,
     model_of,
     reference_of,
@@ -169,6 +170,23 @@ def test_the_command_writes_a_folder_that_load_merges_to_the_bits_of_peft(
     assert not torch.equal(lm.model.layers[0].self_attn.q_proj.weight, model_of().layers[0].self_attn.q_proj.weight)
     with pytest.raises(ValueError, match=r"step-00000002.*They are an adapter's"):
         minopt.load(tmp_path / "run" / "checkpoints" / "step-00000002")
+
+
+def test_adapters_begin_as_pefts_do_by_the_seed_and_their_inputs_are_dropped(tmp_path: Path) -> None:
+    found = {}
+    for name, changes in (("one", {}), ("two", {"seed": 1}), ("dropped", {"lora_dropout": 0.5})):
+        config = lora(tmp_path / name, max_steps=1, learning_rate=0.0, **changes)
+        train(model_of(), examples(4), config, tokenizer=tokenizer())
+        found[name] = load_file(tmp_path / name / "adapter_model.safetensors")
+    for key, tensor in found["one"].items():
+        if "lora_B" in key:
+            assert not tensor.any()
+            continue
+        assert 0.9 < tensor.abs().max() * tensor.shape[1] ** 0.5 <= 1  # uniform, as of torch's linear layers
+        assert not torch.equal(tensor, found["two"][key])
+        assert torch.equal(tensor, found["dropped"][key])
+    grad_norms = [lines(tmp_path / name)[0]["grad_norm"] for name in ("one", "dropped")]
+    assert grad_norms[0] != grad_norms[1]
 
 
 def ends_at(step: int) -> Any:

@@ -154,7 +154,7 @@ def test_adapters_move_alone_with_lora(tmp_path: Path) -> None:
     assert len(load_file(tmp_path / "run" / "adapter_model.safetensors")) == 6
 
 
-@pytest.mark.parametrize("changes", [{"bf16": True}, {"base_dtype": "bfloat16"}], ids=str)
+@pytest.mark.parametrize("changes", [{"bf16": True}, {"base_dtype": "bfloat16"}, {"base_dtype": "float16"}], ids=str)
 def test_sixteen_bits_learn_too_and_losses_that_are_not_finite_move_nothing(
     changes: dict[str, Any], tmp_path: Path
 ) -> None:

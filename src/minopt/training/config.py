@@ -83,7 +83,9 @@ class TrainingConfig(EvaluationConfig):
         "adamw", "adamw: by gradients; mezo: by forward passes alone, in place", choices=("adamw", "mezo")
     )
     mezo_eps: float = option(1e-3, "how far mezo moves the weights to measure the slope of the loss", above=0)
-    lora_rank: int = option(0, "train adapters of this rank (LoRA) beside the weights (0: the weights)", least=0)
+    lora_rank: int = option(
+        0, "rank of the adapters that train instead of the weights, by LoRA (0: no adapters)", least=0
+    )
     lora_alpha: float = option(16.0, "adapters are multiplied by this over their rank", above=0)
     lora_dropout: float = option(0.0, "dropout before adapters", least=0, below=1)
     lora_target_modules: str = option("q_proj,v_proj", "linear modules that get adapters, with commas between")
