@@ -41,7 +41,9 @@ DELETIONS = {
         ("tensor_parallel",), ("inference.tensor_parallel",), ("inference/test_tensor_parallel", "gpu/test_acceptance")
     ),
     "offload": Deletion(
-        ("offload",), ("inference.offload",), ("inference/test_offload", "test_devices", "gpu/test_acceptance")
+        ("offload",),
+        ("inference.offload",),
+        ("inference/test_offload", "test_devices", "methods/test_heads", "gpu/test_acceptance"),
     ),
     "program and compile": Deletion(
         ("program", "compile"),
@@ -53,7 +55,12 @@ DELETIONS = {
     "fast, graphs and tensor_parallel": Deletion(
         ("fast", "graphs", "tensor_parallel"),
         ("inference.fast", "inference.graphs", "inference.tensor_parallel"),
-        (*(f"inference/test_{name}" for name in ("fast", "frozen", "graphs", "int8", "plan", "tensor_parallel")), *GPU),
+        (
+            *(f"inference/test_{name}" for name in ("fast", "frozen", "graphs", "int8", "plan", "tensor_parallel")),
+            "methods/test_heads",
+            "methods/test_tokens",
+            *GPU,
+        ),
     ),
 }
 
