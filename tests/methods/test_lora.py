@@ -187,6 +187,20 @@ def test_a_base_in_metaseqs_parts_and_an_adapter_in_a_pickle(everything: tuple[P
     assert max(error(w, state[to_hf(name)]) for name, w in ours.named_parameters()) <= 1e-6
 
 
+def test_a_head_beside_the_old_table_is_compared_with_that_one(everything: tuple[Path, Any], tmp_path: Path) -> None:
+    folder, state = everything
+    base = copy_of(folder / "base", tmp_path / "base")
+    stored = load_file(base / "model.safetensors")
+    for head, is_fine in ((stored["model.decoder.embed_tokens.weight"].clone(), True), (torch.ones(96, 32), False)):
+        save_file(stored | {"lm_head.weight": head}, base / "model.safetensors")
+        if is_fine:
+            ours = load_model(base, adapter=folder / "adapter", device="cpu")
+            assert error(ours.embed_tokens.weight, state["lm_head.weight"]) <= 1e-6
+        else:
+            with pytest.raises(CheckpointError, match=r"lm_head\.weight differs from the token embeddings"):
+                load_model(base, adapter=folder / "adapter", device="cpu")
+
+
 def test_the_command_line_merges_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(tmp_path, minopt.DEMO, target_modules="all-linear")
     base, adapter, new = (str(path) for path in (minopt.DEMO, tmp_path / "adapter", tmp_path / "new"))
