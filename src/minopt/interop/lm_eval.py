@@ -45,34 +45,23 @@ _BATCH_ON_CPU, _WORTH, _WORTH_ON_GPU = 256, 2 * SHARED, 16 * SHARED
 
 @registry.register_model("minopt")
 class MinoptLM(api.TemplateLM):  # type: ignore[misc, name-defined]
-    """The harness' view of a ``LanguageModel``.
+    """The harness' view of a ``LanguageModel``: ``pretrained``, or what ``minopt.load`` opens with it and ``options``.
 
     Args:
-        pretrained: one, or what ``minopt.load`` opens with ``options``.
-        batch_size: the most texts at once; 1 (the harness' default) and ``"auto"`` leave it to their tokens.
-        max_batch_size: takes the place of ``batch_size`` ``"auto"``.
-        device: see ``minopt.load``.
+        batch_size, max_batch_size: the most texts at once; 1 (the harness' default) and ``"auto"`` are any number.
         max_length: the most tokens that are read; ``None`` is the model's positions.
         add_bos_token: whether texts begin with the tokenizer's bos; ``None``: as its files say.
         prefix_token_id: what an empty context is; ``None`` is the bos.
-        **options: those of ``minopt.load``.
 
     Raises:
         ValueError: if there is no tokenizer.
     """
 
     def __init__(
-        self,
-        pretrained: str | LanguageModel,
-        *,
-        batch_size: int | str = 1,
-        max_batch_size: int | None = None,
-        device: str | None = None,
-        max_length: int | None = None,
-        add_bos_token: bool | None = None,
-        prefix_token_id: int | None = None,
-        **options: Any,
-    ) -> None:
+        self, pretrained: str | LanguageModel, *, batch_size: int | str = 1, max_batch_size: int | None = None,
+        device: str | None = None, max_length: int | None = None, add_bos_token: bool | None = None,
+        prefix_token_id: int | None = None, **options: Any,
+    ) -> None:  # fmt: skip
         super().__init__()
         if dist.is_initialized() or not torch.cuda.is_available():
             device = "cpu" if device == "cpu" else None  # the harness asks for "cuda:0" if its user asks for none
@@ -84,22 +73,18 @@ class MinoptLM(api.TemplateLM):  # type: ignore[misc, name-defined]
         size = int(batch_size) if str(batch_size).isdecimal() else max_batch_size
         self._most_rows = lm.decoder.max_batch if size in (None, 1) else size
         self._add_bos, self._prefix = add_bos_token, prefix_token_id
-        self._world = World(0, 1, self._device)
         if dist.is_initialized():
-            self._world = World(dist.get_rank(), dist.get_world_size(), self._device)
-        self._rank, self._world_size = self._world.rank, self._world.size
+            self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
+        self._world = World(self._rank, self._world_size, self._device)
 
     @property
     def eot_token_id(self) -> int:
-        """The token that ends a text."""
         eos = self.tokenizer.eos_token_id
         return next(i for i in (eos, *self.lm.decoder.config.eos_token_ids, 0) if i is not None)
 
     @property
     def prefix_token_id(self) -> int:
-        """The token that stands for an empty context."""
-        bos = self.tokenizer.bos_token_id
-        return next(i for i in (self._prefix, bos, self.eot_token_id) if i is not None)
+        return next(i for i in (self._prefix, self.tokenizer.bos_token_id, self.eot_token_id) if i is not None)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         """The ids of a text; a beginning that is written out is not doubled."""
@@ -142,13 +127,13 @@ class MinoptLM(api.TemplateLM):  # type: ignore[misc, name-defined]
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """Log-probabilities of whole texts of any length, in windows that do not overlap."""
-        windows, owners = [], []
+        windows: list[Any] = []
+        owners, totals = list[int](), [0.0] * len(requests)
         for owner, request in enumerate(requests):
             ids = self.tok_encode(request.args[0])
             for window in utils.get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, context_len=1):
                 windows.append((None, *utils.make_disjoint_window(window)))
                 owners.append(owner)
-        totals = [0.0] * len(requests)
         for owner, (logprob, _) in zip(owners, self._loglikelihood_tokens(windows, disable_tqdm), strict=True):
             totals[owner] += logprob
         for request, total in zip(requests, totals, strict=True):
@@ -157,10 +142,9 @@ class MinoptLM(api.TemplateLM):  # type: ignore[misc, name-defined]
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """Continuations of texts, each up to the first of its stop strings."""
-        groups = defaultdict[str, list[int]](list)
+        groups, found = defaultdict[str, list[int]](list), [""] * len(requests)
         for i, request in enumerate(requests):
             groups[json.dumps(request.args[1], sort_keys=True)].append(i)
-        found = [""] * len(requests)
         with bar(len(requests), "text", shown=not disable_tqdm) as drawn:
             for indices in groups.values():
                 for i, text in self._continued([requests[i].args[0] for i in indices], requests[indices[0]].args[1]):
@@ -171,10 +155,8 @@ class MinoptLM(api.TemplateLM):  # type: ignore[misc, name-defined]
 
     def _continued(self, contexts: list[str], asked: dict[str, Any]) -> Iterator[tuple[int, str]]:
         """Each context's index and continuation, of contexts for which the harness asks the same."""
-        options, decoder = models.normalize_gen_kwargs(asked), self.lm.decoder
-        until = models.handle_stop_sequences(
-            options.pop("until", None), self.tokenizer.decode([self.eot_token_id], False)
-        )
+        options, decoder, eos = models.normalize_gen_kwargs(asked), self.lm.decoder, self.eot_token_id
+        until = models.handle_stop_sequences(options.pop("until", None), self.tokenizer.decode([eos], False))
         count = options.pop("max_gen_toks")
         if not options["do_sample"]:
             options = {name: value for name, value in options.items() if name not in _SAMPLING}
@@ -182,27 +164,24 @@ class MinoptLM(api.TemplateLM):  # type: ignore[misc, name-defined]
             raise ValueError(f"max_gen_toks: expected less than the {self.max_length} tokens that the model reads, got "
                              f"{count}. Lower it (--gen_kwargs max_gen_toks=...).")  # fmt: skip
         config = with_defaults(self.lm.generation_defaults, {"max_new_tokens": count, **options})
-        rows = [self.tok_encode(context)[-room:] for context in contexts]
-        pieces = Pieces(self.tokenizer, skip_special_tokens=True)
+        rows, pieces = [self.tok_encode(c)[-room:] for c in contexts], Pieces(self.tokenizer, skip_special_tokens=True)
         for batch in cut_prompts(decoder, config, [*map(len, rows)], False, self._most_rows, None):
             input_ids, mask = pad_left([rows[i] for i in batch], decoder.config.pad_token_id)
             stops = StopStrings(pieces, [text for text in until if text], input_ids.shape[1])
             output = generate(decoder, input_ids, mask, config, stopping_criteria=stops)
-            for i, ids, length in zip(batch, output.sequences.tolist(), output.lengths, strict=True):
-                new = ids[input_ids.shape[1] :][:length]
-                yield i, models.postprocess_generated_text(self.tokenizer.decode(new), until, None)
+            for i, ids, length in zip(batch, output.sequences[:, input_ids.shape[1] :], output.lengths, strict=True):
+                yield i, models.postprocess_generated_text(self.tokenizer.decode(ids[:length]), until, None)
+
+    # How the processes of a run exchange results.
 
     def all_gather(self, tensor: Tensor) -> Tensor:
-        """The tensors of all processes, in one."""
         return torch.tensor(self._world.gather(tensor.tolist()))
 
     def gather_object(self, obj: Any, dst: int = 0) -> list[Any] | None:
-        """The objects of all processes, for one of them."""
         found = self._world.gather(obj)
         return found if self.rank == dst else None
 
     def barrier(self) -> None:
-        """Waits for all processes."""
         self._world.wait()
 
 
@@ -211,16 +190,14 @@ def evaluate(lm: LanguageModel, names: str, include_path: str | None, **options:
 
     Args:
         lm: one with a tokenizer.
-        names: of tasks and groups, with commas between.
-        include_path: a folder with more tasks (YAML).
+        names: of tasks and groups, with commas between; ``include_path`` is a folder with more tasks (YAML).
         **options: ``limit``, ``num_fewshot`` and others of the harness' ``simple_evaluate``.
 
     Returns:
         Values by ``task metric,filter``; in the first process alone.
 
     Raises:
-        ValueError: if there is no task of such a name.
-        ConnectionError: if the data of a task cannot be downloaded.
+        ValueError, ConnectionError: if there is no such task, or its data cannot be downloaded.
     """
     asked, manager = names.split(","), tasks.TaskManager(include_path=include_path, include_defaults=not include_path)
     if include_path and not {*asked} <= {*manager.all_tasks}:

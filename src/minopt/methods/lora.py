@@ -39,7 +39,7 @@ _CALLED = {"use_dora": "DoRA", "use_qalora": "QALoRA", "alora_invocation_tokens"
 
 @dataclass(frozen=True, kw_only=True)
 class Adapted(SourceTensor):
-    """A tensor that an adapter changes: computed whenever it is read, in float32 or better, then cast.
+    """A tensor that an adapter changes: computed when it is read, in float32 or better, then cast. It lies in no file.
 
     Attributes:
         runs: the places of all numbers that it is made of.
@@ -59,16 +59,13 @@ class Adapted(SourceTensor):
         """``None``: it lies in no file."""
 
     def rows(self, start: int, stop: int) -> SourceTensor:
-        """See ``SourceTensor.rows``."""
         up = None if self.up is None else self.up[start:stop]
         return replace(self, shape=(stop - start, *self.shape[1:]), base=self.base.rows(start, stop), up=up)
 
     def read_into(self, out: Tensor, start: int = 0) -> None:
-        """See ``SourceTensor.read_into``."""
         self._read_by_rows(out, start)
 
     def check_copies(self) -> None:
-        """See ``SourceTensor.check_copies``."""
         self.base.check_copies()
 
     def _computed(self, dtype: torch.dtype) -> Tensor:
