@@ -6,6 +6,12 @@ from importlib import import_module
 from typing import Any
 
 
+def __getattr__(name: str) -> Any:
+    if name != "as_hf":
+        raise AttributeError(f"module 'minopt.interop' has no attribute {name!r}")
+    return import_module("minopt.interop.hf").as_hf
+
+
 def need(package: str, extra: str) -> Any:
     """Imports another program's package; ``ValueError`` with the line that installs it if it is missing."""
     try:
