@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from minopt.loading import load, load_model
     from minopt.methods.heads import ClassifiedText, QuestionAnswering, SequenceClassifier
     from minopt.methods.labels import LabelledText, Preference
+    from minopt.methods.trace import trace
     from minopt.model import OPT
     from minopt.text import LanguageModel
     from minopt.tokenizer import Tokenizer
@@ -50,6 +51,7 @@ _HOME = {
     "generate": "minopt.generation.decode",
     "GeneratedText": "minopt.generation.texts",
     "LanguageModel": "minopt.text",
+    "trace": "minopt.methods.trace",
     "load": "minopt.loading",
     "load_model": "minopt.loading",
     "ClassifiedText": "minopt.methods.heads",
@@ -93,6 +95,7 @@ __all__ = [
     "load_model",
     "read_data",
     "save_model",
+    "trace",
     "train",
 ]
 
