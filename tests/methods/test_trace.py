@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -30,18 +31,20 @@ def close(found: Tensor, expected: Tensor) -> None:
 @torch.no_grad()
 def test_the_stream_and_the_attention_weights_are_transformers(pair: Pair) -> None:
     reference, ours = pair
+    real = MASK.bool()
     expected = reference(IDS, attention_mask=MASK, output_hidden_states=True).hidden_states
-    reference.set_attn_implementation("eager")  # the one that gives weights; it computes them in float32
-    weights = reference(IDS, attention_mask=MASK, output_attentions=True).attentions
-    reference.set_attn_implementation("sdpa")
+    eager = copy.deepcopy(reference)
+    eager.set_attn_implementation("eager")  # the one that gives weights; it computes them in float32
+    weights = eager(IDS, output_attentions=True).attentions  # with padding on the left they are NaN in float64
+    first = eager(IDS, attention_mask=MASK, output_attentions=True).attentions[0].transpose(1, 2)[real]
+    whole = trace(ours, IDS, names=["*.weights"])
     seen = trace(ours, IDS, MASK)
-    real = MASK.bool()  # queries that are padding have no meaning, and transformers' are NaN
     assert torch.equal(seen.logits, ours(IDS, MASK))
     for i in range(3):
         close(seen.residual[i][real], expected[i][real])
         assert seen.attention[i].shape == (2, 4, 5, 5)
-        found, theirs = (w[i].transpose(1, 2)[real] for w in (seen.attention, weights))
-        torch.testing.assert_close(found, theirs, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(whole.attention[i], weights[i], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(seen.attention[0].transpose(1, 2)[real], first, rtol=1e-6, atol=1e-6)
     module = reference.model.decoder.layers[1].fc1
     inputs: list[Tensor] = []
     module.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
