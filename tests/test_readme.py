@@ -37,7 +37,8 @@ def test_the_first_command_prints_what_is_shown(capsys: pytest.CaptureFixture[st
 
 
 @pytest.mark.parametrize(
-    "file", ["README.md", *(f"docs/{name}.md" for name in ("generation", "heads", "inference", "training"))]
+    "file",
+    ["README.md", *(f"docs/{name}.md" for name in ("generation", "heads", "inference", "other_programs", "training"))],
 )
 def test_the_python_examples_run(file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
