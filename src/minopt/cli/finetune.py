@@ -18,7 +18,8 @@ from minopt.training.config import TrainingConfig, with_recipe
 
 @dataclass(frozen=True)
 class Finetune(Command):
-    """Fine-tunes a model on SQuAD, on pairs of prompt and completion, or on a text, and writes it to --output-dir.
+    """Fine-tunes a model on SQuAD, on pairs of prompt and completion, or on a text, and writes it to --output-dir. With
+    --task classification or reward it becomes a classifier or a reward model; with --lora-rank, adapters are trained.
     Under torchrun it runs in all processes that torchrun starts. Started again with the same settings, it continues
     from its latest checkpoint.
     """

@@ -46,7 +46,8 @@ class TrainingConfig(EvaluationConfig):
     recipe: str | None = option(None, "settings of a published example, which other flags replace", choices=(*RECIPES,))
     train_file: str = option(
         "squad",
-        "data to train on: .json (SQuAD), .jsonl (prompt, completion), .txt, .raw, or a download: squad, squad-v2",
+        "data to train on: .json (SQuAD), .jsonl (prompt, completion; or text, label; or chosen, rejected), .txt, "
+        ".raw, or a download: squad, squad-v2",
     )
     batching: str = option(
         "packed",
