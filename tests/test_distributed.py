@@ -105,7 +105,7 @@ def test_one_process_raises_what_it_met(error: Exception) -> None:
 @pytest.mark.parametrize(
     ("module", "function", "command"),
     [
-        ("minopt.training.trainer", "collate", "finetune --do-train --max-steps 4"),
+        ("minopt.training.method", "collate", "finetune --do-train --max-steps 4"),
         ("minopt.evaluation.answers", "token_logprobs", "finetune --do-eval --per-device-eval-batch-size 1"),
         ("minopt.inference.tensor_parallel", "_Summed.__call__", "generate"),
     ],

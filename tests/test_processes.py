@@ -105,7 +105,7 @@ def test_so_is_one_that_is_stopped_while_it_evaluates_loads_or_generates(
 
 def test_a_process_that_works_for_longer_than_the_limit_is_waited_for(runs: Runs, monkeypatch: Any) -> None:
     monkeypatch.setenv("MINOPT_TIMEOUT_SECONDS", str(SECONDS))
-    patch = partial(at_first_call, "minopt.training.trainer", "tokenise", 0, partial(time.sleep, 1.5 * SECONDS))
+    patch = partial(at_first_call, "minopt.training.method", "tokenise", 0, partial(time.sleep, 1.5 * SECONDS))
     ended = runs("patient", patch, size=2, max_steps=2)
     assert ended.codes == [0, 0], ended.said
 
