@@ -50,7 +50,7 @@ def test_the_python_examples_run(file: str, tmp_path: Path, monkeypatch: pytest.
 
 
 def test_the_readme_is_short() -> None:
-    assert len(README.splitlines()) <= 150
+    assert len(README.splitlines()) <= 155
 
 
 @pytest.mark.parametrize("file", DOCUMENTS)
@@ -108,3 +108,9 @@ def test_results_hold_what_the_docs_say_of_them() -> None:
     assert scores["after"]["f1"] > scores["before"]["f1"]
     worst = max(abs(case["error"]) for case in cases)
     assert f"within {worst:.1%} of what processes held" in " ".join(DOCUMENTS["docs/parallel.md"].split())
+
+
+def test_ci_finds_both_commands_as_lines_of_their_own() -> None:
+    """As ``.ci/run`` looks for them."""
+    for begin in ("pip install -e ", "pip install . "):
+        assert sum(line.startswith(begin) for line in README.splitlines()) == 1
