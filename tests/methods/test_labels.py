@@ -297,7 +297,7 @@ def test_labels_and_models_that_do_not_fit_are_refused(tmp_path: Path) -> None:
          "--dev_file: expected labels bad, fair, good, or 0 to 2, got 'awful' (1), 3 (2)"),
         (lambda: train(str(rater), texts(4), config), "classification: expected a model of two labels or more, one"),
         (lambda: train(str(folder), pairs(4), reward),
-         "--task reward: expected a model of one output got one of bad, fair, good, problem_type"),
+         "--task reward: expected a model of one output, got one of bad, fair, good, problem_type"),
         (lambda: train(str(folder), pairs(4), config), "expected a list of minopt.LabelledText, got Preference"),
         (lambda: train(str(wide), [LabelledText("x", "a")], config),
          "expected a head of {'weight': [2, 32]}, by word_embed"),

@@ -286,8 +286,11 @@ def test_an_adapter_of_another_size_or_that_is_not_there(small: Path, tmp_path: 
     build_reference("125m", hidden_size=48, num_hidden_layers=2).save_pretrained(tmp_path / "other")
     with pytest.raises(CheckpointError, match=r"2 unexpected .*; 2 of the wrong shape or kind .*expected \[4, 48\]"):
         load_model(tmp_path / "other", adapter=small / "adapter")
-    with pytest.raises(FileNotFoundError, match="which has no files: it is not there"):
+    with pytest.raises(FileNotFoundError, match=r"nothing, which is not there\.$"):
         load_model(small / "base", adapter=tmp_path / "nothing")
+    file = small / "adapter" / "adapter_model.safetensors"
+    with pytest.raises(FileNotFoundError, match=r"which is a file\. Name the folder that it is in\.$"):
+        load_model(small / "base", adapter=file)
 
 
 @pytest.mark.parametrize("targets", [{"modules_to_save": ["embed_tokens"]}, {"modules_to_save": ["lm_head"]},

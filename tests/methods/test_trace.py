@@ -115,13 +115,16 @@ def test_wrong_traces_are_told() -> None:
         (lambda: trace(ours), r"^trace: expected input_ids or inputs_embeds, and a mask"),
         (lambda: trace(ours, IDS, names=["layers.9.*"]), r"^trace: expected names such as .*, got 'layers\.9\.\*'"),
         (lambda: trace(ours, IDS, patch={"fc1": torch.ones(1)}), r"^trace: expected names such as .*, got 'fc1'"),
+        (lambda: trace(ours, IDS, patch={"layers.*.output": torch.zeros_like}), r"^trace: .* got 'layers\.\*\.output'"),
+        (lambda: trace(ours, IDS[0]), r"^input_ids: expected \[batch, tokens\]"),
+        (lambda: trace(ours, IDS, torch.ones(2, 9)), r"^attention_mask: expected \[2, 5\]"),
         (lambda: trace(ours, IDS, patch={"layers.0.output": torch.ones(2)}), r"^patch: expected \[2, 5, 32\] for"),
         (lambda: trace(ours, IDS, patch={"layers.0.output": lambda _: None}), r"^patch: expected .* got NoneType"),  # type: ignore[arg-type, return-value]
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             run()
     with pytest.raises(KeyError, match=r"layers\.0\.fc1\.input: not traced"):
-        trace(ours, IDS, names=["*.output"])["layers.0.fc1.input"]
+        trace(ours, IDS, names="*.output")["layers.0.fc1.input"]
 
 
 def test_a_language_model_is_traced_too() -> None:

@@ -11,6 +11,7 @@ import json
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -199,6 +200,9 @@ def evaluate(lm: LanguageModel, names: str, include_path: str | None, **options:
     Raises:
         ValueError, ConnectionError: if there is no such task, or its data cannot be downloaded.
     """
+    if include_path and not Path(include_path).is_dir():
+        raise FileNotFoundError(f"include_path: expected a folder of tasks, there is none ({include_path}). Check the "
+                                "path.")  # fmt: skip
     asked, manager = names.split(","), tasks.TaskManager(include_path=include_path, include_defaults=not include_path)
     if include_path and not {*asked} <= {*manager.all_tasks}:
         manager = tasks.TaskManager(include_path=include_path)  # reads thousands of files

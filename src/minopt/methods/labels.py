@@ -208,7 +208,7 @@ def known_labels(labels: tuple[str, ...], problem_type: str | None, task: str) -
     """The labels of a classifier or a reward model, which the task has to fit."""
     fits = len(labels) == 1 if task == "reward" else len(labels) > 1 and problem_type in (None, SINGLE_LABEL)
     if not fits:
-        wanted = "one output" if task == "reward" else "two labels or more, one of which holds,"
+        wanted = "one output," if task == "reward" else "two labels or more, one of which holds,"
         raise ValueError(f"--task {task}: expected a model of {wanted} got one of {some(labels)}, problem_type "
                          f"{problem_type}. Use another task, or begin with a language model.")  # fmt: skip
     return labels

@@ -136,9 +136,11 @@ def _read_settings(folder: Path) -> dict[str, Any]:
     """The adapter_config.json of a folder; refused where it is of something other than a plain LoRA."""
     path = folder / _CONFIG
     if not path.is_file():
-        is_model = "a whole model's, which is loaded alone" if (folder / "config.json").is_file() else "none"
-        raise MissingFileError(f"adapter: expected a folder with {_CONFIG}, as peft writes it, got {folder}, which has "
-                               f"{is_model if folder.is_dir() else 'no files: it is not there'}.")  # fmt: skip
+        got = "has a whole model's, which is loaded alone" if (folder / "config.json").is_file() else "has none"
+        if not folder.is_dir():
+            got = "is a file. Name the folder that it is in" if folder.exists() else "is not there"
+        raise MissingFileError(f"adapter: expected a folder with {_CONFIG}, as peft writes it, got {folder}, which "
+                               f"{got}.")  # fmt: skip
     settings = read_json(path)
     kind, init = settings.get("peft_type", "no peft_type"), settings.get("init_lora_weights")
     others = [name for name, value in settings.items() if value and name not in _FOLLOWED | _IDLE]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -93,14 +93,20 @@ def trace(
     given = input_ids if inputs_embeds is None else inputs_embeds
     if given is None or (attention_mask is not None and attention_mask.ndim != 2):
         raise ValueError("trace: expected input_ids or inputs_embeds, and a mask [batch, tokens] or None.")
-    T = given.shape[1]
-    mask = causal_mask(attention_mask, 0, T, T, given.device)
-    mask = plain_causal_mask(0, T, T, given.device) if mask is None else mask
+    names = (names,) if isinstance(names, str) else names
     watch = _Watch(names, dict(patch or {}), callback)
     known = _names(opt)
-    for pattern in (*names, *watch.patch):
-        if not any(fnmatchcase(name, pattern) for name in known):
-            raise ValueError(f"trace: expected names such as {known[0]} or layers.0.fc1.input, got {pattern!r}.")
+    unknown = [pattern for pattern in names if not any(fnmatchcase(name, pattern) for name in known)]
+    if unknown := [*unknown, *(name for name in watch.patch if name not in known)]:
+        raise ValueError(f"trace: expected names such as {known[0]} or layers.0.fc1.input (of patch whole ones), got "
+                         f"{unknown[0]!r}.")  # fmt: skip
+
+    @cache
+    def mask() -> Tensor:  # asked for in the pass, which has checked the shapes
+        T = given.shape[1]
+        found = causal_mask(attention_mask, 0, T, T, given.device)
+        return plain_causal_mask(0, T, T, given.device) if found is None else found
+
     handles = []
     try:
         for name, module in opt.named_modules():
@@ -167,7 +173,7 @@ class _Watch:
         return self.see(f"{name}.output", output)
 
 
-def _hooks_of_weights(watch: _Watch, name: str, attention: Any, mask: Tensor) -> list[Any]:
+def _hooks_of_weights(watch: _Watch, name: str, attention: Any, mask: Callable[[], Tensor]) -> list[Any]:
     """Hooks that compute a layer's attention weights, and put the heads' results anew if those are changed."""
     parts: dict[str, Tensor] = {}
 
@@ -176,7 +182,7 @@ def _hooks_of_weights(watch: _Watch, name: str, attention: Any, mask: Tensor) ->
 
     def weigh(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         q, k, v = parts["q"] * attention.head_dim**-0.5, parts["k"], parts["v"]
-        scores = (q @ k.mT).to(torch.promote_types(q.dtype, torch.float32)).masked_fill(~mask, -torch.inf)
+        scores = (q @ k.mT).to(torch.promote_types(q.dtype, torch.float32)).masked_fill(~mask(), -torch.inf)
         new = watch.see(name, scores.softmax(-1).to(q.dtype))
         return None if new is None else ((new @ v).transpose(1, 2).flatten(2),)
 
