@@ -307,8 +307,8 @@ class OPT(nn.Module):
             position_ids: ``[B, T]`` or ``[T]``, from 0 and below ``max_position_embeddings`` (not checked: reading
                 them would wait for a GPU); derived from ``attention_mask`` if ``None``.
             cache: filled tokens to go on from; the new ones are appended to it.
-            inputs_embeds: ``[B, T, E]`` in place of ``input_ids`` and of what ``embed_tokens`` gives for them: soft
-                prompts, or what another model has made of an image. Positions are added to them as to tokens.
+            inputs_embeds: floats ``[B, T, E]`` in place of ``input_ids`` and of their embeddings: soft prompts, or what
+                another model has made of an image. Positions are added to them as to tokens.
 
         Returns:
             ``[B, T, E]`` in the model's dtype, ready for ``head``. Rows of padding hold finite numbers without
@@ -326,7 +326,7 @@ class OPT(nn.Module):
         mask = attention_mask
         if not (isinstance(mask, Packed) or (mask is not None and mask.ndim == 4)):
             mask = causal_mask(mask, past, T, past + T, given.device)
-        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds.to(self.dtype)
         if self.project_in is not None:
             x = self.project_in(x)
         x = x + self.embed_positions(position_ids + POSITION_OFFSET)  # [B, T, C]

@@ -53,6 +53,15 @@ def test_a_pass_over_embeddings_is_transformers(pair: Pair) -> None:
     torch.testing.assert_close(torch.cat([first, rest], 1)[MASK.bool()], found[MASK.bool()], rtol=1e-10, atol=1e-10)
 
 
+@torch.no_grad()
+def test_embeddings_are_cast_to_the_models_dtype() -> None:
+    model = build_ours(lively("350m", torch.float32)).bfloat16()
+    embeds = embeds_of(model).float() + 1e-4
+    found = model(inputs_embeds=embeds)
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found, model(inputs_embeds=embeds.bfloat16()))
+
+
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=list(OPTIONS))
 def test_generation_from_embeddings_is_transformers(pair: Pair, options: dict[str, Any]) -> None:
     reference, ours = pair
