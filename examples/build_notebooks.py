@@ -193,7 +193,184 @@ for text in lm.generate(prompts, max_new_tokens=12, echo=True):
 """,
 ]
 
-NOTEBOOKS = {"quickstart": QUICKSTART, "decoding": DECODING}
+INSIDE = [
+    "# Look inside the model, change it, train it a little\n"
+    "\n"
+    "This notebook takes one attention head of the package's small model (4 layers of 4 heads, trained on old "
+    "novels). It shows what the head looks at, removes it, and measures what that changes. Then it trains a LoRA, "
+    "which needs peft (`pip install 'minopt[peft]'`), and compares the model before and after. "
+    "[docs/other_programs.md](../docs/other_programs.md) has the lines for other programs.",
+    """
+import matplotlib.pyplot as plt
+import torch
+
+import minopt
+
+lm = minopt.load(minopt.DEMO, optimize=False, device="cpu")  # the plain model: it can be traced and changed
+config = lm.model.config
+prompt = "He opened the door, and the two men looked at each"
+ids = torch.tensor([lm.tokenizer.encode(prompt)])
+seen = minopt.trace(lm, ids)
+print(seen)
+print("residual stream:", len(seen.residual), "tensors", list(seen.residual[0].shape))
+print("attention weights:", len(seen.attention), "tensors", list(seen.attention[0].shape))
+""",
+    "## Which head looks at the previous token?\n"
+    "\n"
+    "Each row of a head's weights says how much one token takes from each earlier one. The weights just below the "
+    "diagonal belong to the previous token. Their mean, for each head, in percent:",
+    """
+def previous(weights):  # [tokens, tokens]; the first rows have few tokens to choose from
+    return weights.diagonal(-1)[3:].mean().item()
+
+
+print("        " + "".join(f"  head {head}" for head in range(config.num_attention_heads)))
+for layer, weights in enumerate(seen.attention):
+    print(f"layer {layer} " + "".join(f"{previous(head):8.0%}" for head in weights[0]))
+""",
+    "In this sentence, head 2 of layer 3 (both counted from 0) looks at the previous token more than any other head"
+    " does. These are its weights. `</s>` is the token with which each text begins.",
+    """
+layer, head = 3, 2
+tokens = [lm.tokenizer.decode([i], skip_special_tokens=False) for i in ids[0].tolist()]
+labels = [token.replace(" ", "·") for token in tokens]  # a dot is a space
+
+figure, axes = plt.subplots(figsize=(6.4, 5.6), layout="constrained")
+image = axes.imshow(seen.attention[layer][0, head], cmap="Blues", vmin=0, vmax=1)
+axes.set_xticks(range(len(labels)), labels, rotation=60, ha="right", rotation_mode="anchor")
+axes.set_yticks(range(len(labels)), labels)
+axes.set_xlabel("the token that is looked at")
+axes.set_ylabel("the token that looks")
+axes.set_title(f"attention weights of layer {layer}, head {head}", fontsize=10, loc="left")
+figure.colorbar(image, ax=axes, shrink=0.7)
+plt.show()
+""",
+    "The picture says more than the mean does. *the* and *door* look at *opened*, *at* and *each* look at *looked*: "
+    "here the head finds the verb. Does the model need this to continue the sentence?",
+    "## Remove the head\n"
+    "\n"
+    "The input of `out_proj` holds the results of all heads side by side, `head_dim` numbers each. A patch sets "
+    "those of one head to zero. The weights of the model stay as they are.",
+    """
+def without(layer, head):
+    def cut(results):  # [batch, tokens, heads x head_dim]
+        results[..., head * config.head_dim : (head + 1) * config.head_dim] = 0
+        return results
+
+    return minopt.trace(lm, ids, names=[], patch={f"layers.{layer}.self_attn.out_proj.input": cut})
+
+
+whole = seen.logits[0, -1].softmax(-1)
+patched = without(layer, head).logits[0, -1].softmax(-1)
+shown = [*dict.fromkeys([*whole.topk(6).indices.tolist(), *patched.topk(6).indices.tolist()])]
+
+figure, axes = plt.subplots(figsize=(6.4, 3.8), layout="constrained")
+rows = torch.arange(len(shown))
+for shift, values, color, label in (
+    (-0.2, whole, "#3b6ea5", "whole model"),
+    (0.2, patched, "#c4622d", "head removed"),
+):
+    bars = axes.barh(rows + shift, values[shown], height=0.38, color=color, label=label)
+    axes.bar_label(bars, fmt="{:.1%}", padding=3, fontsize=8)
+axes.set_yticks(rows, [repr(lm.tokenizer.decode([i])) for i in shown])
+axes.invert_yaxis()
+axes.margins(x=0.12)
+axes.xaxis.set_major_formatter(lambda x, _: f"{x:.0%}")
+axes.set_xlabel("probability of the next token")
+axes.set_title("… the two men looked at each", fontsize=10, loc="left")
+axes.legend(frameon=False, fontsize=9)
+axes.spines[["top", "right"]].set_visible(False)
+plt.show()
+""",
+    "Without the head, *other* becomes half as probable, and *of* three times as probable: the model makes less "
+    "of the words before *each*. As a control, here is the probability of *other* with each of the 16 heads "
+    "removed in turn.",
+    """
+other = lm.tokenizer.encode(" other", add_bos=False)[0]
+print(f"whole model: {whole[other]:.0%}. With one head removed:")
+print("        " + "".join(f"  head {head}" for head in range(config.num_attention_heads)))
+for layer in range(config.num_hidden_layers):
+    values = [without(layer, head).logits[0, -1].softmax(-1)[other] for head in range(config.num_attention_heads)]
+    print(f"layer {layer} " + "".join(f"{value:8.0%}" for value in values))
+""",
+    "In layer 3 this head matters most, in layers 0 and 2 no head matters as much. Heads 0 and 1 of layer 1 matter "
+    "more, but all later layers read what they write. So the table says which heads the model needs here, and not "
+    "what each is for.",
+    "## Train a LoRA\n"
+    "\n"
+    "Twelve lines of a ship's log are the training data. Four other lines are held out. They measure the model "
+    "before and after.",
+    """
+import json
+import math
+import tempfile
+from pathlib import Path
+
+log = '''
+Monday, 3 March. Wind south-west, fresh. Course north by east. Sailed 112 miles. All well on board.
+Tuesday, 4 March. Wind south-west, strong. Course north by east. Sailed 131 miles. Two sails torn.
+Wednesday, 5 March. Wind west, a gale. Hove to all night. Sailed 40 miles. One man hurt.
+Thursday, 6 March. Wind west, less. Course north. Sailed 87 miles. Sails mended.
+Friday, 7 March. Wind north-west, light. Course north by east. Sailed 65 miles. All well on board.
+Saturday, 8 March. No wind. Fog all day. Sailed 9 miles. Rang the bell.
+Monday, 10 March. Wind south, fresh. Course north-east. Sailed 120 miles. Saw a ship to the east.
+Tuesday, 11 March. Wind south, fresh. Course north-east. Sailed 126 miles. All well on board.
+Wednesday, 12 March. Wind south-east, light. Course north. Sailed 58 miles. Rain all night.
+Friday, 14 March. Wind east, strong. Course north by west. Sailed 98 miles. One sail torn.
+Saturday, 15 March. Wind east, fresh. Course north. Sailed 104 miles. Saw land to the north.
+Sunday, 16 March. Wind south-east, light. Came to anchor in the bay. All well on board.
+'''.strip().split("\\n")
+held_out = [
+    "Sunday, 9 March. Wind south, light. Course north-east. Sailed 61 miles. Fog at night.",
+    "Thursday, 13 March. Wind south-east, strong. Course north. Sailed 117 miles. All well on board.",
+    "Monday, 17 March. Wind west, fresh. Left the bay. Course south by west. Sailed 76 miles.",
+    "Tuesday, 18 March. Wind north-west, a gale. Course south. Sailed 134 miles. One sail torn.",
+]
+novel = "The old man sat down by the fire, and his wife looked out of the window at the dark street."
+
+scratch = tempfile.TemporaryDirectory()  # removed at the end
+folder = Path(scratch.name)
+lines = [json.dumps({"prompt": "", "completion": line}) for line in log]
+_ = (folder / "log.jsonl").write_text("\\n".join(lines))
+""",
+    "`minopt finetune` is a command. This cell runs it, and keeps its progress in a file. The weights of the model "
+    "do not change: only adapters of rank 8 beside `q_proj` and `v_proj` are trained and written, as peft has them.",
+    """
+import sys
+
+!{sys.executable} -m minopt finetune --model {minopt.DEMO} --train-file {folder}/log.jsonl --output-dir {folder}/lora \\
+  --lora-rank 8 --learning-rate 2e-3 --max-steps 60 --per-device-train-batch-size 4 --logging-steps 20 \\
+  --keep-last 0 --device cpu 2> {folder}/progress.txt
+
+for line in (folder / "lora" / "metrics.jsonl").read_text().splitlines():
+    print("step {step}: loss {loss:.1f}".format(**json.loads(line)))
+print(*sorted(path.name for path in (folder / "lora").glob("[!.]*")), sep="\\n")
+""",
+    "## Load the adapter, and evaluate\n"
+    "\n"
+    "`adapter=` merges the LoRA while the model is read. Perplexity is a mean over tokens; lower is better.",
+    """
+trained = minopt.load(minopt.DEMO, adapter=folder / "lora", optimize=False, device="cpu")
+
+
+def perplexity(model, texts):
+    scored = model.score(texts)
+    return math.exp(-sum(text.total for text in scored) / sum(len(text.logprobs) for text in scored))
+
+
+for name, texts in (("training lines", log), ("held-out lines", held_out), ("a line of a novel", [novel])):
+    print(f"{name:17}  before {perplexity(lm, texts):3.0f}  after {perplexity(trained, texts):3.0f}")
+
+before, after = (math.exp(model.score("Wednesday, 19 March.", [" Wind"])[0].total) for model in (lm, trained))
+print(f'" Wind" follows the date with a probability of {before:.2%} before, {after:.0%} after')
+""",
+    "Lines of the log that were not in the training data have become about as probable as those that were. The line"
+    " of a novel has become less probable: the adapter learned the log and lost some of the novels. Fewer steps or "
+    "a lower learning rate lose less. `lm` is still the model as it was, and `minopt convert --adapter` would write"
+    " the merged model.",
+]
+
+NOTEBOOKS = {"quickstart": QUICKSTART, "decoding": DECODING, "inside": INSIDE}
 
 
 def main() -> None:

@@ -26,9 +26,9 @@ def run(*arguments: object) -> str:
     return result.stdout
 
 
-@pytest.mark.parametrize("name", ["quickstart", "decoding"])
+@pytest.mark.parametrize(("name", "count"), [("quickstart", 1), ("decoding", 1), ("inside", 2)])
 def test_a_notebook_runs_from_top_to_bottom_and_shows_what_is_stored(
-    name: str, monkeypatch: pytest.MonkeyPatch
+    name: str, count: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     stored = nbformat.read(EXAMPLES / f"{name}.ipynb", as_version=4)
@@ -40,7 +40,7 @@ def test_a_notebook_runs_from_top_to_bottom_and_shows_what_is_stored(
 
     assert outputs(fresh) == outputs(stored)
     pictures = [o for cell in stored.cells for o in cell.get("outputs", []) if "image/png" in o.get("data", {})]
-    assert len(pictures) == 1
+    assert len(pictures) == count
 
 
 def test_the_notebooks_are_those_that_their_builder_writes() -> None:

@@ -85,7 +85,20 @@ def test_figures_in_sentences_are_those_of_the_results() -> None:
     assert f"{loss['chunks']['seconds']:.1f} s instead of {loss['whole']['seconds']:.1f} s" in text
     ratios = [step["ratio"] for step in newest("decoding")["steps"]
               if step["strategy"] == "beams" and step["prompt"] == 1400]  # fmt: skip
-    assert f"{min(ratios):.0f} to {int(max(ratios))} times as fast" in " ".join(README.split())
+    readme = " ".join(README.split())
+    assert f"{min(ratios):.0f} to {int(max(ratios))} times as fast" in readme
+    peak = {row["way"]: row["opt-1.3b"] / 1e9 for row in newest("methods", "epyc2")["peak_bytes"]}
+    assert (
+        f"LoRA takes {peak['LoRA, bfloat16']:.1f} GB. Training all weights takes {peak['all weights']:.0f} GB" in readme
+    )
+    seconds = [case["cpu_seconds"] for case in newest("lm_eval", "epyc2")["cases"]]
+    times = [min(case["hf, batch_size 1"], case["hf, batch_size 8"]) / case["minopt"] for case in seconds]
+    assert f"tasks run {min(times):.1f} to {max(times):.1f} times as fast" in readme
+    gptq, nearest, floats = (
+        newest("gptq", "epyc2")["perplexity"][way]["the-time-machine"]
+        for way in ("int4, GPTQ, 128", "int4, nearest, 128", "float32")
+    )
+    assert f"perplexity of {gptq:.1f}, rounded to nearest {nearest:.1f}, in float32 {floats:.1f}" in readme
 
 
 def test_results_hold_what_the_docs_say_of_them() -> None:
