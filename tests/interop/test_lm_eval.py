@@ -5,11 +5,14 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import runpy
+import socket
 import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import huggingface_hub
 import pytest
@@ -232,6 +235,7 @@ def test_two_processes_share_the_examples(tasks: Path) -> None:
     ("--task lm_eval:nonsense,choice --include-path {tasks}", "task: lm-evaluation-harness has no task nonsense."),
     ("--task lm_eval: --include-path {tasks}", "lm-evaluation-harness has no task "),
     ("--task lm_eval:far --include-path {tasks}", "the data of far cannot be downloaded ("),
+    ("--task lm_eval:choice --include-path {tasks}/no", "--include-path: expected a folder of tasks, there is none ("),
     ("--task perplexity --limit 3", "--limit: goes with --task lm_eval:..., got --task perplexity. Leave it out."),
     ("--task lm_eval:choice --window 3", "--window: goes with --task perplexity, got --task lm_eval:choice. Leave"),
     ("--task lm_eval:choice --limit 0", "--limit: expected an integer of at least 1, got 0."),
@@ -275,3 +279,20 @@ def test_without_the_harness_the_line_that_installs_it_is_said(
     assert (
         "lm_eval: expected to find it, it is not installed. pip install 'minopt[lm-eval]'." in capsys.readouterr().err
     )
+    monkeypatch.delitem(sys.modules, "minopt.interop.lm_eval", raising=False)
+    with pytest.raises(SystemExit, match=r"^minopt: error: lm_eval: expected to find it, it is not installed\."):
+        runpy.run_module("minopt.interop.lm_eval", run_name="__main__")
+
+
+def test_without_a_network_nothing_is_tried_again_and_again(
+    tasks: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(interop, "getproxies", dict)
+    unknown = mock.Mock(side_effect=socket.gaierror(-2, "Name or service not known"))
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    words = ["evaluate", "--model", minopt.DEMO, "--device", "cpu", "--include-path", str(tasks), "--task"]
+    assert main([*words, "lm_eval:far"]) == 2
+    assert "the data of far cannot be downloaded (" in capsys.readouterr().err
+    assert unknown.call_count == 1
+    assert not huggingface_hub.constants.HF_HUB_OFFLINE

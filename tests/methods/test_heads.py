@@ -166,6 +166,14 @@ def test_a_new_classifier_shares_its_decoder_and_trains(tmp_path: Path) -> None:
     assert (config.num_labels, config.problem_type) == (1, None)
 
 
+def test_a_new_head_does_not_inherit_what_was_said_of_an_old_one(tmp_path: Path) -> None:
+    lm = minopt.load(minopt.DEMO, device="cpu", optimize=False)
+    SequenceClassifier(lm, 3, "single_label_classification").save(tmp_path / "old")
+    decoder = minopt.load(tmp_path / "old", ignore=["score.*"], device="cpu", optimize=False)
+    SequenceClassifier(decoder, 1).save(tmp_path / "new")
+    assert len(SequenceClassifier.load(tmp_path / "new", device="cpu").rewards(["one"])) == 1
+
+
 def test_starts_and_ends_of_answers_are_scored_as_by_transformers(kind: str, tmp_path: Path) -> None:
     theirs = reference_of(kind, "OPTForQuestionAnswering")
     ours = QuestionAnswering.load(write(tmp_path / "m", theirs), device="cpu")

@@ -10,6 +10,7 @@ from unittest import mock
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from minopt import convert, load_model
 from minopt.cli import main
@@ -50,6 +51,19 @@ def test_the_smoothed_model_is_the_same_function_in_floats() -> None:
     assert (model.layers[0].fc1.weight / before - 1).abs().max() > 1
     model.layers[1].final_layer_norm.bias *= 1.5  # what has not been divided is another function
     assert not torch.allclose(model(IDS), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_norms_keep_their_own_dtype(tmp_path: Path) -> None:
+    """A model in float16 with norms in float32, as some training programs write it."""
+    write_model(tmp_path / "float")
+    path = tmp_path / "float" / "model.safetensors"
+    mixed = {key: t if "norm" in key else t.half() for key, t in load_file(path).items()}
+    save_file(mixed, path, metadata={"format": "pt"})
+    convert(tmp_path / "float", tmp_path / "new", quantize="int8", smooth=0.5, calibration=README, device="cpu")
+    written = load_file(tmp_path / "new" / "model.safetensors")
+    assert {written[key].dtype for key in mixed if "norm" in key} == {torch.float32}
+    expected, found = (load_model(tmp_path / name, dtype="float32", device="cpu")(IDS) for name in ("float", "new"))
+    assert (found - expected).norm() < 0.1 * expected.norm()
 
 
 @pytest.mark.parametrize("strength", [0.5, 0.8])

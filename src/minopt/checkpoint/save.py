@@ -158,7 +158,9 @@ def _write_file(path: Path, shown: Mapping[str, Tensor], numbers: Iterator[Tenso
         data = file.tell()
         for key in shown:
             file.seek(data + header[key]["data_offsets"][0])
-            file.write(next(numbers).contiguous().cpu().view(-1).view(torch.uint8).numpy().data)
+            part = next(numbers)
+            assert (part.dtype, part.shape) == (shown[key].dtype, shown[key].shape), key
+            file.write(part.contiguous().cpu().view(-1).view(torch.uint8).numpy().data)
 
 
 def named_tensors(model: OPT) -> dict[str, Tensor]:

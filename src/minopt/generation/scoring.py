@@ -137,15 +137,17 @@ def _check(
     model: Decoder, rows: Sequence[Sequence[int]], starts: Sequence[int], most_unread: int, embeds: Tensor | None = None
 ) -> None:
     config = decoder_of(model).config
-    limit, V, E = config.max_position_embeddings, config.vocab_size, config.embed_dim
+    most, V, E, behind = config.max_position_embeddings, config.vocab_size, config.embed_dim, ""
+    limit = most
     if embeds is not None:
         if embeds.ndim != 2 or embeds.shape[1] != E or len(embeds) == 0 or not embeds.is_floating_point():
             shape = f"{list(embeds.shape)} of {embeds.dtype}"
             raise ValueError(f"inputs_embeds: expected floats [tokens, {E}], got {shape}.")
-        limit -= len(embeds)
+        limit, behind = limit - len(embeds), f" behind {len(embeds)} embeddings"
     for row, start in zip(rows, starts, strict=True):
         if len(row) > limit + most_unread:
-            raise ValueError(f"text: {len(row)} tokens, the model has {limit} positions. Shorten it, or cut it in two.")
+            raise ValueError(f"text: {len(row)} tokens{behind}, the model has {most} positions. Shorten "
+                             "it, or cut it in two.")  # fmt: skip
         if not 1 <= start <= len(row):
             raise ValueError(f"starts: expected 1 to the row's {len(row)} tokens, got {start}.")
         if (least := min(row)) < 0 or max(row) >= V:

@@ -8,11 +8,16 @@ Prompts, their truncation and the ends of texts are those of the harness' model 
 from __future__ import annotations
 
 import json
+import socket
+import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import torch
 import torch.distributed as dist
@@ -21,6 +26,7 @@ from torch import Tensor
 import minopt
 from minopt.checkpoint.errors import first_line, some
 from minopt.distributed import World, processes
+from minopt.errors import is_users
 from minopt.generation.batches import cut_batches
 from minopt.generation.decode import generate
 from minopt.generation.options import with_defaults
@@ -32,7 +38,12 @@ from minopt.stops import Pieces, StopStrings
 from minopt.text import LanguageModel
 from minopt.tokenizer import pad_left
 
-harness = need("lm_eval", "lm-eval")
+try:
+    harness = need("lm_eval", "lm-eval")
+except ValueError as missing:
+    if __name__ == "__main__":
+        sys.exit(f"minopt: error: {missing}")
+    raise
 api, registry, models, tasks, utils = (
     import_module(f"lm_eval.{name}") for name in ("api.model", "api.registry", "models.utils", "tasks", "utils")
 )
@@ -210,7 +221,10 @@ def evaluate(lm: LanguageModel, names: str, include_path: str | None, **options:
         raise ValueError(f"task: lm-evaluation-harness has no task {some(unknown)}. lm_eval ls tasks lists them; those "
                          "of your own need include_path, their folder.")  # fmt: skip
     try:
-        found = harness.simple_evaluate(MinoptLM(lm), tasks=asked, task_manager=manager, log_samples=False, **options)
+        with _cached_data_alone_if_offline():
+            found = harness.simple_evaluate(
+                MinoptLM(lm), tasks=asked, task_manager=manager, log_samples=False, **options
+            )
     except OSError as error:
         raise ConnectionError(f"task: the data of {names} cannot be downloaded ({first_line(error)}). Run it once with "
                               "internet: the cache of Hugging Face's datasets keeps it.") from None  # fmt: skip
@@ -221,10 +235,32 @@ def evaluate(lm: LanguageModel, names: str, include_path: str | None, **options:
                      for metric, value in metrics.items() if isinstance(value, float)}  # fmt: skip
 
 
+@contextmanager
+def _cached_data_alone_if_offline() -> Iterator[None]:
+    """Where not even the hub's name is found, no download is tried: its client would try for half a minute."""
+    hub: Any = import_module("huggingface_hub.constants")
+    data: Any = import_module("datasets.config")
+    was = hub.HF_HUB_OFFLINE, data.HF_HUB_OFFLINE
+    try:
+        if not getproxies():  # which find names themselves
+            socket.getaddrinfo(urlsplit(hub.ENDPOINT).hostname, 443)
+    except OSError:
+        hub.HF_HUB_OFFLINE = data.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        hub.HF_HUB_OFFLINE, data.HF_HUB_OFFLINE = was
+
+
 def main() -> None:
     """The harness' own command, which then knows minopt; under torchrun the processes share the examples."""
-    with processes(None):
-        import_module("lm_eval.__main__").cli_evaluate()
+    try:
+        with processes(None):
+            import_module("lm_eval.__main__").cli_evaluate()
+    except Exception as error:
+        if not is_users(error):
+            raise
+        sys.exit(f"minopt: error: {error}")
 
 
 if __name__ == "__main__":

@@ -71,9 +71,11 @@ class Walk:
         return ends
 
     def layer(self, index: int) -> DecoderLayer:
-        """A layer with its weights, in the place of the one before."""
+        """A layer with its weights, in the place of the one before; ``sources`` are where they come from."""
+        self.sources = {name: self.checkpoint.tensors[f"layers.{index}.{name}"]
+                        for name, _ in self._layer.named_parameters()}  # fmt: skip
         for name, parameter in self._layer.named_parameters():
-            parameter.copy_(self.checkpoint.tensors[f"layers.{index}.{name}"].read(torch.float32))
+            parameter.copy_(self.sources[name].read(torch.float32))
         return self._layer
 
     def perplexities(self) -> tuple[float, float]:

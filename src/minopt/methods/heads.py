@@ -283,5 +283,6 @@ def labels_of(config: OPTConfig, where: object) -> tuple[str, ...]:
 def label_settings(labels: Sequence[str], problem_type: str | None) -> dict[str, Any]:
     """What config.json says of labels, as transformers writes it."""
     numbered = {str(i): name for i, name in enumerate(labels)}
-    found: dict[str, Any] = {"id2label": numbered, "label2id": {name: i for i, name in enumerate(labels)}}
-    return found | ({"problem_type": problem_type} if problem_type else {})
+    ids = {name: i for i, name in enumerate(labels)}
+    # The last even if None: in its place may stand that of the classifier from which the decoder comes.
+    return {"id2label": numbered, "label2id": ids, "problem_type": problem_type}

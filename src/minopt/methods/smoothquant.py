@@ -62,8 +62,9 @@ def _change(walk: Walk, layer: DecoderLayer, strength: float, rounding: Rounding
     for norm, names in _NORMS:
         fold(layer, norm, names, largest[names[0]], strength)
         for part, parameter in layer.get_submodule(norm).named_parameters():
-            made[f"{norm}.{part}"] = (parameter.to(rounding.dtype or rounding.main, copy=True),)
-            parameter.copy_(made[f"{norm}.{part}"][0])
+            name = f"{norm}.{part}"
+            made[name] = (parameter.to(rounding.dtype or walk.sources[name].dtype, copy=True),)
+            parameter.copy_(made[name][0])
     every = sum(INPUTS, ())
     for name in every:
         weight = layer.get_submodule(name).get_parameter("weight")
