@@ -143,7 +143,7 @@ def test_wrong_embeddings_are_told() -> None:
         (lambda: generate(model, inputs_embeds=embeds, prompt_lookup_num_tokens=2), "prompt_lookup_num_tokens: copies"),
         (lambda: generate(model, inputs_embeds=embeds, max_new_tokens=60), "prompt: 5 tokens + max_new_tokens 60 = 65"),
         (lambda: token_logprobs(model, [[1, 2]], [1], embeds), "inputs_embeds: expected floats [tokens, 16], got"),
-        (lambda: token_logprobs(model, [[1] * 63], [1], embeds[0]), "text: 63 tokens, the model has 59 positions."),
+        (lambda: token_logprobs(model, [[1] * 63], [1], embeds[0]), "text: 63 tokens behind 5 embeddings, the model"),
     ]  # fmt: skip
     for wrong, message in cases:
         with pytest.raises(ValueError, match="^" + re.escape(message)):
