@@ -5,6 +5,8 @@ Shapes: B batch, T tokens this call, S capacity or filled length, H heads, D hea
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -65,6 +67,10 @@ class KVCache:
         cache.keys, cache.values, cache.length, cache.slots = keys, values, 0, slots
         cache.window = cache.capacity if window is None else window
         return cache
+
+    def __getstate__(self) -> dict[str, Any]:
+        tensors = {"keys": [t.detach() for t in self.keys], "values": [t.detach() for t in self.values]}
+        return {**self.__dict__, **tensors}  # copied without the graph of gradients, which cannot be
 
     def __repr__(self) -> str:
         kind = f"{self.keys[0].dtype}, {self.keys[0].device}"

@@ -82,6 +82,11 @@ class Embedding(nn.Embedding):
                 f"model: expected weights with numbers, got some on the meta device under input on {x.device}. Load "
                 "the model with minopt.load, whose option offload keeps weights elsewhere."
             )
+        if hasattr(self.weight, "full_tensor") and not hasattr(x, "full_tensor"):
+            raise ValueError(
+                "model: expected whole weights, got FSDP's shards outside of the model's own call. Call model(...), or "
+                "first model.unshard()."
+            )
         return F.linear(x, self.weight) if x.is_floating_point() else super().forward(x)
 
 
@@ -344,8 +349,15 @@ class OPT(nn.Module):
         """Logits ``[..., V]`` of hidden states ``[..., E]``: the product with the token table."""
         if isinstance(self.embed_tokens, Embedding):
             # Not called as a module: its hooks expect embeddings as the result. Programs that keep weights elsewhere
-            # (accelerate) replace forward itself, and fetch the table in it.
-            return self.embed_tokens.forward(h)
+            # (accelerate) replace forward itself, and fetch the table in it. FSDP2 has sharded it again.
+            table: Any = self.embed_tokens
+            is_sharded = hasattr(table, "unshard")
+            if is_sharded:
+                table.unshard()
+            logits: Tensor = table.forward(h)
+            if is_sharded and not torch.is_grad_enabled():  # else the backward pass needs it, and shards it then
+                table.reshard()
+            return logits
         return F.linear(h, self.embed_tokens.weight)  # an adapter is in its place, and acts on embeddings alone
 
     def new_cache(self, batch_size: int, capacity: int) -> KVCache:

@@ -7,12 +7,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
+from html import escape
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, overload
 
 import torch
 
+from minopt.checkpoint.names import parameter_shapes
 from minopt.checkpoint.save import save_model
 from minopt.evaluation.perplexity import window_perplexity
 from minopt.generation.batches import cut_batches
@@ -68,6 +70,22 @@ class LanguageModel:
         kind, config = type(self.decoder).__name__, self.decoder.config
         size = f"{config.num_hidden_layers} layers, hidden size {config.hidden_size}, vocabulary of {config.vocab_size}"
         return f"LanguageModel({kind} of {size}, on {self.decoder.device}; tokenizer: {self.tokenizer!r})"
+
+    def _repr_html_(self) -> str:
+        """A table for notebooks; without colours, which are the theme's."""
+        config = self.decoder.config
+        rows = {
+            "form": type(self.decoder).__name__,
+            "layers": config.num_hidden_layers,
+            "hidden size": config.hidden_size,
+            "vocabulary": f"{config.vocab_size:,}",
+            "parameters": f"{sum(map(math.prod, parameter_shapes(config).values())):,}",
+            "dtype": str(self.decoder.dtype).removeprefix("torch."),
+            "device": self.decoder.device,
+            "tokenizer": repr(self.tokenizer),
+        }
+        cells = (f"<tr><th>{name}</th><td>{escape(str(value))}</td></tr>" for name, value in rows.items())
+        return f"<table><caption>LanguageModel</caption>{''.join(cells)}</table>"
 
     @property
     def model(self) -> OPT:

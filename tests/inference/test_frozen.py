@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save as to_safetensors
@@ -72,6 +73,24 @@ REFUSED: dict[str, Callable[[Any], Any]] = {
     "another module": lambda m: setattr(m, "embed_tokens", nn.Embedding(9, 9)),
     "add_module": lambda m: m.add_module("embed_tokens", nn.Embedding(9, 9)),
     "another layer": lambda m: setattr(m.layers[0], "fc1", nn.Linear(9, 9)),
+    "made contiguous": each(lambda p: p.contiguous().mul_(0)),
+    "unsafe_split": each(lambda p: torch.unsafe_split(p, 1)[0].zero_()),
+    "apply_": each(lambda p: p.apply_(lambda x: 0)),
+    "DLPack": each(torch.from_dlpack),
+    "grad =": each(lambda p: setattr(p, "grad", torch.ones_like(p))),
+    "a perturbation": lambda m: [p.data.add_(torch.randn(p.shape)) for _, p in m.named_parameters()],
+    "add_ without gradients": torch.no_grad()(each(lambda p: p.add_(1))),
+    "foreach add": lambda m: torch._foreach_add_(list(m.parameters()), 1),
+    "the state dict": lambda m: [t.copy_(torch.zeros_like(t)) for t in m.state_dict().values()],
+    "a wrapper's state dict": lambda m: [t.mul_(0.5) for t in nn.Sequential(m).state_dict().values()],
+    "one vector": lambda m: nn.utils.vector_to_parameters(torch.zeros(10**7), m.parameters()),
+    "no weight": lambda m: setattr(m.embed_tokens, "weight", None),
+    "no module": lambda m: setattr(m, "embed_tokens", None),
+    "del": lambda m: delattr(m, "embed_tokens"),
+    "del of a weight": lambda m: delattr(m.embed_tokens, "weight"),
+    "pruning everywhere": lambda m: prune.global_unstructured(
+        [(m.embed_tokens, "weight"), (m.embed_positions, "weight")], prune.L1Unstructured, amount=0.5
+    ),
     "copies on GPUs": lambda m: m._replicate_for_data_parallel(),
 }
 HAS_NOT: dict[str, Callable[[Any], Any]] = {
@@ -102,12 +121,27 @@ HARMLESS: dict[str, Callable[[Any], Any]] = {
 
 @pytest.mark.parametrize("what", REFUSED)
 def test_what_would_change_it_is_refused_in_one_line(what: str, model: OPT) -> None:
-    before, logits = model.state_dict(), model(IDS)
+    before, logits = copy.deepcopy(model.state_dict()), model(IDS)
     with pytest.raises(ValueError, match=r"^model: made for inference, .*minopt\.load\(\.\.\., optimize=False\)\.$"):
         REFUSED[what](model)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert torch.equal(model(IDS), logits)
     assert not model.training
+
+
+@pytest.mark.parametrize("array", [np.asarray, lambda p: p.numpy(), lambda p: p.detach().cpu().numpy()])
+def test_arrays_of_weights_are_read_only(array: Callable[[Tensor], Any]) -> None:
+    for weight in minopt.load(minopt.DEMO, device="cpu").model.parameters():
+        with pytest.raises(ValueError, match="read-only"):
+            array(weight)[...] = 0
+
+
+def test_a_saved_state_dict_holds_each_weight_alone(model: OPT) -> None:
+    torch.save(state := model.state_dict(), file := io.BytesIO())
+    assert file.tell() < 1.1 * sum(tensor.nbytes for tensor in state.values())
+    file.seek(0)
+    again = torch.load(file)
+    assert all(type(again[name]) is Tensor and torch.equal(again[name], tensor) for name, tensor in state.items())
 
 
 @pytest.mark.parametrize("what", HAS_NOT)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from minopt import int4, int8
 from minopt.atomic import replacing
@@ -67,12 +68,14 @@ def save_model(
     Raises:
         FileExistsError: if ``folder`` holds something and ``force`` is not given; if it is a file, a mount point or the
             current folder, or holds something other than a model.
-        ValueError: if the model was changed: wrapped, parametrised, layers shared.
+        ValueError: if the model was changed: wrapped, parametrised, layers shared; sharded, or quantised by torchao.
         OSError: if it cannot be written.
     """
     folder, model = Path(folder).expanduser(), decoder_of(model)
     check_destination(folder, force)
     tensors = named_tensors(model) | dict(head.tensors if head else {})
+    if numbers is None:
+        _check_plain(tensors)
     with replacing_model(folder, TOKENIZER_FILES if tokenizer else ()) as new:
         write_safetensors(new, tensors, numbers or iter(tensors.values()), max_shard_bytes)
         if tokenizer is not None:
@@ -172,6 +175,19 @@ def named_tensors(model: OPT) -> dict[str, Tensor]:
     if wrong := sorted(parameters.keys() ^ expected):
         raise ValueError(f"model: expected an OPT's own parameters, these differ: {some(wrong)}. Merge or unwrap it.")
     return {to_hf(name): parameter.detach() for name, parameter in parameters.items()}
+
+
+def _check_plain(tensors: Mapping[str, Tensor]) -> None:
+    """Refuses tensors that are no plain numbers: another program's quantised ones, or shards."""
+    for key, tensor in tensors.items():
+        if is_traceable_wrapper_subclass(tensor):
+            what = "Save the model before it is quantised; minopt.convert(..., quantize=...) writes quantised ones."
+            if hasattr(tensor, "full_tensor"):
+                what = (
+                    "Gather them on all ranks: torch.distributed.checkpoint.state_dict.get_model_state_dict(model, "
+                    "options=StateDictOptions(full_state_dict=True)); load that into a minopt.OPT on rank 0 to save."
+                )
+            raise ValueError(f"model: expected plain tensors, got {type(tensor).__name__} ({key}). {what}")
 
 
 def check_destination(folder: Path, force: bool) -> None:

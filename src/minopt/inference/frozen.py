@@ -19,9 +19,11 @@ from minopt.model import OPT
 
 # Calls of Python's interface that need a weight's numbers, or their address, without an operator being run.
 _ADDRESSES = (Tensor.data_ptr, Tensor.untyped_storage, Tensor.storage)
-_READS = (Tensor.numpy, Tensor.__array__, Tensor.tolist, Tensor.contiguous, Tensor.__repr__, Tensor.__reduce_ex__,
-          Tensor.__deepcopy__, *_ADDRESSES)  # fmt: skip
-_SET_DATA, _SET_GRADIENTS = Tensor.data.__set__, (Tensor.requires_grad.__set__, Tensor.requires_grad_)  # type: ignore[attr-defined]
+_ARRAYS = (Tensor.numpy, Tensor.__array__)
+_READS = (*_ARRAYS, Tensor.tolist, Tensor.__repr__, Tensor.__reduce_ex__, Tensor.__deepcopy__, *_ADDRESSES)
+# These write, or let others write, to a weight without an operator being run.
+_WRITES = (Tensor.data.__set__, Tensor.apply_, Tensor.__dlpack__)  # type: ignore[attr-defined]
+_SET_GRADIENTS = (Tensor.requires_grad.__set__, Tensor.requires_grad_, Tensor.grad.__set__)  # type: ignore[attr-defined, union-attr]
 _IS_LEAF = Tensor.is_leaf.__get__  # type: ignore[attr-defined]  # optimizers ask for it
 
 
@@ -50,17 +52,26 @@ class Weight(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Calls of Python's interface."""
-        if func == _IS_LEAF or (func in _SET_GRADIENTS and all([*args[1:], *(kwargs or {}).values()])):
+        if func == _IS_LEAF or (
+            func in _SET_GRADIENTS and not any(v is None or v is False for v in (*args[1:], *(kwargs or {}).values()))
+        ):
             refuse("its weights cannot be trained")
-        if func == _SET_DATA:
+        if func in _WRITES:
             refuse("its weights cannot be changed")
         with torch._C.DisableTorchFunctionSubclass():
             if func in _READS:
-                whole = args[0].read()
+                whole = args[0].read().contiguous()
                 if func in _ADDRESSES:  # an address has to hold as long as the weight does
                     args[0].read = lambda: whole
+                if func == Tensor.__deepcopy__:  # whose memo is by addresses, which are reused here
+                    return whole.clone()
+                if func == Tensor.__reduce_ex__:  # torch.save writes all memory that a view is of
+                    whole = whole.clone()
                 args = (whole, *args[1:])
-            return func(*args, **(kwargs or {}))
+            result = func(*args, **(kwargs or {}))
+            if func in _ARRAYS:
+                result.flags.writeable = False
+            return result
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
@@ -73,7 +84,8 @@ class Weight(Tensor):
             return Weight(args[0].read, args[0])
         args, kwargs = tree_map_only(Weight, lambda weight: weight.read(), (args, kwargs or {}))
         result = func(*args, **kwargs)
-        if any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns):
+        views = (r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
+        if any(views) or "unsafe" in func.__name__:  # unsafe_split gives views, and does not say so
             return tree_map_only(Tensor, lambda view: Weight(lambda: view, view), result)
         return result
 
@@ -111,9 +123,15 @@ class Frozen(nn.Module):
         refuse("it cannot be copied to several GPUs")
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if self._like is not None and isinstance(value, (Tensor, nn.Module)):
+        now = getattr(self, name, None) if value is None else value
+        if self._like is not None and isinstance(now, (Tensor, nn.Module)):
             refuse(f"its {name!r} cannot be set")
         super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        if isinstance(getattr(self, name, None), (Tensor, nn.Module)):
+            refuse(f"its {name!r} cannot be removed")
+        super().__delattr__(name)
 
     # Pruning and parametrisations call these.
     add_module = register_parameter = register_buffer = __setattr__  # type: ignore[assignment]
@@ -234,5 +252,4 @@ class InferenceOPT(Frozen, OPT):
         return dict(self.named_parameters())[target]
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        """Copies all weights, which takes as much memory as a second model."""
-        destination.update({prefix + name: weight.clone() for name, weight in self.named_parameters()})
+        destination.update({prefix + name: weight for name, weight in self.named_parameters()})
