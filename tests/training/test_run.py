@@ -359,14 +359,17 @@ def test_overwriting_begins_anew_and_keeps_what_is_no_runs(runs: Runs, found: st
         shutil.rmtree(mine)
         shutil.copytree(runs.model, mine)
     (mine / "model-00001-of-00002.safetensors").write_text("of another model")
-    (mine / "notes.txt").write_text("precious")
+    precious = [mine / name for name in ("notes.txt", "pairs.jsonl", "ds_config.json", "my_model.safetensors")]
+    for path in precious:
+        path.write_text("precious")
     changes = {"seed": 1} if found == "other run" else {}
     ended = runs("mine", overwrite_output_dir="true", **(SETTINGS | changes))
     assert ended.code == 0, ended.said
     assert "going on" not in ended.said[0]
-    assert (mine / "notes.txt").read_text() == "precious"
+    assert [path.read_text() for path in precious] == ["precious"] * 4
     assert not [*mine.glob("before-*"), *mine.glob("model-*")]
-    (mine / "notes.txt").unlink()
+    for path in precious:
+        path.unlink()
     if found == "other run":
         assert runs.weights("mine") != runs.weights("whole")
     else:

@@ -43,6 +43,8 @@ SETTINGS, METRICS, PREDICTIONS, CHECKPOINTS, BEST = (
     "run.json", "metrics.jsonl", "predictions.json", "checkpoints", "best"
 )  # fmt: skip
 MODEL = ".model.saving"  # where the model is written before it takes its place in the run's folder
+# What a run leaves besides, by any method; other files in its folder are the user's.
+_RESULTS = ("config.json", "adapter_config.json", "model*.safetensors*", "adapter_model.safetensors", "mezo.jsonl")
 _STATE = "state.json"  # of a checkpoint; written last
 _TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)  # what is in a checkpoint
 
@@ -91,7 +93,7 @@ class RunFolder:
         restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # by torchrun, after a process died
         self._remove(".*.saving", f"{BEST}/.*.saving", f"{CHECKPOINTS}/.*.*ing")  # of a process that was killed
         if overwrite and not restarted:
-            self._remove(CHECKPOINTS, BEST, "*config.json", "*model*.safetensors*", PREDICTIONS, "*.jsonl", SETTINGS)
+            self._remove(CHECKPOINTS, BEST, *_RESULTS, PREDICTIONS, METRICS, SETTINGS)
         elif resume == "never" and not restarted:
             self._set_aside()
         theirs = read_json(self.path / SETTINGS) if (self.path / SETTINGS).is_file() else None
@@ -188,7 +190,7 @@ class RunFolder:
 
         If ``best`` holds the same model, its files become second names of these.
         """
-        for path in sorted((self.path / MODEL).iterdir(), key=lambda path: path.name.endswith("config.json")):
+        for path in sorted((self.path / MODEL).iterdir(), key=lambda path: path.name in _RESULTS[:2]):
             twin = self.path / BEST / path.name
             if is_best and twin.is_file():
                 with contextlib.suppress(OSError), replacing(twin) as new:  # where the disk has no links, a copy stays
