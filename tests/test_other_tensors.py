@@ -70,7 +70,8 @@ def test_shards_of_fsdp_give_the_same_logits_and_steps_or_are_refused(tmp_path: 
 
 
 def test_tensors_that_torchao_quantized_run_and_are_not_saved(tmp_path: Path) -> None:
-    torchao = pytest.importorskip("torchao.quantization", reason="needs torchao")
+    from torchao import quantization as torchao
+
     model = build_ours(build_reference("125m"))
     expected = model(IDS)
     torchao.quantize_(model, torchao.Int8WeightOnlyConfig())
