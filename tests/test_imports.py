@@ -227,5 +227,6 @@ def test_public_names_are_there_and_declared_alike_everywhere() -> None:
              for node in block.body if isinstance(node, ast.ImportFrom) for alias in node.names}  # fmt: skip
     assert typed == minopt._HOME
     assert set(minopt.__all__) == {*minopt._HOME, "DEMO"}
+    assert "transformers" not in loaded_by("import minopt; minopt.interop.need")
     with pytest.raises(AttributeError, match="module 'minopt' has no attribute 'Bert'"):
         minopt.Bert  # noqa: B018

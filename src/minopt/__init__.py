@@ -101,6 +101,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
+    if name == "interop":
+        return import_module("minopt.interop")
     if name not in _HOME:
         raise AttributeError(f"module 'minopt' has no attribute {name!r}")
     value = getattr(import_module(_HOME[name]), name)

@@ -60,7 +60,7 @@ def test_the_view_is_transformers_class_with_our_parameters(pair: Pair) -> None:
 
 def test_classifiers_have_a_view_too() -> None:
     ours = SequenceClassifier(build_ours(build_reference("350m")), ["no", "yes", "perhaps"])
-    view = as_hf(ours)
+    view = minopt.interop.as_hf(ours)
     assert type(view) is transformers.OPTForSequenceClassification
     assert view.config.id2label == {0: "no", 1: "yes", 2: "perhaps"}
     with torch.no_grad():
