@@ -338,9 +338,9 @@ _ = (folder / "log.jsonl").write_text("\\n".join(lines))
     """
 import sys
 
-!{sys.executable} -m minopt finetune --model {minopt.DEMO} --train-file {folder}/log.jsonl --output-dir {folder}/lora \\
-  --lora-rank 8 --learning-rate 2e-3 --max-steps 60 --per-device-train-batch-size 4 --logging-steps 20 \\
-  --keep-last 0 --device cpu 2> {folder}/progress.txt
+!"{sys.executable}" -m minopt finetune --model "{minopt.DEMO}" --train-file "{folder}/log.jsonl" \\
+  --output-dir "{folder}/lora" --lora-rank 8 --learning-rate 2e-3 --max-steps 60 --per-device-train-batch-size 4 \\
+  --logging-steps 20 --keep-last 0 --device cpu 2> "{folder}/progress.txt"
 
 for line in (folder / "lora" / "metrics.jsonl").read_text().splitlines():
     print("step {step}: loss {loss:.1f}".format(**json.loads(line)))
