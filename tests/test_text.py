@@ -421,10 +421,10 @@ def prefills(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """A list that fills with the shapes of prompts that models begin with."""
     shapes, read = [], minopt.OPT.read
 
-    def spied(model: minopt.OPT, input_ids: Tensor, position_ids: Tensor, mask: Any, wanted: Any, *rest: Any) -> Tensor:
+    def spied(model: minopt.OPT, input_ids: Tensor, position_ids: Tensor, mask: Any, wanted: Any, cache: Any) -> Tensor:
         if wanted is not None:
             shapes.append(tuple(input_ids.shape))
-        return read(model, input_ids, position_ids, mask, wanted, *rest)
+        return read(model, input_ids, position_ids, mask, wanted, cache)
 
     monkeypatch.setattr(minopt.OPT, "read", spied)
     return shapes

@@ -92,13 +92,7 @@ class Fake:
         return self.caches[-1]
 
     def read(
-        self,
-        input_ids: Tensor,
-        position_ids: Tensor,
-        mask: Tensor | None,
-        wanted: Tensor | None,
-        cache: Slots,
-        *_: None,
+        self, input_ids: Tensor, position_ids: Tensor, mask: Tensor | None, wanted: Tensor | None, cache: Slots
     ) -> Tensor:
         self.reads.append(Read(input_ids, position_ids, mask, wanted))
         cache.reads += 1
@@ -159,7 +153,7 @@ class Watched:
         self.reads: list[Read] = []
 
     def read(
-        self, input_ids: Tensor, position_ids: Tensor, mask: Tensor | None, wanted: Tensor | None, cache: Any, *_: None
+        self, input_ids: Tensor, position_ids: Tensor, mask: Tensor | None, wanted: Tensor | None, cache: Any
     ) -> Tensor:
         self.reads.append(Read(input_ids, position_ids, mask, wanted))
         logits: Tensor = self.decoder.read(input_ids, position_ids, mask, wanted, cache)

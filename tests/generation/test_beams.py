@@ -313,13 +313,7 @@ class Beams(Watched):
         return self.cache
 
     def read(
-        self,
-        input_ids: Tensor,
-        position_ids: Tensor,
-        mask: Tensor | None,
-        wanted: Tensor | None,
-        cache: KVCache,
-        *_: None,
+        self, input_ids: Tensor, position_ids: Tensor, mask: Tensor | None, wanted: Tensor | None, cache: KVCache
     ) -> Tensor:
         is_step = bool(self.reads)
         logits = super().read(input_ids, position_ids, mask, wanted, cache)

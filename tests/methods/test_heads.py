@@ -106,6 +106,16 @@ def test_folders_go_round_to_the_bit(kind: str, name: str, optimize: bool, tmp_p
     assert one.keys() <= {*other, "dtype"}
 
 
+def test_what_else_is_in_a_folder_can_be_left_out(tmp_path: Path) -> None:
+    file = write(tmp_path / "m", reference_of("125m", "OPTForSequenceClassification", **LABELS)) / "model.safetensors"
+    plain = SequenceClassifier.load(tmp_path / "m", device="cpu")
+    save_file(load_file(file) | {"v_head.weight": torch.ones(2)}, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"v_head\.weight"):
+        SequenceClassifier.load(tmp_path / "m", device="cpu")
+    found = SequenceClassifier.load(tmp_path / "m", device="cpu", ignore=["v_head.*"])
+    assert torch.equal(found.score.weight, plain.score.weight)
+
+
 def test_int8_and_layers_on_the_disk_classify_too(tmp_path: Path) -> None:
     folder = write(tmp_path / "m", reference_of("350m", "OPTForSequenceClassification", **LABELS))
     ids, mask = padded(rows(9, 5), "right")

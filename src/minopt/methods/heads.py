@@ -67,8 +67,8 @@ class ModelWithHead(nn.Module):
         """Opens a folder of transformers' class.
 
         Args:
-            name_or_path, **options: see ``minopt.load``; all but ``ignore``. By default the model is fast and for
-                inference only; ``optimize=False`` gives one that can be trained.
+            name_or_path, **options: see ``minopt.load``. By default the model is fast and for inference only;
+                ``optimize=False`` gives one that can be trained.
 
         Raises:
             FileNotFoundError, OSError: as ``minopt.load`` does.
@@ -87,7 +87,8 @@ class ModelWithHead(nn.Module):
                 f"{found.where}: expected {cls.HEAD}.weight, as in {cls.ARCHITECTURE}, got a model without it. To "
                 f"start from a language model: minopt.{cls.__name__}(minopt.load(..., optimize=False), ...)."
             )
-        lm = load(path, ignore=[tensor.name for tensor in stored.values()], **options)
+        ignore = [*options.pop("ignore", ()), *(tensor.name for tensor in stored.values())]
+        lm = load(path, ignore=ignore, **options)
         made = cls(lm, **cls._told(lm.decoder.config, found.where))
         head: nn.Linear = getattr(made, cls.HEAD)
         check_head(stored, {name: parameter.shape for name, parameter in head.named_parameters()}, found.where)
