@@ -365,16 +365,11 @@ class OPT(nn.Module):
         return KVCache(self.config, batch_size, capacity, dtype=self.dtype, device=self.device)
 
     def read(
-        self,
-        input_ids: Tensor | None,
-        position_ids: Tensor,
-        mask: Tensor | None,
-        wanted: Tensor | None,
-        cache: KVCache,
-        inputs_embeds: Tensor | None = None,
+        self, inputs: Tensor, position_ids: Tensor, mask: Tensor | None, wanted: Tensor | None, cache: KVCache
     ) -> Tensor:
         """See ``Decoder.read``."""
-        h = self.hidden_states(input_ids, mask, position_ids, cache, inputs_embeds).flatten(0, 1)  # [B * T, E]
+        ids, embeds = (None, inputs) if inputs.is_floating_point() else (inputs, None)
+        h = self.hidden_states(ids, mask, position_ids, cache, embeds).flatten(0, 1)  # [B * T, E]
         return self.head(h if wanted is None else h[wanted])
 
     def agreed(self, decision: Tensor) -> Tensor:

@@ -232,7 +232,9 @@ class LanguageModel:
         """
         texts, pairs = self._texts_to_score(text, continuations, add_bos)
         found: list[Any] = [None] * len(texts)
-        batches = cut_batches([len(ids) for ids, _ in pairs], **{"batch_size": self.decoder.max_batch, **limits})
+        before = 0 if inputs_embeds is None else len(inputs_embeds)
+        lengths = [before + len(ids) for ids, _ in pairs]
+        batches = cut_batches(lengths, **{"batch_size": self.decoder.max_batch, **limits})
         with bar(len(texts), "text", shown=show_progress and len(batches) > 1) as drawn:
             for batch in batches:
                 rows, starts = zip(*(pairs[i] for i in batch), strict=True)

@@ -153,4 +153,4 @@ def test_wrong_embeddings_are_told() -> None:
 def test_a_program_refuses_embeddings() -> None:
     program = object.__new__(ExportedModel)
     with pytest.raises(ValueError, match=r"^inputs_embeds: expected ids, for an exported program"):
-        program.read(None, torch.zeros(1, 1), None, None, None, torch.zeros(1, 1, 16))  # type: ignore[arg-type]
+        program.read(torch.zeros(1, 1, 16), torch.zeros(1, 1), None, None, None)  # type: ignore[arg-type]

@@ -51,24 +51,18 @@ class Decoder(Protocol):
         """An empty cache for ``batch_size`` rows of up to ``capacity`` tokens."""
 
     def read(
-        self,
-        input_ids: Tensor | None,
-        position_ids: Tensor,
-        mask: Tensor | None,
-        wanted: Tensor | None,
-        cache: KVCache,
-        inputs_embeds: Tensor | None = None,
+        self, inputs: Tensor, position_ids: Tensor, mask: Tensor | None, wanted: Tensor | None, cache: KVCache
     ) -> Tensor:
         """Reads tokens into the cache.
 
         Args:
-            input_ids, position_ids: int64 ``[B, T]``. Nothing but padding has a position below 0.
+            inputs: ids, int64 ``[B, T]``; or embeddings in the decoder's dtype, ``[B, T, E]``.
+            position_ids: int64 ``[B, T]``. Nothing but padding has a position below 0.
             mask: boolean ``[B or 1, 1, T, S]``, True = attend; S is the number of cached tokens, new ones included.
                 ``None``: a token attends to all cached ones, to itself, and to those before it in this call.
             wanted: int64 ``[N]``, the tokens after which logits are wanted, counted through all rows: 0 to
                 ``B * T - 1``. ``None`` is all of them.
             cache: a cache of B rows.
-            inputs_embeds: ``[B, T, E]`` in the decoder's dtype, in place of ``input_ids``, which are ``None`` then.
 
         Returns:
             Logits ``[N, V]``. They hold until the next call.
@@ -154,8 +148,8 @@ class Request:
         B, T, mask, device = len(self.input_ids), self.prompt_length, self.attention_mask, self.input_ids.device
         position_ids, attended = positions(mask, 0, T, device).expand(B, T), causal_mask(mask, 0, T, T, device)
         last = torch.arange(T - 1, B * T, T, device=device)
-        ids = self.input_ids if self.inputs_embeds is None else None
-        return self.decoder.read(ids, position_ids, attended, last, cache, self.inputs_embeds)
+        inputs = self.input_ids if self.inputs_embeds is None else self.inputs_embeds
+        return self.decoder.read(inputs, position_ids, attended, last, cache)
 
 
 class Stopper:

@@ -85,7 +85,7 @@ def _scored(
         if inputs_embeds is not None:
             embeds = inputs_embeds.to(model.device, model.dtype)[None]
             first = torch.zeros(1, dtype=torch.long, device=model.device)  # not every kernel takes no rows
-            model.read(None, positions(None, 0, before, model.device)[None], None, first, shared, embeds)
+            model.read(embeds, positions(None, 0, before, model.device)[None], None, first, shared)
         _score(model, shared, ids, is_scored, logprobs, is_best, 0, P)
         cache.repeat_rows(shared)
     _score(model, cache, ids, is_scored, logprobs, is_best, P, last)

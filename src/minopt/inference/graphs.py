@@ -69,25 +69,18 @@ class GraphedOPT(FastOPT):
 
     @torch.inference_mode()
     def read(
-        self,
-        input_ids: Tensor | None,
-        position_ids: Tensor,
-        mask: Tensor | None,
-        wanted: Tensor | None,
-        cache: KVCache,
-        inputs_embeds: Tensor | None = None,
+        self, inputs: Tensor, position_ids: Tensor, mask: Tensor | None, wanted: Tensor | None, cache: KVCache
     ) -> Tensor:
         """See ``Decoder.read``. A call that wants all logits is a step; its logits hold until the next step."""
         if wanted is not None or cache not in self._graphs:  # prompts and scored texts, whose shapes hardly come again
-            return super().read(input_ids, position_ids, mask, wanted, cache, inputs_embeds)
-        assert input_ids is not None
+            return super().read(inputs, position_ids, mask, wanted, cache)
         try:
-            logits = self._graphs[cache].run(self, input_ids, position_ids, mask, cache.length)
+            logits = self._graphs[cache].run(self, inputs, position_ids, mask, cache.length)
         except BaseException:  # torch captures nothing more into a pool whose first capture failed
             del self._graphs[cache]
             self._last = None
             raise
-        cache.length += input_ids.shape[1]
+        cache.length += inputs.shape[1]
         return logits
 
 

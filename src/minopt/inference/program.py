@@ -150,32 +150,26 @@ class ExportedModel:
         return KVCache(self.config, batch_size, capacity, dtype=self.dtype, device=self.device)
 
     def read(
-        self,
-        input_ids: Tensor | None,
-        position_ids: Tensor,
-        mask: Tensor | None,
-        wanted: Tensor | None,
-        cache: KVCache,
-        inputs_embeds: Tensor | None = None,
+        self, inputs: Tensor, position_ids: Tensor, mask: Tensor | None, wanted: Tensor | None, cache: KVCache
     ) -> Tensor:
         """See ``Decoder.read``."""
-        if input_ids is None:
+        if inputs.is_floating_point():
             raise ValueError(
                 "inputs_embeds: expected ids, for an exported program looks them up itself. Load the model."
             )
-        (B, T), past = input_ids.shape, cache.length
+        (B, T), past = inputs.shape, cache.length
         S = past + T
         if mask is None:
             mask = plain_causal_mask(past, T, S, self.device)
         if cache.batch_size != B or cache.capacity < S or mask.shape[3] != S:
             raise ValueError(  # the program would write beyond it
                 f"cache: made for {cache.batch_size} rows of {cache.capacity} tokens, {cache.length} filled, got ids "
-                f"{list(input_ids.shape)} and a mask of {mask.shape[3]} tokens. Make it larger, or feed less."
+                f"{list(inputs.shape)} and a mask of {mask.shape[3]} tokens. Make it larger, or feed less."
             )
         if wanted is None:
             wanted = torch.arange(B * T, device=self.device)
-        inputs = [x.contiguous() for x in (input_ids, position_ids, mask.expand(B, -1, -1, -1), wanted)]
-        (logits,) = self._program.boxed_run(inputs + cache.keys + cache.values)
+        tensors = [x.contiguous() for x in (inputs, position_ids, mask.expand(B, -1, -1, -1), wanted)]
+        (logits,) = self._program.boxed_run(tensors + cache.keys + cache.values)
         cache.length = S
         return logits
 
