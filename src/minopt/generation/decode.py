@@ -16,6 +16,7 @@ from torch import Tensor
 
 from minopt.generation.beams import beam_search
 from minopt.generation.drafts import PromptLookup
+from minopt.generation.draws import draw, random_numbers
 from minopt.generation.options import GenerationConfig, with_defaults
 from minopt.generation.request import (
     EXHAUSTED,
@@ -154,7 +155,7 @@ def decode_steps(request: Request, look_every: int = 1) -> Iterator[Step]:
         )
         real = None if real is None else real.repeat_interleave(copies, dim=0)
     lookup = None if config.prompt_lookup_num_tokens is None else PromptLookup(request, cache)
-    draws = _random_numbers(N, B * copies, request) if config.do_sample else None
+    draws = random_numbers(N, B * copies, request) if config.do_sample else None
     reasons = torch.zeros(B * copies, dtype=torch.int8, device=device)
     running = is_new = reasons == RUNNING
     none_has_ended = look_every == 1 and device.type == "cpu"  # which only there is known without waiting
@@ -166,7 +167,7 @@ def decode_steps(request: Request, look_every: int = 1) -> Iterator[Step]:
             scores = rule(sequences[:, :length], scores)
         best, tokens = scores.max(-1)
         if draws is not None:
-            tokens = _draw(scores, draws[step])
+            tokens = draw(scores, draws[step])
         asked_for = _asked_for(config, logits, scores, tokens)
         sequences[:, length] = tokens
         ends, any_runs = stopper(tokens, step + 1, sequences[:, : length + 1]), True
@@ -209,21 +210,3 @@ def _asked_for(config: GenerationConfig, logits: Tensor, scores: Tensor, tokens:
         if config.top_logprobs:
             parts["top_logprobs"], parts["top_token_ids"] = logprobs.topk(config.top_logprobs)
     return parts
-
-
-def _random_numbers(steps: int, rows: int, request: Request) -> Tensor:
-    """All random numbers of a call, ``[steps, rows, 1]``: a generator moves on by as many, whenever the rows end."""
-    device, generator = request.decoder.device, request.generator
-    return request.decoder.agreed(torch.rand(steps, rows, 1, dtype=torch.float64, device=device, generator=generator))
-
-
-def _draw(scores: Tensor, at: Tensor) -> Tensor:
-    """A token of each row, by its probability. Rows whose scores are no numbers draw any token, which is not used.
-
-    By the inverse of the cumulated distribution, in float64, ``at [R, 1]`` from 0 to 1: one random number a row, where
-    ``torch.multinomial`` takes one for each token of the vocabulary.
-    """
-    cumulative = scores.softmax(-1).cumsum(-1, dtype=torch.float64)
-    # The first token whose sum exceeds the number: never one without probability.
-    drawn = torch.searchsorted(cumulative, at * cumulative[:, -1:], right=True)
-    return drawn[:, 0].clamp(max=scores.shape[1] - 1)
