@@ -86,7 +86,7 @@ def test_repeated_rows_decode_as_if_they_had_been_read_there(model: OPT, copies:
     cache, fresh = model.new_cache(3 * copies, 7), model.new_cache(3 * copies, 7)
     places = [t.data_ptr() for t in (*cache.keys, *cache.values)]
     with torch.no_grad():
-        first = cache.first_rows(3)
+        first = cache.rows(0, 3)
         model(ids, cache=first)
         kept = [t.clone() for t in (*first.keys, *first.values)]
         cache.repeat_rows(first)

@@ -125,12 +125,39 @@ class KVCache:
             tensor[:, :, start:end] = tensor[:, :, start:].gather(2, index)
         self.truncate(end)
 
-    def first_rows(self, count: int) -> KVCache:
-        """An empty cache of the first rows alone, in the same memory."""
-        return KVCache.of([t[:count] for t in self.keys], [t[:count] for t in self.values])
+    def move(self, start: int, to: Tensor) -> None:
+        """Moves the tokens behind the first ``start`` slots to slots from ``to [B]`` on; ``length`` stays as it is."""
+        rows = torch.arange(self.batch_size, device=to.device)[:, None]
+        slots = to[:, None] + torch.arange(self.length - start, device=to.device)
+        for tensor in (*self.keys, *self.values):
+            tensor[rows, :, slots] = tensor[:, :, start : self.length].transpose(1, 2)  # a copy: they may overlap
+
+    def copy_rows(self, source: Tensor, target: Tensor) -> None:
+        """Copies the filled part of some rows over other rows."""
+        for tensor in (*self.keys, *self.values):
+            tensor[target, :, : self.length] = tensor[source, :, : self.length]
+
+    def reshape(self, batch_size: int, capacity: int) -> None:
+        """Changes the shape; the first rows keep the filled part. In the same memory, where that is large enough."""
+        rows = min(batch_size, self.batch_size)
+        for tensors in (self.keys, self.values):
+            for layer, old in enumerate(tensors):
+                kept = old[:rows, :, : self.length].clone()
+                _, H, _, D = shape = (batch_size, old.shape[1], capacity, old.shape[3])
+                if old.untyped_storage().nbytes() >= batch_size * H * capacity * D * old.itemsize:
+                    tensors[layer] = old.as_strided(shape, (H * capacity * D, capacity * D, D, 1))
+                else:
+                    tensors[layer] = old.new_zeros(shape)
+                tensors[layer][:rows, :, : self.length] = kept
+        self.window = capacity
+
+    def rows(self, begin: int, count: int) -> KVCache:
+        """An empty cache of some of the rows, in the same memory."""
+        end = begin + count
+        return KVCache.of([t[begin:end] for t in self.keys], [t[begin:end] for t in self.values])
 
     def repeat_rows(self, first: KVCache) -> None:
-        """Repeats each row of ``first``, which ``first_rows`` gave: the copies of a row stand side by side."""
+        """Repeats each row of ``first``, which holds the first rows: the copies of a row stand side by side."""
         copies, rest = divmod(self.batch_size, first.batch_size)
         assert rest == 0
         self.length = first.length

@@ -30,8 +30,9 @@ class Slots:
     def length(self) -> int:
         return self.tokens.shape[1]
 
-    def first_rows(self, count: int) -> Slots:
-        return Slots(self.tokens[:count], self.real[:count], self.capacity)
+    def rows(self, begin: int, count: int) -> Slots:
+        end = begin + count
+        return Slots(self.tokens[begin:end], self.real[begin:end], self.capacity)
 
     def repeat_rows(self, first: Slots) -> None:
         self.copies, self.reads = len(self.tokens) // len(first.tokens), first.reads

@@ -14,6 +14,14 @@ MAX_BATCH_TOKENS = 8192
 POOLED_BATCHES = 8
 
 
+def limits_of(batch_size: int | None, max_batch_tokens: int | None) -> tuple[float, float]:
+    """The most rows and tokens of a batch; arguments and errors are those of ``cut_batches``."""
+    for name, limit in (("batch_size", batch_size), ("max_batch_tokens", max_batch_tokens)):
+        if limit is not None and not (is_int(limit) and limit >= 1):
+            raise ValueError(f"{name}: expected an integer of at least 1, got {limit!r}.")
+    return batch_size or math.inf, max_batch_tokens or (math.inf if batch_size else MAX_BATCH_TOKENS)
+
+
 def cut_batches(
     lengths: Sequence[int], batch_size: int | None = None, max_batch_tokens: int | None = None, in_order: bool = False
 ) -> list[list[int]]:
@@ -29,11 +37,7 @@ def cut_batches(
     Raises:
         ValueError: if a limit is not positive.
     """
-    for name, limit in (("batch_size", batch_size), ("max_batch_tokens", max_batch_tokens)):
-        if limit is not None and not (is_int(limit) and limit >= 1):
-            raise ValueError(f"{name}: expected an integer of at least 1, got {limit!r}.")
-    rows = batch_size or math.inf
-    tokens = max_batch_tokens or (math.inf if batch_size else MAX_BATCH_TOKENS)
+    rows, tokens = limits_of(batch_size, max_batch_tokens)
     pools, pool, begin, count = [0] * len(lengths), 0, 0, 0  # of each row; rows of two pools share no batch
     for index, length in enumerate(lengths if in_order else ()):
         pools[index], count = pool, count + length

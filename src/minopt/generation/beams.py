@@ -59,7 +59,7 @@ def beam_search(request: Request) -> GenerationOutput:
     decoder, config = request.decoder, request.config
     (B, begin), T, device = request.input_ids.shape, request.prompt_length, decoder.device
     K, N = config.num_beams, config.max_new_tokens
-    stopper, rules = Stopper(request), request.rules(K)
+    stopper, rules = Stopper(request), request.rules(request.padding(K))
     cache = decoder.new_cache(B, T + K * (N - 1))
     logits = request.read_prompts(cache)[:, None].expand(-1, K, -1)  # [B, K, V]
     position_ids = positions(with_new_tokens(request.attention_mask, 1), T, 1, device).expand(B, K)

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from minopt.cache import KVCache
 from minopt.generation.beams import beam_search
 from minopt.generation.drafts import PromptLookup
 from minopt.generation.draws import draw, random_numbers
@@ -54,7 +55,7 @@ class Step:
     is_new: Tensor
     reasons: Tensor
     asked_for: dict[str, Any]
-    drafts: dict[str, Any]
+    drafts: dict[str, Any] = field(default_factory=dict)
 
 
 def generate(
@@ -104,19 +105,24 @@ def run(request: Request) -> GenerationOutput:
     if request.config.num_beams > 1:
         return beam_search(request)
     steps = list(decode_steps(request, steps_between_looks(request)))
-    lengths, last = torch.stack([step.is_new for step in steps]).sum(0).tolist(), steps[-1]
-
-    def stacked(parts: list[Tensor]) -> Any:
-        return torch.stack(parts, dim=1)[:, : max(lengths)]
-
     prompts = request.input_ids.repeat_interleave(request.config.num_return_sequences, dim=0)
-    return GenerationOutput(
-        torch.cat([prompts, stacked([step.tokens for step in steps])], dim=1),
-        tuple(lengths),
-        tuple(STOP_REASONS[reason] for reason in last.reasons.tolist()),
-        **{name: stacked([step.asked_for[name] for step in steps]) for name in last.asked_for},
-        **last.drafts,
-    )
+    return output_of(prompts, stacked(steps), steps[-1].reasons, **steps[-1].drafts)
+
+
+def stacked(steps: Sequence[Step]) -> dict[str, Tensor]:
+    """All that steps hold of each new token, ``[R, N, ...]`` each, by its name."""
+    every = [{"tokens": step.tokens, "is_new": step.is_new, **step.asked_for} for step in steps]
+    return {name: torch.stack([parts[name] for parts in every], dim=1) for name in every[0]}
+
+
+def output_of(prompts: Tensor, parts: dict[str, Tensor], reasons: Tensor, **drafts: Any) -> GenerationOutput:
+    """What was found for rows with these prompts ``[R, T]``; ``parts`` is what ``stacked`` gives."""
+    lengths = parts["is_new"].sum(1).tolist()
+    new = {name: part[:, : max(lengths)] for name, part in parts.items() if name != "is_new"}
+    sequences = torch.cat([prompts, new.pop("tokens")], dim=1)
+    names = tuple(STOP_REASONS[reason] for reason in reasons.tolist())
+    more: dict[str, Any] = new | drafts
+    return GenerationOutput(sequences, tuple(lengths), names, **more)
 
 
 def steps_between_looks(request: Request) -> int:
@@ -138,59 +144,105 @@ def decode_steps(request: Request, look_every: int = 1) -> Iterator[Step]:
     The host checks every ``look_every`` steps whether all rows have ended and whether scores are numbers. So up to
     ``look_every - 1`` steps without a new token may follow the last one.
     """
-    decoder, config, copies = request.decoder, request.config, request.config.num_return_sequences
-    (B, begin), T, N = request.input_ids.shape, request.prompt_length, config.max_new_tokens
-    device = decoder.device
-    rules, stopper = request.rules(copies), Stopper(request)
-    cache = decoder.new_cache(B * copies, T + N)
-    prompts = cache.first_rows(B)
-    logits = request.read_prompts(prompts)
-    cache.repeat_rows(prompts)
-    sequences = torch.nn.functional.pad(request.input_ids, (0, N), value=request.pad_token_id)
-    real = with_new_tokens(request.attention_mask, N)
-    position_ids = positions(real, T, 1, device).expand(B, 1)
-    if copies > 1:
-        logits, sequences, position_ids = (
-            t.repeat_interleave(copies, dim=0) for t in (logits, sequences, position_ids)
-        )
-        real = None if real is None else real.repeat_interleave(copies, dim=0)
-    lookup = None if config.prompt_lookup_num_tokens is None else PromptLookup(request, cache)
-    draws = random_numbers(N, B * copies, request) if config.do_sample else None
-    reasons = torch.zeros(B * copies, dtype=torch.int8, device=device)
-    running = is_new = reasons == RUNNING
-    none_has_ended = look_every == 1 and device.type == "cpu"  # which only there is known without waiting
-    broken_at = torch.full((B * copies,), N, device=device)  # the step in which a row's scores are no numbers
-    for step in range(N):
-        length = begin + step
-        scores = logits.float()
-        for rule in rules:
-            scores = rule(sequences[:, :length], scores)
-        best, tokens = scores.max(-1)
-        if draws is not None:
-            tokens = draw(scores, draws[step])
-        asked_for = _asked_for(config, logits, scores, tokens)
-        sequences[:, length] = tokens
-        ends, any_runs = stopper(tokens, step + 1, sequences[:, : length + 1]), True
-        none_has_ended = none_has_ended and _all_go_on(best, ends)
-        if not none_has_ended:
-            running, has_token = reasons == RUNNING, best.abs() < torch.inf
-            is_broken = running & ~has_token & (best != -torch.inf)  # -inf: the rules left no token
-            broken_at = torch.where(is_broken, step, broken_at)
-            reasons = torch.where(running, ends.masked_fill(~has_token, EXHAUSTED), reasons)
-            is_new, running = running & has_token, reasons == RUNNING
-            tokens = tokens.where(is_new, request.pad_token_id)
-            sequences[:, length] = tokens
-            if (step + 1) % look_every == 0 or step == N - 1:
-                any_runs, first_broken = torch.stack([running.any(), broken_at.min()]).tolist()
-                refuse(first_broken < N, first_broken)
-        yield Step(tokens, is_new, reasons, asked_for, {} if lookup is None else lookup.counts())
-        if not any_runs:
+    decoder, T, N = request.decoder, request.prompt_length, request.config.max_new_tokens
+    rows = Rows(request, look_every)
+    cache = decoder.new_cache(len(rows.sequences), T + N)
+    logits, real, position_ids = rows.begin(cache)
+    lookup = None if request.config.prompt_lookup_num_tokens is None else PromptLookup(request, cache)
+    while True:
+        step = rows.step(logits)
+        yield step if lookup is None else replace(step, drafts=lookup.counts())
+        if not rows.any_runs:
             return
         if lookup is not None:
-            logits = lookup.read(tokens, running)
+            logits = lookup.read(step.tokens, rows.running)
         else:
-            logits = decoder.read(tokens[:, None], position_ids, step_mask(real, T + step + 1), None, cache)
+            logits = decoder.read(step.tokens[:, None], position_ids, step_mask(real, T + rows.count), None, cache)
             position_ids = position_ids + 1
+
+
+class Rows:
+    """Rows that begin together: turns the logits after their newest tokens into the next tokens.
+
+    Attributes:
+        sequences: ``[R, T + N]`` the ids so far, those of the prompts included.
+        running: ``[R]``, whether a row goes on.
+        any_runs: whether any does, as far as the host has looked.
+        none_has_ended: whether all do, known without waiting.
+        count: steps so far.
+    """
+
+    def __init__(self, request: Request, look_every: int = 1) -> None:
+        config, copies, device = request.config, request.config.num_return_sequences, request.decoder.device
+        self.request, self.look_every, self.count, self.any_runs = request, look_every, 0, True
+        self._stopper, self._padding = Stopper(request), request.padding(copies)  # the clock runs from here on
+        self._rules = request.rules(self._padding)
+        sequences = torch.nn.functional.pad(request.input_ids, (0, config.max_new_tokens), value=request.pad_token_id)
+        self.sequences = sequences.repeat_interleave(copies, dim=0) if copies > 1 else sequences
+        R = len(self.sequences)
+        self._draws = random_numbers(config.max_new_tokens, R, request) if config.do_sample else None
+        self._reasons = torch.zeros(R, dtype=torch.int8, device=device)
+        self.running = self._is_new = self._reasons == RUNNING
+        self.none_has_ended = look_every == 1 and device.type == "cpu"  # which only there is known without waiting
+        # The step in which a row's scores are no numbers.
+        self._broken_at = torch.full((R,), config.max_new_tokens, device=device)
+
+    def begin(self, cache: KVCache) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Reads the prompts into an empty cache of these rows.
+
+        Returns:
+            The logits ``[R, V]`` after them, which tokens are real (``[R, T + N]``, ``None`` for all), and the
+            positions ``[R, 1]`` of the next tokens.
+        """
+        request, copies = self.request, self.request.config.num_return_sequences
+        B, T = len(request.input_ids), request.prompt_length
+        prompts = cache.rows(0, B)
+        logits = request.read_prompts(prompts)
+        cache.repeat_rows(prompts)
+        real = with_new_tokens(request.attention_mask, request.config.max_new_tokens)
+        position_ids = positions(real, T, 1, request.decoder.device).expand(B, 1)
+        if copies > 1:
+            logits, position_ids = (t.repeat_interleave(copies, dim=0) for t in (logits, position_ids))
+            real = None if real is None else real.repeat_interleave(copies, dim=0)
+        return logits, real, position_ids
+
+    def step(self, logits: Tensor) -> Step:
+        """The next step, from the logits ``[R, V]`` after the newest tokens."""
+        config, sequences, step = self.request.config, self.sequences, self.count
+        length = self.request.input_ids.shape[1] + step
+        self.count = step + 1
+        scores = logits.float()
+        for rule in self._rules:
+            scores = rule(sequences[:, :length], scores)
+        best, tokens = scores.max(-1)
+        if self._draws is not None:
+            tokens = draw(scores, self._draws[step])
+        asked_for = _asked_for(config, logits, scores, tokens)
+        sequences[:, length] = tokens
+        ends = self._stopper(tokens, step + 1, sequences[:, : length + 1])
+        self.none_has_ended = self.none_has_ended and _all_go_on(best, ends)
+        if not self.none_has_ended:
+            running, has_token = self._reasons == RUNNING, best.abs() < torch.inf
+            is_broken = running & ~has_token & (best != -torch.inf)  # -inf: the rules left no token
+            self._broken_at = torch.where(is_broken, step, self._broken_at)
+            self._reasons = torch.where(running, ends.masked_fill(~has_token, EXHAUSTED), self._reasons)
+            self._is_new, self.running = running & has_token, self._reasons == RUNNING
+            tokens = tokens.where(self._is_new, self.request.pad_token_id)
+            sequences[:, length] = tokens
+            if (step + 1) % self.look_every == 0 or step == config.max_new_tokens - 1:
+                self.any_runs, first_broken = torch.stack([self.running.any(), self._broken_at.min()]).tolist()
+                refuse(first_broken < config.max_new_tokens, first_broken)
+        return Step(tokens, self._is_new, self._reasons, asked_for)
+
+    def keep(self, index: Tensor) -> None:
+        """Goes on with some of the rows alone, on a CPU."""
+        self.sequences, self._padding, self._reasons = (
+            tensor[index] for tensor in (self.sequences, self._padding, self._reasons)
+        )
+        self._is_new, self._broken_at = self._is_new[index], self._broken_at[index]
+        self._draws = None if self._draws is None else self._draws[:, index]
+        self._rules, self.running = self.request.rules(self._padding), self._reasons == RUNNING
+        self.none_has_ended = bool(self.running.all())
 
 
 def _all_go_on(best: Tensor, ends: Tensor) -> bool:

@@ -137,11 +137,14 @@ class Request:
         embeds = None if embeds is None else embeds.to(device, self.decoder.dtype)
         return replace(self, input_ids=self.input_ids.to(device), attention_mask=mask, inputs_embeds=embeds)
 
-    def rules(self, copies: int) -> list[Rule]:
-        """The rules on scores of ``B * copies`` rows."""
+    def padding(self, copies: int) -> Tensor:
+        """How many ids of ``B * copies`` rows are padding: int64, on the ids' device."""
         ids, mask = self.input_ids, self.attention_mask if self.inputs_embeds is None else None
-        padding = (ids.new_zeros(len(ids)) if mask is None else (~mask).sum(1)).repeat_interleave(copies)
-        return build_rules(self.config, ids.shape[1], padding, self.eos_token_ids, self.logits_processor)
+        return (ids.new_zeros(len(ids)) if mask is None else (~mask).sum(1)).repeat_interleave(copies)
+
+    def rules(self, padding: Tensor) -> list[Rule]:
+        """The rules on scores of rows with so much padding."""
+        return build_rules(self.config, self.input_ids.shape[1], padding, self.eos_token_ids, self.logits_processor)
 
     def read_prompts(self, cache: KVCache) -> Tensor:
         """Reads the prompts into an empty cache; returns the logits ``[B, V]`` after them."""

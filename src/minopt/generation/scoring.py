@@ -81,7 +81,7 @@ def _scored(
     logprobs, is_best = torch.zeros(B, L), None if are_best is None else torch.zeros(B, L, dtype=torch.bool)
     cache, P = model.new_cache(B, before + max(1, last)), min(P, last) if (B - 1) * P >= SHARED else 0
     if before + P > 0:
-        shared = cache.first_rows(1)
+        shared = cache.rows(0, 1)
         if inputs_embeds is not None:
             embeds = inputs_embeds.to(model.device, model.dtype)[None]
             first = torch.zeros(1, dtype=torch.long, device=model.device)  # not every kernel takes no rows
