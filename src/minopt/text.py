@@ -19,7 +19,7 @@ from minopt.checkpoint.save import save_model
 from minopt.evaluation.perplexity import window_perplexity
 from minopt.generation.batches import cut_batches
 from minopt.generation.options import GenerationConfig, with_defaults
-from minopt.generation.request import Decoder, check_room, prepare
+from minopt.generation.request import Decoder, Draft, check_room, prepare
 from minopt.generation.scoring import token_logprobs
 from minopt.generation.texts import GeneratedText, TextBatch, cut_prompts, in_rising_order, run_each
 from minopt.model import OPT
@@ -57,14 +57,19 @@ class LanguageModel:
         tokenizer: ``None`` where the checkpoint has no tokenizer files; methods on text then say so.
         generation_defaults: options of ``GenerationConfig`` that hold unless a call gives others; ``load`` takes them
             from ``generation_config.json``.
+        draft: says how texts may go on, unless a call gives another draft, prompt lookup or beams; ``load`` makes it.
     """
 
     def __init__(
-        self, model: Decoder, tokenizer: Tokenizer | None, generation_defaults: Mapping[str, Any] | None = None
+        self,
+        model: Decoder,
+        tokenizer: Tokenizer | None,
+        generation_defaults: Mapping[str, Any] | None = None,
+        draft: Draft | None = None,
     ) -> None:
         self.decoder: Decoder = decoder_of(model)
         self.tokenizer = tokenizer
-        self.generation_defaults = dict(generation_defaults or {})
+        self.generation_defaults, self.draft = dict(generation_defaults or {}), draft
 
     def __repr__(self) -> str:
         kind, config = type(self.decoder).__name__, self.decoder.config
@@ -161,10 +166,11 @@ class LanguageModel:
             show_progress: draw a bar on stderr, if that is a terminal and there is more than one batch.
             **options: those of ``GenerationConfig`` (``max_new_tokens``, ``num_beams``, ``top_p``, ...), over
                 ``generation_defaults`` or, if given, ``config``; ``logits_processor``, ``stopping_criteria`` and
-                ``generator`` of ``minopt.generate``, which see one batch after the other; ``add_bos`` of
+                ``generator`` of ``minopt.generate``, which see one batch after the other, and its ``draft``, which may
+                be a ``LanguageModel`` with the same tokenizer; ``add_bos`` of
                 ``Tokenizer.encode``; ``skip_special_tokens=False`` shows special tokens in the texts; and
                 ``batch_size`` and ``max_batch_tokens`` of ``generation.batches.cut_batches``, by default 8,192 tokens,
-                new ones and padding included, or one prompt with ``prompt_lookup_num_tokens``.
+                new ones and padding included, or one prompt with a draft or ``prompt_lookup_num_tokens``.
 
         Returns:
             An iterator of a prompt's index and its continuations; without ``in_order`` the longest prompts come first.
@@ -316,6 +322,20 @@ class LanguageModel:
         """Writes a folder that transformers opens too; see ``minopt.save_model``, also for what it raises."""
         save_model(self.model, folder, self.tokenizer, self.generation_defaults, force=force)
 
+    def _draft_for(self, draft: Any, config: GenerationConfig) -> Any:
+        """The draft of a call: what it gives, else the model's own where drafts apply."""
+        if draft is None:
+            applies = config.num_beams == 1 and config.prompt_lookup_num_tokens is None
+            return self.draft if applies else None
+        if isinstance(draft, LanguageModel) and draft.tokenizer is not None:
+            ours, theirs = (t.backend.get_vocab() for t in (self._tokenizer(), draft.tokenizer))
+            if wrong := sorted(token for token, _ in ours.items() ^ theirs.items()):
+                raise ValueError(
+                    f"draft: expected the model's tokenizer, got one with other ids, such as that of {wrong[0]!r}. "
+                    "Take a model that was trained with the same tokenizer."
+                )
+        return draft
+
     @cached_property
     def _rows_without_token(self) -> tuple[int, ...]:
         return self._tokenizer().ids_without_token(self.decoder.config.vocab_size)
@@ -341,6 +361,7 @@ class LanguageModel:
         logits_processor: Any = None,
         stopping_criteria: Any = None,
         generator: torch.Generator | None = None,
+        draft: Any = None,
         **options: Any,
     ) -> list[TextBatch]:
         """All that is to run, checked."""
@@ -352,6 +373,7 @@ class LanguageModel:
             raise ValueError("output_scores: cannot be returned with texts. Call minopt.generate with ids.")
         if isinstance(prompts, str):
             raise ValueError("prompts: expected a list of texts, got one. Put it into a list.")
+        draft = self._draft_for(draft, config)
         if config.seed is not None and generator is None:  # one for all batches, or each would draw the same
             generator = torch.Generator(decoder.device).manual_seed(config.seed)
             config = config.replace(seed=None)
@@ -370,9 +392,11 @@ class LanguageModel:
             with _where(number, len(rows)):
                 check_room(decoder.config.max_position_embeddings, len(row), config)
         batches = []
-        for indices in cut_prompts(decoder, config, [*map(len, rows)], in_order, batch_size, max_batch_tokens):
+        reads_ahead, lengths = draft is not None or config.prompt_lookup_num_tokens is not None, [*map(len, rows)]
+        for indices in cut_prompts(decoder, config, lengths, reads_ahead, in_order, batch_size, max_batch_tokens):
             input_ids, mask = pad_left([rows[i] for i in indices], decoder.config.pad_token_id)
-            request = prepare(decoder, input_ids, mask, config, logits_processor, stopping_criteria, generator, bos)
+            more = logits_processor, stopping_criteria, generator, bos
+            request = prepare(decoder, input_ids, mask, config, *more, draft=draft)
             stops = None
             if strings:
                 stops = StopStrings(Pieces(tokenizer, skip_special_tokens), strings, request.input_ids.shape[1])

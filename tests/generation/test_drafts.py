@@ -1,4 +1,4 @@
-"""Prompt lookup: what plain greedy decoding gives, in fewer passes."""
+"""Drafts, of the text itself and of smaller models: what decoding gives without them, in fewer passes."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from torch import Tensor
 import minopt
 from minopt import GenerationConfig, GenerationOutput, OPTConfig, generate
 from minopt.generation.decode import decode_steps
-from minopt.generation.drafts import PromptLookup, Text
-from minopt.generation.request import prepare
+from minopt.generation.drafts import Drafts, Text
+from minopt.generation.request import Draft, prepare
 from tests.conftest import build_ours, build_reference, lively, pad_left
 from tests.generation.decoders import Watched
 from tests.generation.test_decode import random_prompts
@@ -94,15 +94,31 @@ def nothing_now_and_then(ids: Tensor, scores: Tensor) -> Tensor:
     return scores.masked_fill((ids.sum(1) % 13 == 0)[:, None], -torch.inf)
 
 
+def nearly(decoder: Any, share: float, seed: int = 0) -> Watched:
+    """A decoder that draws and chooses as another one in that share of places."""
+    other = Repeating(decoder.table.clone(), decoder.config)
+    wrong = torch.rand(len(other.table), generator=torch.Generator().manual_seed(seed)) >= share
+    other.table[wrong] = -other.table[wrong].nan_to_num(neginf=0.0)
+    return Watched(other)
+
+
+HOWS = ("lookup", "model", "own weights")
+
+
 def test_every_call_gives_what_it_gives_without_in_as_many_fewer_passes() -> None:
     """All rules, ends and outputs, in padded batches too; and the search meets what it should."""
     met: Counter[str] = Counter()
 
-    @search(300)
-    @given(case=sensible(do_sample=False), most=st.sampled_from((1, 2, 3, 10)), size=st.sampled_from((1, 2, 5)))
-    def is_the_same(case: Case, most: int, size: int) -> None:
+    @search(400)
+    @given(
+        case=sensible(), how=st.sampled_from(HOWS), most=st.sampled_from((1, 2, 3, 10)), size=st.sampled_from((1, 2, 5))
+    )
+    def is_the_same(case: Case, how: str, most: int, size: int) -> None:
+        copies = case.options.get("num_return_sequences") if case.options["num_beams"] == 1 else None
         for name in ("num_beams", "num_return_sequences", "length_penalty", "early_stopping", "max_time"):
             case.options.pop(name, None)
+        if copies is not None:
+            case.options["num_return_sequences"] = copies
         case.options["max_new_tokens"] += 15  # time for a circle
         case.decoder = (case.decoder[0], case.decoder[1] + 15, *case.decoder[2:])
         case.processors = [nothing_now_and_then if rule is nothing_behind_even else rule for rule in case.processors]
@@ -110,9 +126,11 @@ def test_every_call_gives_what_it_gives_without_in_as_many_fewer_passes() -> Non
         decoder = Watched(repeating(*case.decoder))
         plain = case.run(decoder)
         assert (plain.drafted_tokens, plain.accepted_tokens) == (None, None)
-        before = len(decoder.reads)
-        lookup = {"prompt_lookup_num_tokens": most, "max_matching_ngram_size": size}
-        found = dataclasses.replace(case, options=case.options | lookup).run(decoder)
+        before, draft = len(decoder.reads), nearly(decoder.decoder, share=0.8)
+        drafts: dict[str, Any] = {"draft": Draft(draft, shares_cache=how == "own weights")}
+        if how == "lookup":
+            drafts = {"prompt_lookup_num_tokens": most, "max_matching_ngram_size": size}
+        found = dataclasses.replace(case, options=case.options | drafts).run(decoder)
         assert_same(found, plain)
         check(case, decoder, found)
         assert found.drafted_tokens is not None
@@ -120,7 +138,7 @@ def test_every_call_gives_what_it_gives_without_in_as_many_fewer_passes() -> Non
         assert all(0 <= a <= d for a, d in zip(found.accepted_tokens, found.drafted_tokens, strict=True))
         passes, spared = len(decoder.reads) - before, max(found.accepted_tokens)
         assert passes + spared == before
-        met["spared"] += spared > 0
+        met[f"spared by {how}"] += spared > 0
         met["spared by all of a batch"] += min(found.accepted_tokens) > 0 and len(found.lengths) > 1
         met["drafted in vain"] += max(found.drafted_tokens) > spared == 0
         met["padded"] += len({*map(len, case.prompts)}) > 1 and spared > 0
@@ -131,12 +149,14 @@ def test_every_call_gives_what_it_gives_without_in_as_many_fewer_passes() -> Non
 
     is_the_same()
     reasons = [f"{reason} after a draft" for reason in ("eos", "stop", "length", "exhausted")]
-    rules = (
+    rules = [
         "min_new_tokens", "repetition_penalty", "presence_penalty", "frequency_penalty", "sequence_bias",
         "bad_words_ids", "suppress_tokens", "forced_bos_token_id", "no_repeat_ngram_size", "output_scores",
-        "output_logprobs", "top_logprobs", "truncate_prompt",
-    )  # fmt: skip
-    wanted = ("spared", "spared by all of a batch", "drafted in vain", "padded", "room left", "full", *reasons)
+        "output_logprobs", "top_logprobs", "truncate_prompt", "do_sample", "temperature", "top_k", "top_p", "min_p",
+        "num_return_sequences",
+    ]  # fmt: skip
+    spared = [f"spared by {how}" for how in HOWS]
+    wanted = (*spared, "spared by all of a batch", "drafted in vain", "padded", "room left", "full", *reasons)
     assert [what for what in (*wanted, *(f"{rule} after a draft" for rule in rules)) if not met[what]] == []
 
 
@@ -213,7 +233,9 @@ def test_drafts_are_full_where_a_long_pass_takes_no_longer() -> None:
         request = prepare(decoder, torch.tensor([[4, 5, 4]]), None, config)
         cache = decoder.new_cache(1, 15)
         request.read_prompts(cache)
-        lookup = PromptLookup(dataclasses.replace(request, decoder=decoder), cache)
+        sequences = torch.nn.functional.pad(request.input_ids, (0, 12))
+        sequences[:, 3] = 5
+        lookup = Drafts(dataclasses.replace(request, decoder=decoder), cache, sequences, None)
         lookup.read(torch.tensor([5]), torch.tensor([True]))
         assert lookup.counts()["drafted_tokens"] == (count,)
 

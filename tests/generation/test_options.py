@@ -145,10 +145,7 @@ CONTRADICTIONS: dict[str, dict[str, Any]] = {
     "num_return_sequences is 2, and greedy decoding has one answer: set do_sample or num_beams": {
         "num_return_sequences": 2,
     },
-    "prompt_lookup_num_tokens is 3, and it needs greedy decoding: leave out do_sample or prompt_lookup_num_tokens": {
-        "prompt_lookup_num_tokens": 3, "do_sample": True, "num_return_sequences": 2,
-    },
-    "prompt_lookup_num_tokens is 5, and it needs greedy decoding: leave out num_beams or prompt_lookup_num_tokens": {
+    "prompt_lookup_num_tokens is 5, and beams have no drafts: leave out num_beams or prompt_lookup_num_tokens": {
         "prompt_lookup_num_tokens": 5, "num_beams": 2,
     },
 }  # fmt: skip
@@ -454,16 +451,17 @@ def test_numbers_may_be_numpys() -> None:
     assert (type(config.max_new_tokens), type(config.temperature)) == (int, float)
 
 
-def test_a_files_prompt_lookup_gives_way_to_sampling_and_beams() -> None:
+def test_a_files_prompt_lookup_gives_way_to_beams() -> None:
     file = {"prompt_lookup_num_tokens": 5, "max_matching_ngram_size": 3}
-    config = with_defaults(file, {})
-    assert (config.prompt_lookup_num_tokens, config.max_matching_ngram_size) == (5, 3)
-    for options in ({"do_sample": True}, {"num_beams": 2}):
-        assert with_defaults(file, options).prompt_lookup_num_tokens is None
-        with pytest.raises(ValueError, match="prompt_lookup_num_tokens is 4, and it needs greedy decoding"):
-            with_defaults(options, {"prompt_lookup_num_tokens": 4})
-        with pytest.raises(ValueError, match="max_matching_ngram_size acts on prompt lookup only"):
-            with_defaults(file, options | {"max_matching_ngram_size": 4})
+    for options in ({}, {"do_sample": True}):
+        config = with_defaults(file, options)
+        assert (config.prompt_lookup_num_tokens, config.max_matching_ngram_size) == (5, 3)
+    beams = {"num_beams": 2}
+    assert with_defaults(file, beams).prompt_lookup_num_tokens is None
+    with pytest.raises(ValueError, match="prompt_lookup_num_tokens is 4, and beams have no drafts"):
+        with_defaults(beams, {"prompt_lookup_num_tokens": 4})
+    with pytest.raises(ValueError, match="max_matching_ngram_size acts on prompt lookup only"):
+        with_defaults(file, beams | {"max_matching_ngram_size": 4})
 
 
 def test_a_files_number_of_continuations_gives_way_to_greedy_decoding() -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from minopt.cache import KVCache
 from minopt.generation.beams import beam_search
-from minopt.generation.drafts import PromptLookup
+from minopt.generation.drafts import Drafts
 from minopt.generation.draws import draw, random_numbers
 from minopt.generation.options import GenerationConfig, with_defaults
 from minopt.generation.request import (
@@ -48,7 +48,7 @@ class Step:
         reasons: ``[R]``, the number in ``STOP_REASONS`` of a row that has ended, now or before; else 0.
         asked_for: this step's part of ``scores``, ``logprobs``, ``top_token_ids`` and ``top_logprobs`` of a
             ``GenerationOutput``, if the options ask for them.
-        drafts: ``drafted_tokens`` and ``accepted_tokens`` of a ``GenerationOutput`` so far, with prompt lookup.
+        drafts: ``drafted_tokens`` and ``accepted_tokens`` of a ``GenerationOutput`` so far, with drafts.
     """
 
     tokens: Tensor
@@ -68,6 +68,7 @@ def generate(
     logits_processor: Rule | Sequence[Rule] | None = None,
     stopping_criteria: Criterion | Sequence[Criterion] | None = None,
     generator: torch.Generator | None = None,
+    draft: Any = None,
     **options: Any,
 ) -> GenerationOutput:
     """Continues each row of ``input_ids``. Dropout is active if the model is in training mode: call ``eval()`` first.
@@ -84,6 +85,8 @@ def generate(
         stopping_criteria: functions of the tokens so far ``[R, S]`` and ``None`` to booleans ``[R]``, True = the row
             ends here; transformers' criteria are such functions.
         generator: source of the draws, on the decoder's device; instead of ``seed``.
+        draft: a smaller model with the same vocabulary, which says how the text may go on. The decoder reads all of
+            that in one pass, and chooses as it would without, also when it samples.
         **options: single options of ``GenerationConfig``, over ``config``'s.
 
     Returns:
@@ -91,12 +94,13 @@ def generate(
 
     Raises:
         ValueError: if an option is unknown or makes no sense, ids are outside of the vocabulary, the prompt and
-            ``max_new_tokens`` exceed the model's positions, padding is not on the left, or there is a generator
-            beside a seed or without sampling; nothing has run then. And if scores are no numbers (NaN).
+            ``max_new_tokens`` exceed the model's positions, padding is not on the left, there is a generator
+            beside a seed or without sampling, or the draft does not fit; nothing has run then. And if scores are no
+            numbers (NaN).
     """
     config = with_defaults({}, options, config)
     more = logits_processor, stopping_criteria, generator
-    return run(prepare(decoder, input_ids, attention_mask, config, *more, inputs_embeds=inputs_embeds))
+    return run(prepare(decoder, input_ids, attention_mask, config, *more, inputs_embeds=inputs_embeds, draft=draft))
 
 
 def run(request: Request) -> GenerationOutput:
@@ -133,7 +137,7 @@ def steps_between_looks(request: Request) -> int:
     """
     config = request.config
     must_look = bool(request.logits_processor or request.stopping_criteria or config.max_time is not None)
-    must_look |= request.decoder.device.type == "cpu" or config.prompt_lookup_num_tokens is not None
+    must_look |= request.decoder.device.type == "cpu" or request.reads_ahead
     return 1 if must_look else LOOK_EVERY
 
 
@@ -148,14 +152,14 @@ def decode_steps(request: Request, look_every: int = 1) -> Iterator[Step]:
     rows = Rows(request, look_every)
     cache = decoder.new_cache(len(rows.sequences), T + N)
     logits, real, position_ids = rows.begin(cache)
-    lookup = None if request.config.prompt_lookup_num_tokens is None else PromptLookup(request, cache)
+    drafts = Drafts(request, cache, rows.sequences, rows.draws) if request.reads_ahead else None
     while True:
         step = rows.step(logits)
-        yield step if lookup is None else replace(step, drafts=lookup.counts())
+        yield step if drafts is None else replace(step, drafts=drafts.counts())
         if not rows.any_runs:
             return
-        if lookup is not None:
-            logits = lookup.read(step.tokens, rows.running)
+        if drafts is not None:
+            logits = drafts.read(step.tokens, rows.running)
         else:
             logits = decoder.read(step.tokens[:, None], position_ids, step_mask(real, T + rows.count), None, cache)
             position_ids = position_ids + 1
@@ -169,6 +173,7 @@ class Rows:
         running: ``[R]``, whether a row goes on.
         any_runs: whether any does, as far as the host has looked.
         none_has_ended: whether all do, known without waiting.
+        draws: the random numbers of sampling, ``[N, R, 1]``.
         count: steps so far.
     """
 
@@ -180,7 +185,7 @@ class Rows:
         sequences = torch.nn.functional.pad(request.input_ids, (0, config.max_new_tokens), value=request.pad_token_id)
         self.sequences = sequences.repeat_interleave(copies, dim=0) if copies > 1 else sequences
         R = len(self.sequences)
-        self._draws = random_numbers(config.max_new_tokens, R, request) if config.do_sample else None
+        self.draws = random_numbers(config.max_new_tokens, R, request) if config.do_sample else None
         self._reasons = torch.zeros(R, dtype=torch.int8, device=device)
         self.running = self._is_new = self._reasons == RUNNING
         self.none_has_ended = look_every == 1 and device.type == "cpu"  # which only there is known without waiting
@@ -215,8 +220,8 @@ class Rows:
         for rule in self._rules:
             scores = rule(sequences[:, :length], scores)
         best, tokens = scores.max(-1)
-        if self._draws is not None:
-            tokens = draw(scores, self._draws[step])
+        if self.draws is not None:
+            tokens = draw(scores, self.draws[step])
         asked_for = _asked_for(config, logits, scores, tokens)
         sequences[:, length] = tokens
         ends = self._stopper(tokens, step + 1, sequences[:, : length + 1])
@@ -240,7 +245,7 @@ class Rows:
             tensor[index] for tensor in (self.sequences, self._padding, self._reasons)
         )
         self._is_new, self._broken_at = self._is_new[index], self._broken_at[index]
-        self._draws = None if self._draws is None else self._draws[:, index]
+        self.draws = None if self.draws is None else self.draws[:, index]
         self._rules, self.running = self.request.rules(self._padding), self._reasons == RUNNING
         self.none_has_ended = bool(self.running.all())
 

@@ -1,24 +1,124 @@
-"""Prompt lookup: where the newest tokens stand earlier in the text, the tokens after them there are a draft.
+"""Tokens that are drafted, and read in one pass: what the text says itself, or what a smaller model says.
 
-The model reads a draft in one pass. After Saxena 2023 (github.com/apoorvumang/prompt-lookup-decoding) and, for the
-check of drafts, Leviathan et al. 2023 (arXiv 2211.17192). ``decode_steps`` asks for the logits after each token that
-it has chosen. If a draft was right, they are here already. So rules and stop conditions act as without drafts.
+A draft is checked as in Leviathan et al. 2023 (arXiv 2211.17192), but by the tokens that would be chosen anyway:
+``decode_steps`` asks for the logits after each token that it has chosen. If a draft was right, they are here already.
+So rules, draws and stop conditions act as without drafts.
 
-Shapes: B rows, K tokens read at once, T prompt tokens (padding included), S tokens so far, V vocabulary.
+Shapes: B prompts, R rows, K tokens read at once, T prompt tokens (padding included), N new tokens, V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
+from dataclasses import replace
 from itertools import compress
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from minopt.cache import KVCache
-from minopt.generation.request import Request
+from minopt.generation.draws import draw
+from minopt.generation.request import Decoder, Draft, Request
 from minopt.masks import causal_mask, positions, with_new_tokens
+
+
+class Drafter(Protocol):
+    """Says how the rows may go on."""
+
+    def length(self) -> int:
+        """How many tokens are worth drafting."""
+
+    def draft(self, begin: int, count: int, running: Tensor) -> int:
+        """Writes up to ``count`` tokens of each row behind the first ``begin`` tokens; returns how many.
+
+        Rows that have ended, where ``running [R]`` is False, may get any.
+        """
+
+    def learn(self, right: int, drafted: int, length: int) -> None:
+        """The first ``right`` tokens of the newest draft came true; so the first ``length`` of what was read hold."""
+
+
+class Drafts:
+    """Reads the tokens that decoding chooses; the tokens of a right draft are read already.
+
+    A pass has one length, and so has the cache: a draft is used as long as it is right in all running rows.
+
+    Args:
+        request: asks for drafts.
+        cache: holds the prompts of the request, and has room for all new tokens.
+        sequences: ``[R, T + N]``, in which the caller writes each token that it chooses. Drafts stand behind those.
+        draws: the random numbers of sampling, ``[N, R, 1]``.
+    """
+
+    def __init__(self, request: Request, cache: KVCache, sequences: Tensor, draws: Tensor | None) -> None:
+        self.reader = Reader(request, request.decoder, cache, sequences)
+        self.length, self.end = request.prompt_length, sequences.shape[1]
+        self.drafter: Drafter
+        if request.draft is None:
+            self.drafter = PromptLookup(request, sequences)
+        else:
+            self.drafter = SmallerModel(request, request.draft, cache, sequences, draws)
+        # The rest of the draft, the next token last: a token of each row, and the logits [R, V] after it.
+        self.ahead: list[tuple[Tensor, Tensor]] = []
+        self.came_true = self.newest = 0  # accepted tokens of the newest draft, and all of it
+        self.drafted = self.accepted = torch.zeros(len(sequences), dtype=torch.long)  # accepted ones saved a pass
+
+    def counts(self) -> dict[str, tuple[int, ...]]:
+        """The parts of a ``Step`` about drafts."""
+        return {"drafted_tokens": tuple(self.drafted.tolist()), "accepted_tokens": tuple(self.accepted.tolist())}
+
+    def read(self, tokens: Tensor, running: Tensor) -> Tensor:
+        """Logits ``[R, V]`` after the newest token of each row.
+
+        Args:
+            tokens: ``[R]``.
+            running: ``[R]``, whether a row goes on. The logits of a row that has ended have no meaning.
+        """
+        self.length += 1
+        foreseen, logits = self.ahead.pop() if self.ahead else (None, tokens)
+        is_right = running if foreseen is None else (foreseen == tokens) | ~running
+        is_right, runs = torch.stack([is_right, running]).cpu()  # one wait for a GPU
+        if foreseen is not None:
+            if bool(is_right.all()):
+                self.accepted = self.accepted + runs
+                self.came_true += 1
+                return logits
+            self.ahead.clear()
+            self.reader.cache.truncate(self.length - 1)
+        if self.newest:
+            self.drafter.learn(self.came_true, self.newest, self.length - 1)
+        count = min(self.drafter.length(), self.end - self.length - 1)  # one more token is chosen after a draft
+        count = self.newest = self.drafter.draft(self.length, count, running) if count > 0 else 0
+        if count:
+            self.drafted = self.drafted + count * runs
+            self.came_true = 0
+        end = self.length + count
+        drafts = self.reader.sequences[:, self.length : end].T.clone()  # [count, R]; the places are written anew
+        first, *later = self.reader.read_until(end).unbind(1)
+        self.ahead = [*zip(drafts, later, strict=True)][::-1]
+        return first
+
+
+class Reader:
+    """Reads what stands in ``sequences`` into a cache."""
+
+    def __init__(self, request: Request, decoder: Decoder, cache: KVCache, sequences: Tensor) -> None:
+        self.decoder, self.cache, self.sequences = decoder, cache, sequences
+        copies = len(sequences) // len(request.input_ids)
+        real = with_new_tokens(request.attention_mask, request.config.max_new_tokens)
+        self.real = real if real is None or copies == 1 else real.repeat_interleave(copies, dim=0)
+
+    def read_until(self, end: int) -> Tensor:
+        """Reads up to the token before ``end``; returns the logits ``[R, K, V]`` after those that were not read yet."""
+        past = self.cache.length
+        ids = self.sequences[:, past:end].contiguous()
+        (R, K), device = ids.shape, ids.device
+        real = None if self.real is None else self.real[:, :end]
+        mask = None if real is None else causal_mask(real, past, K, end, device)
+        position_ids = positions(real, past, K, device).expand(R, K)
+        return self.decoder.read(ids, position_ids, mask, None, self.cache).view(R, K, -1)
 
 
 class Text:
@@ -52,73 +152,109 @@ class Text:
 
 
 class PromptLookup:
-    """Reads the tokens that greedy decoding chooses; the tokens of a right draft are read already.
+    """Where the newest tokens stand earlier in the text, the tokens after them there are a draft.
 
-    A pass has one length, and so has the cache: there is a draft only if each running row finds one, and it is used as
-    long as it is right in all running rows.
-
-    ``cache`` holds the prompts of the request, and has room for all new tokens.
+    After Saxena 2023 (github.com/apoorvumang/prompt-lookup-decoding). There is a draft only if each running row finds
+    one.
     """
 
-    def __init__(self, request: Request, cache: KVCache) -> None:
-        (B, T), config = request.input_ids.shape, request.config
+    def __init__(self, request: Request, sequences: Tensor) -> None:
+        config, copies = request.config, len(sequences) // len(request.input_ids)
         assert config.prompt_lookup_num_tokens is not None
-        self.request, self.cache = request, cache
         self.most, self.ngram_size = config.prompt_lookup_num_tokens, config.max_matching_ngram_size
-        self.length, self.end = T, T + config.max_new_tokens
-        self.real = with_new_tokens(request.attention_mask, config.max_new_tokens)
+        self.sequences, self.right, self.known = sequences, 0, request.prompt_length
+        self.pad_token_id = request.pad_token_id
+        # On a CPU a pass takes longer the more it reads.
+        self.adapts = request.decoder.device.type == "cpu"
         is_text = torch.ones_like(request.input_ids) if request.attention_mask is None else request.attention_mask
-        self.texts = [Text(compress(*row)) for row in zip(request.input_ids.tolist(), is_text.tolist(), strict=True)]
-        # The rest of the draft, the next token last: a token of each row, and the logits [B, V] after it.
-        self.ahead: list[tuple[tuple[int, ...], Tensor]] = []
-        self.came_true = 0  # accepted tokens of the newest draft
-        self.drafted = self.accepted = torch.zeros(B, dtype=torch.long)  # of each row; accepted ones saved a pass
+        rows = list(zip(request.input_ids.tolist(), is_text.tolist(), strict=True))
+        self.texts = [Text(compress(*row)) for row in rows for _ in range(copies)]
 
-    def counts(self) -> dict[str, tuple[int, ...]]:
-        """The parts of a ``Step`` about drafts."""
-        return {"drafted_tokens": tuple(self.drafted.tolist()), "accepted_tokens": tuple(self.accepted.tolist())}
+    def length(self) -> int:
+        """As many tokens as were accepted last time, twice, plus two.
 
-    def read(self, tokens: Tensor, running: Tensor) -> Tensor:
-        """Logits ``[B, V]`` after the newest token of each row.
-
-        Args:
-            tokens: ``[B]``.
-            running: ``[B]``, whether a row goes on. The logits of a row that has ended have no meaning.
+        Of six rules this was the fastest over texts that copy their prompt and texts that do not.
         """
-        ids, flags = torch.stack([tokens, running]).cpu()  # one wait for a GPU
-        newest, runs = ids.tolist(), flags.bool()
-        for text, token in zip(self.texts, newest, strict=True):
-            text.append(token)
-        self.length += 1
-        if self.ahead:
-            foreseen, logits = self.ahead.pop()
-            if all(foreseen[row] == newest[row] for row in runs.nonzero()[:, 0].tolist()):
-                self.accepted = self.accepted + runs
-                self.came_true += 1
-                return logits
-            self.ahead.clear()
-            self.cache.truncate(self.length - 1)
-        if drafts := self._drafts(runs.nonzero()[:, 0].tolist()):
-            self.drafted = self.drafted + len(drafts) * runs
-            self.came_true = 0
-        B, K, past, S = len(tokens), 1 + len(drafts), self.length - 1, self.length + len(drafts)
-        drafted = torch.tensor(drafts, dtype=torch.long, device=tokens.device).view(-1, B)
-        ids = torch.cat([tokens[None], drafted]).T.contiguous()  # [B, K]
-        real = None if self.real is None else self.real[:, :S]
-        mask = None if real is None else causal_mask(real, past, K, S, ids.device)
-        position_ids = positions(real, past, K, ids.device).expand(B, K)
-        first, *later = self.request.decoder.read(ids, position_ids, mask, None, self.cache).view(B, K, -1).unbind(1)
-        self.ahead = [*zip(drafts, later, strict=True)][::-1]
-        return first
+        return min(self.most, 2 * self.right + 2) if self.adapts else self.most
 
-    def _drafts(self, rows: list[int]) -> list[tuple[int, ...]]:
-        """The drafts: for each step a token of each row. Empty if one of ``rows``, which run, finds none."""
-        count = min(self.most, self.end - self.length - 1)  # one more token is chosen after a draft
-        if self.request.decoder.device.type == "cpu":
-            # On a CPU a pass takes longer the more it reads, so the draft length adapts: twice the tokens accepted last
-            # time, plus two. Of six rules this was the fastest over texts that copy their prompt and texts that do not.
-            count = min(count, 2 * self.came_true + 2)
-        drafts = [[self.request.pad_token_id] * count for _ in self.texts]
-        for row in rows:
+    def draft(self, begin: int, count: int, running: Tensor) -> int:
+        """See ``Drafter``."""
+        new = self.sequences[:, self.known : begin]
+        *columns, runs = torch.cat([new.T, running[None]]).tolist()  # one wait for a GPU
+        for column in columns:
+            for text, token in zip(self.texts, column, strict=True):
+                text.append(token)
+        self.known = begin
+        drafts = [[self.pad_token_id] * count] * len(runs)
+        for row in compress(range(len(runs)), runs):
             drafts[row] = self.texts[row].draft(self.ngram_size, count)
-        return [*zip(*drafts, strict=False)]  # no longer than the shortest
+        count = min(map(len, drafts))
+        self.sequences[:, begin : begin + count] = torch.tensor([ids[:count] for ids in drafts])
+        return count
+
+    def learn(self, right: int, drafted: int, length: int) -> None:
+        """See ``Drafter``."""
+        self.right = right
+
+
+class SmallerModel:
+    """A second model drafts, by the rules and random numbers of the first: it follows the text in a cache of its own.
+
+    A draft of the model's own weights reads and writes the model's cache, so it reads no prompt and holds none.
+    """
+
+    most = 16  # tokens of a draft: by then the passes of the draft take most of the time
+    probe_every = 32  # passes after which it is tried again, where drafts did not pay
+
+    def __init__(
+        self, request: Request, draft: Draft, cache: KVCache, sequences: Tensor, draws: Tensor | None
+    ) -> None:
+        self.own, self.draws, self.begin = replace(request, decoder=draft.decoder), draws, request.prompt_length
+        self.reader = Reader(request, draft.decoder, cache, sequences)
+        self.has_own_cache, self.is_empty = not draft.shares_cache, not draft.shares_cache
+        # Functions of the user are called once a token, as without drafts.
+        rest = replace(request, logits_processor=())
+        self.rules = rest.rules(rest.padding(len(sequences) // len(request.input_ids)))
+        self.step_cost, self.waited = draft.cost_for(request.decoder) + 0.03, 0
+        # Of drafted tokens, as far as they are known to be right or wrong; older ones count less. Hopeful at first.
+        self.right, self.known = 1.8, 2.0
+
+    def length(self) -> int:
+        """As many tokens as give the most tokens for the time, by the share that came true so far; 0 is none."""
+        share = self.right / self.known
+        best, fastest, tokens = 0, 1.0, 1.0
+        for count in range(1, self.most + 1):
+            tokens += share**count  # expected, of a pass of the model and its draft
+            if (speed := tokens / (1 + count * self.step_cost)) > fastest:
+                best, fastest = count, speed
+        self.waited = 0 if best else self.waited + 1
+        return best or int(self.waited % self.probe_every == 0)
+
+    def draft(self, begin: int, count: int, running: Tensor) -> int:
+        """See ``Drafter``."""
+        sequences = self.reader.sequences
+        if self.is_empty:
+            self._read_prompts()
+        for end in range(begin, begin + count):
+            scores = self.reader.read_until(end)[:, -1].float()
+            for rule in self.rules:
+                scores = rule(sequences[:, :end], scores)
+            tokens = scores.argmax(-1) if self.draws is None else draw(scores, self.draws[end - self.begin])
+            sequences[:, end] = tokens
+        if not self.has_own_cache:
+            self.reader.cache.truncate(begin - 1)
+        return count
+
+    def learn(self, right: int, drafted: int, length: int) -> None:
+        """See ``Drafter``."""
+        self.right, self.known = 0.95 * self.right + right, 0.95 * self.known + min(drafted, right + 1)
+        if self.has_own_cache and length < self.reader.cache.length:
+            self.reader.cache.truncate(length)
+
+    def _read_prompts(self) -> None:
+        sequences, B = self.reader.sequences, len(self.own.input_ids)
+        cache = self.reader.cache = self.own.decoder.new_cache(*sequences.shape)
+        prompts = cache.rows(0, B)
+        self.own.read_prompts(prompts)
+        cache.repeat_rows(prompts)
+        self.is_empty = False

@@ -113,7 +113,7 @@ class GenerationConfig:
     # Prompt lookup
     prompt_lookup_num_tokens: int | None = option(
         None,
-        "greedy: where the text repeats itself, read up to N tokens in one step; the text stays the same (off)",
+        "where the text repeats itself, read up to N tokens in one step; the text stays the same (off)",
         least=1,
     )
     max_matching_ngram_size: int = _lookup(
@@ -165,9 +165,9 @@ class GenerationConfig:
                 f"num_return_sequences is {R}, and greedy decoding has one answer: set do_sample or num_beams",
             ),
             (
-                lookup is not None and (self.do_sample or beams > 1),
-                f"prompt_lookup_num_tokens is {lookup}, and it needs greedy decoding: leave out "
-                f"{'do_sample' if self.do_sample else 'num_beams'} or prompt_lookup_num_tokens",
+                lookup is not None and beams > 1,
+                f"prompt_lookup_num_tokens is {lookup}, and beams have no drafts: leave out num_beams or "
+                "prompt_lookup_num_tokens",
             ),
             (
                 self.forced_bos_token_id in self.suppress_tokens,
@@ -258,7 +258,7 @@ def with_defaults(
     idle = [*_idle(merged)]
     if not merged.get("do_sample") and merged.get("num_beams", 1) == 1:
         idle.append("num_return_sequences")
-    elif "prompt_lookup_num_tokens" not in options:
+    if merged.get("num_beams", 1) > 1 and "prompt_lookup_num_tokens" not in options:
         idle += ["prompt_lookup_num_tokens", "max_matching_ngram_size"]
     kept = {name: value for name, value in defaults.items() if name not in idle}
     return GenerationConfig().replace(**{**kept, **options})

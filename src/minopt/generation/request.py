@@ -6,6 +6,7 @@ so far, N new tokens, K beams, V vocabulary.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -21,6 +22,8 @@ from minopt.generation.rules import Rule, build_rules
 from minopt.masks import causal_mask, positions
 from minopt.model import OPT
 from minopt.wrapped import decoder_of
+
+logger = logging.getLogger(__name__)
 
 Criterion = Callable[[Tensor, Any], Tensor]
 
@@ -102,9 +105,33 @@ class GenerationOutput:
     top_logprobs: Tensor | None = None
     """``[R, N, top_logprobs]`` float32, the log-probabilities of those."""
     drafted_tokens: tuple[int, ...] | None = None
-    """With ``prompt_lookup_num_tokens``, how many tokens were drafted for each row."""
+    """With a draft or ``prompt_lookup_num_tokens``, how many tokens were drafted for each row."""
     accepted_tokens: tuple[int, ...] | None = None
     """How many of them were right. Each saves a pass of the model, of which a row alone takes one a token."""
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A model that says how a text may go on, which another one checks.
+
+    Attributes:
+        decoder: the model.
+        shares_cache: its weights are those of the other one, rounded to 8 bits: it reads and writes the other's cache.
+    """
+
+    decoder: Decoder
+    shares_cache: bool = False
+
+    def cost_for(self, other: Decoder) -> float:
+        """The time of its step as a share of the other's: a step reads all weights once, and calls operators."""
+        itemsize = 1 if self.shares_cache else self.decoder.dtype.itemsize
+        return 0.1 + 0.9 * size_of(self.decoder) * itemsize / (size_of(other) * other.dtype.itemsize)
+
+
+def size_of(decoder: Decoder) -> int:
+    """The numbers that a step reads, but for a few."""
+    c = decoder.config
+    return c.num_hidden_layers * c.hidden_size * (4 * c.hidden_size + 2 * c.ffn_dim) + c.vocab_size * c.embed_dim
 
 
 @dataclass(frozen=True)
@@ -124,6 +151,12 @@ class Request:
     stopping_criteria: tuple[Criterion, ...]
     generator: torch.Generator | None
     inputs_embeds: Tensor | None = None
+    draft: Draft | None = None
+
+    @property
+    def reads_ahead(self) -> bool:
+        """Whether tokens are drafted."""
+        return self.draft is not None or self.config.prompt_lookup_num_tokens is not None
 
     @property
     def prompt_length(self) -> int:
@@ -203,6 +236,7 @@ def prepare(
     generator: torch.Generator | None = None,
     bos_token_id: int | None = None,
     inputs_embeds: Tensor | None = None,
+    draft: Any = None,
 ) -> Request:
     """Checks the arguments of ``generate``, and raises what it raises. Nothing runs or goes to the decoder's device.
 
@@ -232,8 +266,45 @@ def prepare(
     pad = next(i for i in (config.pad_token_id, model.pad_token_id, *eos, 0) if i is not None)
     _check_ids(model.vocab_size, config, eos, pad)
     mask = None if mask is None or bool(mask.all()) else mask.bool()
+    if draft is not None:
+        longest = input_ids.shape[1] if mask is None else int(mask.sum(1).max())
+        draft = _checked_draft(draft, decoder, config, rows, longest, inputs_embeds is not None)
     rules, criteria = _callables(logits_processor=logits_processor), _callables(stopping_criteria=stopping_criteria)
-    return Request(decoder, config, input_ids.long(), mask, eos, pad, rules, criteria, generator, inputs_embeds)
+    return Request(decoder, config, input_ids.long(), mask, eos, pad, rules, criteria, generator, inputs_embeds, draft)
+
+
+def _checked_draft(
+    draft: Any, decoder: Decoder, config: GenerationConfig, rows: int, longest: int, has_embeds: bool
+) -> Draft:
+    """The draft that a call gives, checked: a model, or a ``Draft``."""
+    try:
+        draft = draft if isinstance(draft, Draft) else Draft(decoder_of(draft))
+    except ValueError as error:
+        raise ValueError(str(error).replace("model:", "draft:", 1)) from None
+    model, needed = draft.decoder.config, longest + config.max_new_tokens
+    positions, most = model.max_position_embeddings, draft.decoder.max_batch
+    problem = ""
+    if has_embeds:
+        problem = "expected a prompt of ids, got inputs_embeds, which are the model's alone. Leave the draft out"
+    elif config.num_beams > 1:
+        problem = f"expected greedy decoding or sampling, got num_beams {config.num_beams}. Leave out one of them"
+    elif config.prompt_lookup_num_tokens is not None:
+        problem = "expected one source of drafts, got prompt_lookup_num_tokens too. Leave out one of them"
+    elif model.vocab_size != decoder.config.vocab_size:
+        problem = f"expected the model's vocabulary of {decoder.config.vocab_size} tokens, got {model.vocab_size}. "
+        problem += "Take a model that was trained with the same tokenizer"
+    elif draft.decoder.device != decoder.device:
+        problem = f"expected it on {decoder.device}, where the model is, got {draft.decoder.device}. Load it there"
+    elif positions < needed:
+        problem = f"expected at least {needed} positions, for prompt and new tokens, got {positions}. Ask for fewer "
+        problem += "tokens, or leave the draft out"
+    elif most is not None and rows > most:
+        problem = f"expected at most {most} rows, for which its program was exported, got {rows}. Run fewer at once"
+    if problem:
+        raise ValueError(f"draft: {problem}.")
+    if size_of(draft.decoder) > size_of(decoder):
+        logger.warning("draft: is larger than the model, so that each token takes longer than without a draft.")
+    return draft
 
 
 def _generator(device: torch.device, config: GenerationConfig, given: torch.Generator | None) -> torch.Generator | None:
