@@ -392,8 +392,8 @@ class LanguageModel:
             with _where(number, len(rows)):
                 check_room(decoder.config.max_position_embeddings, len(row), config)
         batches = []
-        reads_ahead, lengths = draft is not None or config.prompt_lookup_num_tokens is not None, [*map(len, rows)]
-        for indices in cut_prompts(decoder, config, lengths, reads_ahead, in_order, batch_size, max_batch_tokens):
+        limits = batch_size, max_batch_tokens, draft is not None
+        for indices in cut_prompts(decoder, config, [*map(len, rows)], in_order, *limits):
             input_ids, mask = pad_left([rows[i] for i in indices], decoder.config.pad_token_id)
             more = logits_processor, stopping_criteria, generator, bos
             request = prepare(decoder, input_ids, mask, config, *more, draft=draft)

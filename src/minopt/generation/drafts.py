@@ -206,9 +206,7 @@ class SmallerModel:
     most = 16  # tokens of a draft: by then the passes of the draft take most of the time
     probe_every = 32  # passes after which it is tried again, where drafts did not pay
 
-    def __init__(
-        self, request: Request, draft: Draft, cache: KVCache, sequences: Tensor, draws: Tensor | None
-    ) -> None:
+    def __init__(self, request: Request, draft: Draft, cache: KVCache, sequences: Tensor, draws: Tensor | None) -> None:
         self.own, self.draws, self.begin = replace(request, decoder=draft.decoder), draws, request.prompt_length
         self.reader = Reader(request, draft.decoder, cache, sequences)
         self.has_own_cache, self.is_empty = not draft.shares_cache, not draft.shares_cache

@@ -39,13 +39,14 @@ def cut_prompts(
     decoder: Decoder,
     config: GenerationConfig,
     lengths: list[int],
-    reads_ahead: bool,
     in_order: bool,
     batch_size: int | None,
     max_batch_tokens: int | None,
+    has_draft: bool = False,
 ) -> list[list[int]]:
     """Indices of the prompts that run together, from their lengths."""
     new, beams, R = config.max_new_tokens + SCORES_IN_TOKENS, config.num_beams, config.num_return_sequences
+    reads_ahead = has_draft or config.prompt_lookup_num_tokens is not None
     if batch_size is None and max_batch_tokens is None and reads_ahead:
         batch_size = 1  # rows of a batch wait for each other's drafts
     elif batch_size is None and decoder.max_batch is not None:
