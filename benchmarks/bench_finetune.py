@@ -6,6 +6,9 @@ Each sample is a step of a process of its own; processes of all variants take tu
 examples in the same order. A token is real if it is no padding; tokens a second are those of a step's examples over
 its whole time, from the end of the step before: data, forward, backward, clipping, optimizer, logging. Peak memory is
 the process', before anything is saved.
+
+Rows (--batch-sizes, --dtypes), --loss and --evaluation can be measured one by one: others in the result of the same day
+and hardware are kept. ``--dtypes`` without a value measures no row.
 """
 
 from __future__ import annotations
@@ -36,29 +39,43 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="processes of each variant")
     parser.add_argument("--steps", type=int, default=8, help="that are timed, of a process")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[8, 2])
-    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
+    parser.add_argument("--dtypes", nargs="*", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
+    parser.add_argument("--loss", action="store_true", help="measure the head and its loss alone too")
+    parser.add_argument("--evaluation", action="store_true", help="measure an evaluation with 5 beams too")
     parser.add_argument("--worker", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        print(json.dumps(loss_once(**args.worker) if "whole" in args.worker else run(**args.worker)))
+        work = loss_once if "whole" in args.worker else evaluations if "rounds" in args.worker else run
+        print(json.dumps(work(**args.worker)))
         return
     if args.train_file is None or args.tokenizer is None:
         parser.error("--train-file and --tokenizer are needed")
     with tempfile.TemporaryDirectory() as temporary:
         cases = [compare(args, temporary, b, d) for d in args.dtypes for b in args.batch_sizes]
+        measured: dict[str, Any] = {}
+        if args.loss:
+            measured["loss"] = compare_losses(args)
+        if args.evaluation:
+            model = str(model_in(args, temporary))
+            work = {"model": model, "train_file": str(args.train_file), "rounds": args.rounds}
+            measured["evaluation"] = {dtype: in_a_process(dtype=dtype, **work) for dtype in ("float32", "bfloat16")}
+    path = common.kept("finetune", args.hardware)
+    before = json.loads(path.read_text()) if path.exists() else {"cases": []}
+    rows = {(case["dtype"], case["batch_size"]): case for case in before["cases"] + cases}
     result = {"topic": "finetune", **common.machine(args.device), "rounds": args.rounds, "steps": args.steps}
-    common.keep("finetune", args.hardware, {**result, "cases": cases, "loss": compare_losses(args)})
+    result["cases"] = [rows[row] for row in sorted(rows, reverse=True)]
+    result |= {key: before[key] for key in ("loss", "evaluation") if key in before} | measured
+    common.keep("finetune", args.hardware, result)
 
 
 def compare(args: argparse.Namespace, temporary: str, batch_size: int, dtype: str) -> dict[str, Any]:
     """All variants in turn at one batch size and precision."""
-    model = common.write_model(Path(temporary))
-    for path in args.tokenizer.iterdir():
-        (model / path.name).write_bytes(path.read_bytes())
-    samples: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
-    peaks: dict[str, list[int]] = {variant: [] for variant in VARIANTS}
+    model = model_in(args, temporary)
+    samples: dict[str, list[float]] = {variant: [] for variant in args.variants}
+    peaks: dict[str, list[int]] = {variant: [] for variant in args.variants}
     for round_ in range(args.rounds):
-        for variant in VARIANTS:
+        for variant in args.variants:
             found = in_a_process(
                 variant=variant, model=str(model), train_file=str(args.train_file), device=args.device,
                 batch_size=batch_size, dtype=dtype, steps=args.steps, seed=round_, temporary=temporary,
@@ -66,8 +83,8 @@ def compare(args: argparse.Namespace, temporary: str, batch_size: int, dtype: st
             samples[variant] += found["tokens_per_second"]
             peaks[variant].append(found["peak_bytes"])
             print(round_, variant, batch_size, dtype, round(statistics.median(found["tokens_per_second"])), flush=True)
-    case: dict[str, Any] = {"batch_size": batch_size, "dtype": dtype}
-    for variant in VARIANTS:
+    case: dict[str, Any] = {"batch_size": batch_size, "dtype": dtype, "commit": common.commit()}
+    for variant in args.variants:
         values = sorted(samples[variant])
         case[variant] = {
             "tokens_per_second": round(statistics.median(values), 1),
@@ -75,11 +92,50 @@ def compare(args: argparse.Namespace, temporary: str, batch_size: int, dtype: st
             "samples": len(values),
             "peak_mb": round(max(peaks[variant]) / 1e6),
         }
-    for peer in ("transformers padded", "transformers grouped"):
+    for peer in (variant for variant in args.variants if variant.startswith("transformers")):
         ours, theirs = case["minopt packed"]["tokens_per_second"], case[peer]["tokens_per_second"]
         case[f"packed to {peer}"] = round(ours / theirs, 3)
     print(json.dumps(case), flush=True)
     return case
+
+
+def model_in(args: argparse.Namespace, temporary: str) -> Path:
+    """A folder with random weights and the tokenizer."""
+    model = common.write_model(Path(temporary))
+    for path in args.tokenizer.iterdir():
+        (model / path.name).write_bytes(path.read_bytes())
+    return model
+
+
+def evaluations(model: str, train_file: str, dtype: str, rounds: int) -> dict[str, float]:
+    """Seconds of evaluating 8 examples with 5 beams of 20 tokens: in a run, by the plain model, and by a loaded one."""
+    from minopt import load, load_model
+    from minopt.distributed import World
+    from minopt.evaluation.answers import evaluate
+    from minopt.training.config import TrainingConfig
+    from minopt.training.data import references_of
+    from minopt.training.method import Method
+    from minopt.training.run import Signals
+
+    tokenizer, examples, tokens = data_for(model, train_file, 8, 1, 0)
+    run = Method()
+    run.config = TrainingConfig(output_dir="x", num_beams=5, tgt_length=20, min_tgt_length=20, bf16=dtype == "bfloat16")
+    run.world, run.is_sharded, run.tokenizer = World(0, 1, torch.device("cpu")), False, tokenizer
+    run.dtype = torch.bfloat16 if run.config.bf16 else None
+    run.model, run.eval_tokens, run.eval_data = load_model(model, dtype="float32"), tokens, examples
+    run.signals = Signals()
+    forms = {"plain": load_model(model, dtype=dtype), "load": load(model, dtype=dtype).model}
+
+    def alone(form: Any) -> None:
+        task, references = run.config.resolved_task(), references_of(examples)
+        evaluate(form, tokenizer, tokens.rows, references, task.scores, run.config.generation, run.world, batch_size=8)
+
+    samples: dict[str, list[float]] = {name: [] for name in ("run", *forms)}
+    for _ in range(rounds + 1):
+        samples["run"].append(common.seconds(run.measure))
+        for name, form in forms.items():
+            samples[name].append(common.seconds(lambda form=form: alone(form)))
+    return {name: round(statistics.median(values[1:]), 3) for name, values in samples.items()}
 
 
 def compare_losses(args: argparse.Namespace) -> dict[str, Any]:

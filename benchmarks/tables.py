@@ -113,13 +113,17 @@ def prompts() -> str:
     ))  # fmt: skip
 
 
-def finetune() -> str:
-    names = ("minopt packed", "minopt grouped", "minopt padded", "transformers padded", "transformers grouped")
-    return table("batch | " + " | ".join(names) + " | to padded | to grouped", (
+def finetune(hardware: str = "xeon2") -> str:
+    cases = newest("finetune", hardware)["cases"]
+    names = [name for name in ("minopt packed", "minopt grouped", "minopt padded", "transformers padded",
+                               "transformers grouped") if name in cases[0]]  # fmt: skip
+    peers = [name for name in names if name.startswith("transformers")]
+    head = " | ".join(["batch", *names, *(f"to {peer.removeprefix('transformers ')}" for peer in peers)])
+    return table(head, (
         [f"{case['batch_size']}, {case['dtype']}",
          *(f"{case[name]['tokens_per_second']:.0f} tokens/s, {case[name]['peak_mb'] / 1e3:.1f} GB" for name in names),
-         f"**{case['packed to transformers padded']:.2f}x**", f"{case['packed to transformers grouped']:.2f}x"]
-        for case in newest("finetune")["cases"]
+         *(f"**{case[f'packed to {peer}']:.2f}x**" for peer in peers)]
+        for case in cases
     ))  # fmt: skip
 
 
@@ -220,6 +224,7 @@ def methods() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "speed": lambda: inference(IN_README),
+    "finetune_amd": lambda: finetune("epyc2-noamx"),
     **{build.__name__: build for build in (inference, contexts, start, peaks, steps, prompts, finetune, squad, int8,
                                            load, convert, memory, processes, plan, methods)},
 }  # fmt: skip

@@ -61,6 +61,7 @@ DELETIONS = {
             "methods/test_tokens",
             *GPU,
         ),
+        (("training/method.py", "FastOPT"),),  # evaluation then runs the plain model
     ),
 }
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
+import resource
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,7 +13,7 @@ import torch
 from torch import Tensor
 
 from minopt import memory
-from minopt.memory import in_large_pages
+from minopt.memory import in_large_pages, kept_when_freed
 
 SIZE = 2**26
 
@@ -34,6 +38,33 @@ def test_what_is_allocated_within_lies_in_large_pages_and_is_the_same() -> None:
     assert in_pages_of_2_mb(numbers) >= SIZE - 2**22
     with pytest.raises(KeyError), in_large_pages():
         raise KeyError
+
+
+def faults_of(work: Callable[[], object]) -> int:
+    """How often Linux had to give memory."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    work()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "gnu_get_libc_version"), reason="needs glibc")
+def test_freed_memory_is_kept_for_the_next_step_unless_the_user_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    def step() -> None:
+        assert torch.ones(SIZE, dtype=torch.uint8)[-1] == 1
+
+    device = torch.device("cpu")
+    for key in [key for key in os.environ if "MALLOC_" in key or "TUNABLES" in key]:
+        monkeypatch.delenv(key)
+    with kept_when_freed(device):
+        step()
+        assert faults_of(step) < SIZE // 2**12 // 10
+    called: list[object] = []
+    monkeypatch.setattr(memory.ctypes, "CDLL", called.append)
+    with kept_when_freed(torch.device("cuda")):
+        assert not called
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "1000000")
+    with kept_when_freed(device):  # a library without any function would have raised
+        assert called == [None]
 
 
 def test_what_a_container_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

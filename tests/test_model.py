@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from minopt import OPT, KVCache, OPTConfig, masks
 from minopt.config import ACTIVATION_NAMES
-from minopt.model import POSITION_OFFSET
+from minopt.model import POSITION_OFFSET, _dropout
 from tests.conftest import KINDS, SIZE, build_ours, build_reference, error, pad_left
 
 B, T = 3, 12
@@ -240,6 +240,17 @@ def test_forward_is_head_of_hidden_states_of_all_positions_or_the_last_ones(kind
         assert error(model(ids, mask, logits_to_keep=keep), model.head(h)[:, -keep:]) <= 1e-12
 
 
+@torch.no_grad()
+def test_wanted_positions_alone_are_those_of_all(kind: str) -> None:
+    model, ids, mask = build(kind), ids_of(B, T), MASKS["left padding"]
+    for wanted in (torch.tensor([T - 1, B * T - 1, T - 2]), torch.tensor([], dtype=torch.long)):
+        expected = model.hidden_states(ids, mask).flatten(0, 1)[wanted]
+        found = model.hidden_states(ids, mask, wanted=wanted)
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    dropped = OPT(dataclasses.replace(model.config, layerdrop=1.0), dtype=torch.float64).train()
+    assert dropped.hidden_states(ids, mask, wanted=torch.tensor([3])).shape == (1, model.config.embed_dim)
+
+
 # --- the cache
 
 
@@ -445,6 +456,26 @@ def test_dropout_acts_in_training_and_not_in_evaluation(kind: str, option: str) 
     assert all(any(error(a, b) > VISIBLE for b in drawn) for a in drawn)
     assert torch.equal(model.eval()(ids), without(ids))
     assert torch.equal(without.train()(ids), without.eval()(ids))
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 1 - 2**-17, 1.0])
+def test_dropout_drops_its_share_and_scales_the_rest(p: float) -> None:
+    torch.manual_seed(0)
+    x = torch.full((3, 5, 6667), 2.0, requires_grad=True)
+    y = _dropout(x, p, training=True)
+    y.sum().backward()
+    kept, share = y != 0, 1 - round(p * 2**16) / 2**16
+    count = x.numel()
+    assert abs(kept.sum().item() - count * share) <= 5 * math.sqrt(count * share * (1 - share))
+    if share:
+        assert torch.allclose(y[kept], torch.tensor(2.0 / share))
+        neighbours = (kept.flatten()[1:] & kept.flatten()[:-1]).sum().item()  # share a drawn word
+        assert abs(neighbours - count * share**2) <= 10 * math.sqrt(count * share**2)
+    assert x.grad is not None
+    assert torch.equal(x.grad * 2, y.detach())
+    assert _dropout(x, p, training=False) is x
+    torch.manual_seed(0)
+    assert torch.equal(_dropout(x, p, training=True), y)
 
 
 @torch.no_grad()

@@ -107,7 +107,9 @@ class Attention(nn.Module):
         self.q_proj = _linear_layer(C, C, bias, device, dtype)
         self.out_proj = _linear_layer(C, C, bias, device, dtype)
 
-    def forward(self, x: Tensor, mask: Tensor | Packed | None, cache: KVCache | None) -> Tensor:
+    def forward(
+        self, x: Tensor, mask: Tensor | Packed | None, cache: KVCache | None, wanted: Tensor | None = None
+    ) -> Tensor:
         B, T, _ = x.shape
         # The query is scaled before the product, as in training: q @ k alone can overflow float16.
         q = (self.q_proj(x) * self.head_dim**-0.5).view(B, T, -1, self.head_dim).transpose(1, 2)  # [B, H, T, D]
@@ -116,7 +118,12 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.append(self.index, k, v)  # [B, H, S, D]
         dropout = self.dropout if self.training else 0.0
-        return self.out_proj(attend(q, k, v, mask, dropout).transpose(1, 2).reshape(B, T, -1))
+        return self.out_proj(pick(attend(q, k, v, mask, dropout).transpose(1, 2).reshape(B, T, -1), wanted))
+
+
+def pick(x: Tensor, wanted: Tensor | None) -> Tensor:
+    """The rows ``[N, C]`` of ``x`` ``[B, T, C]`` that are wanted, counted through the batch; ``None`` wants all."""
+    return x if wanted is None else x.flatten(0, 1)[wanted]
 
 
 def attend(
@@ -124,7 +131,7 @@ def attend(
 ) -> Tensor:
     """Causal attention of ``q`` ``[B, H, T, D]`` to ``k`` and ``v`` ``[B, H, S, D]``, under ``DecoderLayer``'s mask."""
     if isinstance(mask, Packed):
-        return _attend_apart(q * scale, k, v, mask, dropout)
+        return _attend_apart(q, k, v, mask, dropout, scale)
     if mask is None and q.shape[2] > 1:  # not is_causal=T > 1: T may be symbolic, is_causal must be a plain bool
         return _attention(q, k, v, None, dropout, True, scale)
     return _attention(q, k, v, mask, dropout, False, scale)  # without a mask the one token sees everything
@@ -146,26 +153,39 @@ def _attention(
 # Not compiled, or a compiled layer would be compiled anew for each batch's lengths. torch.compiler.disable would import
 # the compiler with this module, which takes a second; this imports it with the first call.
 @torch._disable_dynamo  # type: ignore[attr-defined]
-def _attend_apart(q: Tensor, k: Tensor, v: Tensor, packed: Packed, dropout: float) -> Tensor:
+def _attend_apart(q: Tensor, k: Tensor, v: Tensor, packed: Packed, dropout: float, scale: float) -> Tensor:
     """Causal attention of each text of a row ``[1, H, T, D]`` to itself: no work goes into pairs of texts."""
     dtype = q.dtype
     if q.device.type == "cpu" and dtype == torch.bfloat16:
         # The kernel's backward pass takes 3 ms a text more in bfloat16: short ones take half the time in float32.
         with torch.autocast("cpu", enabled=False):
-            return _attend_apart(q.float(), k.float(), v.float(), packed, dropout).to(dtype)
+            return _attend_apart(q.float(), k.float(), v.float(), packed, dropout, scale).to(dtype)
     fits = dtype.itemsize == 2 and q.shape[3] % 8 == 0 and not dropout  # flash attention's kernel of several texts
     if q.is_cuda and fits and torch.cuda.get_device_capability(q.device) >= (8, 0):
         from torch.nn.attention.varlen import varlen_attn  # imports the compiler
 
         cu_seqlens, longest = packed.cu_seqlens(q.device), max(packed.lengths)
         q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # [T, H, D]
-        y: Any = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, scale=1.0, window_size=(-1, 0))
+        y: Any = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, scale=scale, window_size=(-1, 0))
         return y.transpose(0, 1)[None]
-    queries, keys, values = (torch.split(x, list(packed.lengths), dim=2) for x in (q, k, v))
-    return torch.cat([
-        _attention(q, k, v, None, dropout, is_causal=True, scale=1.0)
-        for q, k, v in zip(queries, keys, values, strict=True)
-    ], dim=2)  # fmt: skip
+    # Cut and joined as [1, T, H, D], which is how products and kernels leave it in memory: no copy turns it round.
+    texts = zip(*(x.transpose(1, 2).split(list(packed.lengths), dim=1) for x in (q, k, v)), strict=True)
+    each = (_attention(*(x.transpose(1, 2) for x in qkv), None, dropout, is_causal=True, scale=scale) for qkv in texts)
+    return torch.cat([y.transpose(1, 2) for y in each], dim=1).transpose(1, 2)
+
+
+def _dropout(x: Tensor, p: float, training: bool) -> Tensor:
+    """``F.dropout``; on a CPU, which draws in one thread, of 16 random bits a number: in a fifth of the time.
+
+    p is rounded to 1/65,536 then, and what is kept is scaled by what it was rounded to.
+    """
+    dropped = round(p * 2**16)
+    is_drawn = training and 0 < dropped < 2**16 and x.device.type == "cpu" and not torch.compiler.is_compiling()
+    if not is_drawn:
+        return F.dropout(x, p, training)
+    words = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
+    kept = words.view(torch.int16)[: x.numel()].view(x.shape) >= dropped - 2**15
+    return x * kept.to(x.dtype).mul_(2**16 / (2**16 - dropped))
 
 
 class DecoderLayer(nn.Module):
@@ -187,18 +207,24 @@ class DecoderLayer(nn.Module):
         self.fc2 = _linear_layer(config.ffn_dim, C, bias, device, dtype)
         self.final_layer_norm = norm(device=device, dtype=dtype)
 
-    def forward(self, x: Tensor, mask: Tensor | Packed | None = None, cache: KVCache | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | Packed | None = None,
+        cache: KVCache | None = None,
+        wanted: Tensor | None = None,
+    ) -> Tensor:
         """Maps the residual stream ``[B, T, C]`` to ``[B, T, C]``, and writes the cache at the layer's own index.
 
         ``mask`` is ``None`` where ``causal_mask`` gives none; else boolean ``[B or 1, 1, T, S]``, True = attend; or the
-        ``Packed`` texts of one row.
+        ``Packed`` texts of one row. ``wanted`` is for the last layer: it gives these positions alone, ``[N, C]``.
         """
-        y = self.self_attn(self.self_attn_layer_norm(x) if self.norm_before else x, mask, cache)
-        x = x + F.dropout(y, self.dropout, self.training)
+        y = self.self_attn(self.self_attn_layer_norm(x) if self.norm_before else x, mask, cache, wanted)
+        x = pick(x, wanted) + _dropout(y, self.dropout, self.training)
         if not self.norm_before:
             x = self.self_attn_layer_norm(x)
         y = self.fc2(self.activation(self.fc1(self.final_layer_norm(x) if self.norm_before else x)))
-        x = x + F.dropout(y, self.dropout, self.training)
+        x = x + _dropout(y, self.dropout, self.training)
         return x if self.norm_before else self.final_layer_norm(x)
 
 
@@ -298,6 +324,7 @@ class OPT(nn.Module):
         position_ids: Tensor | None = None,
         cache: KVCache | None = None,
         inputs_embeds: Tensor | None = None,
+        wanted: Tensor | None = None,
     ) -> Tensor:
         """Runs the decoder without its head.
 
@@ -314,10 +341,12 @@ class OPT(nn.Module):
             cache: filled tokens to go on from; the new ones are appended to it.
             inputs_embeds: floats ``[B, T, E]`` in place of ``input_ids`` and of their embeddings: soft prompts, or what
                 another model has made of an image. Positions are added to them as to tokens.
+            wanted: ``[N]`` indices of tokens, counted through all rows. Only these are computed behind the last
+                layer's attention, as all that follows acts on each token alone.
 
         Returns:
-            ``[B, T, E]`` in the model's dtype, ready for ``head``. Rows of padding hold finite numbers without
-            a meaning.
+            ``[B, T, E]``, or ``[N, E]`` of those wanted, in the model's dtype, ready for ``head``. Rows of padding
+            hold finite numbers without a meaning.
 
         Raises:
             ValueError: if cached and new tokens exceed the cache or the position table, or shapes do not fit;
@@ -335,10 +364,12 @@ class OPT(nn.Module):
         if self.project_in is not None:
             x = self.project_in(x)
         x = x + self.embed_positions(position_ids + POSITION_OFFSET)  # [B, T, C]
-        for layer in self.layers:
+        for index, layer in enumerate(self.layers, 1):
             if self.training and self.config.layerdrop > 0 and torch.rand(()) < self.config.layerdrop:
                 continue
-            x = layer(x, mask, cache)
+            x = layer(x, mask, cache, wanted if index == len(self.layers) else None)
+        if x.ndim == 3:  # the last layer was dropped
+            x = pick(x, wanted)
         if cache is not None and cache.slots is None:
             cache.length += T
         if self.final_layer_norm is not None:

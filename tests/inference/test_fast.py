@@ -19,7 +19,10 @@ from minopt.inference import fast, linear
 from minopt.inference.fast import FastOPT
 from minopt.inference.linear import OUTLIERS_FROM
 from minopt.model import ACTIVATIONS
+from minopt.training import method
+from minopt.training.trainer import TrainingStopped, train
 from tests.conftest import build_ours, build_reference, lively, quantized_state
+from tests.training import small
 
 PADDED = torch.tensor([[0, 0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1]])
 
@@ -259,3 +262,22 @@ def test_a_model_whose_layers_were_replaced_does_not_give_weights(change: Any, t
     with pytest.raises(ValueError, match="others took the place of its layers, so their weights cannot be read"):
         minopt.save_model(model, tmp_path / "model")
     assert not list(tmp_path.iterdir())
+
+
+@torch.no_grad()
+def test_wanted_positions_alone_are_those_of_all(kind: str, kernels: str) -> None:
+    model = fast_of(build_ours(build_reference(kind)))
+    ids, wanted = ids_of(model, 2, 7), torch.tensor([6, 13, 5])
+    assert difference(model.hidden_states(ids, wanted=wanted), model.hidden_states(ids).flatten(0, 1)[wanted]) < 1e-5
+
+
+def test_a_run_on_a_cpu_generates_with_it_and_measures_a_text_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used = []
+    monkeypatch.setattr(method, "evaluate", lambda model, *args, **options: used.append(type(model)))
+    for number, data in enumerate((small.examples(2), "some text to measure")):
+        config = small.settings(tmp_path / str(number), max_steps=1, do_eval=True)
+        with pytest.raises(TrainingStopped):  # as if a signal had come: there is no result
+            train(small.model_of(), small.examples(4), config, tokenizer=small.tokenizer(), eval_data=data)
+    assert used == [FastOPT, OPT]

@@ -120,20 +120,20 @@ def watched() -> Iterator[Seen]:
 
 
 def break_gradients(model: OPT, when: Callable[[], bool]) -> None:
-    """Makes a NaN of the gradient of one token's vector, the bos', and of nothing else."""
+    """Makes a NaN of the gradient of one position's vector, the first, and of nothing else."""
 
     def spoil(gradient: Tensor) -> Tensor:
         if not when():
             return gradient
         gradient = gradient.clone()
-        gradient[0, 0] = float("nan")
+        gradient.flatten(0, -2)[0] = float("nan")
         return gradient
 
     def watch(module: nn.Module, args: Any, output: Tensor) -> None:
         if output.requires_grad:
             output.register_hook(spoil)
 
-    model.embed_tokens.register_forward_hook(watch)
+    model.embed_positions.register_forward_hook(watch)
 
 
 def distance(found: list[Tensor], expected: list[Tensor]) -> float:

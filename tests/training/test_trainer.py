@@ -364,14 +364,22 @@ def test_what_does_not_fit_is_refused_before_anything_is_trained(tmp_path: Path)
 
 
 @pytest.mark.parametrize("changes", [{"recompute": True}, {"compile": True}, {"bf16": True}], ids=str)
-def test_what_is_evaluated_is_a_plain_model(
+def test_what_is_evaluated_has_nothing_of_training_and_the_fast_form_answers_as_the_plain_model(
     changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen, evaluate = [], method.evaluate
 
     def watch(model: OPT, *args: Any, **options: Any) -> Any:
         seen.append((any("forward" in vars(layer) for layer in model.layers), model.training, model.dtype))
-        return evaluate(model, *args, **options)
+        plain = OPT(model.config, dtype=model.dtype).eval()
+        plain.load_state_dict(model.state_dict())
+        found, expected = (evaluate(form, *args, **options) for form in (model, plain))
+        assert found is not None
+        assert expected is not None
+        if model.dtype == torch.float32:
+            assert found.predictions == expected.predictions
+            assert found.metrics == pytest.approx(expected.metrics, rel=1e-5)
+        return found
 
     monkeypatch.setattr(method, "evaluate", watch)
     monkeypatch.setattr(torch, "compile", lambda function: function)

@@ -25,7 +25,7 @@ from minopt.inference.plan import check_fits
 from minopt.load_options import LoadOptions
 from minopt.masks import Packed
 from minopt.memory import empty
-from minopt.model import attend
+from minopt.model import attend, pick
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 _NORMS = ("self_attn_layer_norm", "final_layer_norm")
@@ -184,14 +184,21 @@ class FastLayer(Frozen):
         self._norms = {name: build.norm(prefix + name) for name in _NORMS}
         self._attn_norm, self._final_norm = self._norms.values()
 
-    def forward(self, x: Tensor, mask: Tensor | Packed | None = None, cache: KVCache | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | Packed | None = None,
+        cache: KVCache | None = None,
+        wanted: Tensor | None = None,
+    ) -> Tensor:
         """See ``DecoderLayer.forward``."""
         B, T, _ = x.shape
         y = self._qkv(self._attn_norm(x) if self.norm_before else x)
         q, k, v = y.view(B, T, 3, -1, self.head_dim).permute(2, 0, 3, 1, 4).unbind()  # [B, H, T, D]
         if cache is not None:
             k, v = cache.append(self.index, k, v)
-        x = x + self._out(attend(q, k, v, mask, scale=self._scale).transpose(1, 2).reshape(B, T, -1))
+        y = attend(q, k, v, mask, scale=self._scale).transpose(1, 2).reshape(B, T, -1)
+        x = pick(x, wanted) + self._out(pick(y, wanted))
         if not self.norm_before:
             x = self._attn_norm(x)
         x = x + self._fc2(self._fc1(self._final_norm(x) if self.norm_before else x))

@@ -117,9 +117,9 @@ class _StreamedLayer(Frozen):
         layer = DecoderLayer(stream.checkpoint.config, index, "meta", stream.dtype).eval()
         self._run, self._weights = partial(functional_call, layer), partial(stream.take, index)
 
-    def forward(self, x: Tensor, mask: Tensor | Packed | None = None, cache: KVCache | None = None) -> Tensor:
+    def forward(self, *inputs: Tensor | Packed | KVCache | None) -> Tensor:
         """See ``DecoderLayer.forward``."""
-        y: Tensor = self._run(self._weights(), (x, mask, cache))
+        y: Tensor = self._run(self._weights(), inputs)
         return y
 
 

@@ -32,9 +32,30 @@ class ModelWithLoss(nn.Module):
         self.model = model
 
     def forward(self, batch: Batch, label_smoothing: float = 0.0) -> Tensor:
-        h = self.model.hidden_states(batch.input_ids, None if batch.lengths is None else Packed(batch.lengths))
-        weight = self.model.embed_tokens.weight
-        return cross_entropy_sum(h.flatten(0, 1)[batch.at], weight, batch.targets, label_smoothing)
+        ids, embeds, weight = batch.input_ids, None, self.model.embed_tokens.weight
+        if weight.device.type == "cpu":  # a GPU would add rows in any order, and give other bits each time
+            ids, (embeds, weight) = None, _Lookup.apply(weight, ids, self.model.config.pad_token_id)
+        packed = None if batch.lengths is None else Packed(batch.lengths)
+        h = self.model.hidden_states(ids, packed, inputs_embeds=embeds, wanted=batch.at)
+        return cross_entropy_sum(h, weight, batch.targets, label_smoothing)
+
+
+class _Lookup(torch.autograd.Function):
+    """``F.embedding(ids, table)``, and the table for the head.
+
+    The head's gradient of the table is dense, and the rows of tokens are added to it. Autograd would make a second
+    tensor of that size for them, which takes a tenth of a small step.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, table: Tensor, ids: Tensor, padding: int | None) -> tuple[Tensor, Tensor]:
+        ctx.ids = ids if padding is None else torch.where(ids == padding, -1, ids)
+        return F.embedding(ids, table), table.view_as(table)
+
+    @staticmethod
+    def backward(ctx: Any, rows: Tensor, grad: Tensor) -> tuple[Tensor, None, None]:
+        real = ctx.ids >= 0  # padding has no gradient here, see OPT.embed_tokens
+        return grad.index_add_(0, ctx.ids[real], rows[real]), None, None
 
 
 class _CrossEntropySum(torch.autograd.Function):

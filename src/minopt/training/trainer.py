@@ -23,6 +23,7 @@ from minopt.config import read_json
 from minopt.devices import resolve_dtype
 from minopt.distributed import World, processes
 from minopt.evaluation.tasks import seed_of
+from minopt.memory import kept_when_freed
 from minopt.model import OPT
 from minopt.progress import bar, counted, say
 from minopt.tokenizer import Tokenizer
@@ -148,7 +149,7 @@ class Run(Method):
         """
         config, world, model = self.config, self.world, self.model
         model.to(resolve_dtype(config.base_dtype)).train()
-        with training_layers(model, config), float32_products(config, world.device):
+        with training_layers(model, config), float32_products(config, world.device), kept_when_freed(world.device):
             self.module = self.build()
             if self.is_sharded:
                 apply_fsdp(self.module, model, self.dtype, world.device)
