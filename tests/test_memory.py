@@ -59,7 +59,7 @@ def test_freed_memory_is_kept_for_the_next_step_unless_the_user_says_otherwise(m
         step()
         assert faults_of(step) < SIZE // 2**12 // 10
     called: list[object] = []
-    monkeypatch.setattr(memory.ctypes, "CDLL", called.append)
+    monkeypatch.setattr(ctypes, "CDLL", called.append)
     with kept_when_freed(torch.device("cuda")):
         assert not called
     monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "1000000")

@@ -32,11 +32,11 @@ class ModelWithLoss(nn.Module):
         self.model = model
 
     def forward(self, batch: Batch, label_smoothing: float = 0.0) -> Tensor:
-        ids, embeds, weight = batch.input_ids, None, self.model.embed_tokens.weight
+        inputs, weight = {"input_ids": batch.input_ids}, self.model.embed_tokens.weight
         if weight.device.type == "cpu":  # a GPU would add rows in any order, and give other bits each time
-            ids, (embeds, weight) = None, _Lookup.apply(weight, ids, self.model.config.pad_token_id)
+            inputs["inputs_embeds"], weight = _look_up(weight, inputs.pop("input_ids"), self.model.config.pad_token_id)
         packed = None if batch.lengths is None else Packed(batch.lengths)
-        h = self.model.hidden_states(ids, packed, inputs_embeds=embeds, wanted=batch.at)
+        h = self.model.hidden_states(**inputs, attention_mask=packed, wanted=batch.at)
         return cross_entropy_sum(h, weight, batch.targets, label_smoothing)
 
 
@@ -56,6 +56,9 @@ class _Lookup(torch.autograd.Function):
     def backward(ctx: Any, rows: Tensor, grad: Tensor) -> tuple[Tensor, None, None]:
         real = ctx.ids >= 0  # padding has no gradient here, see OPT.embed_tokens
         return grad.index_add_(0, ctx.ids[real], rows[real]), None, None
+
+
+_look_up: Callable[..., Any] = _Lookup.apply
 
 
 class _CrossEntropySum(torch.autograd.Function):
