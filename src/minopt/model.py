@@ -169,9 +169,11 @@ def _attend_apart(q: Tensor, k: Tensor, v: Tensor, packed: Packed, dropout: floa
         y: Any = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, scale=scale, window_size=(-1, 0))
         return y.transpose(0, 1)[None]
     # Cut and joined as [1, T, H, D], which is how products and kernels leave it in memory: no copy turns it round.
-    texts = zip(*(x.transpose(1, 2).split(list(packed.lengths), dim=1) for x in (q, k, v)), strict=True)
-    each = (_attention(*(x.transpose(1, 2) for x in qkv), None, dropout, is_causal=True, scale=scale) for qkv in texts)
-    return torch.cat([y.transpose(1, 2) for y in each], dim=1).transpose(1, 2)
+    queries, keys, values = (torch.split(x.transpose(1, 2), list(packed.lengths), dim=1) for x in (q, k, v))
+    return torch.cat([
+        _attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), None, dropout, True, scale).transpose(1, 2)
+        for q, k, v in zip(queries, keys, values, strict=True)
+    ], dim=1).transpose(1, 2)  # fmt: skip
 
 
 def _dropout(x: Tensor, p: float, training: bool) -> Tensor:

@@ -32,7 +32,8 @@ class ModelWithLoss(nn.Module):
         self.model = model
 
     def forward(self, batch: Batch, label_smoothing: float = 0.0) -> Tensor:
-        inputs, weight = {"input_ids": batch.input_ids}, self.model.embed_tokens.weight
+        inputs: dict[str, Any] = {"input_ids": batch.input_ids}
+        weight = self.model.embed_tokens.weight
         if weight.device.type == "cpu":  # a GPU would add rows in any order, and give other bits each time
             inputs["inputs_embeds"], weight = _look_up(weight, inputs.pop("input_ids"), self.model.config.pad_token_id)
         packed = None if batch.lengths is None else Packed(batch.lengths)
