@@ -53,6 +53,11 @@ def positions(attention_mask: Tensor | Packed | None, past: int, T: int, device:
     return (real.cumsum(1) * real - 1).index_select(1, new)
 
 
+def pick(x: Tensor, wanted: Tensor | None) -> Tensor:
+    """The rows ``[N, C]`` of ``x`` ``[B, T, C]`` that are wanted, counted through the batch; ``None`` wants all."""
+    return x if wanted is None else x.flatten(0, 1)[wanted]
+
+
 def plain_causal_mask(past: int, T: int, S: int, device: torch.device) -> Tensor:
     """``[1, 1, T, S]``: each new token attends to all tokens up to itself; ``past`` is the first one's slot."""
     return mask_of_slots(torch.arange(past, past + T, device=device), torch.arange(S, device=device))

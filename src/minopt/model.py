@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from minopt.cache import KVCache
 from minopt.config import OPTConfig
-from minopt.masks import Packed, causal_mask, positions
+from minopt.masks import Packed, causal_mask, pick, positions
 
 # Rows 0 and 1 of the position table belong to no token: fairseq, where OPT was trained, counts positions
 # from padding_idx + 1 = 2 and gives padding row 1 (metaseq, utils.make_positions).
@@ -121,11 +121,6 @@ class Attention(nn.Module):
         return self.out_proj(pick(attend(q, k, v, mask, dropout).transpose(1, 2).reshape(B, T, -1), wanted))
 
 
-def pick(x: Tensor, wanted: Tensor | None) -> Tensor:
-    """The rows ``[N, C]`` of ``x`` ``[B, T, C]`` that are wanted, counted through the batch; ``None`` wants all."""
-    return x if wanted is None else x.flatten(0, 1)[wanted]
-
-
 def attend(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | Packed | None, dropout: float = 0.0, scale: float = 1.0
 ) -> Tensor:
@@ -182,8 +177,7 @@ def _dropout(x: Tensor, p: float, training: bool) -> Tensor:
     p is rounded to 1/65,536 then, and what is kept is scaled by what it was rounded to.
     """
     dropped = round(p * 2**16)
-    is_drawn = training and 0 < dropped < 2**16 and x.device.type == "cpu" and not torch.compiler.is_compiling()
-    if not is_drawn:
+    if not (training and 0 < dropped < 2**16 and x.device.type == "cpu") or torch.compiler.is_compiling():
         return F.dropout(x, p, training)
     words = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
     kept = words.view(torch.int16)[: x.numel()].view(x.shape) >= dropped - 2**15
@@ -210,11 +204,7 @@ class DecoderLayer(nn.Module):
         self.final_layer_norm = norm(device=device, dtype=dtype)
 
     def forward(
-        self,
-        x: Tensor,
-        mask: Tensor | Packed | None = None,
-        cache: KVCache | None = None,
-        wanted: Tensor | None = None,
+        self, x: Tensor, mask: Tensor | Packed | None = None, cache: KVCache | None = None, wanted: Tensor | None = None
     ) -> Tensor:
         """Maps the residual stream ``[B, T, C]`` to ``[B, T, C]``, and writes the cache at the layer's own index.
 
@@ -343,8 +333,7 @@ class OPT(nn.Module):
             cache: filled tokens to go on from; the new ones are appended to it.
             inputs_embeds: floats ``[B, T, E]`` in place of ``input_ids`` and of their embeddings: soft prompts, or what
                 another model has made of an image. Positions are added to them as to tokens.
-            wanted: ``[N]`` indices of tokens, counted through all rows. Only these are computed behind the last
-                layer's attention, as all that follows acts on each token alone.
+            wanted: ``[N]`` tokens, counted through all rows: the only ones computed behind the last layer's attention.
 
         Returns:
             ``[B, T, E]``, or ``[N, E]`` of those wanted, in the model's dtype, ready for ``head``. Rows of padding

@@ -23,9 +23,9 @@ from minopt.inference.frozen import Frozen, InferenceOPT, norm, refuse
 from minopt.inference.linear import OUTLIERS_FROM, Product, build_product, packs
 from minopt.inference.plan import check_fits
 from minopt.load_options import LoadOptions
-from minopt.masks import Packed
+from minopt.masks import Packed, pick
 from minopt.memory import empty
-from minopt.model import attend, pick
+from minopt.model import attend
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 _NORMS = ("self_attn_layer_norm", "final_layer_norm")
@@ -185,11 +185,7 @@ class FastLayer(Frozen):
         self._attn_norm, self._final_norm = self._norms.values()
 
     def forward(
-        self,
-        x: Tensor,
-        mask: Tensor | Packed | None = None,
-        cache: KVCache | None = None,
-        wanted: Tensor | None = None,
+        self, x: Tensor, mask: Tensor | Packed | None = None, cache: KVCache | None = None, wanted: Tensor | None = None
     ) -> Tensor:
         """See ``DecoderLayer.forward``."""
         B, T, _ = x.shape
