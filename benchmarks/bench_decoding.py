@@ -32,7 +32,7 @@ from torch import Tensor
 import minopt
 from minopt.generation import beams, request
 from minopt.generation.batches import MAX_BATCH_TOKENS, cut_batches
-from minopt.generation.texts import SCORES_IN_TOKENS
+from minopt.generation.continuous import SCORES_IN_TOKENS
 from minopt.tokenizer import Tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -88,7 +88,7 @@ def test_a_process_that_is_stopped_is_named_and_the_run_goes_on_from_its_checkpo
     [
         ("evaluate", "minopt.evaluation.answers", "token_logprobs"),
         ("generate", "minopt.inference.tensor_parallel", "fingerprint"),  # while it loads
-        ("generate", "minopt.generation.texts", "cut_batches"),
+        ("generate", "minopt.generation.continuous", "cut_batches"),
     ],
 )
 def test_so_is_one_that_is_stopped_while_it_evaluates_loads_or_generates(

@@ -22,7 +22,7 @@ import minopt
 from minopt import GenerationConfig, Tokenizer
 from minopt.checkpoint.checkpoint import open_checkpoint
 from minopt.generation import texts as module
-from minopt.generation.texts import SCORES_IN_TOKENS
+from minopt.generation.continuous import SCORES_IN_TOKENS
 from minopt.stops import Pieces
 from tests.test_tokenizer import STOP_ALPHABET, STOP_TEXTS, first_stop, stop_ids, write_marked
 

@@ -130,16 +130,15 @@ class KVCache:
         rows = torch.arange(self.batch_size, device=to.device)[:, None]
         slots = to[:, None] + torch.arange(self.length - start, device=to.device)
         for tensor in (*self.keys, *self.values):
-            tensor[rows, :, slots] = tensor[:, :, start : self.length].transpose(1, 2)  # a copy: they may overlap
+            tensor[rows, :, slots] = tensor[:, :, start : self.length].transpose(1, 2).clone()  # they may overlap
 
     def copy_rows(self, source: Tensor, target: Tensor) -> None:
         """Copies the filled part of some rows over other rows."""
         for tensor in (*self.keys, *self.values):
             tensor[target, :, : self.length] = tensor[source, :, : self.length]
 
-    def reshape(self, batch_size: int, capacity: int) -> None:
+    def reshape(self, rows: int, batch_size: int, capacity: int) -> None:
         """Changes the shape; the first rows keep the filled part. In the same memory, where that is large enough."""
-        rows = min(batch_size, self.batch_size)
         for tensors in (self.keys, self.values):
             for layer, old in enumerate(tensors):
                 kept = old[:rows, :, : self.length].clone()

@@ -18,10 +18,11 @@ from minopt.checkpoint.names import parameter_shapes
 from minopt.checkpoint.save import save_model
 from minopt.evaluation.perplexity import window_perplexity
 from minopt.generation.batches import cut_batches
+from minopt.generation.continuous import Prompts
 from minopt.generation.options import GenerationConfig, with_defaults
-from minopt.generation.request import Decoder, Draft, check_room, prepare
+from minopt.generation.request import Decoder, Draft, Request, check_room, prepare
 from minopt.generation.scoring import token_logprobs
-from minopt.generation.texts import GeneratedText, TextBatch, cut_prompts, in_rising_order, run_each
+from minopt.generation.texts import GeneratedText, Texts, in_rising_order
 from minopt.model import OPT
 from minopt.progress import bar
 from minopt.stops import Pieces, StopStrings
@@ -145,13 +146,13 @@ class LanguageModel:
             options["output_logprobs"] = True
         else:
             _refuse_details(options)
-        batches = self._batches(prompts, **options)
+        texts = self._texts(prompts, **options)
         found: list[Any] = [None] * len(prompts)
-        for index, records in run_each(batches, show_progress):
+        for index, records in texts.run_each(show_progress):
             if echo:
                 records = [replace(record, text=prompts[index] + record.text) for record in records]
             results = records if return_details else [record.text for record in records]
-            found[index] = results if batches[0].request.config.num_return_sequences > 1 else results[0]
+            found[index] = results if texts.prompts.config.num_return_sequences > 1 else results[0]
         return found[0] if isinstance(prompt, str) else found
 
     def generate_each(
@@ -166,7 +167,7 @@ class LanguageModel:
             show_progress: draw a bar on stderr, if that is a terminal and there is more than one batch.
             **options: those of ``GenerationConfig`` (``max_new_tokens``, ``num_beams``, ``top_p``, ...), over
                 ``generation_defaults`` or, if given, ``config``; ``logits_processor``, ``stopping_criteria`` and
-                ``generator`` of ``minopt.generate``, which see one batch after the other, and its ``draft``, which may
+                ``generator`` of ``minopt.generate``, which see prompts that began together; its ``draft``, which may
                 be a ``LanguageModel`` with the same tokenizer; ``add_bos`` of
                 ``Tokenizer.encode``; ``skip_special_tokens=False`` shows special tokens in the texts; and
                 ``batch_size`` and ``max_batch_tokens`` of ``generation.batches.cut_batches``, by default 8,192 tokens,
@@ -178,7 +179,7 @@ class LanguageModel:
         Raises:
             ValueError: as ``generate`` does, before anything runs.
         """
-        results = run_each(self._batches(prompts, in_order=in_order, **options), show_progress)
+        results = self._texts(prompts, in_order=in_order, **options).run_each(show_progress)
         return in_rising_order(results) if in_order else results
 
     def stream(self, prompt: str, **options: Any) -> Iterator[str]:
@@ -192,12 +193,12 @@ class LanguageModel:
         """
         _check_text("prompt", prompt, " A list of texts goes to generate.")
         _refuse_details(options)
-        (batch,) = self._batches([prompt], **options)
-        config = batch.request.config
+        texts = self._texts([prompt], **options)
+        config = texts.prompts.config
         for name in ("num_beams", "num_return_sequences"):
             if (count := getattr(config, name)) > 1:
                 raise ValueError(f"{name}: a stream has one continuation, got {count}. Set it to 1, or use generate.")
-        return batch.stream()
+        return texts.stream()
 
     @overload
     def score(self, text: str, continuations: None = ..., **options: Any) -> ScoredText: ...
@@ -348,7 +349,7 @@ class LanguageModel:
             )
         return self.tokenizer
 
-    def _batches(
+    def _texts(
         self,
         prompts: Sequence[str],
         *,
@@ -363,7 +364,7 @@ class LanguageModel:
         generator: torch.Generator | None = None,
         draft: Any = None,
         **options: Any,
-    ) -> list[TextBatch]:
+    ) -> Texts:
         """All that is to run, checked."""
         tokenizer, decoder = self._tokenizer(), self.decoder
         config = with_defaults(self.generation_defaults, options, config)
@@ -391,18 +392,22 @@ class LanguageModel:
         for number, row in enumerate(rows, 1):
             with _where(number, len(rows)):
                 check_room(decoder.config.max_position_embeddings, len(row), config)
-        batches = []
-        limits = batch_size, max_batch_tokens, draft is not None
-        for indices in cut_prompts(decoder, config, [*map(len, rows)], in_order, *limits):
+        pieces = Pieces(tokenizer, skip_special_tokens)
+
+        def request_of(indices: list[int]) -> Request:
             input_ids, mask = pad_left([rows[i] for i in indices], decoder.config.pad_token_id)
             more = logits_processor, stopping_criteria, generator, bos
             request = prepare(decoder, input_ids, mask, config, *more, draft=draft)
-            stops = None
-            if strings:
-                stops = StopStrings(Pieces(tokenizer, skip_special_tokens), strings, request.input_ids.shape[1])
-                request = replace(request, stopping_criteria=(*request.stopping_criteria, stops))
-            batches.append(TextBatch(indices, request, stops, tokenizer, skip_special_tokens))
-        return batches
+            if not strings:
+                return request
+            stops = StopStrings(pieces, strings, request.input_ids.shape[1])
+            return replace(request, stopping_criteria=(*request.stopping_criteria, stops))
+
+        limits = batch_size, max_batch_tokens, in_order, draft is not None
+        many = Prompts(decoder, config, [*map(len, rows)], request_of, *limits)
+        for batch in many.batches:
+            request_of(batch)
+        return Texts(many, StopStrings(pieces, strings, 0) if strings else None, tokenizer, skip_special_tokens)
 
 
 @contextmanager

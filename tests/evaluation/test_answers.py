@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -153,14 +154,20 @@ def test_unanswerable_is_no_answer_however_it_is_written_and_scores_are_the_task
 ) -> None:
     written = [" unanswerable", "The Unanswerable.", "unanswerable", " unanswerable x", "what is it?", "who came"]
     references = [("",), ("",), ("dog",), ("x unanswerable",), ("What is this?",), ("who came home",)]
-    # Prompts that get longer, so that their order is kept in batches.
     data = [Example("a" * (9 - i), " b", r, f"q{i}") for i, r in enumerate(references)]
 
-    def generate(model: Any, input_ids: Tensor, mask: Tensor, *, config: Any) -> Any:
-        new = torch.tensor([[*tokenizer().encode(next(left), add_bos=False), EOS]])
-        return SimpleNamespace(sequences=torch.cat([input_ids, new], 1), lengths=[new.shape[1]])
+    class Written:
+        def __init__(self, model: Any, config: Any, lengths: list[int], request_of: Any, batch_size: int) -> None:
+            self.count, self.request_of = len(lengths), request_of
 
-    monkeypatch.setattr(module, "generate", generate)
+        def run(self) -> Iterator[Any]:
+            for i in range(self.count):
+                request = self.request_of([i])
+                new = torch.tensor([[*tokenizer().encode(next(left), add_bos=False), EOS]])
+                ids = torch.cat([request.input_ids, new], 1)
+                yield [i], request, SimpleNamespace(sequences=ids, lengths=[new.shape[1]])
+
+    monkeypatch.setattr(module, "Prompts", Written)
     left = iter(written)
     result = result_of(reference_of("125m"), data[:4], settings(per_device_eval_batch_size=1))
     assert result is not None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -11,8 +11,9 @@ from torch import Tensor
 from minopt.distributed import World
 from minopt.evaluation.squad import UNANSWERABLE, Scores, normalize_answer
 from minopt.generation.batches import cut_batches
-from minopt.generation.decode import generate
+from minopt.generation.continuous import Prompts
 from minopt.generation.options import GenerationConfig
+from minopt.generation.request import Request, prepare
 from minopt.generation.scoring import token_logprobs
 from minopt.model import OPT
 from minopt.progress import bar
@@ -50,21 +51,23 @@ def evaluate(
     was_training, ids = model.training, list(references)
     model.eval()
     predictions: dict[str, str] = {}
-    nll, count = 0.0, 0.0
+    nll, count, is_over = 0.0, 0.0, False
     mine = range(world.rank, len(rows), world.size)
-    with bar(len(mine), "example", desc="evaluating", leave=False) as drawn:
+    with bar(len(mine) * (2 if ids else 1), "example", desc="evaluating", leave=False) as drawn:
         for found in cut_batches([len(rows[i][0]) for i in mine], batch_size):
-            if stop():
+            if is_over := stop():
                 break
             batch = [mine[i] for i in found]
             texts, starts = [rows[i][0].tolist() for i in batch], [rows[i][1] for i in batch]
             for logprobs in token_logprobs(model, texts, starts):
                 nll, count = nll - logprobs.double().sum().item(), count + len(logprobs)
-            if ids:
-                prompts = [text[:start] for text, start in zip(texts, starts, strict=True)]
-                written = _continue(model, tokenizer, prompts, generation(batch[0]))
-                predictions |= {ids[i]: text for i, text in zip(batch, written, strict=True)}
             drawn.update(len(batch))
+        prompts = [rows[i][0][: rows[i][1]].tolist() for i in mine] if ids and not is_over else []
+        for found, written in _continue(model, tokenizer, prompts, generation, mine, batch_size):
+            predictions |= {ids[mine[i]]: text for i, text in zip(found, written, strict=True)}
+            drawn.update(len(found))
+            if stop():
+                break
     model.train(was_training)
     nll, count, stopped = world.sum(nll, count, float(stop()))
     if stopped:
@@ -78,11 +81,22 @@ def evaluate(
     return EvaluationResult(metrics, predictions)
 
 
-def _continue(model: OPT, tokenizer: Tokenizer, prompts: list[list[int]], options: GenerationConfig) -> list[str]:
-    """The texts that a model adds to prompts; an empty one where it says that there is no answer."""
-    input_ids, mask = pad_left(prompts, model.config.pad_token_id)
-    options = options.replace(suppress_tokens=tokenizer.ids_without_token(model.config.vocab_size))
-    output = generate(model, input_ids, mask, config=options)
-    new = output.sequences[:, input_ids.shape[1] :].tolist()
-    texts = [tokenizer.decode(ids[:n]).strip() for ids, n in zip(new, output.lengths, strict=True)]
-    return ["" if normalize_answer(text) == UNANSWERABLE else text for text in texts]
+def _continue(
+    model: OPT, tokenizer: Tokenizer, prompts: list[list[int]], generation: Callable[[int], GenerationConfig],
+    mine: Sequence[int], batch_size: int,
+) -> Iterator[tuple[list[int], list[str]]]:  # fmt: skip
+    """Indices of prompts and the texts that a model adds; an empty one where it says that there is no answer."""
+    without_token = tokenizer.ids_without_token(model.config.vocab_size)
+
+    def options(first: int) -> GenerationConfig:
+        return generation(mine[first]).replace(suppress_tokens=without_token)
+
+    def request_of(batch: list[int]) -> Request:
+        input_ids, mask = pad_left([prompts[i] for i in batch], model.config.pad_token_id)
+        return prepare(model, input_ids, mask, options(batch[0]))
+
+    lengths = [*map(len, prompts)]
+    for batch, request, output in Prompts(model, options(0), lengths, request_of, batch_size).run() if prompts else ():
+        new = output.sequences[:, request.input_ids.shape[1] :].tolist()
+        texts = [tokenizer.decode(ids[:n]).strip() for ids, n in zip(new, output.lengths, strict=True)]
+        yield batch, ["" if normalize_answer(text) == UNANSWERABLE else text for text in texts]

@@ -82,7 +82,9 @@ class GenerationConfig:
     eos_token_id: int | tuple[int, ...] | None = option(
         None, "ids that end a text, such as 2,50118 (the model's)", fits=_EOS
     )
-    max_time: float | None = option(None, "seconds after which no further step begins, for each batch", above=0)
+    max_time: float | None = option(
+        None, "seconds after which no further step begins, for those that began together", above=0
+    )
 
     # How the next token is chosen
     do_sample: bool = option(False, "draw each token; otherwise the most probable one is taken")

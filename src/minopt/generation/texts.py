@@ -9,16 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minopt.generation.batches import cut_batches
-from minopt.generation.decode import decode_steps, run, steps_between_looks
-from minopt.generation.options import GenerationConfig
-from minopt.generation.request import STOP_REASONS, Decoder, GenerationOutput, Request
+from minopt.generation.continuous import Prompts
+from minopt.generation.decode import decode_steps, steps_between_looks
+from minopt.generation.request import STOP_REASONS, GenerationOutput
 from minopt.progress import bar
 from minopt.stops import Pieces, StopStrings, StreamDecoder
 from minopt.tokenizer import Tokenizer
-
-# What a few float32 rows of OPT's vocabulary weigh, in tokens of opt-125m's cache.
-SCORES_IN_TOKENS = 8
 
 
 @dataclass(frozen=True)
@@ -35,35 +31,11 @@ class GeneratedText:
     accepted_tokens: int | None = None
 
 
-def cut_prompts(
-    decoder: Decoder,
-    config: GenerationConfig,
-    lengths: list[int],
-    in_order: bool,
-    batch_size: int | None,
-    max_batch_tokens: int | None,
-    has_draft: bool = False,
-) -> list[list[int]]:
-    """Indices of the prompts that run together, from their lengths."""
-    new, beams, R = config.max_new_tokens + SCORES_IN_TOKENS, config.num_beams, config.num_return_sequences
-    reads_ahead = has_draft or config.prompt_lookup_num_tokens is not None
-    if batch_size is None and max_batch_tokens is None and reads_ahead:
-        batch_size = 1  # rows of a batch wait for each other's drafts
-    elif batch_size is None and decoder.max_batch is not None:
-        batch_size = max(1, decoder.max_batch // (R if beams == 1 else 1))
-    room = decoder.config.max_position_embeddings - config.max_new_tokens
-    kept = [min(length, room) for length in lengths]
-    # Tokens whose keys and values a prompt takes, and its scores as so many more. Beams share the prompt.
-    costs = [length + beams * new if beams > 1 else (length + new) * R for length in kept]
-    return cut_batches(costs, batch_size, max_batch_tokens, in_order)
-
-
 @dataclass(frozen=True)
-class TextBatch:
-    """Prompts that run together, by their indices in the caller's list."""
+class Texts:
+    """Prompts that are to be continued, and how ids become texts."""
 
-    indices: list[int]
-    request: Request
+    prompts: Prompts
     stops: StopStrings | None
     tokenizer: Tokenizer
     skip_special_tokens: bool
@@ -73,9 +45,9 @@ class TextBatch:
         cut = self.stops.cut(ids) if self.stops is not None and stop_reason in ("stop", "eos") else None
         return self.tokenizer.decode(ids, self.skip_special_tokens) if cut is None else cut
 
-    def record(self, output: GenerationOutput, row: int) -> GeneratedText:
-        """What is known about a row."""
-        begin, length, reason = self.request.input_ids.shape[1], output.lengths[row], output.stop_reasons[row]
+    def record(self, begin: int, output: GenerationOutput, row: int) -> GeneratedText:
+        """What is known about a row, whose prompt ends at ``begin``."""
+        length, reason = output.lengths[row], output.stop_reasons[row]
 
         def values(tensor: Tensor | None) -> list[Any]:
             return [] if tensor is None else tensor[row, :length].tolist()
@@ -97,7 +69,8 @@ class TextBatch:
         """The text of the only row, piece by piece; what may begin a stop string waits until that is known."""
         decoder = StreamDecoder(Pieces(self.tokenizer, self.skip_special_tokens), self.stops)
         ids, given, reason = list[int](), 0, ""
-        for step in decode_steps(self.request.on_device(), steps_between_looks(self.request)):
+        request = self.prompts.request_of([0]).on_device()
+        for step in decode_steps(request, steps_between_looks(request)):
             token, is_new, number = torch.cat([step.tokens, step.is_new, step.reasons]).tolist()  # one wait for a GPU
             if is_new:
                 ids.append(token)
@@ -111,17 +84,16 @@ class TextBatch:
         if rest := self.text(ids, reason)[given:]:
             yield rest
 
-
-def run_each(batches: list[TextBatch], show_progress: bool) -> Iterator[tuple[int, list[GeneratedText]]]:
-    """Runs batches in turn; gives each prompt's index and continuations."""
-    count = sum(len(batch.indices) for batch in batches)
-    with bar(count, "prompt", shown=show_progress and len(batches) > 1) as drawn:
-        for batch in batches:
-            output, copies = run(batch.request), batch.request.config.num_return_sequences
-            rows = [batch.record(output, row) for row in range(len(output.lengths))]
-            for at, index in enumerate(batch.indices):
-                yield index, rows[at * copies : (at + 1) * copies]
-                drawn.update()
+    def run_each(self, show_progress: bool) -> Iterator[tuple[int, list[GeneratedText]]]:
+        """Gives each prompt's index and continuations."""
+        count, copies = len(self.prompts.lengths), self.prompts.config.num_return_sequences
+        with bar(count, "prompt", shown=show_progress and len(self.prompts.batches) > 1) as drawn:
+            for indices, request, output in self.prompts.run():
+                begin = request.input_ids.shape[1]
+                rows = [self.record(begin, output, row) for row in range(len(output.lengths))]
+                for at, index in enumerate(indices):
+                    yield index, rows[at * copies : (at + 1) * copies]
+                    drawn.update()
 
 
 def in_rising_order(results: Iterator[tuple[int, list[GeneratedText]]]) -> Iterator[tuple[int, list[GeneratedText]]]:

@@ -28,10 +28,10 @@ from minopt.checkpoint.errors import first_line, some
 from minopt.distributed import World, processes
 from minopt.errors import is_users
 from minopt.generation.batches import cut_batches
-from minopt.generation.decode import generate
+from minopt.generation.continuous import Prompts
 from minopt.generation.options import with_defaults
+from minopt.generation.request import Request, prepare
 from minopt.generation.scoring import SHARED, greedy_logprobs
-from minopt.generation.texts import cut_prompts
 from minopt.interop import need
 from minopt.progress import bar
 from minopt.stops import Pieces, StopStrings
@@ -177,11 +177,15 @@ class MinoptLM(api.TemplateLM):  # type: ignore[misc, name-defined]
                              f"{count}. Lower it (--gen_kwargs max_gen_toks=...).")  # fmt: skip
         config = with_defaults(self.lm.generation_defaults, {"max_new_tokens": count, **options})
         rows, pieces = [self.tok_encode(c)[-room:] for c in contexts], Pieces(self.tokenizer, skip_special_tokens=True)
-        for batch in cut_prompts(decoder, config, [*map(len, rows)], False, self._most_rows, None):
+
+        def request_of(batch: list[int]) -> Request:
             input_ids, mask = pad_left([rows[i] for i in batch], decoder.config.pad_token_id)
             stops = StopStrings(pieces, [text for text in until if text], input_ids.shape[1])
-            output = generate(decoder, input_ids, mask, config, stopping_criteria=stops)
-            for i, ids, length in zip(batch, output.sequences[:, input_ids.shape[1] :], output.lengths, strict=True):
+            return prepare(decoder, input_ids, mask, config, stopping_criteria=stops)
+
+        for batch, request, output in Prompts(decoder, config, [*map(len, rows)], request_of, self._most_rows).run():
+            new = output.sequences[:, request.input_ids.shape[1] :]
+            for i, ids, length in zip(batch, new, output.lengths, strict=True):
                 yield i, models.postprocess_generated_text(self.tokenizer.decode(ids[:length]), until, None)
 
     # How the processes of a run exchange results.
