@@ -52,16 +52,22 @@ DELETIONS = {
         (("__init__.py", "export_model"),),
     ),
     "graphs": Deletion(("graphs",), ("inference.graphs",), ("inference/test_graphs", *GPU)),
-    "fast, graphs and tensor_parallel": Deletion(
-        ("fast", "graphs", "tensor_parallel"),
-        ("inference.fast", "inference.graphs", "inference.tensor_parallel"),
+    "fast and the forms that need it": Deletion(
+        ("compile", "fast", "graphs", "tensor_parallel"),
+        tuple(f"inference.{name}" for name in ("compile", "fast", "graphs", "tensor_parallel")),
         (
-            *(f"inference/test_{name}" for name in ("fast", "frozen", "graphs", "int8", "plan", "tensor_parallel")),
+            *(
+                f"inference/test_{name}"
+                for name in ("fast", "frozen", "graphs", "int8", "plan", "program", "tensor_parallel")
+            ),
             "methods/test_heads",
             "methods/test_tokens",
             *GPU,
         ),
-        (("training/method.py", "FastOPT"),),  # evaluation then runs the plain model
+        (
+            ("training/method.py", "FastOPT"),  # evaluation then runs the plain model
+            ("__init__.py", "export_model"),
+        ),
     ),
 }
 

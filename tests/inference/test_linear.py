@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minopt import int8
+from minopt.cli import main
 from minopt.inference import linear
 
 
@@ -155,3 +157,43 @@ def test_products_of_a_gpu_give_the_same_while_they_are_compiled(in_int8: bool, 
     expected = {"none": lambda y: y, "relu": F.relu, "gelu": F.gelu}[activation](F.linear(x, weight, bias))
     torch.testing.assert_close(product(x), expected)
     torch.testing.assert_close(torch.compile(lambda x: product(x), backend="eager")(x), expected)
+
+
+@pytest.mark.parametrize(
+    ("on_intel", "works", "vnni", "expected"),
+    [
+        (True, True, True, {"float32": ("Blocked", "MKL, on an Intel"), "bfloat16": ("OneDNN", "oneDNN's packed"),
+                            "float16": ("Plain", "oneDNN packs float32 and"), "int8": ("Int8", "inputs have 8 bits")}),
+        (False, True, False, {"float32": ("OneDNN", "no Intel processor"), "int8": ("Int8", "7 bits, for there")}),
+        (False, False, True, {"float32": ("Plain", "oneDNN's packed product does not work here"),
+                              "bfloat16": ("Plain", "does not work"), "int8": ("WeightOnlyInt8", "does not work")}),
+    ],
+)  # fmt: skip
+def test_the_command_shows_which_products_a_processor_takes(
+    on_intel: bool, works: bool, vnni: bool, expected: dict[str, tuple[str, str]],
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """They are those that ``build_product`` makes there."""
+    monkeypatch.setattr(linear, "_on_intel", lambda: on_intel)
+    monkeypatch.setattr(linear, "_works", lambda *_: works)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_vnni": vnni})
+    assert main(["plan", "--kernels", "--json"]) == 0
+    found = {row["dtype"]: (row["product"], row["reason"]) for row in json.loads(capsys.readouterr().out)}
+    assert [*found] == ["float32", "bfloat16", "float16", "float64", "int8"]
+    for dtype, (product, reason) in found.items():
+        weight = draw(8, 8)
+        made = linear.build_product(weight.to(getattr(torch, dtype)), None) if dtype != "int8" else product_of(
+            "none", *int8.quantize(weight))  # fmt: skip
+        assert type(made).__name__ == product
+        assert expected.get(dtype, (product, ""))[0] == product
+        assert expected.get(dtype, ("", reason))[1] in reason
+    assert main(["plan", "--kernels"]) == 0
+    assert capsys.readouterr().out.splitlines()[0].split(maxsplit=2) == ["float32", *found["float32"]]
+
+
+def test_the_products_of_a_gpu_are_not_shown_and_a_plan_needs_a_model(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--kernels", "--device", "cuda"]) == 2
+    assert "--kernels: expected a CPU, got --device cuda. On a GPU" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["plan"])
+    assert "model: expected a value, got none" in capsys.readouterr().err

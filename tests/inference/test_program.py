@@ -10,8 +10,10 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,6 +27,7 @@ from minopt import OPT, LanguageModel, TrainingConfig, export_model, inspect_che
 from minopt.cli import main
 from minopt.inference import compile as export
 from minopt.inference import program as program_form
+from minopt.inference.fast import FastOPT
 from minopt.inference.program import ExportedModel
 from minopt.load_options import LoadOptions
 from tests.conftest import build_ours, build_reference, copy_of, quantized_state, read_next
@@ -42,6 +45,14 @@ def compiler() -> None:
         get_cpp_compiler()
     except InvalidCxxCompiler:
         pytest.skip("needs a C++ compiler (g++)")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def untimed() -> Iterator[None]:
+    """What is compiled here is not timed beside its model: that depends on the machine."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export, "beside", lambda program, model: {})
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -202,14 +213,15 @@ def test_rounded_programs_decode_as_their_models_but_for_near_ties(
 
 
 @pytest.mark.parametrize("outliers", [False, True])
-@pytest.mark.parametrize("levels", [127, 63])
+@pytest.mark.parametrize(("levels", "unsigned"), [(127, False), (127, True), (63, False)])
 def test_int8_is_the_nearest_of_255_steps_a_channel_and_a_token(
-    outliers: bool, levels: int, monkeypatch: pytest.MonkeyPatch
+    outliers: bool, levels: int, unsigned: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Against numpy, in float64; of 127 steps a token where the processor's sums are short."""
     if levels == 127 and export._saturates():
         pytest.skip("this processor sums int8 in 16 bits")
     monkeypatch.setattr(export, "_saturates", lambda: levels == 63)
+    monkeypatch.setattr(export, "has", lambda name: name == "avx512_vnni" and unsigned)
     generator = np.random.default_rng(0)
     weight, bias, x = (generator.normal(size=size) for size in ((5, 7), 5, (2, 3, 7)))
     weight[3] *= 1000
@@ -217,6 +229,7 @@ def test_int8_is_the_nearest_of_255_steps_a_channel_and_a_token(
     x[1, 1] = 0
     integers = minopt.int8.quantize(torch.tensor(weight))
     layer = export.Int8Linear(*integers, torch.tensor(bias).float(), outliers=outliers)
+    assert layer._zero == (64 if levels == 63 else 128 if unsigned else 0)
 
     def rounded(values: np.ndarray, levels: int = 127) -> np.ndarray:
         step = np.abs(values).max(-1, keepdims=True).clip(1e-30) / levels
@@ -275,7 +288,7 @@ def test_what_is_compiled_is_the_model_whatever_its_files(
     quantize: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compiled: list[OPT] = []
-    monkeypatch.setattr(export, "_compile", lambda model, _: compiled.append(model) or 1 / 0)
+    monkeypatch.setattr(export, "_trace", lambda model: compiled.append(model) or 1 / 0)
     minopt.convert(saved(tmp_path, "125m"), tmp_path / "int8", quantize="int8")
     for folder in ("model", "int8"):
         with pytest.raises(ZeroDivisionError):
@@ -361,7 +374,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no program": (lambda f: (f / "program.pt2").unlink(), r"expected program\.pt2 beside manifest\.json\. Fetch .*"),
     "no config": (lambda f: (f / "config.json").unlink(), r"expected weights, got program\.pt2: a program of .*"),
     "no JSON": (lambda f: (f / "manifest.json").write_text("{"), r"manifest\.json: expected JSON, .* Fetch .*"),
-    "newer format": (edit(format=2), rf"manifest\.json: expected format 1, got 2\. {AGAIN}"),
+    "newer format": (edit(format=3), rf"manifest\.json: expected format 1 or 2, got 3\. {AGAIN}"),
     "lacking": (edit(dtype="gone", flavour="x"), r"manifest\.json: dtype, flavour missing or unknown\. Fetch the .*"),
     "unknown dtype": (edit(dtype="float8"), rf"manifest\.json: expected dtype float32 or .*, got 'float8'\. {AGAIN}"),
     "another torch": (edit(torch="2.11.0"), rf"was compiled by torch 2\.11\.0, this is {TORCH}\. {AGAIN}"),
@@ -494,8 +507,7 @@ def test_what_breaks_off_leaves_nothing(
         raise error
 
     if step == "check_tokens":
-        monkeypatch.setattr(export, "_compile", lambda model, path: path.write_bytes(b"a program"))
-        monkeypatch.setattr(export, "ExportedModel", lambda *_: None)
+        monkeypatch.setattr(export, "_fastest", lambda *_: None)
     monkeypatch.setattr(export, step, fail)
     with pytest.raises(type(error)):
         export_model(minopt.DEMO, tmp_path / "program")
@@ -530,23 +542,123 @@ def test_a_compiler_that_is_missing_or_fails_is_one_line_and_leaves_nothing(
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_where_inductor_has_no_product_of_its_own_torchs_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As for int8 on processors without AVX-512."""
-    tried = []
+class Trial:
+    """Compiles nothing: each way writes its number, and takes as long as a test says."""
 
-    def package(program: Any, package_path: str, inductor_configs: dict[str, Any]) -> None:
-        tried.append(inductor_configs.get("max_autotune_gemm_backends"))
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, times: list[float | None], processor: Sequence[str] = ()
+    ) -> None:
+        self.times, self.tried, self.failed = iter(times), list[str | None](), 0
+        monkeypatch.setattr(export, "has", lambda name: name in processor)
+        monkeypatch.setattr(export, "aoti_compile_and_package", self.package)
+        monkeypatch.setattr(export, "beside", lambda program, model: program.given)
+
+    def package(self, program: Any, package_path: str, inductor_configs: dict[str, Any]) -> None:
         assert not torch.backends.cuda.cudnn_sdp_enabled()  # a program for a GPU would plan each new length
-        if tried[-1] != "CPP,ATEN":
+        assert inductor_configs["freezing"]
+        self.tried.append(inductor_configs.get("max_autotune_gemm_backends"))
+        time = next(self.times)
+        if time is None:
+            self.failed += 1
             raise CppCompileError(["g++"], "NoValidChoicesError")
+        Path(package_path).write_text(json.dumps({"1 row": {"program": time, "model": 1.0}}))
 
-    monkeypatch.setattr(export, "aoti_compile_and_package", package)
+    def run(self, model: OPT, folder: Path) -> tuple[float, float]:
+        """The times of the program that is taken, and of the file that is kept."""
+        loads = []
+
+        def load() -> Any:
+            loads.append(1)
+            return SimpleNamespace(given=json.loads((folder / "program.pt2").read_text()), manifest=MANIFEST)
+
+        best: Any = export._fastest(model, object(), folder, load)  # type: ignore[arg-type]
+        assert [path.name for path in folder.iterdir()] == ["program.pt2"]
+        assert len(loads) == len(self.tried) - self.failed  # each once
+        kept = json.loads((folder / "program.pt2").read_text())
+        return best.manifest.milliseconds["1 row"]["program"], kept["1 row"]["program"]
+
+
+MANIFEST = program_form.Manifest(2, "", "", "cpu", (), "float32", None, 9, None)
+OWN = ["CPP", "CPP,ATEN"]
+
+
+@pytest.mark.parametrize(
+    ("form", "processor", "times", "tried", "taken"),
+    [
+        ("float32", ["amx_tile", "avx512_vnni"], [1.04], [None], 1.04),
+        ("bfloat16", ["avx512_vnni"], [0.9], [None], 0.9),  # inductor's products need AMX
+        ("bfloat16", ["amx_tile"], [1.05], ["CPP"], 1.05),
+        ("bfloat16", ["amx_tile"], [1.06, 0.8], OWN, 0.8),
+        ("bfloat16", ["amx_tile"], [1.2, 1.1, 1.3], [*OWN, None], 1.1),
+        ("bfloat16", ["amx_tile"], [1.2, None, 1.3], [*OWN, None], 1.2),
+        ("int8", ["avx512_vnni"], [None, 0.7], OWN, 0.7),
+        ("int8", [], [0.7], [None], 0.7),
+    ],
+)
+def test_the_first_way_that_is_nowhere_slower_is_taken_or_the_least_slow(
+    form: str, processor: list[str], times: list[float | None], tried: list[str | None], taken: float,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    trial = Trial(monkeypatch, times, processor)
     model = build_ours(build_reference("125m", num_hidden_layers=1))
-    export._compile(model.bfloat16(), Path("program.pt2"))
-    assert tried == ["CPP", "CPP,ATEN"]
+    model = quantised(model) if form == "int8" else model.to(getattr(torch, form))
+    (tmp_path / "program").mkdir()
+    assert trial.run(model, tmp_path / "program") == (taken, taken)
+    assert trial.tried == tried
+
+
+def test_where_no_way_compiles_the_last_reason_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trial = Trial(monkeypatch, [None, None, None], ["amx_tile"])
+    model = build_ours(build_reference("125m", num_hidden_layers=1)).bfloat16()
     with pytest.raises(OSError, match=r"^export: compiling failed \(.+\)\. Is"):
-        export._compile(model.float(), Path("program.pt2"))
-    assert tried[2:] == [None]
+        trial.run(model, tmp_path)
+    assert trial.tried == [*OWN, None]
+
+
+SLOW = {"1 row": {"program": 12.7, "model": 5.3}, "8 rows": {"program": 1.0, "model": 1.0}}
+WHERE = "slower than the loaded model: 1 row in 12.7 ms, the model in 5.3 ms. Load the model for such work."
+
+
+def slow_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is compiled is a file of a few bytes, and slower than the model."""
+
+    def fastest(model: OPT, fast: Any, folder: Path, _: Any) -> Any:
+        (folder / "program.pt2").write_bytes(b"a program")
+        return SimpleNamespace(manifest=replace(MANIFEST, milliseconds=SLOW), dtype=model.dtype)
+
+    monkeypatch.setattr(export, "_fastest", fastest)
+    monkeypatch.setattr(export, "check_tokens", lambda *_: None)
+
+
+def test_a_program_that_is_slower_says_where_and_its_manifest_keeps_the_times(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    slow_program(monkeypatch)
+    hashed: list[Path] = []
+    monkeypatch.setattr(export, "sha256", lambda path: hashed.append(path) or program_form.sha256(path))
+    assert main(["export", str(saved(tmp_path, "125m")), str(tmp_path / "program")]) == 0
+    assert f"minopt: warning: export: the program is {WHERE}" in capsys.readouterr().err.splitlines()
+    assert len(hashed) == 1
+    read = program_form.Manifest.read
+    assert read(tmp_path / "program").milliseconds == SLOW
+    edit(format=1, milliseconds="gone")(tmp_path / "program")  # as an older minopt has written it
+    assert read(tmp_path / "program").milliseconds == {}
+
+
+def test_a_model_that_is_slower_once_compiled_runs_uncompiled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    slow_program(monkeypatch)
+    model = saved(tmp_path, "125m")
+    lm = minopt.load(model, device="cpu", optimize="compile", quantize="int8")
+    assert [record.getMessage() for record in caplog.records if record.name.startswith("minopt")] == [
+        "optimize: compiled, the model is slower: 1 row in 12.7 ms, the model in 5.3 ms. It runs as it does without "
+        "compiling."]  # fmt: skip
+    assert type(lm.decoder) is FastOPT
+    ids = torch.arange(3, 17).view(2, 7)
+    found, expected = (minopt.generate(decoder, ids, max_new_tokens=12).sequences for decoder in (
+        lm.decoder, minopt.load(model, device="cpu", quantize="int8").decoder))  # fmt: skip
+    assert torch.equal(found, expected)
 
 
 def test_a_model_that_is_compiled_while_loading_says_what_it_says_without(

@@ -126,7 +126,8 @@ def parse(command: type[Command], words: Sequence[str]) -> dict[str, Any]:
             "before it"
         )
     given |= {f.name: word for f, word in zip(places, unflagged, strict=False)}
-    if missing := [flag_of(f) for f in known.values() if f.metadata.get("required") and f.name not in given]:
+    needed = [f for f in known.values() if f.metadata.get("required") and not given.get(f.metadata.get("unless", ""))]
+    if missing := [flag_of(f) for f in needed if f.name not in given]:
         raise ValueError(f"{', '.join(missing)}: expected a value, got none")
     return given
 

@@ -26,7 +26,7 @@ class Plan(Command):
     summary = "show how much memory a model needs"
     alone = True
 
-    model: str = option("", f"{MODEL}, or a size such as opt-175b", is_word=True, required=True)
+    model: str = option("", f"{MODEL}, or a size such as opt-175b", is_word=True, required=True, unless="kernels")
     devices: int = option(1, "how many devices there are", least=1)
     memory: int | None = option(None, "memory of each device, such as 16GB (what is free)", kind="size")
     device: str | None = option(None, "kind of the devices (cuda if there is a GPU)", choices=("cpu", "cuda"))
@@ -34,7 +34,8 @@ class Plan(Command):
     length: int | None = option(None, "tokens of each text, prompt and new ones (the model's positions)", least=1)
     dtype: str = option("auto", "float32, bfloat16, float16 or float64 (auto: float32 on a CPU, else the file's own)")
     quantize: str | None = option(None, "plan for weights of 8 bits", choices=("int8",))
-    json: bool = option(False, "write the plan as JSON")
+    kernels: bool = option(False, "show which product each dtype of weights takes on this machine's CPU, and why")
+    json: bool = option(False, "write the plan, or the products, as JSON")
 
     def run(self, given: dict[str, Any]) -> int:
         import torch
@@ -44,6 +45,8 @@ class Plan(Command):
         from minopt.inference.plan import device_counts, find_config, plan_generation, rows_that_fit
         from minopt.memory import available_memory
 
+        if self.kernels:
+            return self._show_kernels()
         device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
         config, stored = find_config(self.model)
         longest = config.max_position_embeddings
@@ -94,6 +97,19 @@ class Plan(Command):
         if plans[best].offload is None and (count := plans[best].devices) < self.devices:
             print(f"{count} of the {self.devices} devices {'are' if count > 1 else 'is'} enough for {texts}.")
         print(f"Use: {command}")
+        return 0
+
+    def _show_kernels(self) -> int:
+        from minopt.inference.linear import kernels
+
+        if self.device == "cuda":
+            raise ValueError("--kernels: expected a CPU, got --device cuda. On a GPU, torch chooses at each call.")
+        found = kernels()
+        if self.json:
+            print(json.dumps([{"dtype": dtype, "product": product, "reason": why} for dtype, product, why in found]))
+            return 0
+        for dtype, product, why in found:
+            print(f"{dtype:10}{product:16}{why}")
         return 0
 
     def _command(self, plan: Way, dtype: str, most_tokens: int) -> str:

@@ -7,11 +7,12 @@ D head_dim, V vocabulary, L layers.
 from __future__ import annotations
 
 import copy
+import logging
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -43,11 +44,15 @@ from minopt.checkpoint.weights import read_weights
 from minopt.config import OPTConfig, is_int
 from minopt.devices import resolve_device, resolve_dtype
 from minopt.generation.decode import generate
-from minopt.inference.linear import OUTLIERS_FROM, join_rows, split_rows
+from minopt.inference.fast import FastOPT
+from minopt.inference.linear import OUTLIERS_FROM, has, join_rows, split_rows
 from minopt.inference.program import FORMAT, PROGRAM, ExportedModel, Manifest, machine, sha256
+from minopt.inference.timing import beside, slower, worst
 from minopt.load_options import LoadOptions
 from minopt.model import OPT, WITHOUT_CUDNN
 from minopt.tokenizer import TOKENIZER_FILES, Tokenizer
+
+logger = logging.getLogger(__name__)
 
 _NEW = 16  # new tokens of each check prompt
 
@@ -65,13 +70,12 @@ class Int8Linear(nn.Module):
     scale: Tensor
     bias: Tensor | None
     shift: Tensor | None
-    levels, _dtype, _zero = 127, torch.int8, 0  # the largest integer of an input, their dtype, what zero becomes
 
     def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None, *, outliers: bool = False) -> None:
         super().__init__()
         shift = None
-        if _saturates():  # half the levels, and none below zero: a pair of products then fits into 16 bits
-            self.levels, self._dtype, self._zero = 63, torch.uint8, 64
+        self.levels, self._dtype, self._zero = _inputs()
+        if self._zero:
             terms = 1 + 1 / (2 * self.levels) if outliers else 1
             shift = weight.sum(1).float() * scale.flatten() * self._zero * terms
         buffers = {"weight": weight.t().contiguous(), "scale": scale.flatten(), "bias": bias, "shift": shift}
@@ -88,6 +92,15 @@ class Int8Linear(nn.Module):
         y = y if self.shift is None else y - own * self.shift
         y = y if self.bias is None else y + self.bias
         return y.to(x.dtype).view(*x.shape[:-1], -1)
+
+
+def _inputs() -> tuple[int, torch.dtype, int]:
+    """The largest integer of an input, the dtype of inputs, and what zero becomes."""
+    if _saturates():  # half the levels, and none below zero: a pair of products then fits into 16 bits
+        return 63, torch.uint8, 64
+    if has("avx512_vnni") and not has("amx_int8"):  # VNNI multiplies unsigned inputs by signed weights
+        return 127, torch.uint8, 128
+    return 127, torch.int8, 0
 
 
 @cache
@@ -207,21 +220,25 @@ def export_model(
     reader = Tokenizer.beside(checkpoint.found.folder, tokenizer)
     with replacing_model(destination, (*TOKENIZER_FILES, "generation_config.json")) as new:
         config = replace(checkpoint.config, max_position_embeddings=max_length or limit)
-        program = _build(checkpoint, new, target, number_type, quantize, config, max_batch)
+        program, _ = _build(checkpoint, new, target, number_type, quantize, config, max_batch)
         weights = digest_of_all({name: digest_of(tensor) for name, tensor in checkpoint.tensors.items()})
         replace(program.manifest, program_sha256=sha256(new / PROGRAM), weights_sha256=weights).write(new)
         write_config(new, config, program.dtype)
         write_json(new / "generation_config.json", generation_config_of(checkpoint))
         if reader is not None:
             reader.save(new)
+    if where := slower(program.manifest.milliseconds):
+        logger.warning("export: the program is slower than the loaded model: %s. Load the model for such work.", where)
 
 
 def check(options: LoadOptions) -> None:
     """Refuses nothing: all options go with this form."""
 
 
-def build(checkpoint: Checkpoint, options: LoadOptions) -> ExportedModel:
+def build(checkpoint: Checkpoint, options: LoadOptions) -> ExportedModel | FastOPT:
     """A model as its program, for ``minopt.load``: it needs no file once it is loaded.
+
+    Where the program is slower than the fast model at any kind of work, this is the fast model.
 
     Raises:
         ValueError, OSError: as ``export_model`` does.
@@ -230,22 +247,26 @@ def build(checkpoint: Checkpoint, options: LoadOptions) -> ExportedModel:
     with tempfile.TemporaryDirectory(prefix="minopt-") as place:
         folder = Path(place) / "program"
         folder.mkdir()
-        return _build(checkpoint, folder, options.device, options.dtype, options.quantize, checkpoint.config, None)
+        limits = checkpoint.config
+        program, fast = _build(checkpoint, folder, options.device, options.dtype, options.quantize, limits, None)
+    if where := slower(program.manifest.milliseconds):
+        logger.warning("optimize: compiled, the model is slower: %s. It runs as it does without compiling.", where)
+    return fast if where and fast is not None else program
 
 
 def _build(
     checkpoint: Checkpoint, folder: Path, device: torch.device, dtype: torch.dtype | None, quantize: str | None,
-    config: OPTConfig, max_batch: int | None,
-) -> ExportedModel:  # fmt: skip
-    """Compiles a model into a folder, loads its program, and checks it against the model."""
+    limits: OPTConfig, max_batch: int | None,
+) -> tuple[ExportedModel, FastOPT | None]:  # fmt: skip
+    """Writes a program into a folder, and checks it against its model. On a CPU the fast model comes with it."""
+    config = checkpoint.config
     state = dict(read_weights(checkpoint, device, dtype, keep_int8=device.type == "cpu", quantize=quantize))
     is_int8 = any(name.endswith(int8.SCALE) for name in state)
     if is_int8:
-        model: OPT = Int8OPT(checkpoint.config, state)
+        model: OPT = Int8OPT(config, state)
     else:
-        model = OPT(checkpoint.config, device="meta")
+        model = OPT(config, device="meta")
         model.load_state_dict(state, assign=True)
-    _compile(model.eval(), folder / PROGRAM)
     platform, instructions = machine(device.type)
     manifest = Manifest(
         format=FORMAT,
@@ -255,12 +276,13 @@ def _build(
         instructions=instructions,
         dtype=str(model.dtype).removeprefix("torch."),
         quantize="int8" if is_int8 else None,
-        max_length=config.max_position_embeddings,
+        max_length=limits.max_position_embeddings,
         max_batch=max_batch,
     )
-    program = ExportedModel(folder, manifest, config)
+    fast = FastOPT(config, state.items()) if device.type == "cpu" else None
+    program = _fastest(model.eval(), fast, folder, partial(ExportedModel, folder, manifest, limits))
     check_tokens(model, program)
-    return program
+    return program, fast
 
 
 def _check_options(quantize: str | None, device: torch.device, max_length: int | None, max_batch: int | None) -> None:
@@ -282,33 +304,66 @@ def _check_compiler() -> None:
         ) from None
 
 
-def _compile(model: OPT, path: Path) -> None:
-    """Writes the package of a model's program."""
+def _ways(model: OPT) -> list[dict[str, bool | int | str]]:
+    """Options of inductor, the best first: the next is tried where one fails, or its program is slower than the model.
+
+    inductor's own products ("CPP") gain nothing in float32. In 16 bits they need AMX: without it they take several
+    times as long as oneDNN's. In int8 they need AMX or VNNI. For some shapes there may be none.
+    """
     options: dict[str, bool | int | str] = {
         "freezing": True,  # weights in the layout of their kernels: half the time of a step of 8 rows
         "cpp.dynamic_threads": True,  # as many threads as the machine that runs it has, not the one that compiles it
         "autotune_num_choices_displayed": 0,  # on stderr
     }
-    ways = [options]
+    own: tuple[str, ...] = ()
     if model.device.type == "cpu" and (model.dtype != torch.float32 or isinstance(model, Int8OPT)):
-        # inductor's own products read single rows faster than oneDNN's, and take rows in int8 faster than fbgemm's (in
-        # float32 they gain nothing). Where a processor has none for some shape, those that are faster.
-        ways = [options | {"max_autotune": True, "max_autotune_gemm_backends": b} for b in ("CPP", "CPP,ATEN")]
-    failure = ""
+        own = ("amx_tile", "avx512_vnni") if isinstance(model, Int8OPT) else ("amx_tile",)
+    backends = ("CPP", "CPP,ATEN") if any(map(has, own)) else ()
+    return [*(options | {"max_autotune": True, "max_autotune_gemm_backends": b} for b in backends), options]
+
+
+def _fastest(model: OPT, fast: FastOPT | None, folder: Path, load: Callable[[], ExportedModel]) -> ExportedModel:
+    """The first program that is nowhere slower than the fast model, or that which is least slower; its file is kept."""
+    best: ExportedModel | None = None
+    failure, path, kept = OSError(), folder / PROGRAM, folder / f"kept-{PROGRAM}"
     # Without gradients, or nothing is frozen. A trace does not keep the choice of attention's kernels.
     with torch.no_grad(), warnings.catch_warnings(), sdpa_kernel(WITHOUT_CUDNN):
         warnings.simplefilter("ignore")  # of torch's, about its own parts
-        program = _trace(model)
-        for way in ways:
-            # In a folder of its own: what lies in inductor's usual one stays there, weights included.
-            with fresh_cache(dir=str(path.parent.parent)):
-                try:
-                    aoti_compile_and_package(program, package_path=str(path), inductor_configs=way)
-                    return
-                except (CppCompileError, InductorError) as error:  # not let out, for fresh_cache would write a warning
-                    lines = [line for line in str(error).splitlines() if "error:" in line] or [first_line(error)]
-                    failure = lines[0][:200]
-    raise OSError(f"export: compiling failed ({failure}). Is the disk full, or the compiler too old?")
+        traced = _trace(model)
+        for way in _ways(model):
+            if best is not None:
+                path.replace(kept)
+            try:
+                _compile(traced, path, way)
+            except OSError as error:
+                failure = error
+            else:
+                program = load()
+                times = {} if fast is None else beside(program, fast)
+                program.manifest = replace(program.manifest, milliseconds=times)
+                if best is None or worst(times) < worst(best.manifest.milliseconds):
+                    best = program
+                    kept.unlink(missing_ok=True)
+            if kept.exists():
+                kept.replace(path)
+            if best is not None and not slower(best.manifest.milliseconds):
+                break
+    if best is None:
+        raise failure
+    return best
+
+
+def _compile(program: ExportedProgram, path: Path, way: dict[str, bool | int | str]) -> None:
+    """Writes the package of a traced model."""
+    failure = ""
+    with fresh_cache(dir=str(path.parent.parent)):  # what lies in inductor's usual one stays there, weights included
+        try:
+            aoti_compile_and_package(program, package_path=str(path), inductor_configs=way)
+        except (CppCompileError, InductorError) as error:  # not let out, for fresh_cache would write a warning
+            lines = [line for line in str(error).splitlines() if "error:" in line] or [first_line(error)]
+            failure = lines[0][:200]
+    if failure:
+        raise OSError(f"export: compiling failed ({failure}). Is the disk full, or the compiler too old?")
 
 
 def _trace(model: OPT) -> ExportedProgram:

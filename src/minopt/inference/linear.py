@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minopt import int8
+from minopt.devices import DTYPES
 from minopt.memory import empty
 from minopt.model import ACTIVATIONS
 
@@ -136,6 +137,11 @@ class Blocked(Product):
         return self._blocks.transpose(1, 2).flatten(0, 1)[: self._outputs], None
 
 
+def has(instructions: str) -> bool:
+    """Whether the CPU has instructions, by torch's name for them: ``"avx512_vnni"``, ``"amx_int8"``."""
+    return bool(torch.cpu.get_capabilities().get(instructions))
+
+
 def split_rows(rows: Tensor, levels: int, outliers: bool) -> tuple[Tensor, Tensor]:
     """Rows ``[M, I]`` as numbers to be rounded to integers up to ``levels``, and a scale for each row ``[M, 1]``.
 
@@ -169,7 +175,7 @@ class Int8(Product):
     ) -> None:
         super().__init__(bias, activation, outliers)
         # Without these instructions the kernel adds pairs of products in 16 bits: inputs have one bit less.
-        self.levels = 127 if torch.cpu.get_capabilities().get("avx512_vnni") else 63
+        self.levels = 127 if has("avx512_vnni") else 63
         self._bias = None if bias is None else bias.float()
         # Not linear_dynamic, which finds a row's scale by itself: it takes none below 6.1e-5, however small the row is.
         self._product = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.default
@@ -202,13 +208,15 @@ class Int8(Product):
         return self._activation(y).to(x.dtype).view(*x.shape[:-1], y.shape[-1])
 
     def _many_rows(self, rows: Tensor) -> Tensor:
-        terms, scale = split_rows(rows, self.levels, self._outliers)
-        y = self._product(terms, 1.0, self.levels + 1, self._packed)
         if self._outliers:
-            y = join_rows(y, self.levels)
+            terms, scale = split_rows(rows, self.levels, outliers=True)
+            y = join_rows(self._product(terms, 1.0, self.levels + 1, self._packed), self.levels)
             return y * scale if self._bias is None else torch.addcmul(self._bias, y, scale)
-        # The kernel has already added the bias, unscaled: lerp gives (y - bias) * scale + bias.
-        return y * scale if self._bias is None else torch.lerp(self._bias, y, scale)
+        # split_rows' scale in few operators, for each finds cold caches: the kernel itself divides by the levels.
+        most = torch.linalg.vector_norm(rows, torch.inf, -1, keepdim=True).clamp_min_(torch.finfo(torch.float32).tiny)
+        y = self._product(rows / most, 1 / self.levels, self.levels + 1, self._packed)
+        # The kernel has already added the bias, unscaled: lerp gives (y - bias) * most + bias.
+        return y * most if self._bias is None else torch.lerp(self._bias, y, most)
 
     def weight(self) -> tuple[Tensor, Tensor | None]:
         tensor = torch.ops.quantized.linear_unpack(self._packed)[0]
@@ -283,10 +291,30 @@ def build_product(
 
 def kind_on_cpu(dtype: torch.dtype) -> type[Blocked | OneDNN | Plain]:
     """The product that is fastest on this machine's CPU."""
+    return _chosen_on_cpu(dtype)[0]
+
+
+def _chosen_on_cpu(dtype: torch.dtype) -> tuple[type[Blocked | OneDNN | Plain], str]:
+    """The product that is fastest on this machine's CPU, and why."""
     if dtype == torch.float32 and _on_intel():
-        return Blocked
-    packable = dtype in (torch.float32, torch.bfloat16)
-    return OneDNN if packable and _works(OneDNN, dtype) else Plain
+        return Blocked, "MKL, on an Intel processor"
+    if dtype not in (torch.float32, torch.bfloat16):
+        return Plain, "oneDNN packs float32 and bfloat16 alone"
+    if not _works(OneDNN, dtype):
+        return Plain, "oneDNN's packed product does not work here"
+    return OneDNN, "no MKL, or no Intel processor" if dtype == torch.float32 else "oneDNN's packed product works here"
+
+
+def kernels() -> list[tuple[str, str, str]]:
+    """What each kind of weight is on this machine's CPU: its dtype, the name of its product, and why it takes this."""
+    rows = [(name, kind.__name__, why) for name, dtype in DTYPES.items() for kind, why in [_chosen_on_cpu(dtype)]]
+    if not _works(Int8, torch.float32):
+        return [
+            *rows,
+            ("int8", WeightOnlyInt8.__name__, "fbgemm's product does not work here"),
+        ]
+    bits = "8 bits" if has("avx512_vnni") else "7 bits, for there is no AVX-512 VNNI"
+    return [*rows, ("int8", Int8.__name__, f"fbgemm's product works here; inputs have {bits}")]
 
 
 def packs(dtype: torch.dtype | None) -> bool:
