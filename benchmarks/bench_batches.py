@@ -17,6 +17,7 @@ import json
 import random
 import tempfile
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -49,19 +50,20 @@ def main() -> None:
     cases = json.loads(path.read_text())["cases"] if path.is_file() else {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = common.write_model(Path(args.folder or temporary))
-        for dtype in args.dtypes:
-            for name in args.lists:
-                case = cases.setdefault(f"{name} {dtype}", {}) | measure(folder, name, dtype, args)
-                for peer in ("batches", "ctranslate2"):
-                    if {"full", peer} <= case.keys():
-                        case["full"][f"to {peer}"] = round(case[peer]["seconds"] / case["full"]["seconds"], 3)
-                cases[f"{name} {dtype}"] = case
-                print(name, dtype, flush=True)
-                common.keep("batches", args.hardware, {"topic": "batches", **common.machine("cpu"), "cases": cases})
+        for dtype, name, peer in product(args.dtypes, args.lists, args.peers):
+            if (peer, dtype) == ("ctranslate2", "bfloat16"):
+                continue
+            case = cases.setdefault(f"{name} {dtype}", {})
+            case |= measure(folder, name, dtype, peer, args)
+            for other in {"batches", "ctranslate2"} & case.keys():
+                if "full" in case:
+                    case["full"][f"to {other}"] = round(case[other]["seconds"] / case["full"]["seconds"], 3)
+            print(name, dtype, peer, case, flush=True)
+            common.keep("batches", args.hardware, {"topic": "batches", **common.machine("cpu"), "cases": cases})
 
 
-def measure(folder: Path, name: str, dtype: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Seconds and new tokens of one list in one dtype, by each way."""
+def measure(folder: Path, name: str, dtype: str, peer: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Seconds and new tokens of one list in one dtype, by one way."""
     tokenizer = Tokenizer.load(args.tokenizer)
     texts = squad_prompts(Path(args.squad), 2 * args.prompts)
     if name == "questions":
@@ -76,19 +78,12 @@ def measure(folder: Path, name: str, dtype: str, args: argparse.Namespace) -> di
         "prompts": len(rows), "prompt_tokens": sum(map(len, rows)), "longest": max(map(len, rows)),
         "new_tokens": sum(limits),
     }  # fmt: skip
-    ours = None
-    for peer in args.peers:
-        if peer == "ctranslate2":
-            if dtype != "bfloat16":
-                case[peer] = theirs(folder, dtype, rows, limits)
-            continue
-        ours = ours or Ours(folder, dtype, tokenizer, ends)
-        case[peer] = ours(texts, rows, is_full=peer == "full")
-        assert case[peer].pop("new_tokens") == sum(limits)
-    for peer in args.peers:
-        if peer in case:
-            case[peer]["new_tokens_per_second"] = round(sum(limits) / case[peer]["seconds"], 1)
-    return case
+    if peer == "ctranslate2":
+        found = theirs(folder, dtype, rows, limits)
+    else:
+        found = Ours(folder, dtype, tokenizer, ends)(texts, rows, is_full=peer == "full")
+        assert found.pop("new_tokens") == sum(limits)
+    return case | {peer: found | {"new_tokens_per_second": round(sum(limits) / found["seconds"], 1)}}
 
 
 class Ours:
@@ -161,10 +156,10 @@ def theirs(folder: Path, dtype: str, rows: list[list[int]], limits: list[int]) -
 
         return call
 
-    sizes: list[dict[str, Any]] = [{"max_batch_size": n} for n in (8, 16, 32)]
+    sizes: list[dict[str, Any]] = [{"max_batch_size": n} for n in (16, 32)]
     sizes.append({"max_batch_size": MAX_BATCH_TOKENS, "batch_type": "tokens"})
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    part = order[max(0, len(rows) // 2 - 32) : len(rows) // 2 + 32]  # of like length, as batches of many are
+    part = order[max(0, len(rows) // 2 - 16) : len(rows) // 2 + 16]  # of like length, as batches of many are
     trials = [(common.seconds(run(part, **options)), options) for options in sizes]
     best = min(trials, key=lambda trial: trial[0])[1]
     return {"seconds": round(common.seconds(run(order, **best)), 2), **best}

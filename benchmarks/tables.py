@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = ("README.md", "benchmarks/README.md", "docs/parallel.md", "docs/training.md")
 VARIANTS = ("minopt", "exported", "ctranslate2", "transformers")
 PEERS = {"float32": "ctranslate2", "bfloat16": "transformers", "int8": "ctranslate2"}
+WAYS = ("batches", "full", "ctranslate2")
 IN_README = ("decode1", "decode8", "prefill512")
 
 
@@ -222,11 +223,25 @@ def methods() -> str:
     )] for row in rows))  # fmt: skip
 
 
+def batches() -> str:
+    rows = []
+    for name, case in newest("batches", "epyc2-noamx")["cases"].items():
+        speeds = [f"{case[way]['new_tokens_per_second']:.0f}" if way in case else "" for way in WAYS]
+        after = [case[way]["seconds"] - case[way]["of_prompts"] for way in WAYS[:2]]
+        to = case["full"].get("to ctranslate2")
+        rows.append([name, f"{case['prompts']} of {case['prompt_tokens'] / case['prompts']:.0f} tokens", *speeds,
+                     f"**{case['full']['to batches']:.2f}x**", f"{after[0] / after[1]:.2f}x",
+                     "" if to is None else f"{to:.2f}x"])  # fmt: skip
+    return table(
+        "list | prompts | by batches | full | CTranslate2 | to batches | behind the prompts | to CTranslate2", rows
+    )
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "speed": lambda: inference(IN_README),
     "finetune_amd": lambda: finetune("epyc2-noamx"),
     **{build.__name__: build for build in (inference, contexts, start, peaks, steps, prompts, finetune, squad, int8,
-                                           load, convert, memory, processes, plan, methods)},
+                                           load, convert, memory, processes, plan, methods, batches)},
 }  # fmt: skip
 
 
