@@ -60,6 +60,7 @@ class Report:
         tokenizer: the folder of its files.
         quantization: what ``convert`` has noted of a calibration: method, windows, perplexities.
         tensors, digest: all tensors in the model's order, and one digest for all.
+        sparsity: the share of zeros behind each layer's relu on a text; ``None`` if none was run.
     """
 
     path: str
@@ -78,6 +79,7 @@ class Report:
     quantization: dict[str, Any] | None = None
     tensors: tuple[TensorReport, ...] = ()
     digest: str | None = None
+    sparsity: tuple[float, ...] | None = None
 
     @property
     def findings(self) -> list[str]:
@@ -104,6 +106,9 @@ class Report:
                 lines.append(f"{t.name:<{width}}  {t.dtype:<9} {shape:<16}  {t.digest or ''}".rstrip())
         if any(t.findings is not None for t in self.tensors):
             lines += ["", *(self.findings or ["values: all finite, none beyond 100, no tensor of zeros"])]
+        if self.sparsity:
+            shares = (f"{index:5} {share:12.1%}" for index, share in enumerate(self.sparsity))
+            lines += ["", "layer  zeros in fc2", *shares, f"mean  {sum(self.sparsity) / len(self.sparsity):12.1%}"]
         lines += ["", f"problem: {self.problem}"] if self.problem else []
         return "\n".join(lines)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -91,13 +91,30 @@ class Inspect(Reading):
     tensors: bool = option(False, "list the tensors, as --json always does")
     check: bool = option(False, "read all values: report those not finite or beyond 100, and tensors of zeros")
     hash: bool = option(False, "digests of the tensors, the same in every format")
+    sparsity: str | None = option(None, "run this text: the share of zeros behind each layer's relu", kind="file")
     json: bool = option(False, "write the report as JSON")
 
     def run(self, given: dict[str, Any]) -> int:
         from minopt.checkpoint.inspect import inspect_checkpoint
+        from minopt.training.data import read_text
 
-        names = ("revision", "local_files_only", "model_config", "ignore", "check")
-        options = {name: getattr(self, name) for name in names}
-        report = inspect_checkpoint(self.model, **options, digest=self.hash, show_progress=True)
+        text = None if self.sparsity is None else read_text(Path(self.sparsity), "sparsity")
+        opening = {name: getattr(self, name) for name in ("revision", "local_files_only", "model_config", "ignore")}
+        report = inspect_checkpoint(self.model, **opening, check=self.check, digest=self.hash, show_progress=True)
+        if text is not None and report.config is not None and report.problem is None:
+            report = replace(report, sparsity=self._zeros(text, report.config["activation_function"], opening))
         print(json.dumps(report.to_dict(), indent=2) if self.json else report.to_text(tensors=self.tensors))
         return 0 if report.is_sound else 1
+
+    def _zeros(self, text: str, activation: str, opening: dict[str, Any]) -> tuple[float, ...]:
+        from minopt.evaluation.sparsity import zeros_by_layer
+        from minopt.loading import load
+
+        if activation != "relu":
+            raise ValueError(f"sparsity: expected a model with relu, got {activation}, behind which nothing is exactly "
+                             f"zero ({self.model}). Leave it out.")  # fmt: skip
+        lm = load(self.model, optimize=False, **opening)
+        if lm.tokenizer is None:
+            raise ValueError(f"sparsity: expected a model with a tokenizer, it has none ({self.model}). Put its files "
+                             "beside the weights.")  # fmt: skip
+        return zeros_by_layer(lm.model, lm.tokenizer.encode(text))

@@ -137,7 +137,7 @@ class Plan(Command):
 def _print_table(plans: list[Way], rows: list[int]) -> None:
     print(f"{'':28}{'weights':>11}{'cache':>11}{'activations':>13}{'runtime':>10}{'together':>12}{'rows that fit':>15}")
     for plan, most in zip(plans, rows, strict=True):
-        sizes = (plan.weights, plan.cache, plan.activations, plan.runtime, plan.total)
+        sizes = (plan.weights + plan.copies, plan.cache, plan.activations, plan.runtime, plan.total)
         columns = "".join(f"{size_of(size):>{width}}" for size, width in zip(sizes, (11, 11, 13, 10, 12), strict=True))
         print(f"{_label(plan):28}{columns}{most:>15,}")
     print()

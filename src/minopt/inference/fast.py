@@ -22,6 +22,7 @@ from minopt.config import OPTConfig
 from minopt.inference.frozen import Frozen, InferenceOPT, norm, refuse
 from minopt.inference.linear import OUTLIERS_FROM, Product, build_product, packs
 from minopt.inference.plan import check_fits
+from minopt.inference.sparse import for_zeros
 from minopt.load_options import LoadOptions
 from minopt.masks import Packed, pick
 from minopt.memory import empty
@@ -142,15 +143,19 @@ class _Builder:
     def rest(self) -> dict[str, Tensor]:
         return self._waiting | dict(self._coming)
 
-    def __call__(self, prefix: str, names: tuple[str, ...], activation: str = "none") -> Product:
-        """The product of one linear layer, or of several side by side that have the same input."""
+    def __call__(self, prefix: str, names: tuple[str, ...], activation: str = "none", behind: str = "none") -> Product:
+        """The product of one linear layer, or of several side by side that have the same input.
+
+        ``activation`` comes after it; ``behind`` is the one before it.
+        """
         weight = self._joined(f"{prefix}{name}.weight" for name in names)
         scale = bias = None
         if weight.dtype == torch.int8:
             self.in_int8, scale = True, self._joined(f"{prefix}{name}.weight{int8.SCALE}" for name in names)
         if self._config.enable_bias:
             bias = self._joined(f"{prefix}{name}.bias" for name in names)
-        return build_product(weight, bias, activation, scale=scale, outliers=self.outliers)
+        product = build_product(weight, bias, activation, scale=scale, outliers=self.outliers)
+        return for_zeros(product, weight) if behind == "relu" else product
 
     def norm(self, name: str) -> partial[Tensor]:
         affine = self._config.layer_norm_elementwise_affine
@@ -180,7 +185,7 @@ class FastLayer(Frozen):
         self._qkv = build(f"{prefix}self_attn.", _PROJECTIONS)
         self._out = build.summed(build(f"{prefix}self_attn.", ("out_proj",)))
         self._fc1 = build(prefix, ("fc1",), config.activation_function)
-        self._fc2 = build.summed(build(prefix, ("fc2",)))
+        self._fc2 = build.summed(build(prefix, ("fc2",), behind=config.activation_function))
         self._norms = {name: build.norm(prefix + name) for name in _NORMS}
         self._attn_norm, self._final_norm = self._norms.values()
 

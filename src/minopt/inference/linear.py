@@ -5,6 +5,7 @@ Shapes: M rows (all dims of the input but the last), I inputs, O outputs.
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import warnings
 from collections.abc import Callable
@@ -47,6 +48,13 @@ class Product:
     def weight(self) -> tuple[Tensor, Tensor | None]:
         """The weight ``[O, I]`` as it was given, to the bit, and its scale ``[O, 1]`` if it is int8."""
         raise NotImplementedError
+
+    def blocks(self) -> Tensor | None:
+        """The weight's own memory ``[O / W, I, W]`` if it should be in blocks of W outputs, with a row for each input.
+
+        The last block may be padded. Compare a result before relying on it: some layouts are another library's.
+        """
+        return None
 
     def __reduce__(self) -> Any:
         (weight, scale), (activation, outliers) = self.weight(), self._made_for
@@ -107,6 +115,16 @@ class OneDNN(Product):
     def weight(self) -> tuple[Tensor, Tensor | None]:
         return self._weight.to_dense(), None
 
+    def blocks(self) -> Tensor | None:
+        (outputs, inputs), width = self._weight.shape, 64  # what was found of float32 with AVX2 and AVX-512
+        if self._weight.dtype != torch.float32 or outputs % width:
+            return None
+        size, address = torch.ops.mkldnn._nbytes(self._weight), torch.ops.mkldnn.data_ptr(self._weight)
+        if size != 4 * outputs * inputs:  # padded
+            return None
+        memory = (ctypes.c_char * size).from_address(address)
+        return torch.frombuffer(memory, dtype=torch.float32).view(-1, inputs, width)
+
 
 class Blocked(Product):
     """MKL's product with a weight in blocks of outputs, each of which holds a row of outputs for each input.
@@ -135,6 +153,9 @@ class Blocked(Product):
 
     def weight(self) -> tuple[Tensor, Tensor | None]:
         return self._blocks.transpose(1, 2).flatten(0, 1)[: self._outputs], None
+
+    def blocks(self) -> Tensor | None:
+        return self._blocks
 
 
 def has(instructions: str) -> bool:

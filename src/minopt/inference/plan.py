@@ -21,6 +21,7 @@ from minopt.checkpoint.tensors import Share, main_dtype
 from minopt.config import PRESETS, OPTConfig
 from minopt.devices import DTYPES
 from minopt.inference.linear import Blocked, OneDNN, Plain, kind_on_cpu
+from minopt.inference.sparse import copied_bytes
 from minopt.load_options import LoadOptions
 from minopt.memory import available_memory
 from minopt.progress import size_of
@@ -57,10 +58,11 @@ class Plan:
     activations: int  # the prompt's, and the scores of a step
     runtime: int  # Python, torch and CUDA
     host: int = 0  # layers that wait in the machine's memory for a GPU
+    copies: int = 0  # of weights, made once activations are found to be zeros
 
     @property
     def total(self) -> int:
-        return self.weights + max(self.loading, self.cache + self.activations) + self.runtime
+        return self.weights + max(self.loading, self.copies + self.cache + self.activations) + self.runtime
 
 
 def plan_generation(
@@ -89,7 +91,7 @@ def plan_generation(
     tokens = batch * length
     sizes = {name: _bytes_of(name, shape, size, devices, quantize) for name, shape in parameter_shapes(config).items()}
     layers = sum(number for name, number in sizes.items() if name.startswith("layers."))
-    outside, table, host = sum(sizes.values()) - layers, sizes["embed_tokens.weight"], 0
+    outside, table, host, copies = sum(sizes.values()) - layers, sizes["embed_tokens.weight"], 0, 0
     if offload is None:
         product = Plain if device == "cuda" else kind_on_cpu(dtype)
         in_int8 = int8.is_wanted(quantize)
@@ -97,6 +99,8 @@ def plan_generation(
         # Read before it is packed, one at a time (query, key and value are joined first); the head comes last.
         loading = max(2 * head if in_int8 else 0, max(6 * C * C, C * F) * size // devices - head)
         weights, inner = layers + outside + head, _INNER_INT8 if in_int8 else _INNER[product]
+        if device == "cpu" and config.activation_function == "relu":
+            copies = L * copied_bytes(F // devices, C, torch.int8 if in_int8 else dtype)
     else:
         weights, loading, inner = outside + min(2, L) * layers // L, 0, _INNER[Plain]
         host = layers if offload == "cpu" else 2 * layers // L if device == "cuda" else 0
@@ -104,7 +108,7 @@ def plan_generation(
     activations = tokens * (4 * C + inner * F // devices) * size + batch * V * (size + 12)
     if batch > 1:  # the mask of a padded batch, as booleans and as the numbers that kernels add
         activations += batch * length * length * (1 + size)
-    return Plan(devices, offload, quantize, weights, loading, cache, activations, RUNTIME_BYTES[device], host)
+    return Plan(devices, offload, quantize, weights, loading, cache, activations, RUNTIME_BYTES[device], host, copies)
 
 
 def _bytes_of(name: str, shape: tuple[int, ...], itemsize: int, devices: int, quantize: str | None) -> int:
