@@ -237,11 +237,25 @@ def batches() -> str:
     )
 
 
+def sparsity() -> str:
+    found: dict[str, dict[tuple[float, int], Any]] = {}
+    for case in newest("sparsity", "epyc2-noamx")["cases"]:
+        if "density" in case:
+            found.setdefault(f"{case['model']}, {case['dtype']}", {})[case["density"], case["rows"]] = case
+    cases = list(next(iter(found.values())))
+    names = (f"{density:.0%}" + (f", {rows} rows" if rows > 1 else "") for density, rows in cases)
+    return table("weights | whole product | 5% | copy | " + " | ".join(names), (
+        [name, *(f"{of[0.05, 1][way]['median_ms']:.1f} ms" for way in ("dense", "sparse")),
+         f"{max(case['copies_mb'] for case in of.values()):.0f} MB", *(f"{of[case]['ratio']:.2f}" for case in cases)]
+        for name, of in found.items()
+    ))  # fmt: skip
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "speed": lambda: inference(IN_README),
     "finetune_amd": lambda: finetune("epyc2-noamx"),
     **{build.__name__: build for build in (inference, contexts, start, peaks, steps, prompts, finetune, squad, int8,
-                                           load, convert, memory, processes, plan, methods, batches)},
+                                           load, convert, memory, processes, plan, methods, batches, sparsity)},
 }  # fmt: skip
 
 

@@ -24,9 +24,9 @@ logger = logging.getLogger(__name__)
 FEW_ROWS = 8  # the dense product reads a weight once for all rows, this one once for each
 _WAIT = 16  # calls that use the dense product, without a look, once activations were not sparse
 
-# Measured (benchmarks/README.md): a call takes as long as each thread needs to read so many bytes, and then weights of
-# single inputs are read at somewhat less than half of the speed of a whole weight.
-_CALL_BYTES, _SPEED = 600_000, 0.4
+# Measured (benchmarks/README.md): a call of one row takes as long as each thread needs to read so many bytes, and the
+# weights of single inputs are read at half of the speed of a whole weight.
+_CALL_BYTES, _SPEED = 900_000, 0.45
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.int8)
 _ROW_BYTES = 8  # of an int8 row: fbgemm's scale and least number of a row of bytes, two of float32
@@ -38,13 +38,14 @@ def for_zeros(dense: Product, weight: Tensor) -> Product:
     ``weight`` is the dense product's, ``[O, I]``. It has no activation.
     """
     known = weight.device.type == "cpu" and weight.dtype in _DTYPES
-    most = most_active(weight.shape[1], weight.nbytes) if known else 0
-    return Sparse(dense, weight.shape[1], most) if most > 0 else dense
+    most = [most_active(weight.shape[1], weight.nbytes, rows) if known else 0 for rows in range(FEW_ROWS + 1)]
+    return Sparse(dense, weight.shape[1], most) if most[1] > 0 else dense
 
 
-def most_active(inputs: int, weight_bytes: int) -> int:
+def most_active(inputs: int, weight_bytes: int, rows: int = 1) -> int:
     """Up to how many activations that are not zero the sum of their weights is faster than the dense product."""
-    return int(_SPEED * inputs * (1 - _CALL_BYTES * torch.get_num_threads() / weight_bytes))
+    call_bytes = _CALL_BYTES * torch.get_num_threads() * (1 + rows / 8)
+    return int(_SPEED * inputs * (1 - call_bytes / weight_bytes))
 
 
 def copied_bytes(inputs: int, outputs: int, dtype: torch.dtype) -> int:
@@ -64,9 +65,9 @@ class Sparse(Product):
     same text is always computed in the same way.
     """
 
-    def __init__(self, dense: Product, inputs: int, most: int) -> None:
+    def __init__(self, dense: Product, inputs: int, most: list[int]) -> None:
         super().__init__(dense.bias)
-        self._dense, self._inputs, self._most = dense, inputs, most
+        self._dense, self._inputs, self._most = dense, inputs, most  # by the number of rows
         self._wait = 0
         self._table: _Table | None = None  # made when activations are first found to be sparse
 
@@ -79,7 +80,7 @@ class Sparse(Product):
         elif count > 0:
             rows = x.reshape(count, self._inputs)
             active = rows.view(-1).nonzero().view(-1)
-            if len(active) <= self._most and (table := self._table or self._make_table()) is not None:
+            if len(active) <= self._most[count] and (table := self._table or self._make_table()) is not None:
                 return table(rows, active).view(*x.shape[:-1], -1)
             self._wait = _WAIT
         return self._dense(x)
@@ -102,7 +103,7 @@ class Sparse(Product):
                 found = self._checked(_by_inputs(weight), scale)
         if found is None:
             logger.debug("Activations that are zeros are multiplied too: there is no memory or no operator for less.")
-            self._most = -1
+            self._most = [-1] * len(self._most)
         self._table = found
         return found
 
