@@ -16,6 +16,7 @@ _VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "quantize": (lambda value: value in (None, "int8"), 'None or "int8"'),
     "optimize": (lambda value: isinstance(value, bool) or value == "compile", 'True, False or "compile"'),
     "offload": (lambda value: value in (None, "disk", "cpu"), '"disk" or "cpu"'),
+    "draft": (lambda value: value in (None, "int8"), 'None or "int8" (another model is an option of generate)'),
 }
 
 
@@ -30,6 +31,7 @@ class LoadOptions:
     mesh: DeviceMesh | None = None
     offload: str | None = None
     any_device: bool = False  # the user named none
+    draft: str | None = None
 
     def __post_init__(self) -> None:
         for name, (fits, expected) in _VALUES.items():

@@ -156,7 +156,7 @@ def decode_steps(request: Request, look_every: int = 1) -> Iterator[Step]:
     while True:
         step = rows.step(logits)
         yield step if drafts is None else replace(step, drafts=drafts.counts())
-        if not rows.any_runs:
+        if not rows.any_runs or rows.count == N:  # on tensors without numbers, rows always run
             return
         if drafts is not None:
             logits = drafts.read(step.tokens, rows.running)

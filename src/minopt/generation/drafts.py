@@ -220,7 +220,7 @@ class SmallerModel:
     def length(self) -> int:
         """As many tokens as give the most tokens for the time, by the share that came true so far; 0 is none."""
         share = self.right / self.known
-        best, fastest, tokens = 0, 1.0, 1.0
+        best, fastest, tokens = 0, 1.05, 1.0  # a draft has to promise something
         for count in range(1, self.most + 1):
             tokens += share**count  # expected, of a pass of the model and its draft
             if (speed := tokens / (1 + count * self.step_cost)) > fastest:
