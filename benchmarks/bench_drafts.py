@@ -4,8 +4,8 @@
 
 Random weights of opt-125m's shape nearly tie their best tokens, so int8 often decides otherwise than the model does.
 For a decided text, all that the layers add to the residual stream is scaled down: then the newest token itself is the
-most probable next one. A step reads and computes the same. The factor sets how often a draft is right, which is reported:
-read a speed as that of its acceptance. The package's small model is a real case of acceptance.
+most probable next one. A step reads and computes the same. The factor sets how often a draft is right, which is
+reported: read a speed as that of its acceptance. The package's small model is a real case of acceptance.
 """
 
 from __future__ import annotations

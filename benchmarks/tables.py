@@ -251,11 +251,20 @@ def sparsity() -> str:
     ))  # fmt: skip
 
 
+def drafts() -> str:
+    return table("case | dtype | without | with the draft | ratio | accepted of drafted | 1 - total variation", ([
+        case["case"] + (f", layers x {case['layers_times']}" if "layers_times" in case else ""), case["dtype"],
+        f"{case['without_ms']:.1f} ms", f"{case['with_ms']:.1f} ms", f"**{case['ratio']:.2f}x**",
+        f"{case['accepted']} of {case['drafted']}", case.get("best_possible", "")
+    ] for case in newest("drafts", "epyc2-noamx")["cases"]))  # fmt: skip
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "speed": lambda: inference(IN_README),
     "finetune_amd": lambda: finetune("epyc2-noamx"),
     **{build.__name__: build for build in (inference, contexts, start, peaks, steps, prompts, finetune, squad, int8,
-                                           load, convert, memory, processes, plan, methods, batches, sparsity)},
+                                           load, convert, memory, processes, plan, methods, batches, sparsity,
+                                           drafts)},
 }  # fmt: skip
 
 

@@ -333,3 +333,14 @@ def test_lines_on_stdout_are_utf8_whatever_the_terminals_encoding(tmp_path: Path
     command = [sys.executable, "-m", "minopt", "generate", "--input", str(file), "--max-new-tokens", "1"]
     result = subprocess.run(command, capture_output=True, check=True, env=os.environ | {"PYTHONIOENCODING": "latin-1"})
     assert json.loads(result.stdout.decode("utf-8"))["note"] == "🙂 é"
+
+
+def test_a_draft_changes_no_text(capsys: Capture) -> None:
+    assert generate("It was", "--max-new-tokens", "12") == 0
+    plain = capsys.readouterr().out
+    for draft in ("int8", minopt.DEMO):
+        assert generate("It was", "--max-new-tokens", "12", "--draft", draft) == 0
+        assert capsys.readouterr().out == plain
+    assert "expected greedy decoding or sampling, got --num-beams 2" in refused(
+        capsys, "It was", "--draft", "int8", "--num-beams", "2"
+    )

@@ -19,8 +19,8 @@ from minopt.checkpoint.hub import find_model
 from minopt.checkpoint.weights import load_checkpoint
 from minopt.config import OPTConfig
 from minopt.devices import resolve_device, resolve_dtype
+from minopt.generation.decoder import Decoder, Draft
 from minopt.generation.options import read_defaults
-from minopt.generation.request import Decoder, Draft
 from minopt.load_options import LoadOptions
 from minopt.model import OPT
 from minopt.strangers import is_exported

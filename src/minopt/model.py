@@ -221,7 +221,7 @@ class DecoderLayer(nn.Module):
 
 
 class OPT(nn.Module):
-    """An OPT decoder with its tied head. It is a ``Decoder`` (generation/request.py), which all of generation drives.
+    """An OPT decoder with its tied head. It is a ``Decoder`` (generation/decoder.py), which all of generation drives.
 
     Args:
         config: shape and options.

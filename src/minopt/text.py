@@ -19,8 +19,9 @@ from minopt.checkpoint.save import save_model
 from minopt.evaluation.perplexity import window_perplexity
 from minopt.generation.batches import cut_batches
 from minopt.generation.continuous import Prompts
+from minopt.generation.decoder import Decoder, Draft
 from minopt.generation.options import GenerationConfig, with_defaults
-from minopt.generation.request import Decoder, Draft, Request, check_room, prepare
+from minopt.generation.request import Request, check_room, prepare
 from minopt.generation.scoring import token_logprobs
 from minopt.generation.texts import GeneratedText, Texts, in_rising_order
 from minopt.model import OPT

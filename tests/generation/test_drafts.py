@@ -17,8 +17,9 @@ from torch import Tensor
 import minopt
 from minopt import GenerationConfig, GenerationOutput, OPTConfig, generate
 from minopt.generation.decode import decode_steps
+from minopt.generation.decoder import Draft
 from minopt.generation.drafts import Drafts, Text
-from minopt.generation.request import Draft, prepare
+from minopt.generation.request import prepare
 from tests.conftest import build_ours, build_reference, lively, pad_left
 from tests.generation.decoders import Watched
 from tests.generation.test_decode import random_prompts

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from minopt.config import is_int
 from minopt.distributed import World
-from minopt.generation.request import Decoder
+from minopt.generation.decoder import Decoder
 from minopt.generation.scoring import token_logprobs
 
 

@@ -22,8 +22,9 @@ from torch import Tensor
 from minopt.cache import KVCache
 from minopt.generation.batches import cut_batches, limits_of
 from minopt.generation.decode import Rows, Step, output_of, run, stacked
+from minopt.generation.decoder import Decoder
 from minopt.generation.options import GenerationConfig
-from minopt.generation.request import Decoder, GenerationOutput, Request
+from minopt.generation.request import GenerationOutput, Request
 from minopt.masks import step_mask
 
 # What a few float32 rows of OPT's vocabulary weigh, in tokens of opt-125m's cache.

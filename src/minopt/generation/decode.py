@@ -16,6 +16,7 @@ from torch import Tensor
 
 from minopt.cache import KVCache
 from minopt.generation.beams import beam_search
+from minopt.generation.decoder import Decoder
 from minopt.generation.drafts import Drafts
 from minopt.generation.draws import draw, random_numbers
 from minopt.generation.options import GenerationConfig, with_defaults
@@ -24,7 +25,6 @@ from minopt.generation.request import (
     RUNNING,
     STOP_REASONS,
     Criterion,
-    Decoder,
     GenerationOutput,
     Request,
     Stopper,

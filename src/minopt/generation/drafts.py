@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from minopt.cache import KVCache
+from minopt.generation.decoder import Decoder, Draft
 from minopt.generation.draws import draw
-from minopt.generation.request import Decoder, Draft, Request
+from minopt.generation.request import Request
 from minopt.masks import causal_mask, positions, with_new_tokens
 
 
@@ -30,10 +31,11 @@ class Drafter(Protocol):
     def length(self) -> int:
         """How many tokens are worth drafting."""
 
-    def draft(self, begin: int, count: int, running: Tensor) -> int:
+    def draft(self, begin: int, count: int, chosen: list[list[int]], runs: list[bool]) -> int:
         """Writes up to ``count`` tokens of each row behind the first ``begin`` tokens; returns how many.
 
-        Rows that have ended, where ``running [R]`` is False, may get any.
+        ``chosen`` are the tokens of each row that came since the last call, step by step. Rows that have ended, where
+        ``runs`` is False, may get any draft.
         """
 
     def learn(self, right: int, drafted: int, length: int) -> None:
@@ -63,6 +65,7 @@ class Drafts:
         # The rest of the draft, the next token last: a token of each row, and the logits [R, V] after it.
         self.ahead: list[tuple[Tensor, Tensor]] = []
         self.came_true = self.newest = 0  # accepted tokens of the newest draft, and all of it
+        self.chosen: list[list[int]] = []  # that the drafter has not seen
         self.drafted = self.accepted = torch.zeros(len(sequences), dtype=torch.long)  # accepted ones saved a pass
 
     def counts(self) -> dict[str, tuple[int, ...]]:
@@ -79,7 +82,8 @@ class Drafts:
         self.length += 1
         foreseen, logits = self.ahead.pop() if self.ahead else (None, tokens)
         is_right = running if foreseen is None else (foreseen == tokens) | ~running
-        is_right, runs = torch.stack([is_right, running]).cpu()  # one wait for a GPU
+        is_right, runs, newest = torch.stack([is_right, running, tokens]).cpu()  # one wait for a GPU
+        self.chosen.append(newest.tolist())
         if foreseen is not None:
             if bool(is_right.all()):
                 self.accepted = self.accepted + runs
@@ -90,11 +94,12 @@ class Drafts:
         if self.newest:
             self.drafter.learn(self.came_true, self.newest, self.length - 1)
         count = min(self.drafter.length(), self.end - self.length - 1)  # one more token is chosen after a draft
-        count = self.newest = self.drafter.draft(self.length, count, running) if count > 0 else 0
-        if count:
+        self.newest = 0
+        if count > 0:
+            self.newest = count = self.drafter.draft(self.length, count, self.chosen, runs.bool().tolist())
+            self.chosen, self.came_true = [], 0
             self.drafted = self.drafted + count * runs
-            self.came_true = 0
-        end = self.length + count
+        end = self.length + self.newest
         drafts = self.reader.sequences[:, self.length : end].T.clone()  # [count, R]; the places are written anew
         first, *later = self.reader.read_until(end).unbind(1)
         self.ahead = [*zip(drafts, later, strict=True)][::-1]
@@ -162,7 +167,7 @@ class PromptLookup:
         config, copies = request.config, len(sequences) // len(request.input_ids)
         assert config.prompt_lookup_num_tokens is not None
         self.most, self.ngram_size = config.prompt_lookup_num_tokens, config.max_matching_ngram_size
-        self.sequences, self.right, self.known = sequences, 0, request.prompt_length
+        self.sequences, self.right = sequences, 0
         self.pad_token_id = request.pad_token_id
         # On a CPU a pass takes longer the more it reads.
         self.adapts = request.decoder.device.type == "cpu"
@@ -177,14 +182,11 @@ class PromptLookup:
         """
         return min(self.most, 2 * self.right + 2) if self.adapts else self.most
 
-    def draft(self, begin: int, count: int, running: Tensor) -> int:
+    def draft(self, begin: int, count: int, chosen: list[list[int]], runs: list[bool]) -> int:
         """See ``Drafter``."""
-        new = self.sequences[:, self.known : begin]
-        *columns, runs = torch.cat([new.T, running[None]]).tolist()  # one wait for a GPU
-        for column in columns:
+        for column in chosen:
             for text, token in zip(self.texts, column, strict=True):
                 text.append(token)
-        self.known = begin
         drafts = [[self.pad_token_id] * count] * len(runs)
         for row in compress(range(len(runs)), runs):
             drafts[row] = self.texts[row].draft(self.ngram_size, count)
@@ -228,7 +230,7 @@ class SmallerModel:
         self.waited = 0 if best else self.waited + 1
         return best or int(self.waited % self.probe_every == 0)
 
-    def draft(self, begin: int, count: int, running: Tensor) -> int:
+    def draft(self, begin: int, count: int, chosen: list[list[int]], runs: list[bool]) -> int:
         """See ``Drafter``."""
         sequences = self.reader.sequences
         if self.is_empty:

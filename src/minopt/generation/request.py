@@ -1,4 +1,4 @@
-"""A checked call of ``generate``, which greedy decoding, sampling and beam search share; and the ``Decoder`` it drives.
+"""A checked call of ``generate``, which greedy decoding, sampling and beam search share.
 
 Shapes: B prompts, R rows (a prompt's continuations or beams side by side), T prompt tokens (padding included), S tokens
 so far, N new tokens, K beams, V vocabulary.
@@ -6,79 +6,27 @@ so far, N new tokens, K beams, V vocabulary.
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from minopt.cache import KVCache
 from minopt.config import OPTConfig
+from minopt.generation.decoder import Decoder, Draft, checked_draft
 from minopt.generation.options import GenerationConfig
 from minopt.generation.rules import Rule, build_rules
 from minopt.masks import causal_mask, positions
-from minopt.model import OPT
 from minopt.wrapped import decoder_of
-
-logger = logging.getLogger(__name__)
 
 Criterion = Callable[[Tensor, Any], Tensor]
 
 # Why a row has ended, by the number that stands for it in tensors; 0 is a row that goes on.
 STOP_REASONS = ("", "eos", "stop", "time", "length", "exhausted")
 RUNNING, EOS, STOP, TIME, LENGTH, EXHAUSTED = range(6)
-
-
-_LAYER_BYTES = 6_000_000  # measured: steps of 4 layers of 256 units, and of 12 of 768, in three dtypes
-
-
-class Decoder(Protocol):
-    """The interface that generation and scoring drive. All forms have it: plain, fast, divided, programs."""
-
-    config: OPTConfig
-    max_batch: int | None
-    """The most rows at once; ``None`` is any number."""
-
-    @property
-    def device(self) -> torch.device:
-        """The device on which ids must be."""
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of weights and cache."""
-
-    def as_opt(self) -> OPT:
-        """The model with its weights; ``ValueError`` where there are none."""
-
-    def new_cache(self, batch_size: int, capacity: int) -> KVCache:
-        """An empty cache for ``batch_size`` rows of up to ``capacity`` tokens."""
-
-    def read(
-        self, inputs: Tensor, position_ids: Tensor, mask: Tensor | None, wanted: Tensor | None, cache: KVCache
-    ) -> Tensor:
-        """Reads tokens into the cache.
-
-        Args:
-            inputs: ids, int64 ``[B, T]``; or embeddings in the decoder's dtype, ``[B, T, E]``.
-            position_ids: int64 ``[B, T]``. Nothing but padding has a position below 0.
-            mask: boolean ``[B or 1, 1, T, S]``, True = attend; S is the number of cached tokens, new ones included.
-                ``None``: a token attends to all cached ones, to itself, and to those before it in this call.
-            wanted: int64 ``[N]``, the tokens after which logits are wanted, counted through all rows: 0 to
-                ``B * T - 1``. ``None`` is all of them.
-            cache: a cache of B rows.
-
-        Returns:
-            Logits ``[N, V]``. They hold until the next call.
-
-        Raises:
-            ValueError: if the decoder reads no embeddings (an exported program).
-        """
-
-    def agreed(self, decision: Tensor) -> Tensor:
-        """The first process' decision if a model is divided among processes; else the tensor itself."""
 
 
 @dataclass(frozen=True)
@@ -111,35 +59,6 @@ class GenerationOutput:
     """With a draft or ``prompt_lookup_num_tokens``, how many tokens were drafted for each row."""
     accepted_tokens: tuple[int, ...] | None = None
     """How many of them were right. Each saves a pass of the model, of which a row alone takes one a token."""
-
-
-@dataclass(frozen=True)
-class Draft:
-    """A model that says how a text may go on, which another one checks.
-
-    Attributes:
-        decoder: the model.
-        shares_cache: its weights are those of the other one, rounded to 8 bits: it reads and writes the other's cache.
-    """
-
-    decoder: Decoder
-    shares_cache: bool = False
-
-    def cost_for(self, other: Decoder) -> float:
-        """The time of its step as a share of the other's: a step reads all weights once, and calls operators.
-
-        While it calls those of a layer, memory would give ``_LAYER_BYTES`` more; int8 has a quarter more operators.
-        """
-        itemsize, calls = (1, 1.25) if self.shares_cache else (self.decoder.dtype.itemsize, 1.0)
-        ours, theirs = (d.config.num_hidden_layers * _LAYER_BYTES for d in (self.decoder, other))
-        reads = size_of(other) * other.dtype.itemsize
-        return (size_of(self.decoder) * itemsize + calls * ours) / (reads + theirs)
-
-
-def size_of(decoder: Decoder) -> int:
-    """The numbers that a step reads, but for a few."""
-    c = decoder.config
-    return c.num_hidden_layers * c.hidden_size * (4 * c.hidden_size + 2 * c.ffn_dim) + c.vocab_size * c.embed_dim
 
 
 @dataclass(frozen=True)
@@ -276,43 +195,9 @@ def prepare(
     mask = None if mask is None or bool(mask.all()) else mask.bool()
     if draft is not None:
         longest = input_ids.shape[1] if mask is None else int(mask.sum(1).max())
-        draft = _checked_draft(draft, decoder, config, rows, longest, inputs_embeds is not None)
+        draft = checked_draft(draft, decoder, config, rows, longest, inputs_embeds is not None)
     rules, criteria = _callables(logits_processor=logits_processor), _callables(stopping_criteria=stopping_criteria)
     return Request(decoder, config, input_ids.long(), mask, eos, pad, rules, criteria, generator, inputs_embeds, draft)
-
-
-def _checked_draft(
-    draft: Any, decoder: Decoder, config: GenerationConfig, rows: int, longest: int, has_embeds: bool
-) -> Draft:
-    """The draft that a call gives, checked: a model, or a ``Draft``."""
-    try:
-        draft = draft if isinstance(draft, Draft) else Draft(decoder_of(draft))
-    except ValueError as error:
-        raise ValueError(str(error).replace("model:", "draft:", 1)) from None
-    model, needed = draft.decoder.config, longest + config.max_new_tokens
-    positions, most = model.max_position_embeddings, draft.decoder.max_batch
-    problem = ""
-    if has_embeds:
-        problem = "expected a prompt of ids, got inputs_embeds, which are the model's alone. Leave the draft out"
-    elif config.num_beams > 1:
-        problem = f"expected greedy decoding or sampling, got num_beams {config.num_beams}. Leave out one of them"
-    elif config.prompt_lookup_num_tokens is not None:
-        problem = "expected one source of drafts, got prompt_lookup_num_tokens too. Leave out one of them"
-    elif model.vocab_size != decoder.config.vocab_size:
-        problem = f"expected the model's vocabulary of {decoder.config.vocab_size} tokens, got {model.vocab_size}. "
-        problem += "Take a model that was trained with the same tokenizer"
-    elif draft.decoder.device != decoder.device:
-        problem = f"expected it on {decoder.device}, where the model is, got {draft.decoder.device}. Load it there"
-    elif positions < needed:
-        problem = f"expected at least {needed} positions, for prompt and new tokens, got {positions}. Ask for fewer "
-        problem += "tokens, or leave the draft out"
-    elif most is not None and rows > most:
-        problem = f"expected at most {most} rows, for which its program was exported, got {rows}. Run fewer at once"
-    if problem:
-        raise ValueError(f"draft: {problem}.")
-    if size_of(draft.decoder) > size_of(decoder):
-        logger.warning("draft: is larger than the model, so that each token takes longer than without a draft.")
-    return draft
 
 
 def _generator(device: torch.device, config: GenerationConfig, given: torch.Generator | None) -> torch.Generator | None:

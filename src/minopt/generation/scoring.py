@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from minopt.cache import KVCache
-from minopt.generation.request import Decoder
+from minopt.generation.decoder import Decoder
 from minopt.masks import positions
 from minopt.wrapped import decoder_of
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from minopt.config import OPTConfig
-from minopt.generation.request import Decoder
+from minopt.generation.decoder import Decoder
 from minopt.masks import beam_mask
 
 Times = dict[str, dict[str, float]]
