@@ -58,7 +58,7 @@ DELETIONS = {
         (
             *(
                 f"inference/test_{name}"
-                for name in ("fast", "frozen", "graphs", "int8", "plan", "program", "tensor_parallel")
+                for name in ("fast", "frozen", "graphs", "int8", "plan", "program", "sparse", "tensor_parallel")
             ),
             "methods/test_heads",
             "methods/test_tokens",
