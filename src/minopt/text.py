@@ -59,7 +59,8 @@ class LanguageModel:
         tokenizer: ``None`` where the checkpoint has no tokenizer files; methods on text then say so.
         generation_defaults: options of ``GenerationConfig`` that hold unless a call gives others; ``load`` takes them
             from ``generation_config.json``.
-        draft: says how texts may go on, unless a call gives another draft, prompt lookup or beams; ``load`` makes it.
+        draft: says how one text may go on, unless a call gives another draft, prompt lookup or beams; ``load`` makes
+            it. Several prompts run in full batches instead, which are faster.
     """
 
     def __init__(
@@ -324,10 +325,10 @@ class LanguageModel:
         """Writes a folder that transformers opens too; see ``minopt.save_model``, also for what it raises."""
         save_model(self.model, folder, self.tokenizer, self.generation_defaults, force=force)
 
-    def _draft_for(self, draft: Any, config: GenerationConfig) -> Any:
+    def _draft_for(self, draft: Any, config: GenerationConfig, prompts: int) -> Any:
         """The draft of a call: what it gives, else the model's own where drafts apply."""
         if draft is None:
-            applies = config.num_beams == 1 and config.prompt_lookup_num_tokens is None
+            applies = prompts == 1 and config.num_beams == 1 and config.prompt_lookup_num_tokens is None
             return self.draft if applies else None
         if isinstance(draft, LanguageModel) and draft.tokenizer is not None:
             ours, theirs = (t.backend.get_vocab() for t in (self._tokenizer(), draft.tokenizer))
@@ -375,7 +376,7 @@ class LanguageModel:
             raise ValueError("output_scores: cannot be returned with texts. Call minopt.generate with ids.")
         if isinstance(prompts, str):
             raise ValueError("prompts: expected a list of texts, got one. Put it into a list.")
-        draft = self._draft_for(draft, config)
+        draft = self._draft_for(draft, config, len(prompts))
         if config.seed is not None and generator is None:  # one for all batches, or each would draw the same
             generator = torch.Generator(decoder.device).manual_seed(config.seed)
             config = config.replace(seed=None)

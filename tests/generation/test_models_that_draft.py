@@ -162,15 +162,16 @@ def test_a_model_loaded_with_an_int8_draft_gives_its_texts_in_fewer_passes() -> 
     assert lm.draft.shares_cache
     prompts = ["The captain said", "It was"]
     for options in ({}, {"do_sample": True, "seed": 5, "top_p": 0.9}, {"stop_strings": (". ",)}):
-        drafted = lm.generate(prompts, return_details=True, max_new_tokens=30, **options)
+        drafted = [lm.generate(prompt, return_details=True, max_new_tokens=30, **options) for prompt in prompts]
         streamed = ["".join(lm.stream(prompt, max_new_tokens=30, **options)) for prompt in prompts[:1]]
         own, lm.draft = lm.draft, None
-        plain = lm.generate(prompts, return_details=True, max_new_tokens=30, batch_size=1, **options)
+        plain = [lm.generate(prompt, return_details=True, max_new_tokens=30, **options) for prompt in prompts]
         lm.draft = own
         assert [r.token_ids for r in drafted] == [r.token_ids for r in plain]
         assert [r.stop_reason for r in drafted] == [r.stop_reason for r in plain]
         assert streamed[0] == plain[0].text
         assert sum(r.accepted_tokens for r in drafted) > 0.3 * sum(len(r.token_ids) for r in drafted)
+    assert [each.drafted_tokens for each in lm.generate(prompts, max_new_tokens=3, return_details=True)] == [None, None]
     assert lm.generate("It was", num_beams=2, max_new_tokens=3, return_details=True).drafted_tokens is None
     assert lm.generate("It was", prompt_lookup_num_tokens=2, max_new_tokens=3)
 

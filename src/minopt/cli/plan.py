@@ -38,6 +38,9 @@ class Plan(Command):
     json: bool = option(False, "write the plan, or the products, as JSON")
 
     def run(self, given: dict[str, Any]) -> int:
+        return self._show_kernels() if self.kernels else self._show_ways()
+
+    def _show_ways(self) -> int:
         import torch
 
         from minopt import int4, int8
@@ -45,8 +48,6 @@ class Plan(Command):
         from minopt.inference.plan import device_counts, find_config, plan_generation, rows_that_fit
         from minopt.memory import available_memory
 
-        if self.kernels:
-            return self._show_kernels()
         device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
         config, stored = find_config(self.model)
         longest = config.max_position_embeddings
