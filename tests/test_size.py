@@ -40,10 +40,10 @@ def lines(paths: list[Path]) -> int:
 LIMITS = {
     "src": (SOURCES, 18_250, 10_000),
     "methods": ([path for path in SOURCES if path.parent.name in ("methods", "interop")], 2_025, 1_600),
-    "core": ([path for path in SOURCES if is_core(path)], 9_900, 6_500),
-    "training": ([path for path in SOURCES if path.parent.name == "training"], 2_060, 1_800),
-    "tests": (sorted((ROOT / "tests").rglob("*.py")), 27_000, 17_000),
-    "benchmarks": (sorted((ROOT / "benchmarks").glob("*.py")), 4_700, 3_500),
+    "core": ([path for path in SOURCES if is_core(path)], 9_795, 6_500),
+    "training": ([path for path in SOURCES if path.parent.name == "training"], 2_040, 1_800),
+    "tests": (sorted((ROOT / "tests").rglob("*.py")), 26_230, 17_000),
+    "benchmarks": (sorted((ROOT / "benchmarks").glob("*.py")), 4_690, 3_500),
 }
 
 

@@ -257,10 +257,10 @@ def with_defaults(
     if config is not None:
         return config.replace(**options)
     merged = {**defaults, **options}
-    idle = [*_idle(merged)]
-    if not merged.get("do_sample") and merged.get("num_beams", 1) == 1:
+    idle, has_beams = [*_idle(merged)], merged.get("num_beams", 1) != 1
+    if not merged.get("do_sample") and not has_beams:
         idle.append("num_return_sequences")
-    if merged.get("num_beams", 1) > 1 and "prompt_lookup_num_tokens" not in options:
+    if has_beams and "prompt_lookup_num_tokens" not in options:
         idle += ["prompt_lookup_num_tokens", "max_matching_ngram_size"]
     kept = {name: value for name, value in defaults.items() if name not in idle}
     return GenerationConfig().replace(**{**kept, **options})
