@@ -1,6 +1,6 @@
-"""Draws what a token costs, from a result of bench_inference.py: a bar for each library and precision.
+"""Draws what a token costs, from results of bench_inference.py: a row for each, a bar for each library and precision.
 
-    python benchmarks/plot_inference.py benchmarks/results/inference_NAME_DATE.json [--output FILE.png]
+    python benchmarks/plot_inference.py benchmarks/results/inference_*.json --output FILE.png
 
 Needs matplotlib. Drawn to be read at a width of 800 pixels.
 """
@@ -29,29 +29,28 @@ BARS = {
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("result", type=Path)
-    parser.add_argument("--output", type=Path, help="the picture (beside the result, with the ending .png)")
+    parser.add_argument("results", type=Path, nargs="+")
+    parser.add_argument("--output", type=Path, required=True, help="the picture")
     args = parser.parse_args(arguments)
-    output = args.output or args.result.with_suffix(".png")
-    draw(json.loads(args.result.read_text())).savefig(output, dpi=200)
-    print(f"wrote {output}")
+    draw([json.loads(path.read_text()) for path in args.results]).savefig(args.output, dpi=200)
+    print(f"wrote {args.output}")
 
 
-def draw(result: Mapping[str, Any]) -> Figure:
-    """A figure with a panel for each group of ``PANELS`` that the result has."""
-    groups = [group for group in PANELS if any(case["group"] == group for case in result["cases"])]
-    figure = Figure(figsize=(8, 3.5), layout="constrained")
-    for axes, group in zip(figure.subplots(1, len(groups), squeeze=False)[0], groups, strict=True):
-        cases = {case["dtype"]: case["variants"] for case in result["cases"] if case["group"] == group}
-        draw_panel(axes, cases)
-        axes.set_title(PANELS[group], loc="left", fontsize=11, pad=12)
-    bars = {bar.get_label(): bar for axes in figure.axes for bar in axes.containers}
+def draw(results: Sequence[Mapping[str, Any]]) -> Figure:
+    """A figure with a row for each result, and in it a panel for each group of ``PANELS``."""
+    figure = Figure(figsize=(8, 0.7 + 2.8 * len(results)), layout="constrained")
+    for row, result in zip(figure.subfigures(len(results), 1, squeeze=False)[:, 0], results, strict=True):
+        for axes, group in zip(row.subplots(1, len(PANELS)), PANELS, strict=True):
+            cases = {case["dtype"]: case["variants"] for case in result["cases"] if case["group"] == group}
+            draw_panel(axes, cases)
+            axes.set_title(PANELS[group], loc="left", fontsize=11, pad=12)
+        row.supxlabel(
+            f"opt-125m size, {result['threads']} threads, {result['device'].split(' (')[0]}, torch {result['torch']}",
+            fontsize=8, color="#555555",
+        )  # fmt: skip
+    bars = {bar.get_label(): bar for row in figure.subfigs for axes in row.axes for bar in axes.containers}
     order = [name for name, _ in BARS.values() if name in bars]
     figure.legend([bars[name] for name in order], order, loc="outside upper center", ncols=len(order), frameon=False)
-    figure.supxlabel(
-        f"opt-125m size, {result['threads']} threads, {result['device'].split(' (')[0]}, torch {result['torch']}",
-        fontsize=8, color="#555555",
-    )  # fmt: skip
     return figure
 
 

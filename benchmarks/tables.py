@@ -41,21 +41,43 @@ def table(head: str, rows: Iterable[Iterable[object]]) -> str:
     return "\n".join(lines).replace("|  |", "| |")
 
 
-def inference(groups: tuple[str, ...] | None = None) -> str:
+def inference(hardware: str = "xeon2") -> str:
     rows = []
-    for case in newest("inference")["cases"]:
-        if case["group"] in (
-            groups or ("decode1", "decode8", "decode32", "prefill512", "prefill1536", "beams", "sizes")
-        ):
-            size = "" if case["model"] == "opt-125m" else case["model"].removeprefix("opt-") + ", "
-            beams = ", 5 beams" if case["options"] else ""
-            found = case["variants"]
-            times = [f"{found[name]['median_ms']:.1f} ms" if name in found else "" for name in VARIANTS]
-            peer = PEERS[case["dtype"]]
-            ratio = [f"{case['ratios'][f'{peer} / {name}']:.2f}x" if name in found else "" for name in VARIANTS[:2]]
-            name = f"{size}{case['work']}{beams}, batch {case['batch']}, prompt {case['prompt']:,}, {case['dtype']}"
-            rows.append([name, *times, f"**{ratio[0]}**", ratio[1]])
+    for case in newest("inference", hardware)["cases"]:
+        if case["group"] in ("decode1", "decode8", "decode32", "prefill512", "prefill1536", "beams", "sizes"):
+            times, ratio = times_of(case), ratios_of(case)
+            rows.append([name_of(case), *(times.get(name, "") for name in VARIANTS), f"**{ratio[0]}**", ratio[1]])
     return table("work | minopt | exported | CTranslate2 | transformers | ratio | ratio, exported", rows)
+
+
+def speed() -> str:
+    """The cases of ``IN_README`` on both processors, side by side."""
+    found: dict[str, list[str]] = {}
+    for hardware in ("xeon2", "epyc2-noamx"):
+        for case in newest("inference", hardware)["cases"]:
+            if case["group"] in IN_README:
+                times, ratio = times_of(case), ratios_of(case)
+                peer = times[PEERS[case["dtype"]]]
+                row = found.setdefault(name_of(case), [])
+                row += [times["minopt"], times.get("exported", ""), peer, f"**{ratio[0]}**, {ratio[1]}"]
+    columns = "minopt | exported | peer | ratios"
+    return table(f"work | Intel: {columns} | AMD: {columns}", ([name, *cells] for name, cells in found.items()))
+
+
+def name_of(case: Mapping[str, Any]) -> str:
+    size = "" if case["model"] == "opt-125m" else case["model"].removeprefix("opt-") + ", "
+    beams = ", 5 beams" if case["options"] else ""
+    return f"{size}{case['work']}{beams}, batch {case['batch']}, prompt {case['prompt']:,}, {case['dtype']}"
+
+
+def times_of(case: Mapping[str, Any]) -> dict[str, str]:
+    return {name: f"{found['median_ms']:.1f} ms" for name, found in case["variants"].items()}
+
+
+def ratios_of(case: Mapping[str, Any]) -> list[str]:
+    """The peer's time by minopt's and by its program's."""
+    keys = [f"{PEERS[case['dtype']]} / {name}" for name in VARIANTS[:2]]
+    return [f"{case['ratios'][key]:.2f}x" if key in case["ratios"] else "" for key in keys]
 
 
 def contexts() -> str:
@@ -260,10 +282,10 @@ def drafts() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    "speed": lambda: inference(IN_README),
+    "inference_amd": lambda: inference("epyc2-noamx"),
     "finetune_amd": lambda: finetune("epyc2-noamx"),
-    **{build.__name__: build for build in (inference, contexts, start, peaks, steps, prompts, finetune, squad, int8,
-                                           load, convert, memory, processes, plan, methods, batches, sparsity,
+    **{build.__name__: build for build in (inference, speed, contexts, start, peaks, steps, prompts, finetune, squad,
+                                           int8, load, convert, memory, processes, plan, methods, batches, sparsity,
                                            drafts)},
 }  # fmt: skip
 
