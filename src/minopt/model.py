@@ -391,8 +391,12 @@ class OPT(nn.Module):
     ) -> Tensor:
         """See ``Decoder.read``."""
         ids, embeds = (None, inputs) if inputs.is_floating_point() else (inputs, None)
-        h = self.hidden_states(ids, mask, position_ids, cache, embeds).flatten(0, 1)  # [B * T, E]
-        return self.head(h if wanted is None else h[wanted])
+        # Hooks in the last layer see every token, as those in the others do.
+        has_hooks = any(module._forward_hooks or module._forward_pre_hooks for module in self.layers[-1].modules())
+        h = self.hidden_states(ids, mask, position_ids, cache, embeds, None if has_hooks else wanted)
+        if h.ndim == 3:
+            h = h.flatten(0, 1) if wanted is None else h.flatten(0, 1)[wanted]
+        return self.head(h)  # of [N, E]
 
     def agreed(self, decision: Tensor) -> Tensor:
         """See ``Decoder.agreed``."""

@@ -271,6 +271,37 @@ def test_wanted_positions_alone_are_those_of_all(kind: str, kernels: str) -> Non
     assert difference(model.hidden_states(ids, wanted=wanted), model.hidden_states(ids).flatten(0, 1)[wanted]) < 1e-5
 
 
+@torch.no_grad()
+def test_the_last_layer_of_a_prompt_ends_with_the_wanted_tokens_unless_a_hook_watches_it(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = build_ours(build_reference(kind))
+    ids, wanted = ids_of(plain, 2, 7), torch.tensor([6, 13])
+    at, expected = torch.arange(7).expand(2, 7), plain(ids).flatten(0, 1)
+    for model in (plain, fast_of(plain)):
+        own, seen, hooked = type(model.layers[0]), list[Any](), list[Any]()
+        forward: Callable[..., Tensor] = own.forward
+
+        def spy(*inputs: Any, forward: Any = forward, seen: Any = seen) -> Any:
+            y = forward(*inputs)
+            seen.append([*y.shape[:-1]])
+            return y
+
+        monkeypatch.setattr(own, "forward", spy)
+        last = [2]  # no hook: the wanted tokens alone
+        for hook in (False, True):
+            if hook:
+                model.layers[-1].register_forward_hook(lambda *call: hooked.append(call[-1].shape[:2]))  # noqa: B023
+                last = [2, 7]
+            seen.clear()
+            cache = model.new_cache(2, 8)
+            assert difference(model.read(ids, at, None, wanted, cache), expected[wanted]) < 1e-5
+            assert seen == [[2, 7]] * (len(seen) - 1) + [last]
+            assert cache.length == 7
+        assert hooked == [(2, 7)]
+        assert difference(model.read(ids, at, None, None, model.new_cache(2, 8)), expected) < 1e-5
+
+
 def test_a_run_on_a_cpu_generates_with_it_and_measures_a_text_without(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
