@@ -10,7 +10,11 @@ reported: read a speed as that of its acceptance. The package's small model is a
 
 from __future__ import annotations
 
+import itertools
+import json
 import statistics
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -21,6 +25,7 @@ from safetensors.torch import load_file, save_file
 
 import minopt
 
+CHILD = Path(__file__).with_name("inference_child.py")
 PROMPT, NEW = 16, 60
 FACTORS = (1.0, 0.05)  # by which what layers add is scaled, one after the other
 STRATEGIES: dict[str, dict[str, Any]] = {"greedy": {}, "sampling": {"do_sample": True, "top_k": 0, "seed": 1}}
@@ -48,9 +53,23 @@ def main() -> None:
             case = {"case": f"the package's model, {name}", "dtype": dtype, **compare(lm, options, args.rounds)}
             cases.append(case | {"best_possible": overlap(lm)})
             print(cases[-1], flush=True)
-    common.keep(
-        "drafts", args.hardware, {"topic": "drafts", **common.machine("cpu"), "new_tokens": NEW, "cases": cases}
-    )
+    result = {"topic": "drafts", **common.machine("cpu"), "new_tokens": NEW, "cases": cases, "memory": memory()}
+    common.keep("drafts", args.hardware, result)
+
+
+def memory() -> list[dict[str, Any]]:
+    """Anonymous and file pages above the imports' at opt-125m's shape in MB, the most at once, a process each."""
+    lines = []
+    with tempfile.TemporaryDirectory() as temporary:
+        for stored in (torch.float32, torch.float16):
+            folder = common.write_model(Path(temporary), dtype=stored)
+            for dtype, variant in itertools.product(("float32", "bfloat16"), ("minopt", "draft")):
+                command = [sys.executable, str(CHILD), "memory", variant, str(folder), dtype]
+                found = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+                of = {"files": str(stored).removeprefix("torch."), "dtype": dtype, "variant": variant}
+                lines.append(of | json.loads(found.splitlines()[-1]))
+                print(lines[-1], flush=True)
+    return lines
 
 
 def scale_layers(folder: Path, factor: float) -> None:

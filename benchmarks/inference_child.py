@@ -50,7 +50,9 @@ def open_minopt(folder: str, precision: str, **options: Any) -> Callable[[int], 
     options |= {"dtype": "float32", "quantize": "int8"} if precision == "int8" else {"dtype": precision}
     lm = minopt.load(folder, device="cpu", **options)
     ids = torch.tensor([IDS if lm.tokenizer is None else lm.tokenizer.encode(TEXT)])
-    return lambda count: minopt.generate(lm.model, ids, max_new_tokens=count, eos_token_id=()).sequences[0, -1]
+    return lambda count: minopt.generate(
+        lm.model, ids, max_new_tokens=count, eos_token_id=(), draft=lm.draft
+    ).sequences[0, -1]
 
 
 def import_transformers() -> None:
@@ -75,6 +77,7 @@ def open_transformers(folder: str, precision: str) -> Callable[[int], Any]:
 LIBRARIES: dict[str, tuple[Callable[[], None], Callable[[str, str], Callable[[int], Any]]]] = {
     "minopt": (import_minopt, open_minopt),
     "plain": (import_minopt, partial(open_minopt, optimize=False)),
+    "draft": (import_minopt, partial(open_minopt, draft="int8")),
     "transformers": (import_transformers, open_transformers),
 }
 

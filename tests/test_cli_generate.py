@@ -344,3 +344,21 @@ def test_a_draft_changes_no_text(capsys: Capture) -> None:
     assert "expected greedy decoding or sampling, got --num-beams 2" in refused(
         capsys, "It was", "--draft", "int8", "--num-beams", "2"
     )
+
+
+def test_a_models_own_draft_is_for_one_prompt_and_files_run_in_full_batches(tmp_path: Path, capsys: Capture) -> None:
+    (file := tmp_path / "prompts.txt").write_text("The sea\nIt was\n")
+    assert generate("--input", file, "--max-new-tokens", "6") == 0
+    plain = lines(capsys)
+    for draft, drafts in (("int8", False), (minopt.DEMO, True)):
+        assert generate("--input", file, "--max-new-tokens", "6", "--draft", draft) == 0
+        captured = capsys.readouterr()
+        found = [json.loads(line) for line in captured.out.splitlines()]
+        assert [record["text"] for record in found] == [record["text"] for record in plain]
+        assert all(("drafted_tokens" in record) == drafts for record in found)
+        assert ("--draft int8: is for one text. These run in full batches" in captured.err) == (not drafts)
+    file.write_text("The sea\n")
+    assert generate("--input", file, "--max-new-tokens", "6", "--draft", "int8") == 0
+    (record,) = lines(capsys)
+    assert record["text"] == plain[0]["text"]
+    assert "drafted_tokens" in record

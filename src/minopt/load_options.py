@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 if TYPE_CHECKING:  # it takes a quarter of a second to import
     from torch.distributed.device_mesh import DeviceMesh
@@ -32,6 +33,7 @@ class LoadOptions:
     offload: str | None = None
     any_device: bool = False  # the user named none
     draft: str | None = None
+    held: Mapping[str, Tensor] = field(default_factory=dict)  # weights that need not be read: another form has them
 
     def __post_init__(self) -> None:
         for name, (fits, expected) in _VALUES.items():

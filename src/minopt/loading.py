@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from torch import Tensor
 
 from minopt.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from minopt.checkpoint.find import Format
@@ -126,7 +127,7 @@ def load(
     decoder = module.build(checkpoint, options)
     if reader is not None:
         reader.warn_of_conflicts(decoder.config, folder)
-    own = None if draft is None else Draft(_build_draft(checkpoint, options), shares_cache=True)
+    own = None if draft is None else Draft(_build_draft(checkpoint, options, decoder), shares_cache=True)
     return LanguageModel(decoder, reader, defaults, own)
 
 
@@ -150,9 +151,19 @@ def _check_draft(options: LoadOptions, checkpoint: Checkpoint | None = None) -> 
         raise ValueError(f"draft: {problem}.")
 
 
-def _build_draft(checkpoint: Checkpoint, options: LoadOptions) -> Decoder:
-    """The checkpoint in int8, with a cache as the model itself has: of its dtype, and divided as it is."""
-    draft = replace(options, quantize="int8", offload=None, optimize=True)
+def _build_draft(checkpoint: Checkpoint, options: LoadOptions, model: Decoder) -> Decoder:
+    """The checkpoint in int8, with a cache as the model itself has: of its dtype, and divided as it is.
+
+    What is not in int8 (tables, projections, the last norm) is the model's own, if that has weights.
+    """
+    held: dict[str, Tensor] = {}
+    if isinstance(model, OPT):
+        for name in (name for name in checkpoint.tensors if not name.startswith("layers.")):
+            owner, _, part = name.rpartition(".")
+            module = model.get_submodule(owner)
+            tensors: dict[str, Tensor] = getattr(module, "tensors", None) or dict(module.named_parameters())
+            held[name] = tensors[part].detach()
+    draft = replace(options, quantize="int8", offload=None, optimize=True, held=held)
     decoder: Decoder = _choose(draft, None)[1].build(checkpoint, draft)
     return decoder
 

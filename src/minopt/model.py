@@ -231,6 +231,7 @@ class OPT(nn.Module):
     """
 
     max_batch: int | None = None  # any number of rows
+    in_int8 = False
 
     def __init__(
         self, config: OPTConfig, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None

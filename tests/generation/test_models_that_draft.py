@@ -27,6 +27,49 @@ def is_cheap(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Draft, "cost_for", lambda self, other: 0.2)
 
 
+LOADED: dict[str, dict[str, Any]] = {"fast": {}, "plain": {"optimize": False}, "offloaded": {"offload": "disk"}}
+
+
+@pytest.mark.parametrize("options", LOADED.values(), ids=LOADED)
+def test_each_form_of_each_kind_has_a_draft_of_its_own_weights(
+    kind: str, options: dict[str, Any], tmp_path: Path
+) -> None:
+    """Tokens are those without, in padded batches too; what is not in int8 is held once."""
+    lively(kind, torch.float32).save_pretrained(tmp_path)
+    lm = minopt.load(tmp_path, device="cpu", draft="int8", **options)
+    assert lm.draft is not None
+    tables = [decoder.as_opt().embed_tokens.weight for decoder in (lm.decoder, lm.draft.decoder)]
+    assert tables[0].data_ptr() == tables[1].data_ptr()
+    alone = minopt.load(tmp_path, device="cpu", quantize="int8")
+    ids, mask = pad_left(random_prompts(2, seed=2))
+    assert torch.equal(lm.draft.decoder.as_opt()(ids), alone.model(ids))
+    for call in ({}, SAMPLED):
+        more: dict[str, Any] = {"max_new_tokens": 20, "eos_token_id": (), **call}
+        found = generate(lm.decoder, ids, mask, draft=lm.draft, **more)
+        assert torch.equal(found.sequences, generate(lm.decoder, ids, mask, **more).sequences)
+        assert max(found.accepted_tokens or ()) > 0
+
+
+def test_a_model_drafts_for_one_in_int8_and_for_padded_lists() -> None:
+    large, draft = (minopt.load(minopt.DEMO, device="cpu", quantize=quantize) for quantize in ("int8", None))
+    prompts = ["The captain said", "It was"]
+    plain = large.generate(prompts, max_new_tokens=12, batch_size=2, show_progress=False)
+    options: dict[str, Any] = {"max_new_tokens": 12, "draft": draft, "return_details": True, "show_progress": False}
+    for limit in (None, 2):
+        found = large.generate(prompts, batch_size=limit, **options)
+        assert [each.text for each in found] == plain
+        assert sum(each.accepted_tokens for each in found) > 0
+
+
+def test_a_draft_that_could_hardly_pay_is_never_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At 0.8 of the model's step with drafts that are all right, decoding would be 17 / (1 + 16 * 0.83) as fast."""
+    for cost, drafts in ((0.75, True), (0.8, False)):
+        monkeypatch.setattr(Draft, "cost_for", lambda self, other, cost=cost: cost)
+        model, draft = (Watched(Table(torch.eye(60).roll(1, 1) * 9, max_position_embeddings=400)) for _ in range(2))
+        found = generate(model, torch.tensor([[4]]), draft=draft, max_new_tokens=80)
+        assert (found.drafted_tokens != (0,)) == bool(draft.reads) == drafts
+
+
 def rounded(model: Any, noise: float) -> Any:
     """A model near another one."""
     other = minopt.OPT(model.config, dtype=model.dtype).eval()
@@ -111,8 +154,9 @@ def test_a_draft_costs_the_bytes_that_it_reads_and_the_operators_that_it_calls(m
 
     def cost(name: str | None, dtype: torch.dtype, **sizes: int) -> float:
         config = minopt.OPTConfig.preset(name) if name else minopt.OPTConfig(**sizes)
-        model = minopt.OPT(config, device="meta", dtype=dtype)
-        return Draft(model, shares_cache=True).cost_for(model)
+        model, draft = (minopt.OPT(config, device="meta", dtype=dtype) for _ in range(2))
+        draft.in_int8 = True
+        return Draft(draft, shares_cache=True).cost_for(model)
 
     assert 0.3 < cost("opt-125m", torch.float32) < 0.45
     assert 0.55 < cost("opt-125m", torch.bfloat16) < 0.7
@@ -120,6 +164,8 @@ def test_a_draft_costs_the_bytes_that_it_reads_and_the_operators_that_it_calls(m
     assert cost(None, torch.float32, **small) > 0.85
     large, draft = (minopt.OPT(minopt.OPTConfig.preset(f"opt-{size}"), device="meta") for size in ("1.3b", "125m"))
     assert 0.08 < Draft(draft).cost_for(large) < 0.15
+    large.in_int8 = True
+    assert 0.3 < Draft(draft).cost_for(large) < 0.45
 
 
 def refused(ids: Tensor | None = None, **options: Any) -> str:

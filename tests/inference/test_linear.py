@@ -194,6 +194,8 @@ def test_the_command_shows_which_products_a_processor_takes(
 def test_the_products_of_a_gpu_are_not_shown_and_a_plan_needs_a_model(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--kernels", "--device", "cuda"]) == 2
     assert "--kernels: expected a CPU, got --device cuda. On a GPU" in capsys.readouterr().err
+    assert main(["plan", "opt-125m", "--kernels"]) == 2
+    assert "--kernels: shows the products of every dtype, whatever the model, got opt-125m." in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["plan"])
     assert "model: expected a value, got none" in capsys.readouterr().err

@@ -25,6 +25,7 @@ from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
 import minopt
 from minopt import OPT, LanguageModel, TrainingConfig, export_model, inspect_checkpoint
 from minopt.cli import main
+from minopt.generation.decoder import Draft
 from minopt.inference import compile as export
 from minopt.inference import program as program_form
 from minopt.inference.fast import FastOPT
@@ -144,6 +145,17 @@ def test_texts_are_the_models_whatever_the_options(name: str, lm: LanguageModel,
     assert exported.generate(PROMPTS[1], **options) == lm.generate(PROMPTS[1], **options)
     if name == "greedy":
         assert "".join(exported.stream(PROMPTS[0], **options)) == lm.generate(PROMPTS[0], **options)
+
+
+def test_a_program_drafts_and_others_draft_for_it(
+    lm: LanguageModel, exported: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Draft, "cost_for", lambda self, other: 0.2)
+    for model, draft in ((lm, exported), (exported, lm)):
+        plain = model.generate(PROMPTS[:2], max_new_tokens=12, return_details=True)
+        found = model.generate(PROMPTS[:2], max_new_tokens=12, return_details=True, draft=draft, batch_size=2)
+        assert [record.token_ids for record in found] == [record.token_ids for record in plain]
+        assert max(record.accepted_tokens for record in found) > 0
 
 
 def test_log_probabilities_of_texts_are_the_models(lm: LanguageModel, exported: LanguageModel) -> None:
@@ -667,7 +679,8 @@ def test_a_model_that_is_compiled_while_loading_says_what_it_says_without(
     model = saved(tmp_path, "125m")
     for name in ("sha256", "digest_of"):
         monkeypatch.setattr(export, name, None)  # a program that is used once has no need of them
-    compiled = minopt.load(model, device="cpu", optimize="compile")
+    monkeypatch.setattr(Draft, "cost_for", lambda self, other: 0.2)
+    compiled = minopt.load(model, device="cpu", optimize="compile", draft="int8")
     assert repr(compiled.decoder) == "ExportedModel(program, torch.float32, cpu)"
     with pytest.raises(AttributeError, match=r"^ExportedModel: has no 'half'\. model: this is an exported program"):
         _ = compiled.decoder.half
@@ -677,6 +690,10 @@ def test_a_model_that_is_compiled_while_loading_says_what_it_says_without(
     found, expected = (minopt.generate(lm.decoder, ids, mask, max_new_tokens=12).sequences
                        for lm in (compiled, minopt.load(model, device="cpu")))  # fmt: skip
     assert torch.equal(found, expected)
+    with_draft = minopt.generate(compiled.decoder, ids, mask, max_new_tokens=12, draft=compiled.draft)
+    assert torch.equal(with_draft.sequences, expected)
+    assert with_draft.drafted_tokens is not None
+    assert max(with_draft.drafted_tokens) > 0
     with pytest.raises(ValueError, match="model: this is an exported program"):
         compiled.save(tmp_path / "nowhere")
     assert not (tmp_path / "nowhere").exists()

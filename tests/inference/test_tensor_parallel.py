@@ -28,6 +28,7 @@ from minopt.checkpoint.files import TensorFile
 from minopt.checkpoint.names import shard_dim
 from minopt.checkpoint.tensors import Share
 from minopt.checkpoint.weights import read_weights
+from minopt.generation.decoder import Draft
 from minopt.inference import plan, tensor_parallel
 from tests.checkpoint.sources import SOURCES, write_source
 from tests.conftest import build_ours, build_reference
@@ -61,12 +62,21 @@ def work(rank: int, size: int, folder: Path) -> None:
         "bfloat16": results(minopt.load(folder / "125m", mesh=mesh, dtype="bfloat16")),
         "int4": results(minopt.load(folder / "int4", mesh=mesh)),
         "demo": texts(minopt.load(minopt.DEMO, mesh=mesh)),
+        "draft": drafted(folder, mesh=mesh),
         "errors": [message(partial(run, mesh, folder)) for run, _ in REFUSED.values()],
     }
     with mock.patch.object(tensor_parallel, "_ADDED_ONCE", ("nothing",)):
         found["biases of all"] = results(minopt.load(folder / "125m", mesh=mesh))
     torch.save(found, folder / f"others-{size}-{rank}.pt")
     dist.destroy_process_group()
+
+
+def drafted(folder: Path, **options: Any) -> Any:
+    """What is written with a draft of the model's own weights, and how often it was right."""
+    lm = minopt.load(folder / "125m", device="cpu", draft="int8", **options)
+    with mock.patch.object(Draft, "cost_for", return_value=0.2):  # small models have no use for drafts
+        found = minopt.generate(lm.decoder, IDS, MASK, max_new_tokens=12, eos_token_id=(), draft=lm.draft)
+    return found.sequences, found.accepted_tokens
 
 
 def texts(lm: LanguageModel) -> Any:
@@ -178,6 +188,13 @@ def test_other_precisions_and_texts(models: Path, size: int) -> None:
     from_int4 = results(minopt.load(models / "int4", device="cpu"))["logits"]
     assert (found[0]["int4"]["logits"] - from_int4).abs().max() < 1e-5 * from_int4.abs().max()
     assert (exact - from_int4).norm() > 0.01 * exact.norm()
+    sequences, accepted = drafted(models)
+    assert torch.equal(sequences, results(minopt.load(models / "125m", device="cpu"))["greedy"])
+    assert max(accepted) > 0
+    for other in found:
+        assert torch.equal(other["draft"][0], sequences)
+        assert other["draft"][1] == found[0]["draft"][1]
+        assert max(other["draft"][1]) > 0
     written, streamed, scored = texts(minopt.load(minopt.DEMO, device="cpu"))
     for other in found:
         assert other["demo"][:2] == (written, streamed)

@@ -132,19 +132,24 @@ class Generate(Loading):
         elif not work.todo:
             said = f"has results of all {len(prompts)} prompts. Flags are not compared: --force generates them anew"
             tell(f"{output}: {said}")
+        elif self.draft == "int8" and len(work.todo) > 1:
+            tell("--draft int8: is for one text. These run in full batches without it, which is faster.")
         return work
 
     def _generate(self, options: dict[str, Any], prompt: str | None, work: Work | None, **mesh: Any) -> None:
         """Loads the model, or this process' share of it, and writes the continuations."""
         if work is not None and not work.todo:
             return
-        own = self.draft if self.draft == "int8" else None
+        # A model's own draft is for one text: full batches are faster.
+        own = "int8" if self.draft == "int8" and (work is None or len(work.todo) == 1) else None
         lm = self.load(offload=self.offload, optimize=self.optimize, draft=own, **mesh)
         options = {"max_new_tokens": lm.generation_defaults.get("max_new_tokens", MAX_NEW_TOKENS), **options}
         config = with_defaults(lm.generation_defaults, options)
         options["skip_special_tokens"] = self.skip_special_tokens
-        if self.draft is not None:
-            options["draft"] = lm.draft or self._other_draft(self.draft, **mesh)
+        if self.draft not in (None, "int8"):
+            options["draft"] = self._other_draft(self.draft, **mesh)
+        elif own is not None:
+            options["draft"] = lm.draft
         if work is not None:
             work.check(config.num_return_sequences)
             options |= {"batch_size": self.batch_size, "max_batch_tokens": self.max_batch_tokens}

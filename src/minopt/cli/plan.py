@@ -38,6 +38,10 @@ class Plan(Command):
     json: bool = option(False, "write the plan, or the products, as JSON")
 
     def run(self, given: dict[str, Any]) -> int:
+        if self.kernels and self.model:
+            raise ValueError(
+                f"--kernels: shows the products of every dtype, whatever the model, got {self.model}. Leave out one."
+            )
         return self._show_kernels() if self.kernels else self._show_ways()
 
     def _show_ways(self) -> int:

@@ -26,6 +26,8 @@ class Decoder(Protocol):
     config: OPTConfig
     max_batch: int | None
     """The most rows at once; ``None`` is any number."""
+    in_int8: bool
+    """Whether the layers' weights are in int8: a step reads a byte for each."""
 
     @property
     def device(self) -> torch.device:
@@ -83,10 +85,11 @@ class Draft:
 
         While it calls those of a layer, memory would give ``_LAYER_BYTES`` more; int8 has a quarter more operators.
         """
-        itemsize, calls = (1, 1.25) if self.shares_cache else (self.decoder.dtype.itemsize, 1.0)
-        ours, theirs = (d.config.num_hidden_layers * _LAYER_BYTES for d in (self.decoder, other))
-        reads = size_of(other) * other.dtype.itemsize
-        return (size_of(self.decoder) * itemsize + calls * ours) / (reads + theirs)
+        times = []
+        for decoder in (self.decoder, other):
+            itemsize, calls = (1, 1.25) if decoder.in_int8 else (decoder.dtype.itemsize, 1.0)
+            times.append(size_of(decoder) * itemsize + calls * decoder.config.num_hidden_layers * _LAYER_BYTES)
+        return times[0] / times[1]
 
 
 def size_of(decoder: Decoder) -> int:

@@ -31,11 +31,11 @@ class Drafter(Protocol):
     def length(self) -> int:
         """How many tokens are worth drafting."""
 
-    def draft(self, begin: int, count: int, chosen: list[list[int]], runs: list[bool]) -> int:
+    def draft(self, begin: int, count: int, chosen: list[list[int]], runs: list[int]) -> int:
         """Writes up to ``count`` tokens of each row behind the first ``begin`` tokens; returns how many.
 
         ``chosen`` are the tokens of each row that came since the last call, step by step. Rows that have ended, where
-        ``runs`` is False, may get any draft.
+        ``runs`` is 0, may get any draft.
         """
 
     def learn(self, right: int, drafted: int, length: int) -> None:
@@ -66,11 +66,11 @@ class Drafts:
         self.ahead: list[tuple[Tensor, Tensor]] = []
         self.came_true = self.newest = 0  # accepted tokens of the newest draft, and all of it
         self.chosen: list[list[int]] = []  # that the drafter has not seen
-        self.drafted = self.accepted = torch.zeros(len(sequences), dtype=torch.long)  # accepted ones saved a pass
+        self.drafted = self.accepted = [0] * len(sequences)  # of each row; accepted ones saved a pass
 
     def counts(self) -> dict[str, tuple[int, ...]]:
         """The parts of a ``Step`` about drafts."""
-        return {"drafted_tokens": tuple(self.drafted.tolist()), "accepted_tokens": tuple(self.accepted.tolist())}
+        return {"drafted_tokens": tuple(self.drafted), "accepted_tokens": tuple(self.accepted)}
 
     def read(self, tokens: Tensor, running: Tensor) -> Tensor:
         """Logits ``[R, V]`` after the newest token of each row.
@@ -82,11 +82,11 @@ class Drafts:
         self.length += 1
         foreseen, logits = self.ahead.pop() if self.ahead else (None, tokens)
         is_right = running if foreseen is None else (foreseen == tokens) | ~running
-        is_right, runs, newest = torch.stack([is_right, running, tokens]).cpu()  # one wait for a GPU
-        self.chosen.append(newest.tolist())
+        is_right, runs, newest = torch.stack([is_right, running, tokens]).tolist()  # one wait for a GPU
+        self.chosen.append(newest)
         if foreseen is not None:
-            if bool(is_right.all()):
-                self.accepted = self.accepted + runs
+            if all(is_right):
+                self.accepted = [count + goes_on for count, goes_on in zip(self.accepted, runs, strict=True)]
                 self.came_true += 1
                 return logits
             self.ahead.clear()
@@ -94,14 +94,15 @@ class Drafts:
         if self.newest:
             self.drafter.learn(self.came_true, self.newest, self.length - 1)
         count = min(self.drafter.length(), self.end - self.length - 1)  # one more token is chosen after a draft
-        self.newest = 0
-        if count > 0:
-            self.newest = count = self.drafter.draft(self.length, count, self.chosen, runs.bool().tolist())
-            self.chosen, self.came_true = [], 0
-            self.drafted = self.drafted + count * runs
+        self.newest = self.drafter.draft(self.length, count, self.chosen, runs) if count > 0 else 0
         end = self.length + self.newest
+        logits = self.reader.read_until(end)
+        if count <= 0:
+            return logits[:, 0]
+        self.chosen, self.came_true = [], 0
+        self.drafted = [sum + self.newest * goes_on for sum, goes_on in zip(self.drafted, runs, strict=True)]
         drafts = self.reader.sequences[:, self.length : end].T.clone()  # [count, R]; the places are written anew
-        first, *later = self.reader.read_until(end).unbind(1)
+        first, *later = logits.unbind(1)
         self.ahead = [*zip(drafts, later, strict=True)][::-1]
         return first
 
@@ -182,7 +183,7 @@ class PromptLookup:
         """
         return min(self.most, 2 * self.right + 2) if self.adapts else self.most
 
-    def draft(self, begin: int, count: int, chosen: list[list[int]], runs: list[bool]) -> int:
+    def draft(self, begin: int, count: int, chosen: list[list[int]], runs: list[int]) -> int:
         """See ``Drafter``."""
         for column in chosen:
             for text, token in zip(self.texts, column, strict=True):
@@ -207,6 +208,7 @@ class SmallerModel:
 
     most = 16  # tokens of a draft: by then the passes of the draft take most of the time
     probe_every = 32  # passes after which it is tried again, where drafts did not pay
+    least = 1.2  # times as fast has decoding to be if all drafts are right, or none is tried: trials take time
 
     def __init__(self, request: Request, draft: Draft, cache: KVCache, sequences: Tensor, draws: Tensor | None) -> None:
         self.own, self.draws, self.begin = replace(request, decoder=draft.decoder), draws, request.prompt_length
@@ -216,11 +218,14 @@ class SmallerModel:
         rest = replace(request, logits_processor=())
         self.rules = rest.rules(rest.padding(len(sequences) // len(request.input_ids)))
         self.step_cost, self.waited = draft.cost_for(request.decoder) + 0.03, 0
+        self.can_pay = 1 + self.most > self.least * (1 + self.most * self.step_cost)
         # Of drafted tokens, as far as they are known to be right or wrong; older ones count less. Hopeful at first.
         self.right, self.known = 1.8, 2.0
 
     def length(self) -> int:
         """As many tokens as give the most tokens for the time, by the share that came true so far; 0 is none."""
+        if not self.can_pay:
+            return 0
         share = self.right / self.known
         best, fastest, tokens = 0, 1.05, 1.0  # a draft has to promise something
         for count in range(1, self.most + 1):
@@ -230,7 +235,7 @@ class SmallerModel:
         self.waited = 0 if best else self.waited + 1
         return best or int(self.waited % self.probe_every == 0)
 
-    def draft(self, begin: int, count: int, chosen: list[list[int]], runs: list[bool]) -> int:
+    def draft(self, begin: int, count: int, chosen: list[list[int]], runs: list[int]) -> int:
         """See ``Drafter``."""
         sequences = self.reader.sequences
         if self.is_empty:

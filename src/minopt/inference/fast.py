@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -113,7 +115,10 @@ def weights_of(
     checkpoint: Checkpoint, options: LoadOptions, share: Share | None = None
 ) -> Iterator[tuple[str, Tensor]]:
     """The weights that a ``FastOPT`` is built of, or one process' share of them."""
-    return read_weights(
+    if options.held:  # and the stored head has been compared with the table when that was read
+        rest = {name: tensor for name, tensor in checkpoint.tensors.items() if name not in options.held}
+        checkpoint = replace(checkpoint, tensors=rest, heads=())
+    read = read_weights(
         checkpoint,
         options.device,
         options.dtype,
@@ -122,6 +127,7 @@ def weights_of(
         quantize=options.quantize,
         share=share,
     )
+    return chain(options.held.items(), read)
 
 
 class _Builder:
