@@ -4,40 +4,59 @@ from __future__ import annotations
 
 import ctypes
 import os
+import platform
+import re
 import resource
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
 from minopt import memory
+from minopt.inference.linear import OneDNN
 from minopt.memory import in_large_pages, kept_when_freed
 
 SIZE = 2**26
 
 
-def in_pages_of_2_mb(tensor: Tensor) -> int:
-    """Bytes of the area of memory that a tensor lies in."""
+def in_pages_of_2_mb(address: int) -> int:
+    """Bytes of the area of memory that an address lies in."""
     inside = False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         first, _, rest = line.partition(" ")[0].partition("-")
         if rest and not first.endswith(":"):
-            inside = int(first, 16) <= tensor.data_ptr() < int(rest, 16)
+            inside = int(first, 16) <= address < int(rest, 16)
         elif inside and line.startswith("AnonHugePages:"):
             return int(line.split()[1]) * 1024
-    raise AssertionError("the tensor lies nowhere")
+    raise AssertionError("nothing lies there")
 
 
+def linux_can() -> bool:
+    release = re.match(r"(\d+)\.(\d+)", platform.release())
+    return sys.platform == "linux" and release is not None and (int(release[1]), int(release[2])) >= (6, 1)
+
+
+@pytest.mark.skipif(not linux_can(), reason="needs Linux 6.1")
 def test_what_is_allocated_within_lies_in_large_pages_and_is_the_same() -> None:
     before = torch.arange(SIZE, dtype=torch.uint8)
     with in_large_pages():
         numbers = torch.arange(SIZE, dtype=torch.uint8)
     assert torch.equal(numbers, before)
-    assert in_pages_of_2_mb(numbers) >= SIZE - 2**22
+    assert in_pages_of_2_mb(numbers.data_ptr()) >= SIZE - 2**22
     with pytest.raises(KeyError), in_large_pages():
         raise KeyError
+
+
+@pytest.mark.skipif(not linux_can(), reason="needs Linux 6.1")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_weights_lie_in_large_pages(dtype: torch.dtype) -> None:
+    weight = torch.randn(3000, 4000, dtype=dtype)
+    product = OneDNN(weight, None)
+    address = torch.ops.mkldnn.data_ptr(product._weight)
+    assert in_pages_of_2_mb(address) >= weight.nbytes - 2**22
+    assert torch.equal(product.weight()[0], weight)
 
 
 def faults_of(work: Callable[[], object]) -> int:

@@ -7,6 +7,7 @@ import ctypes
 import math
 import mmap
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -52,7 +53,13 @@ def in_large_pages() -> Iterator[None]:
     before = set(_areas())
     yield
     for first, end in set(_areas()) - before:
-        first, end = -(-first // _PAGE) * _PAGE, end // _PAGE * _PAGE
+        to_large_pages(first, end - first)
+
+
+def to_large_pages(address: int, size: int) -> None:
+    """Moves memory that is in use to pages of 2 MB, as far as it fills such, where Linux can."""
+    first, end = -(-address // _PAGE) * _PAGE, (address + size) // _PAGE * _PAGE
+    if end > first and sys.platform == "linux":
         ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), _MADV_COLLAPSE)
 
 

@@ -37,6 +37,32 @@ def test_a_product_of_no_rows_has_none() -> None:
         assert product(torch.empty(0, 48)).shape == (0, 200), product
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("few", [True, False])
+def test_few_rows_are_read_as_full_ones_where_that_is_faster(
+    few: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linear, "_FULL_FROM", 0)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_f": True, "amx_bf16": not few})
+    weight, bias = draw(48, 32).to(dtype), draw(48, seed=1).to(dtype)
+    product, counts = linear.OneDNN(weight, bias, "relu"), list[int]()
+    operator = product._product
+
+    def counted(x: Tensor, *others: Any) -> Any:
+        counts.append(x.numel() // 32)
+        return operator(x, *others)
+
+    product._product = counted
+    for shape in ((1,), (2,), (3,), (4,), (7,), (1, 1), (1, 2), (3, 1), (2, 2), (1, 3, 1)):
+        x = draw(*shape, 32, seed=2).to(dtype)
+        y = product(x)
+        torch.testing.assert_close(y, F.relu(F.linear(x, weight, bias)))
+        assert y.is_contiguous()
+    assert counts == ([6, 6, 6, 4, 7, 6, 6, 6, 4, 6] if few else [1, 2, 3, 4, 7, 1, 2, 3, 4, 3])
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True})
+    assert not linear.wants_full_rows(weight)
+
+
 @pytest.mark.parametrize("form", ["none", "outliers"])
 def test_a_row_of_an_int8_product_does_not_depend_on_the_others(form: str) -> None:
     product = product_of(form, *int8.quantize(draw(48, 64)), draw(48))

@@ -27,6 +27,7 @@ from minopt import OPT, LanguageModel, TrainingConfig, export_model, inspect_che
 from minopt.cli import main
 from minopt.generation.decoder import Draft
 from minopt.inference import compile as export
+from minopt.inference import linear
 from minopt.inference import program as program_form
 from minopt.inference.fast import FastOPT
 from minopt.inference.program import ExportedModel
@@ -75,9 +76,11 @@ def lm(source: Path) -> LanguageModel:
 
 @pytest.fixture(scope="module")
 def folder(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the command makes of it, in float32."""
+    """What the command makes of it, in float32, with rows added to few ones in some products."""
     folder = tmp_path_factory.mktemp("exported") / "program"
-    assert main(["export", str(source), str(folder), "--max-length", str(LENGTH), "--max-batch", str(ROWS)]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(linear, "wants_full_rows", lambda weight: weight.shape[0] != weight.shape[1])
+        assert main(["export", str(source), str(folder), "--max-length", str(LENGTH), "--max-batch", str(ROWS)]) == 0
     assert [path.name for path in folder.parent.iterdir()] == ["program"]  # what it was compiled in is gone
     return folder
 
@@ -222,6 +225,21 @@ def test_rounded_programs_decode_as_their_models_but_for_near_ties(
             errors = [(x - right).abs().max() for x in (torch.stack(steps, 1), model(ids[:, : T + 1])[:, -2:])]
             assert 0 < errors[0] < 1.5 * errors[1] < 0.15 * right.abs().max()
     export.check_tokens(model, found)
+
+
+@torch.no_grad()
+def test_rows_are_added_to_the_inputs_of_each_product_that_wants_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build_ours(build_reference("350m", num_hidden_layers=1)).eval()
+    for wanted in (True, False):
+        monkeypatch.setattr(linear, "wants_full_rows", lambda weight, wanted=wanted: wanted)
+        graph = export._trace(model).graph
+        pads, products = (
+            graph.find_nodes(op="call_function", target=target)
+            for target in (torch.ops.aten.pad.default, torch.ops.aten.linear.default)
+        )
+        assert len(products) == 9  # both projections and the head too
+        assert [product.args[0] for product in products if product.args[0] in pads] == (pads if wanted else [])
+        assert len(pads) == 9 * wanted
 
 
 @pytest.mark.parametrize("outliers", [False, True])

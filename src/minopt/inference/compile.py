@@ -45,7 +45,7 @@ from minopt.config import OPTConfig, is_int
 from minopt.devices import resolve_device, resolve_dtype
 from minopt.generation.decode import generate
 from minopt.inference.fast import FastOPT
-from minopt.inference.linear import OUTLIERS_FROM, has, join_rows, split_rows
+from minopt.inference.linear import OUTLIERS_FROM, FullRows, has, join_rows, split_rows
 from minopt.inference.program import FORMAT, PROGRAM, ExportedModel, Manifest, machine, sha256
 from minopt.inference.timing import beside, slower, worst
 from minopt.load_options import LoadOptions
@@ -312,6 +312,7 @@ def _ways(model: OPT) -> list[dict[str, bool | int | str]]:
     """
     options: dict[str, bool | int | str] = {
         "freezing": True,  # weights in the layout of their kernels: half the time of a step of 8 rows
+        "cpp.enable_concat_linear": True,  # query, key and value in one product
         "cpp.dynamic_threads": True,  # as many threads as the machine that runs it has, not the one that compiles it
         "autotune_num_choices_displayed": 0,  # on stderr
     }
@@ -375,11 +376,12 @@ def _trace(model: OPT) -> ExportedProgram:
     mask = torch.ones(2, 1, 3, 7, dtype=torch.bool, device=device)
     B, T, S, N, R = map(Dim, ("rows", "tokens", "filled", "wanted", "capacity"))
     layers = [{0: B, 2: R}] * L
-    program = torch.export.export(
-        Program(model),
-        (ids, positions, mask, wanted, cache.keys, cache.values),
-        dynamic_shapes=({0: B, 1: T}, {0: B, 1: T}, {0: B, 2: T, 3: S}, {0: N}, layers, layers),
-    )
+    with FullRows():
+        program = torch.export.export(
+            Program(model),
+            (ids, positions, mask, wanted, cache.keys, cache.values),
+            dynamic_shapes=({0: B, 1: T}, {0: B, 1: T}, {0: B, 2: T, 3: S}, {0: N}, layers, layers),
+        )
     # A product of int8 is known by who uses it, and these do too.
     for node in program.graph.find_nodes(op="call_function", target=torch.ops.aten._assert_tensor_metadata.default):
         program.graph.erase_node(node)

@@ -15,16 +15,20 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from minopt import int8
 from minopt.devices import DTYPES
-from minopt.memory import empty
+from minopt.memory import empty, to_large_pages
 from minopt.model import ACTIVATIONS
 
 logger = logging.getLogger(__name__)
 
 # From this width on (6.7B), OPT's activations have outlier channels that int8 cannot hold: arXiv 2208.07339, table 4.
 OUTLIERS_FROM = 4096
+
+_FULL_ROWS = 6  # oneDNN's kernels for AVX-512 take so many in less time than 1 to 3
+_FULL_FROM = 2**22  # bytes of a weight
 
 _FEW_ROWS = 8  # of which torch's GPU kernel for int8 weights reads the weight once; it has not been timed
 
@@ -107,9 +111,15 @@ class OneDNN(Product):
         self._after = None if self._fused == activation else self._activation
         self._algorithm = "none" if activation == "gelu" else ""  # of two, the exact one
         self._product = torch.ops.mkldnn._linear_pointwise.default
+        self._copies = {rows: _FULL_ROWS // rows for rows in (1, 2, 3)} if wants_full_rows(weight) else {}
+        # oneDNN takes memory in small pages: of large ones a step of float32 is a tenth faster.
+        to_large_pages(torch.ops.mkldnn.data_ptr(self._weight), torch.ops.mkldnn._nbytes(self._weight))
 
     def __call__(self, x: Tensor) -> Tensor:
-        y = self._product(x, self._weight, self.bias, self._fused, [], self._algorithm)
+        copies = self._copies.get(x.numel() // x.shape[-1])
+        rows = x if copies is None else x.expand(copies, *x.shape)
+        y = self._product(rows, self._weight, self.bias, self._fused, [], self._algorithm)
+        y = y if copies is None else y[0]
         return y if self._after is None else self._after(y)
 
     def weight(self) -> tuple[Tensor, Tensor | None]:
@@ -161,6 +171,23 @@ class Blocked(Product):
 def has(instructions: str) -> bool:
     """Whether the CPU has instructions, by torch's name for them: ``"avx512_vnni"``, ``"amx_int8"``."""
     return bool(torch.cpu.get_capabilities().get(instructions))
+
+
+def wants_full_rows(weight: Tensor) -> bool:
+    """Whether oneDNN's product is faster for ``_FULL_ROWS`` rows than for fewer."""
+    return has("avx512_f") and not has("amx_bf16") and weight.nbytes >= _FULL_FROM
+
+
+class FullRows(TorchFunctionMode):
+    """Adds rows to the inputs of products where that is faster: see ``wants_full_rows``. For a compiler."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not F.linear or args[1].device.type != "cpu" or not wants_full_rows(args[1]):
+            return func(*args, **(kwargs or {}))
+        x, *others = args
+        rows = x.flatten(0, -2)
+        missing = torch.sym_max(_FULL_ROWS - rows.shape[0], 0)  # type: ignore[no-untyped-call]
+        return F.linear(F.pad(rows, (0, 0, 0, missing)), *others)[: rows.shape[0]].view(*x.shape[:-1], -1)
 
 
 def split_rows(rows: Tensor, levels: int, outliers: bool) -> tuple[Tensor, Tensor]:
