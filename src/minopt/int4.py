@@ -10,6 +10,7 @@ Shapes: O outputs, I inputs, G groups of a row.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -47,6 +48,14 @@ def config_for(group: int) -> dict[str, Any]:
     weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": group}
     only = {"targets": ["Linear"], "weights": {**weights, "dynamic": False}, "input_activations": None}
     return {**int8.CONFIG, "format": "pack-quantized", "config_groups": {"group_0": only}}
+
+
+def config_of(tensors: Mapping[str, Tensor]) -> dict[str, Any] | None:
+    """``quantization_config`` of a folder that holds these; ``None`` if no weight is int4."""
+    for key, packed in tensors.items():
+        if key.endswith(PACKED):
+            return config_for(packed.shape[1] * IN_A_WORD // tensors[key.removesuffix(PACKED) + int8.SCALE].shape[1])
+    return None
 
 
 def group_of(config: object) -> int | None:

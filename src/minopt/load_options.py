@@ -14,7 +14,7 @@ if TYPE_CHECKING:  # it takes a quarter of a second to import
 
 # What each option may be, whatever the others are, and how that reads in an error.
 _VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "quantize": (lambda value: value in (None, "int8"), 'None or "int8"'),
+    "quantize": (lambda value: value in (None, "int8", "int4"), 'None, "int8" or "int4"'),
     "optimize": (lambda value: isinstance(value, bool) or value == "compile", 'True, False or "compile"'),
     "offload": (lambda value: value in (None, "disk", "cpu"), '"disk" or "cpu"'),
     "draft": (lambda value: value in (None, "int8"), 'None or "int8" (another model is an option of generate)'),
@@ -39,3 +39,17 @@ class LoadOptions:
         for name, (fits, expected) in _VALUES.items():
             if not fits(getattr(self, name)):
                 raise ValueError(f"{name}: expected {expected}, got {getattr(self, name)!r}.")
+        if self.quantize != "int4":
+            return
+        others = (
+            (self.device.type != "cpu", f"device={self.device}"),
+            (self.dtype == torch.float64, "dtype=float64"),
+            (self.optimize is not True, f"optimize={self.optimize}"),
+            (self.mesh is not None, "a mesh"),
+            (self.offload is not None, f"offload={self.offload}"),
+        )
+        if wrong := [what for applies, what in others if applies]:
+            raise ValueError(
+                "quantize: int4 weights are for one process on a CPU, in float32, bfloat16 or float16, not compiled, "
+                f"got {' and '.join(wrong)}. Leave that out, or take int8."
+            )

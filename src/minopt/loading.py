@@ -85,7 +85,8 @@ def load(
         name_or_path: see ``load_model``, as for all options that are not below; also a folder that ``minopt export``
             wrote. Such a program is machine code, which runs with your rights: load only programs that you trust.
         quantize: ``"int8"`` rounds the weights of the layers and of the head to 8 bits, with a scale for each output
-            channel. ``None`` leaves the weights as the checkpoint has them.
+            channel; ``"int4"`` those of the layers to 4, with one for each group of 128 inputs, on a CPU.
+            ``None`` leaves the weights as the checkpoint has them.
         optimize: ``True`` makes the model fast, for inference only. ``False`` gives the plain model, which can be
             trained, moved and cast. ``save`` writes the plain weights of either. ``"compile"`` takes a minute to load
             and is faster for single tokens: on a CPU it runs the program that ``minopt export`` would write, which has

@@ -183,7 +183,7 @@ def test_the_pages_of_packed_weights_go_with_them(dtype: str, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"quantize": "int4"}, "quantize: expected None or \"int8\", got 'int4'."),
+        ({"quantize": "fp4"}, 'quantize: expected None, "int8" or "int4", got \'fp4\'.'),
         ({"quantize": "int8", "optimize": False}, "quantize: int8 weights need optimize, got optimize=False."),
         ({"optimize": "fast"}, "optimize: expected True, False or \"compile\", got 'fast'."),
     ],
@@ -197,8 +197,8 @@ def test_a_scheme_that_passes_the_first_check_does_not_become_int8(
     write_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("minopt.load_options._VALUES", {})
-    with pytest.raises(ValueError, match="quantize: expected None or \"int8\", got 'int4'\\."):
-        minopt.load(write_checkpoint(), device="cpu", quantize="int4")
+    with pytest.raises(ValueError, match="quantize: expected None or \"int8\", got 'fp4'\\."):
+        minopt.load(write_checkpoint(), device="cpu", quantize="fp4")
 
 
 # int8

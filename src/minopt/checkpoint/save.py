@@ -54,7 +54,7 @@ def save_model(
     The folder appears whole; other files that it held stay. If anything fails, it is as it was.
 
     Args:
-        model: saved in its own dtype; one of int8 weights as ``minopt.convert(..., quantize="int8")`` writes it.
+        model: saved in its own dtype; one of int8 or int4 weights as ``minopt.convert(..., quantize=...)`` does.
         folder: made if missing. One that is not empty is replaced with ``force`` only, and if it is a model's.
         tokenizer: ``None`` writes none, and keeps the one that is there.
         generation_defaults: options of ``GenerationConfig`` for a generation_config.json; without any, the one that is
@@ -83,7 +83,8 @@ def save_model(
         if generation_defaults:
             write_json(new / "generation_config.json", _special_tokens(model.config) | dict(generation_defaults))
         is_int8 = any(key.endswith(int8.SCALE) for key in tensors)
-        write_config(new, model.config, model.dtype, int8.CONFIG if is_int8 else None, head)
+        quantization = int4.config_of(tensors) or (int8.CONFIG if is_int8 else None)
+        write_config(new, model.config, model.dtype, quantization, head)
 
 
 def generation_config_of(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -170,8 +171,12 @@ def named_tensors(model: OPT) -> dict[str, Tensor]:
     """The model's parameters under Hugging Face's names; ``ValueError`` if they are not just those of an OPT."""
     parameters = dict(model.named_parameters())
     expected = set(parameter_shapes(model.config))
-    if any(name.endswith(int8.SCALE) for name in parameters):
-        expected |= {name + int8.SCALE for name in expected if int8.is_quantized(name)}
+    rounded = {name for name in expected if int8.is_quantized(name)}
+    if any(name.endswith(int4.PACKED) for name in parameters):
+        expected -= rounded
+        expected |= {name + end for name in rounded for end in (int4.PACKED, int8.SCALE, int4.SHAPE)}
+    elif any(name.endswith(int8.SCALE) for name in parameters):
+        expected |= {name + int8.SCALE for name in rounded}
     if wrong := sorted(parameters.keys() ^ expected):
         raise ValueError(f"model: expected an OPT's own parameters, these differ: {some(wrong)}. Merge or unwrap it.")
     return {to_hf(name): parameter.detach() for name, parameter in parameters.items()}

@@ -50,6 +50,7 @@ def read_weights(
     apart: bool = False,
     keep_int8: bool = False,
     quantize: str | None = None,
+    in_int4: tuple[int, torch.dtype] | None = None,
     share: Share | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
     """The weights of a checkpoint with minopt's names, as ``load_model`` has them, each read when its turn comes.
@@ -62,6 +63,8 @@ def read_weights(
         keep_int8: leave int8 weights as they are, if all of the layers' are; a float32 scale follows each, under its
             name and ``int8.SCALE``.
         quantize: ``"int8"`` gives int8 weights in all layers, made where they are not int8 yet.
+        in_int4: give all layers' weights as int4, in groups of so many inputs with scales of that dtype: packed
+            int32 under a weight's name, and then the scales, under that and ``int8.SCALE``.
         share: read this process' part of the tensors that ``shard_dim`` divides; of those divided by rows, no more.
     """
     dtype = dtype or checkpoint.dtype_on(device)
@@ -77,7 +80,9 @@ def read_weights(
         if share is not None and dim == 0:
             source = source.rows(*share.of(source.shape[0]))
         columns = share.of(source.shape[1]) if share is not None and dim == 1 else None
-        if name in in_int8:
+        if in_int4 is not None and int8.is_quantized(name):
+            read = list(zip((name, name + int8.SCALE), source.read_int4(*in_int4), strict=True))
+        elif name in in_int8:
             read = _read_int8(source, columns)
         elif columns is not None:
             read = [(name, source.columns(*columns, dtype))]

@@ -33,7 +33,7 @@ class Plan(Command):
     batch: int = option(1, "texts that run together, or beams", least=1)
     length: int | None = option(None, "tokens of each text, prompt and new ones (the model's positions)", least=1)
     dtype: str = option("auto", "float32, bfloat16, float16 or float64 (auto: float32 on a CPU, else the file's own)")
-    quantize: str | None = option(None, "plan for weights of 8 bits", choices=("int8",))
+    quantize: str | None = option(None, "plan for weights of 8 or 4 bits", choices=("int8", "int4"))
     kernels: bool = option(False, "show which product each dtype of weights takes on this machine's CPU, and why")
     json: bool = option(False, "write the plan, or the products, as JSON")
 
@@ -49,6 +49,7 @@ class Plan(Command):
 
         from minopt import int4, int8
         from minopt.devices import auto_dtype, resolve_dtype
+        from minopt.inference.linear4 import fits
         from minopt.inference.plan import device_counts, find_config, plan_generation, rows_that_fit
         from minopt.memory import available_memory
 
@@ -65,11 +66,15 @@ class Plan(Command):
             raise ValueError("--memory: what is free cannot be read on this machine. Say how much there is.")
         is_shared = self.memory is None and device == "cpu"  # by all processes on it
         dtype = resolve_dtype(self.dtype) or auto_dtype(stored, torch.device(device))
-        is_int4 = int4.group_of(config.extra.get(int8.CONFIG_KEY)) is not None
-        quantize = self.quantize or ("int8" if int8.CONFIG_KEY in config.extra and not is_int4 else None)
+        group = int4.group_of(config.extra.get(int8.CONFIG_KEY))
+        in_files = None if int8.CONFIG_KEY not in config.extra else "int8" if group is None else "int4"
+        if group is not None and (device != "cpu" or dtype == torch.float64 or not fits(config, group)):
+            in_files = None  # they become floats
+        quantize = self.quantize or in_files
         common: dict[str, Any] = {"dtype": dtype, "device": device, "length": length}
         counts = device_counts(config)
-        ways: list[dict[str, Any]] = [{"devices": n, "quantize": quantize} for n in counts]
+        divided = None if quantize == "int4" else quantize
+        ways: list[dict[str, Any]] = [{"devices": n, "quantize": divided if n > 1 else quantize} for n in counts]
         if self.quantize is None:
             ways += [{"offload": to} for to in ("cpu", "disk")[device == "cpu" :]]
         every = [(way, plan_generation(config, batch=self.batch, **way, **common)) for way in ways]
@@ -88,7 +93,7 @@ class Plan(Command):
         kind = "a GPU" if device == "cuda" else "a CPU"
         print(f"{self.model} as {name}, {texts} (prompt and new ones), on {kind} with {size_of(memory)}\n")
         _print_table(plans, rows)
-        if is_int4 and quantize is None:
+        if group is not None and quantize is None:
             print(f"The files hold int4 weights, with which the model computes as {name}.")
         if self.devices not in counts:
             print(f"The model has {config.num_attention_heads} heads and can be divided among "

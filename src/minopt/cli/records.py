@@ -38,7 +38,7 @@ class Loading(Reading):
     model: str | None = option(None, f"{MODEL} (the small model in the package)")
     device: str | None = option(None, "cpu, cuda, cuda:1, ... (the GPU if there is one)")
     dtype: str = option("auto", "float32, bfloat16, float16 or float64 (auto: float32 on a CPU, else the file's own)")
-    quantize: str | None = option(None, "round the weights to 8 bits: a quarter of float32's bytes", choices=("int8",))
+    quantize: str | None = option(None, "round the weights to 8 bits, or on a CPU to 4", choices=("int8", "int4"))
     adapter: str | None = option(None, ADAPTER, kind="folder")
 
     def load(self, **others: Any) -> LanguageModel:

@@ -15,14 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minopt import int8
+from minopt import int4, int8
 from minopt.cache import KVCache
 from minopt.checkpoint.checkpoint import Checkpoint
+from minopt.checkpoint.names import parameter_shapes
 from minopt.checkpoint.tensors import Share
 from minopt.checkpoint.weights import read_weights
 from minopt.config import OPTConfig
 from minopt.inference.frozen import Frozen, InferenceOPT, norm, refuse
 from minopt.inference.linear import OUTLIERS_FROM, Product, build_product, packs
+from minopt.inference.linear4 import Int4, kept_in_int4
 from minopt.inference.plan import check_fits
 from minopt.inference.sparse import for_zeros
 from minopt.load_options import LoadOptions
@@ -43,8 +45,8 @@ class FastOPT(InferenceOPT):
     Args:
         config: shape and options.
         weights: of an OPT, with their names. Each is taken when its turn comes and freed as soon as it is packed, if
-            nobody else holds it. Those of the layers may be int8, with scales under ``minopt.int8``'s names; the head
-            becomes int8 then too.
+            nobody else holds it. Those of the layers may be int8, or int4 packed in int32, with scales under
+            ``minopt.int8``'s names; the head becomes int8 then too.
         lookup: makes a lookup of tokens of the token table; ``None`` looks into it.
         summed: wraps the products that write to the residual stream (``out_proj``, ``fc2``).
     """
@@ -60,10 +62,11 @@ class FastOPT(InferenceOPT):
         build = _Builder(weights, config, summed)
         table = build.take("embed_tokens.weight").detach()
         layers = [FastLayer(config, index, build) for index in range(config.num_hidden_layers)]
-        weight, scale = int8.quantize(table) if build.in_int8 else (table, None)
+        weight, scale = int8.quantize(table) if build.in_int8 or build.in_int4 else (table, None)
         head = build_product(weight, None, scale=scale, outliers=build.outliers)
         others = {"embed_tokens.weight": table} | build.rest()
-        super().__init__(config, others, layers, head, None if lookup is None else lookup(table), build.in_int8)
+        looked_up = None if lookup is None else lookup(table)
+        super().__init__(config, others, layers, head, looked_up, build.in_int8, build.in_int4)
 
     def forward(self, *args: Any, **options: Any) -> Tensor:
         """See ``OPT.forward``."""
@@ -94,6 +97,8 @@ class FastOPT(InferenceOPT):
         layer = self.layers[int(index)] if int(index) < len(self.layers) else None
         if not isinstance(layer, FastLayer):
             refuse("and others took the place of its layers, so their weights cannot be read")
+        if rest.endswith(int4.SHAPE):
+            return torch.tensor(parameter_shapes(self.config)[name.removesuffix(int4.SHAPE)])
         return layer.read_weight(rest)
 
 
@@ -107,14 +112,18 @@ def build(checkpoint: Checkpoint, options: LoadOptions) -> FastOPT:
     Raises:
         ValueError: if it does not fit into memory.
     """
-    check_fits(checkpoint, options)
-    return FastOPT(checkpoint.config, weights_of(checkpoint, options))
+    in_int4 = kept_in_int4(checkpoint, options)
+    check_fits(checkpoint, options, in_int4=in_int4 is not None)
+    return FastOPT(checkpoint.config, weights_of(checkpoint, options, in_int4=in_int4))
 
 
 def weights_of(
-    checkpoint: Checkpoint, options: LoadOptions, share: Share | None = None
+    checkpoint: Checkpoint,
+    options: LoadOptions,
+    share: Share | None = None,
+    in_int4: tuple[int, torch.dtype] | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
-    """The weights that a ``FastOPT`` is built of, or one process' share of them."""
+    """The weights that a ``FastOPT`` is built of, or one process' share of them; ``in_int4``: see ``read_weights``."""
     if options.held:  # and the stored head has been compared with the table when that was read
         rest = {name: tensor for name, tensor in checkpoint.tensors.items() if name not in options.held}
         checkpoint = replace(checkpoint, tensors=rest, heads=())
@@ -124,7 +133,8 @@ def weights_of(
         options.dtype,
         apart=packs(options.dtype),
         keep_int8=True,
-        quantize=options.quantize,
+        quantize=None if in_int4 else options.quantize,
+        in_int4=in_int4,
         share=share,
     )
     return chain(options.held.items(), read)
@@ -139,6 +149,7 @@ class _Builder:
         self._coming, self._waiting = iter(weights), dict[str, Tensor]()
         self._config, self.summed, self.outliers = config, summed, config.hidden_size >= OUTLIERS_FROM
         self.in_int8 = False  # whether the layers' weights are
+        self.in_int4: tuple[int, torch.dtype] | None = None  # or else their groups of inputs and scales' dtype
 
     def take(self, name: str) -> Tensor:
         while name not in self._waiting:
@@ -156,10 +167,14 @@ class _Builder:
         """
         weight = self._joined(f"{prefix}{name}.weight" for name in names)
         scale = bias = None
-        if weight.dtype == torch.int8:
-            self.in_int8, scale = True, self._joined(f"{prefix}{name}.weight{int8.SCALE}" for name in names)
+        if weight.dtype in (torch.int8, torch.int32):
+            scale = self._joined(f"{prefix}{name}.weight{int8.SCALE}" for name in names)
         if self._config.enable_bias:
             bias = self._joined(f"{prefix}{name}.bias" for name in names)
+        if scale is not None and weight.dtype == torch.int32:
+            self.in_int4 = weight.shape[1] * int4.IN_A_WORD // scale.shape[1], scale.dtype
+            return Int4(weight, scale, bias, activation)
+        self.in_int8 = scale is not None
         product = build_product(weight, bias, activation, scale=scale, outliers=self.outliers)
         return for_zeros(product, weight) if behind == "relu" else product
 
@@ -219,7 +234,7 @@ class FastLayer(Frozen):
         else:
             of_three = module.removeprefix("self_attn.")
             product = {"self_attn.out_proj": self._out, "fc1": self._fc1, "fc2": self._fc2}.get(module, self._qkv)
-            tensor = product.bias if part == "bias" else product.weight()[part != "weight"]
+            tensor = product.bias if part == "bias" else product.weight()[part.endswith(int8.SCALE)]
             if tensor is not None and of_three in _PROJECTIONS:
                 tensor = tensor.chunk(3)[_PROJECTIONS.index(of_three)]
         assert isinstance(tensor, Tensor)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from minopt import int8
+from minopt import int4, int8
 from minopt.checkpoint.names import parameter_shapes
 from minopt.config import OPTConfig
 from minopt.inference.linear import Plain
@@ -184,6 +184,7 @@ class InferenceOPT(Frozen, OPT):
         head: maps hidden states to logits.
         lookup: gives the embeddings of ids; ``None`` looks into the table.
         in_int8: whether the layers' weights are in int8, and have scales.
+        in_int4: or else their groups of inputs and their scales' dtype, if they are in int4.
     """
 
     def __init__(
@@ -194,9 +195,10 @@ class InferenceOPT(Frozen, OPT):
         head: Callable[[Tensor], Tensor],
         lookup: Callable[[Tensor], Tensor] | None = None,
         in_int8: bool = False,
+        in_int4: tuple[int, torch.dtype] | None = None,
     ) -> None:
         nn.Module.__init__(self)
-        self.config, self._head, self.in_int8 = config, head, in_int8
+        self.config, self._head, self.in_int8, self.in_int4 = config, head, in_int8, in_int4
         of = {name: tensor.detach() for name, tensor in weights.items()}
         table, positions = of["embed_tokens.weight"], of["embed_positions.weight"]
         last = {part: of.get(f"final_layer_norm.{part}") for part in ("weight", "bias")}
@@ -237,12 +239,14 @@ class InferenceOPT(Frozen, OPT):
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Parameter]]:
-        """The weights of an ``OPT``, int8 ones with their scales. Each is read when its numbers are asked for."""
+        """The weights of an ``OPT``, int8 and int4 ones as in files. Each is read when its numbers are asked for."""
         for name, shape in parameter_shapes(self.config).items():
             found = {name: torch.empty(shape, dtype=self.dtype, device="meta")}
             if self.in_int8 and int8.is_quantized(name):
                 scale = torch.empty(shape[0], 1, dtype=torch.float32, device="meta")
                 found = {name: found[name].to(torch.int8), name + int8.SCALE: scale}
+            if self.in_int4 is not None and int8.is_quantized(name):
+                found = {name + end: part for end, part in int4.parts((shape[0], shape[1]), *self.in_int4).items()}
             for key, like in found.items():
                 weight: Any = Weight(partial(self.read_weight, key), like, self.device)
                 yield f"{prefix}.{key}" if prefix else key, weight

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from minopt import int8
+from minopt import int4, int8
 from minopt.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from minopt.checkpoint.hub import find_model
 from minopt.checkpoint.names import parameter_shapes, shard_dim
@@ -94,13 +94,13 @@ def plan_generation(
     outside, table, host, copies = sum(sizes.values()) - layers, sizes["embed_tokens.weight"], 0, 0
     if offload is None:
         product = Plain if device == "cuda" else kind_on_cpu(dtype)
-        in_int8 = int8.is_wanted(quantize)
-        head = table // size if in_int8 else 0 if product is Plain else table
+        is_rounded = quantize == "int4" or int8.is_wanted(quantize)
+        head = table // size if is_rounded else 0 if product is Plain else table
         # Read before it is packed, one at a time (query, key and value are joined first); the head comes last.
-        loading = max(2 * head if in_int8 else 0, max(6 * C * C, C * F) * size // devices - head)
-        weights, inner = layers + outside + head, _INNER_INT8 if in_int8 else _INNER[product]
-        if device == "cpu" and config.activation_function == "relu":
-            copies = L * copied_bytes(F // devices, C, torch.int8 if in_int8 else dtype)
+        loading = max(2 * head if is_rounded else 0, max(6 * C * C, C * F) * size // devices - head)
+        weights, inner = layers + outside + head, _INNER_INT8 if is_rounded else _INNER[product]
+        if device == "cpu" and config.activation_function == "relu" and quantize != "int4":
+            copies = L * copied_bytes(F // devices, C, torch.int8 if is_rounded else dtype)
     else:
         weights, loading, inner = outside + min(2, L) * layers // L, 0, _INNER[Plain]
         host = layers if offload == "cpu" else 2 * layers // L if device == "cuda" else 0
@@ -115,9 +115,11 @@ def _bytes_of(name: str, shape: tuple[int, ...], itemsize: int, devices: int, qu
     """The bytes of the first process' share of a tensor."""
     dim = shard_dim(name)
     own = [Share(0, devices).of(size)[1] if number == dim else size for number, size in enumerate(shape)]
-    if int8.is_wanted(quantize) and int8.is_quantized(name):
-        return math.prod(own) + 4 * own[0]  # with a scale for each row
-    return math.prod(own) * itemsize
+    if quantize is None or not int8.is_quantized(name):
+        return math.prod(own) * itemsize
+    if quantize == "int4":  # with scales of 128 inputs, as the kernel and as files have them
+        return math.prod(own) // 2 + own[0] * -(-own[1] // int4.GROUP) * (4 + itemsize)
+    return math.prod(own) + 4 * own[0]  # with a scale for each row
 
 
 def device_counts(config: OPTConfig) -> list[int]:
@@ -145,15 +147,18 @@ def rows_that_fit(config: OPTConfig, memory: int, **options: Any) -> int:
     return 2 + (memory - two) // (three - two)
 
 
-def check_fits(checkpoint: Checkpoint, options: LoadOptions, devices: int = 1) -> None:
-    """Refuses a checkpoint that, divided among so many devices, does not fit into the memory that is free."""
+def check_fits(checkpoint: Checkpoint, options: LoadOptions, devices: int = 1, in_int4: bool = False) -> None:
+    """Refuses a checkpoint that, divided among so many devices, does not fit into the memory that is free.
+
+    ``in_int4``: its int4 weights stay as they are.
+    """
     device, where = options.device, checkpoint.found.folder
     free, host = available_memory(device), available_memory(torch.device("cpu"))
     if free is None:
         return
     dtype = options.dtype or checkpoint.dtype_on(device)
     is_int8 = any(tensor.kind == "int8" for tensor in checkpoint.tensors.values())
-    quantize = "int8" if is_int8 else options.quantize
+    quantize = "int8" if is_int8 else "int4" if in_int4 else options.quantize
     asked: dict[str, Any] = {"dtype": dtype, "devices": devices, "offload": options.offload, "quantize": quantize}
 
     def plan(changes: dict[str, Any]) -> Plan:
