@@ -171,6 +171,20 @@ def int8() -> str:
     ))  # fmt: skip
 
 
+def int4() -> str:
+    result, forms = newest("int4", "epyc2-noamx"), ("bfloat16", "int8", "int4")
+    rows = [
+        [name, *(f"{case[form]['median_ms']:.1f} ms" for form in forms), case["to_int8"], case["to_bfloat16"]]
+        for name, case in result.items()
+        if name.startswith(("step", "prompt"))
+    ]
+    held = [result["memory_MB"][form] for form in forms]
+    rows.append(["memory", *(f"{megabytes:,} MB" for megabytes in held), held[2] / held[1], held[2] / held[0]])
+    return table(" | bfloat16 | int8 | int4 | to int8 | to bfloat16", (
+        [*cells, f"**{to_int8:.2f}**", f"{to_bfloat16:.2f}"] for *cells, to_int8, to_bfloat16 in rows
+    ))  # fmt: skip
+
+
 def load() -> str:
     def cell(found: Mapping[str, float]) -> str:
         return f"{found['load_seconds']:.3f} s, {found['peak_mb']:.0f} MB"
@@ -285,7 +299,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "inference_amd": lambda: inference("epyc2-noamx"),
     "finetune_amd": lambda: finetune("epyc2-noamx"),
     **{build.__name__: build for build in (inference, speed, contexts, start, peaks, steps, prompts, finetune, squad,
-                                           int8, load, convert, memory, processes, plan, methods, batches, sparsity,
+                                           int8, int4, load, convert, memory, processes, plan, methods, batches, sparsity,
                                            drafts)},
 }  # fmt: skip
 

@@ -47,9 +47,10 @@ class LoadOptions:
             (self.optimize is not True, f"optimize={self.optimize}"),
             (self.mesh is not None, "a mesh"),
             (self.offload is not None, f"offload={self.offload}"),
+            (self.draft is not None, f"draft={self.draft}"),
         )
         if wrong := [what for applies, what in others if applies]:
             raise ValueError(
                 "quantize: int4 weights are for one process on a CPU, in float32, bfloat16 or float16, not compiled, "
-                f"got {' and '.join(wrong)}. Leave that out, or take int8."
+                f"without an int8 draft, got {' and '.join(wrong)}. Leave that out, or take int8."
             )

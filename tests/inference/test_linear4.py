@@ -7,7 +7,7 @@ import json
 import pickle
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -19,6 +19,7 @@ from minopt.cli import main
 from minopt.generation.decode import generate
 from minopt.inference import linear4
 from minopt.inference.linear4 import Int4
+from minopt.load_options import LoadOptions
 from minopt.model import ACTIVATIONS
 from tests.checkpoint.test_convert import assert_identical, stored
 from tests.conftest import pad_left
@@ -131,13 +132,27 @@ def test_a_processor_of_another_layout_is_found_out(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(
     ("options", "got"),
     [({"dtype": "float64"}, "dtype=float64"), ({"optimize": False}, "optimize=False"),
-     ({"offload": "disk"}, "offload=disk"), ({"optimize": "compile", "dtype": "float64"}, "dtype=f.* and o.*compile")],
+     ({"offload": "disk"}, "offload=disk"), ({"draft": "int8"}, "draft=int8"),
+     ({"optimize": "compile", "dtype": "float64"}, "dtype=f.* and o.*compile")],
 )  # fmt: skip
 def test_what_int4_does_not_do_is_refused_in_one_line(options: dict[str, Any], got: str) -> None:
     with pytest.raises(
         ValueError, match=rf"^quantize: int4 weights are for .*, got {got}\. Leave that out, or take int8"
     ):
         minopt.load("no/such-model", device="cpu", quantize="int4", **options)
+
+
+def test_int4_is_refused_on_a_gpu_and_divided() -> None:
+    with pytest.raises(ValueError, match=r"got device=cuda and a mesh\. Leave that out"):
+        LoadOptions(torch.device("cuda"), quantize="int4", mesh=cast(Any, "two processes"))
+
+
+@pytest.mark.parametrize("kind", ["125m"])
+def test_int8_drafts_for_the_floats_of_an_int4_folder_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match=r"^draft: the model's weights stay int4, and int8 would draft no faster\."):
+        minopt.load(folder, device="cpu", draft="int8")
+    monkeypatch.setattr(linear4, "_works", lambda: False)
+    assert minopt.load(folder, device="cpu", draft="int8").draft is not None
 
 
 @pytest.mark.parametrize("kind", ["125m"])
@@ -151,3 +166,9 @@ def test_plan_knows_that_they_stay(folder: Path, capsys: pytest.CaptureFixture[s
     model = minopt.load(folder, device="cpu").model
     held = sum(t.nbytes for name, t in model.state_dict().items() if not name.endswith("_shape"))
     assert 0 < weights["int4"] - held < 0.2 * held  # the head in int8, and the scales of the kernel
+    for name, message in {"cuda": "got device=cuda", "cpu": "got dtype=float64"}.items():
+        asked = ["plan", "opt-125m", "--quantize", "int4", "--device", name, "--memory", "1GB"]
+        assert main([*asked, "--dtype", "float64" if name == "cpu" else "float32"]) != 0
+        assert message in capsys.readouterr().err
+    assert main(["plan", "opt-125m", "--quantize", "int4", "--device", "cpu", "--devices", "4", "--json"]) == 0
+    assert [line["devices"] for line in json.loads(capsys.readouterr().out)["plans"]] == [1]

@@ -14,7 +14,9 @@ from minopt.progress import size_of
 from minopt.settings import option
 
 if TYPE_CHECKING:
+    from minopt.config import OPTConfig
     from minopt.inference.plan import Plan as Way
+    from minopt.load_options import LoadOptions
 
 
 @dataclass(frozen=True)
@@ -49,8 +51,8 @@ class Plan(Command):
 
         from minopt import int4, int8
         from minopt.devices import auto_dtype, resolve_dtype
-        from minopt.inference.linear4 import fits
         from minopt.inference.plan import device_counts, find_config, plan_generation, rows_that_fit
+        from minopt.load_options import LoadOptions
         from minopt.memory import available_memory
 
         device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -66,17 +68,10 @@ class Plan(Command):
             raise ValueError("--memory: what is free cannot be read on this machine. Say how much there is.")
         is_shared = self.memory is None and device == "cpu"  # by all processes on it
         dtype = resolve_dtype(self.dtype) or auto_dtype(stored, torch.device(device))
-        group = int4.group_of(config.extra.get(int8.CONFIG_KEY))
-        in_files = None if int8.CONFIG_KEY not in config.extra else "int8" if group is None else "int4"
-        if group is not None and (device != "cpu" or dtype == torch.float64 or not fits(config, group)):
-            in_files = None  # they become floats
-        quantize = self.quantize or in_files
+        is_int4 = int4.group_of(config.extra.get(int8.CONFIG_KEY)) is not None
         common: dict[str, Any] = {"dtype": dtype, "device": device, "length": length}
         counts = device_counts(config)
-        divided = None if quantize == "int4" else quantize
-        ways: list[dict[str, Any]] = [{"devices": n, "quantize": divided if n > 1 else quantize} for n in counts]
-        if self.quantize is None:
-            ways += [{"offload": to} for to in ("cpu", "disk")[device == "cpu" :]]
+        ways = self._ways(config, LoadOptions(torch.device(device), dtype, self.quantize), counts)
         every = [(way, plan_generation(config, batch=self.batch, **way, **common)) for way in ways]
         free = {plan.devices: memory // plan.devices if is_shared else memory for _, plan in every}
         here = [(way, plan) for way, plan in every if plan.devices <= self.devices]
@@ -93,7 +88,7 @@ class Plan(Command):
         kind = "a GPU" if device == "cuda" else "a CPU"
         print(f"{self.model} as {name}, {texts} (prompt and new ones), on {kind} with {size_of(memory)}\n")
         _print_table(plans, rows)
-        if group is not None and quantize is None:
+        if is_int4 and ways[0]["quantize"] is None:
             print(f"The files hold int4 weights, with which the model computes as {name}.")
         if self.devices not in counts:
             print(f"The model has {config.num_attention_heads} heads and can be divided among "
@@ -108,6 +103,27 @@ class Plan(Command):
             print(f"{count} of the {self.devices} devices {'are' if count > 1 else 'is'} enough for {texts}.")
         print(f"Use: {command}")
         return 0
+
+    def _ways(self, config: OPTConfig, options: LoadOptions, counts: list[int]) -> list[dict[str, Any]]:
+        """The forms of a model, as options of ``plan_generation``: whole, divided, offloaded."""
+        quantize = self._quantized(config, options)
+        ways: list[dict[str, Any]] = [{"devices": n, "quantize": quantize} for n in counts]
+        if quantize == "int4":  # for one device alone: divided, the weights of files become floats
+            ways = ways[:1] + [way | {"quantize": None} for way in ways[1:] if self.quantize is None]
+        if self.quantize is None:
+            ways += [{"offload": to} for to in ("cpu", "disk")[options.device.type == "cpu" :]]
+        return ways
+
+    def _quantized(self, config: OPTConfig, options: LoadOptions) -> str | None:
+        """What a model's weights are quantized to: as asked for, else as its files are if ``load`` keeps that."""
+        from minopt import int4, int8
+        from minopt.inference.linear4 import stays
+
+        stored = config.extra.get(int8.CONFIG_KEY)
+        if options.quantize is not None or stored is None:
+            return options.quantize
+        group = int4.group_of(stored)
+        return "int8" if group is None else "int4" if stays(config, group, options) else None
 
     def _show_kernels(self) -> int:
         from minopt.inference.linear import kernels

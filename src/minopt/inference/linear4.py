@@ -92,27 +92,31 @@ class Int4(Product):
         return Int4, (*self.weight(), self.bias, self._activation_name)
 
 
-def fits(config: OPTConfig, group: int) -> bool:
-    """Whether the kernel has a product for the layers of such a model, with groups of so many inputs."""
-    return group in _GROUPS and config.hidden_size % _BLOCK == config.ffn_dim % _BLOCK == 0
+def stays(config: OPTConfig, group: int, options: LoadOptions) -> bool:
+    """Whether this machine has a product for int4 layers of such a model, with groups of so many inputs."""
+    fits = group in _GROUPS and config.hidden_size % _BLOCK == config.ffn_dim % _BLOCK == 0
+    return fits and options.device.type == "cpu" and options.dtype != torch.float64 and _works()
 
 
 def kept_in_int4(checkpoint: Checkpoint, options: LoadOptions) -> tuple[int, torch.dtype] | None:
     """The group size and the scales' dtype of layers that stay int4, or become it; ``None`` where they do not.
 
     Raises:
-        ValueError: if they are to become int4, and this model or this machine has no product for them.
+        ValueError: if they are to become int4, and this model or this machine has no product for them; or if they
+            stay int4 and int8 is to draft.
     """
     config, wanted = checkpoint.config, options.quantize == "int4"
     scales = [t.scale for name, t in checkpoint.tensors.items() if int8.is_quantized(name) and t.packed is not None]
     is_stored = options.quantize is None and len(scales) == 6 * config.num_hidden_layers
-    if options.device.type != "cpu" or options.dtype == torch.float64 or not (wanted or is_stored):
+    if not (wanted or is_stored):
         return None
     if scales and scales[0] is not None:
         group, dtype = checkpoint.tensors["layers.0.fc1.weight"].shape[1] // scales[0].shape[1], scales[0].dtype
     else:
         group, dtype = int4.group_size(config), main_dtype(checkpoint.tensors.values())
-    if fits(config, group) and _works():
+    if stays(config, group, options):
+        if options.draft is not None:
+            raise ValueError("draft: the model's weights stay int4, and int8 would draft no faster. Leave draft out.")
         return group, dtype
     if wanted:
         raise ValueError(
