@@ -299,8 +299,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "inference_amd": lambda: inference("epyc2-noamx"),
     "finetune_amd": lambda: finetune("epyc2-noamx"),
     **{build.__name__: build for build in (inference, speed, contexts, start, peaks, steps, prompts, finetune, squad,
-                                           int8, int4, load, convert, memory, processes, plan, methods, batches, sparsity,
-                                           drafts)},
+                                           int8, int4, load, convert, memory, processes, plan, methods, batches,
+                                           sparsity, drafts)},
 }  # fmt: skip
 
 
