@@ -38,7 +38,7 @@ def main() -> None:
         memory[form] = (anonymous() - before) // 1_000_000
     with torch.inference_mode():
         for name, rows, tokens, rounds in [
-            *((f"step, {rows} row{"s" * (rows > 1)}", rows, 1, args.rounds) for rows in ROWS),
+            *((f"step, {rows} rows" if rows > 1 else "step, 1 row", rows, 1, args.rounds) for rows in ROWS),
             (f"prompt of {PROMPT}", 1, PROMPT, max(3, args.rounds // 3)),
         ]:
             result[name] = measure(models, rows, tokens, rounds)
