@@ -91,8 +91,7 @@ class Embedding(nn.Embedding):
 
 
 def _norm(config: OPTConfig) -> partial[nn.LayerNorm]:
-    affine = config.layer_norm_elementwise_affine
-    return partial(nn.LayerNorm, config.hidden_size, elementwise_affine=affine)
+    return partial(nn.LayerNorm, config.hidden_size, elementwise_affine=config.layer_norm_elementwise_affine)
 
 
 class Attention(nn.Module):
@@ -193,8 +192,7 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, config: OPTConfig, index: int, device: torch.device | str | None, dtype: torch.dtype | None):
         super().__init__()
-        self.norm_before = config.do_layer_norm_before
-        self.dropout = config.dropout
+        self.norm_before, self.dropout = config.do_layer_norm_before, config.dropout
         self.activation = ACTIVATIONS[config.activation_function]
         C, bias, norm = config.hidden_size, config.enable_bias, _norm(config)
         self.self_attn = Attention(config, index, device, dtype)
@@ -241,8 +239,7 @@ class OPT(nn.Module):
         C, E = config.hidden_size, config.embed_dim
         # A padding_idx as in fairseq and transformers: looking its row up gives it no gradient, the head does.
         self.embed_tokens = Embedding(config.vocab_size, E, config.pad_token_id, device=device, dtype=dtype)
-        rows = config.max_position_embeddings + POSITION_OFFSET
-        self.embed_positions = Embedding(rows, C, device=device, dtype=dtype)
+        self.embed_positions = Embedding(config.max_position_embeddings + POSITION_OFFSET, C, device=device, dtype=dtype)
         self.project_in = _linear_layer(E, C, False, device, dtype) if E != C else None
         self.layers = nn.ModuleList(DecoderLayer(config, i, device, dtype) for i in range(config.num_hidden_layers))
         self.final_layer_norm = _norm(config)(device=device, dtype=dtype) if config.has_final_layer_norm else None
@@ -395,9 +392,7 @@ class OPT(nn.Module):
         # Hooks in the last layer see every token, as those in the others do.
         has_hooks = any(module._forward_hooks or module._forward_pre_hooks for module in self.layers[-1].modules())
         h = self.hidden_states(ids, mask, position_ids, cache, embeds, None if has_hooks else wanted)
-        if h.ndim == 3:
-            h = h.flatten(0, 1) if wanted is None else h.flatten(0, 1)[wanted]
-        return self.head(h)  # of [N, E]
+        return self.head((pick(h, wanted) if h.ndim == 3 else h).flatten(0, -2))  # of [N, E]
 
     def agreed(self, decision: Tensor) -> Tensor:
         """See ``Decoder.agreed``."""
