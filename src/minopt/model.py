@@ -236,10 +236,10 @@ class OPT(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
-        C, E = config.hidden_size, config.embed_dim
+        C, E, rows = config.hidden_size, config.embed_dim, config.max_position_embeddings + POSITION_OFFSET
         # A padding_idx as in fairseq and transformers: looking its row up gives it no gradient, the head does.
         self.embed_tokens = Embedding(config.vocab_size, E, config.pad_token_id, device=device, dtype=dtype)
-        self.embed_positions = Embedding(config.max_position_embeddings + POSITION_OFFSET, C, device=device, dtype=dtype)
+        self.embed_positions = Embedding(rows, C, device=device, dtype=dtype)
         self.project_in = _linear_layer(E, C, False, device, dtype) if E != C else None
         self.layers = nn.ModuleList(DecoderLayer(config, i, device, dtype) for i in range(config.num_hidden_layers))
         self.final_layer_norm = _norm(config)(device=device, dtype=dtype) if config.has_final_layer_norm else None
