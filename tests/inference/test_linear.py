@@ -43,7 +43,8 @@ def test_few_rows_are_read_as_full_ones_where_that_is_faster(
     few: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(linear, "_FULL_FROM", 0)
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_f": True, "amx_bf16": not few})
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_f": True})
+    monkeypatch.setattr(linear, "_on_intel", lambda: not few)
     weight, bias = draw(48, 32).to(dtype), draw(48, seed=1).to(dtype)
     product, counts = linear.OneDNN(weight, bias, "relu"), list[int]()
     operator = product._product

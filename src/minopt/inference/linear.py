@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 # From this width on (6.7B), OPT's activations have outlier channels that int8 cannot hold: arXiv 2208.07339, table 4.
 OUTLIERS_FROM = 4096
 
-_FULL_ROWS = 6  # oneDNN's kernels for AVX-512 take so many in less time than 1 to 3
+_FULL_ROWS = 6  # oneDNN's kernels for AVX-512 take so many in less time than 1 to 3 (benchmarks/README.md)
 _FULL_FROM = 2**22  # bytes of a weight
 
 _FEW_ROWS = 8  # of which torch's GPU kernel for int8 weights reads the weight once; it has not been timed
@@ -174,8 +174,8 @@ def has(instructions: str) -> bool:
 
 
 def wants_full_rows(weight: Tensor) -> bool:
-    """Whether oneDNN's product is faster for ``_FULL_ROWS`` rows than for fewer."""
-    return has("avx512_f") and not has("amx_bf16") and weight.nbytes >= _FULL_FROM
+    """Whether oneDNN's product takes ``_FULL_ROWS`` rows in less time than 1 to 3. Intel's have not been measured."""
+    return has("avx512_f") and not _on_intel() and weight.nbytes >= _FULL_FROM
 
 
 class FullRows(TorchFunctionMode):
