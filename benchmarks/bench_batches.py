@@ -6,15 +6,17 @@ The model has opt-125m's shape and random weights, the tokenizer is OPT's. ``squ
 ``bench_decoding.py`` has them; ``questions`` is the questions alone. Each prompt has a length of its answer, the same
 for all ways. In minopt a criterion ends a row; it knows a prompt by its first tokens. In CTranslate2 the callback of
 ``generate_batch`` does. "batches" gives ``LanguageModel.generate`` one batch at a time, "full" all prompts. The time of
-prompts is that of all passes with several tokens a row. A case is kept beside those that the result's file of this day
-has already.
+prompts is that of all passes with several tokens a row. Each measurement is a process of its own. A case is kept beside
+those that the result's file of this day has already.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import random
+import resource
 import tempfile
 from collections.abc import Callable
 from itertools import product
@@ -54,7 +56,8 @@ def main() -> None:
             if (peer, dtype) == ("ctranslate2", "bfloat16"):
                 continue
             case = cases.setdefault(f"{name} {dtype}", {})
-            case |= measure(folder, name, dtype, peer, args)
+            with multiprocessing.get_context("spawn").Pool(1) as pool:  # memory and OpenMP threads of its own
+                case |= pool.apply(measure, (folder, name, dtype, peer, args))
             for other in {"batches", "ctranslate2"} & case.keys():
                 if "full" in case:
                     case["full"][f"to {other}"] = round(case[other]["seconds"] / case["full"]["seconds"], 3)
@@ -63,7 +66,7 @@ def main() -> None:
 
 
 def measure(folder: Path, name: str, dtype: str, peer: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Seconds and new tokens of one list in one dtype, by one way."""
+    """Seconds, new tokens and the process' peak memory of one list in one dtype, by one way."""
     tokenizer = Tokenizer.load(args.tokenizer)
     texts = squad_prompts(Path(args.squad), 2 * args.prompts)
     if name == "questions":
@@ -83,6 +86,7 @@ def measure(folder: Path, name: str, dtype: str, peer: str, args: argparse.Names
     else:
         found = Ours(folder, dtype, tokenizer, ends)(texts, rows, is_full=peer == "full")
         assert found.pop("new_tokens") == sum(limits)
+    found["peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1000
     return case | {peer: found | {"new_tokens_per_second": round(sum(limits) / found["seconds"], 1)}}
 
 
@@ -104,14 +108,14 @@ class Ours:
         return torch.tensor(found)
 
     def __call__(self, texts: list[str], rows: list[list[int]], is_full: bool) -> dict[str, Any]:
-        read, spent, counts = self.lm.model.read, [0.0], list[int]()
+        read, counts, logits = self.lm.model.read, list[int](), list[Tensor]()
+        spent, sizes = {"of_prompts": 0.0, "of_steps": 0.0}, list[int]()
 
         def timed(ids: Tensor, *more: Any) -> Tensor:
-            if ids.shape[1] == 1:
-                return read(ids, *more)
-            logits: list[Tensor] = []
-            spent[0] += common.seconds(lambda: logits.append(read(ids, *more)))
-            return logits[0]
+            is_step = ids.shape[1] == 1
+            sizes.extend([len(ids)] * is_step)
+            spent["of_steps" if is_step else "of_prompts"] += common.seconds(lambda: logits.append(read(ids, *more)))
+            return logits.pop()
 
         batches = [[*range(len(texts))]]
         if not is_full:
@@ -128,11 +132,14 @@ class Ours:
 
         with mock.patch.object(self.lm.model, "read", timed):
             seconds = common.seconds(run)
-        return {"seconds": round(seconds, 2), "of_prompts": round(spent[0], 2), "new_tokens": sum(counts)}
+        parts = {"seconds": seconds, **spent, "rows_of_a_step": sum(sizes) / len(sizes)}
+        return {key: round(number, 2) for key, number in parts.items()} | {
+            "steps": len(sizes), "row_steps": sum(sizes), "new_tokens": sum(counts),
+        }  # fmt: skip
 
 
 def theirs(folder: Path, dtype: str, rows: list[list[int]], limits: list[int]) -> dict[str, Any]:
-    """CTranslate2's time, with the best of a few batch sizes on a part of the list."""
+    """CTranslate2's time, with the best of a few batch sizes on 128 of the prompts."""
     import ctranslate2
 
     compute = {"int8": "int8_float32"}.get(dtype, dtype)
@@ -156,13 +163,13 @@ def theirs(folder: Path, dtype: str, rows: list[list[int]], limits: list[int]) -
 
         return call
 
-    sizes: list[dict[str, Any]] = [{"max_batch_size": n} for n in (16, 32)]
+    sizes: list[dict[str, Any]] = [{"max_batch_size": n} for n in (16, 32, 64, 84)]
     sizes.append({"max_batch_size": MAX_BATCH_TOKENS, "batch_type": "tokens"})
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    part = order[max(0, len(rows) // 2 - 16) : len(rows) // 2 + 16]  # of like length, as batches of many are
-    trials = [(common.seconds(run(part, **options)), options) for options in sizes]
+    part = order[max(0, len(rows) // 2 - 64) : len(rows) // 2 + 64]  # of like length, as batches of many are
+    trials = [(round(common.seconds(run(part, **options)), 2), options) for options in sizes]
     best = min(trials, key=lambda trial: trial[0])[1]
-    return {"seconds": round(common.seconds(run(order, **best)), 2), **best}
+    return {"seconds": round(common.seconds(run(order, **best)), 2), **best, "trials": trials}
 
 
 if __name__ == "__main__":

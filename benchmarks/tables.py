@@ -262,7 +262,9 @@ def methods() -> str:
 def batches() -> str:
     rows = []
     for name, case in newest("batches", "epyc2-noamx")["cases"].items():
-        speeds = [f"{case[way]['new_tokens_per_second']:.0f}" if way in case else "" for way in WAYS]
+        speeds = [
+            "{new_tokens_per_second:.0f}, {peak_mb:,} MB".format(**case[way]) if way in case else "" for way in WAYS
+        ]
         after = [case[way]["seconds"] - case[way]["of_prompts"] for way in WAYS[:2]]
         to = case["full"].get("to ctranslate2")
         rows.append([name, f"{case['prompts']} of {case['prompt_tokens'] / case['prompts']:.0f} tokens", *speeds,

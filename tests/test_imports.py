@@ -26,7 +26,8 @@ ORDER = (
     ("config",),
     ("settings",),
     ("cache", "distributed", "int8", "load_options", "masks"),
-    ("int4", "model"),
+    ("attention", "int4"),
+    ("model",),
     ("tokenizer", "wrapped"),
     ("stops",),
     ("generation",),
@@ -46,7 +47,7 @@ RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
 # What a function may import: heavy or optional things, and in the command line the library itself.
 LAZY = {
     **{f"minopt.checkpoint.{name}": {"huggingface_hub"} for name in ("hub", "hub_watch")},
-    "minopt.model": {"torch"},
+    "minopt.attention": {"torch"},
     "minopt.progress": {"tqdm"},
     **{f"minopt.cli.{verb}": {"minopt"} for verb in ("checkpoints", "evaluate", "finetune", "records")},
     **{f"minopt.cli.{verb}": {"minopt", "torch"} for verb in ("generate", "plan")},

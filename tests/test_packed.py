@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import minopt.model as model_module
+import minopt.attention as attention_module
 from minopt import OPT
 from minopt.masks import Packed
 from minopt.training.config import TrainingConfig
@@ -95,13 +95,13 @@ def test_a_mask_or_positions_of_the_whole_row_would_be_found(kind: str, mistake:
 
 
 def test_recomputed_layers_give_the_same_bits(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls, plain = [], model_module._attend_apart
+    calls, plain = [], attention_module._attend_apart
 
     def counted(*args: Any) -> Tensor:
         calls.append(1)
         return plain(*args)
 
-    monkeypatch.setattr(model_module, "_attend_apart", counted)
+    monkeypatch.setattr(attention_module, "_attend_apart", counted)
     model = build(kind, torch.float32)
     h, gradients = together(model, ROWS[0])
     once = len(calls)

@@ -1,4 +1,4 @@
-"""The OPT decoder (Zhang et al. 2022, arXiv 2205.01068), whole: ids in, logits out.
+"""The OPT decoder (Zhang et al. 2022, arXiv 2205.01068): ids in, logits out.
 
 Shapes: B batch, T tokens this call, S cached + T, H heads, D head_dim, C hidden_size, E word_embed_proj_dim,
 F ffn_dim, V vocab_size, L layers.
@@ -10,15 +10,14 @@ parameter: the head is the token table, so that the two cannot come apart.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from minopt.attention import attend
 from minopt.cache import KVCache
 from minopt.config import OPTConfig
 from minopt.masks import Packed, causal_mask, pick, positions
@@ -26,8 +25,6 @@ from minopt.masks import Packed, causal_mask, pick, positions
 # Rows 0 and 1 of the position table belong to no token: fairseq, where OPT was trained, counts positions
 # from padding_idx + 1 = 2 and gives padding row 1 (metaseq, utils.make_positions).
 POSITION_OFFSET = 2
-
-WITHOUT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 def _quick_gelu(x: Tensor) -> Tensor:
@@ -118,56 +115,6 @@ class Attention(nn.Module):
             k, v = cache.append(self.index, k, v)  # [B, H, S, D]
         dropout = self.dropout if self.training else 0.0
         return self.out_proj(pick(attend(q, k, v, mask, dropout).transpose(1, 2).reshape(B, T, -1), wanted))
-
-
-def attend(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | Packed | None, dropout: float = 0.0, scale: float = 1.0
-) -> Tensor:
-    """Causal attention of ``q`` ``[B, H, T, D]`` to ``k`` and ``v`` ``[B, H, S, D]``, under ``DecoderLayer``'s mask."""
-    if isinstance(mask, Packed):
-        return _attend_apart(q, k, v, mask, dropout, scale)
-    if mask is None and q.shape[2] > 1:  # not is_causal=T > 1: T may be symbolic, is_causal must be a plain bool
-        return _attention(q, k, v, None, dropout, True, scale)
-    return _attention(q, k, v, mask, dropout, False, scale)  # without a mask the one token sees everything
-
-
-def _attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, is_causal: bool, scale: float
-) -> Tensor:
-    """torch's attention, on a GPU without cuDNN's, unless the caller has chosen among the kernels.
-
-    cuDNN's is torch's first choice on new GPUs in 16 bits. It plans each new shape for tenths of a second, and texts
-    have ever new lengths.
-    """
-    is_free = q.is_cuda and (torch.compiler.is_compiling() or torch.backends.cuda.cudnn_sdp_enabled())  # type: ignore[no-untyped-call]
-    with sdpa_kernel(WITHOUT_CUDNN) if is_free else nullcontext():
-        return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal, scale=scale)
-
-
-# Not compiled, or a compiled layer would be compiled anew for each batch's lengths. torch.compiler.disable would import
-# the compiler with this module, which takes a second; this imports it with the first call.
-@torch._disable_dynamo  # type: ignore[attr-defined]
-def _attend_apart(q: Tensor, k: Tensor, v: Tensor, packed: Packed, dropout: float, scale: float) -> Tensor:
-    """Causal attention of each text of a row ``[1, H, T, D]`` to itself: no work goes into pairs of texts."""
-    dtype = q.dtype
-    if q.device.type == "cpu" and dtype == torch.bfloat16:
-        # The kernel's backward pass takes 3 ms a text more in bfloat16: short ones take half the time in float32.
-        with torch.autocast("cpu", enabled=False):
-            return _attend_apart(q.float(), k.float(), v.float(), packed, dropout, scale).to(dtype)
-    fits = dtype.itemsize == 2 and q.shape[3] % 8 == 0 and not dropout  # flash attention's kernel of several texts
-    if q.is_cuda and fits and torch.cuda.get_device_capability(q.device) >= (8, 0):
-        from torch.nn.attention.varlen import varlen_attn  # imports the compiler
-
-        cu_seqlens, longest = packed.cu_seqlens(q.device), max(packed.lengths)
-        q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # [T, H, D]
-        y: Any = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, scale=scale, window_size=(-1, 0))
-        return y.transpose(0, 1)[None]
-    # Cut and joined as [1, T, H, D], which is how products and kernels leave it in memory: no copy turns it round.
-    queries, keys, values = (torch.split(x.transpose(1, 2), list(packed.lengths), dim=1) for x in (q, k, v))
-    return torch.cat([
-        _attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), None, dropout, True, scale).transpose(1, 2)
-        for q, k, v in zip(queries, keys, values, strict=True)
-    ], dim=1).transpose(1, 2)  # fmt: skip
 
 
 def _dropout(x: Tensor, p: float, training: bool) -> Tensor:

@@ -27,6 +27,7 @@ from torch.export import Dim, ExportedProgram
 from torch.nn.attention import sdpa_kernel
 
 from minopt import int8
+from minopt.attention import WITHOUT_CUDNN
 from minopt.cache import KVCache
 from minopt.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from minopt.checkpoint.errors import first_line
@@ -49,7 +50,7 @@ from minopt.inference.linear import OUTLIERS_FROM, FullRows, has, join_rows, spl
 from minopt.inference.program import FORMAT, PROGRAM, ExportedModel, Manifest, machine, sha256
 from minopt.inference.timing import beside, slower, worst
 from minopt.load_options import LoadOptions
-from minopt.model import OPT, WITHOUT_CUDNN
+from minopt.model import OPT
 from minopt.tokenizer import TOKENIZER_FILES, Tokenizer
 
 logger = logging.getLogger(__name__)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from minopt import int4, int8
+from minopt.attention import attend
 from minopt.cache import KVCache
 from minopt.checkpoint.checkpoint import Checkpoint
 from minopt.checkpoint.names import parameter_shapes
@@ -30,7 +31,6 @@ from minopt.inference.sparse import for_zeros
 from minopt.load_options import LoadOptions
 from minopt.masks import Packed, pick
 from minopt.memory import empty
-from minopt.model import attend
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 _NORMS = ("self_attn_layer_norm", "final_layer_norm")
