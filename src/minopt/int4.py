@@ -18,6 +18,7 @@ from torch import Tensor
 
 from minopt import int8
 from minopt.config import OPTConfig
+from minopt.memory import CHUNK_NUMBERS
 
 GROUP = 128  # inputs of a group, as in GPTQ's tables (arXiv 2210.17323) and in kernels of other programs
 PACKED, SHAPE = "_packed", "_shape"  # behind a weight's name, as ``int8.SCALE`` is
@@ -104,9 +105,12 @@ def round_to(weight: Tensor, scale: Tensor) -> Tensor:
 
 def quantize(weight: Tensor, group: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """A weight ``[O, I]`` packed, rounded to nearest, and its scales ``[O, G]`` in a dtype. Raises as ``scales_of``."""
-    weight = weight.float()
-    scale = scales_of(weight, group, dtype)
-    return pack(round_to(weight.view(*scale.shape, -1), scale.float()[..., None]).flatten(1)), scale
+    packed, scales = list[Tensor](), list[Tensor]()
+    for rows in torch.split(weight, max(1, CHUNK_NUMBERS // weight.shape[1])):  # all at once would be several weights
+        exact = rows.float()
+        scales.append(scales_of(exact, group, dtype))
+        packed.append(pack(round_to(exact.view(*scales[-1].shape, -1), scales[-1].float()[..., None]).flatten(1)))
+    return torch.cat(packed), torch.cat(scales)
 
 
 def pack(numbers: Tensor) -> Tensor:

@@ -42,15 +42,16 @@ class LoadOptions:
         if self.quantize != "int4":
             return
         others = (
-            (self.device.type != "cpu", f"device={self.device}"),
-            (self.dtype == torch.float64, "dtype=float64"),
-            (self.optimize is not True, f"optimize={self.optimize}"),
-            (self.mesh is not None, "a mesh"),
-            (self.offload is not None, f"offload={self.offload}"),
-            (self.draft is not None, f"draft={self.draft}"),
+            (self.device.type != "cpu", f"device={self.device}", 'give device="cpu"'),
+            (self.dtype == torch.float64, "dtype=float64", "give another dtype"),
+            (self.optimize is not True, f"optimize={self.optimize}", "leave optimize out"),
+            (self.mesh is not None, "a mesh", "leave the mesh out"),
+            (self.offload is not None, f"offload={self.offload}", "leave offload out"),
+            (self.draft is not None, f"draft={self.draft}", "leave draft out"),
         )
-        if wrong := [what for applies, what in others if applies]:
+        if wrong := [(got, advice) for applies, got, advice in others if applies]:
+            got, advice = (" and ".join(words) for words in zip(*wrong, strict=True))
             raise ValueError(
                 "quantize: int4 weights are for one process on a CPU, in float32, bfloat16 or float16, not compiled, "
-                f"without an int8 draft, got {' and '.join(wrong)}. Leave that out, or take int8."
+                f"without an int8 draft, got {got}. {advice[0].upper()}{advice[1:]}."
             )

@@ -35,15 +35,15 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device | None 
     They go back as soon as it is let go, which the C library does not see to below 32 MB; and they are of 2 MB where
     Linux has such, which are read a tenth faster than small ones.
     """
-    size = math.prod(shape) * dtype.itemsize
-    if size < _PAGE or (device is not None and device.type != "cpu"):
+    size, device = math.prod(shape) * dtype.itemsize, device or torch.device("cpu")
+    if size < _PAGE or device.type != "cpu":
         return torch.empty(tuple(shape), dtype=dtype, device=device)
     try:
         memory = mmap.mmap(-1, size + _PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         first = -torch.frombuffer(memory, dtype=torch.uint8).data_ptr() % _PAGE  # where a large page may begin
         memory.madvise(mmap.MADV_HUGEPAGE, first, size // _PAGE * _PAGE)  # what is left over lies in small ones
     except (AttributeError, OSError):
-        return torch.empty(tuple(shape), dtype=dtype)
+        return torch.empty(tuple(shape), dtype=dtype, device=device)
     return torch.frombuffer(memory, dtype=dtype, count=math.prod(shape), offset=first).view(tuple(shape))
 
 

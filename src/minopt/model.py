@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from minopt.attention import attend
 from minopt.cache import KVCache
@@ -130,6 +131,13 @@ def _dropout(x: Tensor, p: float, training: bool) -> Tensor:
     return x * kept.to(x.dtype).mul_(2**16 / (2**16 - dropped))
 
 
+def _has_hooks(*modules: nn.Module | None) -> bool:
+    """Whether somebody watches a forward pass of modules or of their parts, or of all modules."""
+    parts = (part for module in modules if module is not None for part in module.modules())
+    is_any = _has_any_global_hook()  # type: ignore[no-untyped-call]
+    return is_any or any(part._forward_hooks or part._forward_pre_hooks for part in parts)
+
+
 class DecoderLayer(nn.Module):
     """Attention, then feed-forward, each on a residual stream normalised before (or, in 350m, after) it.
 
@@ -176,7 +184,7 @@ class OPT(nn.Module):
     """
 
     max_batch: int | None = None  # any number of rows
-    in_int8 = False
+    in_8_bits = False
 
     def __init__(
         self, config: OPTConfig, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -336,9 +344,10 @@ class OPT(nn.Module):
     ) -> Tensor:
         """See ``Decoder.read``."""
         ids, embeds = (None, inputs) if inputs.is_floating_point() else (inputs, None)
-        # Hooks in the last layer see every token, as those in the others do.
-        has_hooks = any(module._forward_hooks or module._forward_pre_hooks for module in self.layers[-1].modules())
-        h = self.hidden_states(ids, mask, position_ids, cache, embeds, None if has_hooks else wanted)
+        # Hooks in the last layer and behind it see every token, as those in the others do.
+        behind = (*[*self.layers][-1:], self.final_layer_norm, self.project_out)
+        watched = wanted is not None and _has_hooks(*behind)
+        h = self.hidden_states(ids, mask, position_ids, cache, embeds, None if watched else wanted)
         return self.head((pick(h, wanted) if h.ndim == 3 else h).flatten(0, -2))  # of [N, E]
 
     def agreed(self, decision: Tensor) -> Tensor:

@@ -69,7 +69,7 @@ class Fake:
     """
 
     device, dtype = torch.device("cpu"), torch.float32
-    max_batch, in_int8 = None, False
+    max_batch, in_8_bits = None, False
 
     def __init__(self, logits: Callable[[Sequence[int]], Tensor], **config: Any) -> None:
         self.logits = logits

@@ -155,7 +155,7 @@ def test_a_draft_costs_the_bytes_that_it_reads_and_the_operators_that_it_calls(m
     def cost(name: str | None, dtype: torch.dtype, **sizes: int) -> float:
         config = minopt.OPTConfig.preset(name) if name else minopt.OPTConfig(**sizes)
         model, draft = (minopt.OPT(config, device="meta", dtype=dtype) for _ in range(2))
-        draft.in_int8 = True
+        draft.in_8_bits = True
         return Draft(draft, shares_cache=True).cost_for(model)
 
     assert 0.3 < cost("opt-125m", torch.float32) < 0.45
@@ -164,7 +164,7 @@ def test_a_draft_costs_the_bytes_that_it_reads_and_the_operators_that_it_calls(m
     assert cost(None, torch.float32, **small) > 0.85
     large, draft = (minopt.OPT(minopt.OPTConfig.preset(f"opt-{size}"), device="meta") for size in ("1.3b", "125m"))
     assert 0.08 < Draft(draft).cost_for(large) < 0.15
-    large.in_int8 = True
+    large.in_8_bits = True
     assert 0.3 < Draft(draft).cost_for(large) < 0.45
 
 

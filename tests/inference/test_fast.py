@@ -279,7 +279,7 @@ def test_the_last_layer_of_a_prompt_ends_with_the_wanted_tokens_unless_a_hook_wa
     ids, wanted = ids_of(plain, 2, 7), torch.tensor([6, 13])
     at, expected = torch.arange(7).expand(2, 7), plain(ids).flatten(0, 1)
     for model in (plain, fast_of(plain)):
-        own, seen, hooked = type(model.layers[0]), list[Any](), list[Any]()
+        own, seen = type(model.layers[0]), list[Any]()
         forward: Callable[..., Tensor] = own.forward
 
         def spy(*inputs: Any, forward: Any = forward, seen: Any = seen) -> Any:
@@ -288,17 +288,25 @@ def test_the_last_layer_of_a_prompt_ends_with_the_wanted_tokens_unless_a_hook_wa
             return y
 
         monkeypatch.setattr(own, "forward", spy)
-        last = [2]  # no hook: the wanted tokens alone
-        for hook in (False, True):
-            if hook:
-                model.layers[-1].register_forward_hook(lambda *call: hooked.append(call[-1].shape[:2]))  # noqa: B023
-                last = [2, 7]
+        watched = [None, model.layers[-1], model.layers[-1].get_submodule("fc2") if model is plain else None]
+        for module in (*watched, model.final_layer_norm, model.project_out):
+            hooked = list[Any]()
+            handle = module and module.register_forward_hook(lambda *call: hooked.append(call[-1].shape[:2]))  # noqa: B023
             seen.clear()
             cache = model.new_cache(2, 8)
             assert difference(model.read(ids, at, None, wanted, cache), expected[wanted]) < 1e-5
-            assert seen == [[2, 7]] * (len(seen) - 1) + [last]
+            assert seen == [[2, 7]] * (len(seen) - 1) + ([[2]] if handle is None else [[2, 7]])
+            assert hooked == ([] if handle is None else [(2, 7)])
             assert cache.length == 7
-        assert hooked == [(2, 7)]
+            if handle is not None:
+                handle.remove()
+        everywhere = list[Any]()
+        of_all = torch.nn.modules.module.register_module_forward_hook(lambda *call: everywhere.append(call[0]))  # noqa: B023
+        seen.clear()
+        model.read(ids, at, None, wanted, model.new_cache(2, 8))
+        of_all.remove()
+        assert everywhere
+        assert seen[-1] == [2, 7]
         assert difference(model.read(ids, at, None, None, model.new_cache(2, 8)), expected) < 1e-5
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from minopt import int8
 from minopt.cli import main
 from minopt.inference import linear
+from minopt.memory import empty
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -44,7 +45,7 @@ def test_few_rows_are_read_as_full_ones_where_that_is_faster(
 ) -> None:
     monkeypatch.setattr(linear, "_FULL_FROM", 0)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_f": True})
-    monkeypatch.setattr(linear, "_on_intel", lambda: not few)
+    monkeypatch.setattr(linear, "_is_made_by", lambda vendor: few and vendor == "AuthenticAMD")
     weight, bias = draw(48, 32).to(dtype), draw(48, seed=1).to(dtype)
     product, counts = linear.OneDNN(weight, bias, "relu"), list[int]()
     operator = product._product
@@ -60,8 +61,21 @@ def test_few_rows_are_read_as_full_ones_where_that_is_faster(
         torch.testing.assert_close(y, F.relu(F.linear(x, weight, bias)))
         assert y.is_contiguous()
     assert counts == ([6, 6, 6, 4, 7, 6, 6, 6, 4, 6] if few else [1, 2, 3, 4, 7, 1, 2, 3, 4, 3])
+    monkeypatch.setattr(linear, "_VOCABULARY", 48)
+    kept = linear.OneDNN(weight, None)(draw(2, 1, 32).to(dtype))
+    assert kept.untyped_storage().nbytes() == kept.nbytes  # logits take no more than they are
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True})
     assert not linear.wants_full_rows(weight)
+
+
+@pytest.mark.parametrize("kind", [linear.OneDNN, linear.Int8])
+def test_a_default_device_changes_no_product(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = linear._works(kind, torch.float32)
+    with torch.device("meta"):
+        assert linear._works.__wrapped__(kind, torch.float32) == expected
+        assert empty((3,), torch.float32).device.type == "cpu"
+    monkeypatch.setattr(kind, "__call__", lambda self, x: x)
+    assert not linear._works.__wrapped__(kind, torch.float32)
 
 
 @pytest.mark.parametrize("form", ["none", "outliers"])

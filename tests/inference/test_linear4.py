@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -15,10 +17,12 @@ from torch import Tensor
 
 import minopt
 from minopt import convert, int4, load_model
+from minopt.checkpoint.names import parameter_shapes
 from minopt.cli import main
 from minopt.generation.decode import generate
 from minopt.inference import linear4
-from minopt.inference.linear4 import Int4
+from minopt.inference.linear4 import Int4, kept_in_int4
+from minopt.int8 import is_quantized
 from minopt.load_options import LoadOptions
 from minopt.model import ACTIVATIONS
 from tests.checkpoint.test_convert import assert_identical, stored
@@ -112,15 +116,63 @@ def test_what_is_saved_is_the_folder_to_the_bit(folder: Path, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("kind", ["125m"])
-def test_they_become_floats_where_there_is_no_product(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_they_become_floats_where_there_is_no_product(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     floats = {dtype: load_model(folder, device="cpu", dtype=dtype).state_dict() for dtype in ("float64", "float32")}
     assert_identical(dict(minopt.load(folder, device="cpu", dtype="float64").model.state_dict()), floats["float64"])
     monkeypatch.setattr(linear4, "_works", lambda: False)
     assert_identical(dict(minopt.load(folder, device="cpu").model.state_dict()), floats["float32"])
     with pytest.raises(
-        ValueError, match=r"^quantize: int4 needs a CPU with AVX-512, .* got 64, 128 and .*\. Take int8\.$"
-    ):
+        ValueError, match=r"^quantize: int4 needs a CPU with AVX-512, .* got .*, 64 and 128, and 64\. Take int8\.$"
+    ) as loaded:
         minopt.load(folder, device="cpu", quantize="int4")
+    assert main(["plan", str(folder), "--device", "cpu", "--quantize", "int4"]) != 0  # names no command that fails
+    assert str(loaded.value) in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["125m"])
+def test_a_pickled_model_is_refused_by_a_machine_without_the_product(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored_model = pickle.dumps(minopt.load(folder, device="cpu").model)
+    monkeypatch.setattr(linear4, "_works", lambda: False)
+    with pytest.raises(ValueError, match=r"^model: its int4 weights need a CPU with AVX-512, got .*\. Load it"):
+        pickle.loads(stored_model)
+
+
+def test_weights_of_unlike_groups_stay_no_int4() -> None:
+    """As a folder has them whose rows have one scale each."""
+    config = minopt.OPTConfig(hidden_size=64, ffn_dim=256, num_hidden_layers=1, num_attention_heads=2)
+    names = {name: shape for name, shape in parameter_shapes(config).items() if is_quantized(name)}
+
+    def found(groups_of_fc2: int, quantize: str | None = None) -> Any:
+        tensors = {
+            name: SimpleNamespace(
+                shape=shape, packed=True, scale=torch.ones(shape[0], groups_of_fc2 if "fc2" in name else 1), dtype=None
+            )
+            for name, shape in names.items()
+        }
+        checkpoint: Any = SimpleNamespace(config=config, tensors=tensors, found=SimpleNamespace(folder="x"))
+        return kept_in_int4(checkpoint, LoadOptions(torch.device("cpu"), quantize=quantize))
+
+    assert found(4) == (64, torch.float32)
+    assert found(1) is None
+    with pytest.raises(ValueError, match=r"groups of 32, 64, 128, 256 inputs, got .*, 64 and 256, and 64 and 256\."):
+        found(1, "int4")
+
+
+def test_rounding_takes_some_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = drawn(10, 64)
+    whole = int4.quantize(weight, 32, torch.bfloat16)
+    monkeypatch.setattr(int4, "CHUNK_NUMBERS", 3 * 64)
+    for part, of_all in zip(int4.quantize(weight, 32, torch.bfloat16), whole, strict=True):
+        assert part.equal(of_all)
+
+
+def test_a_default_device_changes_nothing() -> None:
+    with torch.device("meta"):
+        assert linear4._works.__wrapped__()
 
 
 def test_a_processor_of_another_layout_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,19 +183,19 @@ def test_a_processor_of_another_layout_is_found_out(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize(
     ("options", "got"),
-    [({"dtype": "float64"}, "dtype=float64"), ({"optimize": False}, "optimize=False"),
-     ({"offload": "disk"}, "offload=disk"), ({"draft": "int8"}, "draft=int8"),
-     ({"optimize": "compile", "dtype": "float64"}, "dtype=f.* and o.*compile")],
+    [({"dtype": "float64"}, "dtype=float64. Give another dtype."),
+     ({"optimize": False}, "optimize=False. Leave optimize out."),
+     ({"offload": "disk"}, "offload=disk. Leave offload out."), ({"draft": "int8"}, "draft=int8. Leave draft out."),
+     ({"optimize": "compile", "dtype": "float64"},
+      "dtype=float64 and optimize=compile. Give another dtype and leave optimize out.")],
 )  # fmt: skip
 def test_what_int4_does_not_do_is_refused_in_one_line(options: dict[str, Any], got: str) -> None:
-    with pytest.raises(
-        ValueError, match=rf"^quantize: int4 weights are for .*, got {got}\. Leave that out, or take int8"
-    ):
+    with pytest.raises(ValueError, match=rf"^quantize: int4 weights are for .*, got {re.escape(got)}$"):
         minopt.load("no/such-model", device="cpu", quantize="int4", **options)
 
 
 def test_int4_is_refused_on_a_gpu_and_divided() -> None:
-    with pytest.raises(ValueError, match=r"got device=cuda and a mesh\. Leave that out"):
+    with pytest.raises(ValueError, match=r"got device=cuda and a mesh\. Give device=.cpu. and leave the"):
         LoadOptions(torch.device("cuda"), quantize="int4", mesh=cast(Any, "two processes"))
 
 

@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -233,3 +234,26 @@ def test_what_waits_for_a_gpu_has_to_have_room(
         plan.check_fits(checkpoint, to_cpu)
     free["cpu"] = 4 * layers
     plan.check_fits(checkpoint, to_cpu)
+
+
+def test_a_check_counts_weights_in_the_form_that_they_will_have(
+    write_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """int8 files that become int4, the scales of smaller groups, and tables that another form holds already."""
+    minopt.convert(write_checkpoint("125m", hidden_size=64, ffn_dim=128), tmp_path / "int8", quantize="int8")
+    checkpoint, options = open_checkpoint(tmp_path / "int8"), LoadOptions(torch.device("cpu"), torch.float32)
+
+    def needs(quantize: str, group: int = 64) -> int:
+        found = plan_generation(checkpoint.config, dtype=torch.float32, quantize=quantize, group=group, length=1)
+        return found.weights + found.loading
+
+    in_int8, in_int4 = needs("int8"), needs("int4")
+    assert in_int4 < needs("int4", group=32) < in_int8
+    free = in_int4
+    monkeypatch.setattr(plan, "available_memory", lambda _: free)
+    plan.check_fits(checkpoint, options, group=64)
+    for group in (32, None):
+        with pytest.raises(ValueError, match=r"^memory: "):
+            plan.check_fits(checkpoint, options, group=group)
+    table = torch.empty(in_int8 - in_int4, dtype=torch.uint8)
+    plan.check_fits(checkpoint, replace(options, held={"embed_tokens.weight": table}))

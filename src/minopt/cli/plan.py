@@ -106,24 +106,34 @@ class Plan(Command):
 
     def _ways(self, config: OPTConfig, options: LoadOptions, counts: list[int]) -> list[dict[str, Any]]:
         """The forms of a model, as options of ``plan_generation``: whole, divided, offloaded."""
-        quantize = self._quantized(config, options)
+        quantize, group = self._quantized(config, options)
         ways: list[dict[str, Any]] = [{"devices": n, "quantize": quantize} for n in counts]
         if quantize == "int4":  # for one device alone: divided, the weights of files become floats
-            ways = ways[:1] + [way | {"quantize": None} for way in ways[1:] if self.quantize is None]
+            rest = [way | {"quantize": None} for way in ways[1:] if self.quantize is None]
+            ways = [ways[0] | {"group": group}, *rest]
         if self.quantize is None:
             ways += [{"offload": to} for to in ("cpu", "disk")[options.device.type == "cpu" :]]
         return ways
 
-    def _quantized(self, config: OPTConfig, options: LoadOptions) -> str | None:
-        """What a model's weights are quantized to: as asked for, else as its files are if ``load`` keeps that."""
-        from minopt import int4, int8
-        from minopt.inference.linear4 import stays
+    def _quantized(self, config: OPTConfig, options: LoadOptions) -> tuple[str | None, int]:
+        """What a model's weights are quantized to: as asked for, else as its files are if ``load`` keeps that.
 
-        stored = config.extra.get(int8.CONFIG_KEY)
-        if options.quantize is not None or stored is None:
-            return options.quantize
+        The number is for int4: inputs with one scale.
+        """
+        from minopt import int4, int8
+        from minopt.inference.linear4 import no_product, stays
+
+        stored, wanted = config.extra.get(int8.CONFIG_KEY), options.quantize
         group = int4.group_of(stored)
-        return "int8" if group is None else "int4" if stays(config, group, options) else None
+        if wanted == "int8" or (wanted is None and (stored is None or group is None)):
+            return wanted if stored is None else "int8", 0
+        if group is None:
+            group = int4.group_size(config)
+        if stays(config, group, options):
+            return "int4", group
+        if wanted is not None:
+            raise no_product(config, group)
+        return None, 0
 
     def _show_kernels(self) -> int:
         from minopt.inference.linear import kernels

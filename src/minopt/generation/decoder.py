@@ -26,8 +26,8 @@ class Decoder(Protocol):
     config: OPTConfig
     max_batch: int | None
     """The most rows at once; ``None`` is any number."""
-    in_int8: bool
-    """Whether the layers' weights are in int8: a step reads a byte for each."""
+    in_8_bits: bool
+    """Whether a step takes as long as if the layers' weights were in int8, or less."""
 
     @property
     def device(self) -> torch.device:
@@ -87,7 +87,7 @@ class Draft:
         """
         times = []
         for decoder in (self.decoder, other):
-            itemsize, calls = (1, 1.25) if decoder.in_int8 else (decoder.dtype.itemsize, 1.0)
+            itemsize, calls = (1, 1.25) if decoder.in_8_bits else (decoder.dtype.itemsize, 1.0)
             times.append(size_of(decoder) * itemsize + calls * decoder.config.num_hidden_layers * _LAYER_BYTES)
         return times[0] / times[1]
 

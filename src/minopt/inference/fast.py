@@ -113,7 +113,7 @@ def build(checkpoint: Checkpoint, options: LoadOptions) -> FastOPT:
         ValueError: if it does not fit into memory.
     """
     in_int4 = kept_in_int4(checkpoint, options)
-    check_fits(checkpoint, options, in_int4=in_int4 is not None)
+    check_fits(checkpoint, options, group=None if in_int4 is None else in_int4[0])
     return FastOPT(checkpoint.config, weights_of(checkpoint, options, in_int4=in_int4))
 
 

@@ -199,6 +199,7 @@ class InferenceOPT(Frozen, OPT):
     ) -> None:
         nn.Module.__init__(self)
         self.config, self._head, self.in_int8, self.in_int4 = config, head, in_int8, in_int4
+        self.in_8_bits = in_int8 or in_int4 is not None
         of = {name: tensor.detach() for name, tensor in weights.items()}
         table, positions = of["embed_tokens.weight"], of["embed_positions.weight"]
         last = {part: of.get(f"final_layer_norm.{part}") for part in ("weight", "bias")}

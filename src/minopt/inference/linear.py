@@ -29,6 +29,7 @@ OUTLIERS_FROM = 4096
 
 _FULL_ROWS = 6  # oneDNN's kernels for AVX-512 take so many in less time than 1 to 3 (benchmarks/README.md)
 _FULL_FROM = 2**22  # bytes of a weight
+_VOCABULARY = 2**14  # outputs from which on a product may be the head
 
 _FEW_ROWS = 8  # of which torch's GPU kernel for int8 weights reads the weight once; it has not been timed
 
@@ -112,6 +113,7 @@ class OneDNN(Product):
         self._algorithm = "none" if activation == "gelu" else ""  # of two, the exact one
         self._product = torch.ops.mkldnn._linear_pointwise.default
         self._copies = {rows: _FULL_ROWS // rows for rows in (1, 2, 3)} if wants_full_rows(weight) else {}
+        self._is_head = len(weight) >= _VOCABULARY
         # oneDNN takes memory in small pages: of large ones a step of float32 is a tenth faster.
         to_large_pages(torch.ops.mkldnn.data_ptr(self._weight), torch.ops.mkldnn._nbytes(self._weight))
 
@@ -119,7 +121,8 @@ class OneDNN(Product):
         copies = self._copies.get(x.numel() // x.shape[-1])
         rows = x if copies is None else x.expand(copies, *x.shape)
         y = self._product(rows, self._weight, self.bias, self._fused, [], self._algorithm)
-        y = y if copies is None else y[0]
+        if copies is not None:
+            y = y[0].clone() if self._is_head else y[0]  # who keeps logits would keep those of the copies
         return y if self._after is None else self._after(y)
 
     def weight(self) -> tuple[Tensor, Tensor | None]:
@@ -174,8 +177,8 @@ def has(instructions: str) -> bool:
 
 
 def wants_full_rows(weight: Tensor) -> bool:
-    """Whether oneDNN's product takes ``_FULL_ROWS`` rows in less time than 1 to 3. Intel's have not been measured."""
-    return has("avx512_f") and not _on_intel() and weight.nbytes >= _FULL_FROM
+    """Whether oneDNN's product takes ``_FULL_ROWS`` rows in less time than 1 to 3. Measured on AMD's processors."""
+    return has("avx512_f") and _is_made_by("AuthenticAMD") and weight.nbytes >= _FULL_FROM
 
 
 class FullRows(TorchFunctionMode):
@@ -370,12 +373,16 @@ def packs(dtype: torch.dtype | None) -> bool:
     return kind_on_cpu(dtype or torch.float32) is not Plain
 
 
-@cache
 def _on_intel() -> bool:
     """Whether MKL runs on a processor that it was made for. On an AMD EPYC it reads a weight at half oneDNN's speed."""
+    return torch._C.has_mkl and _is_made_by("GenuineIntel")
+
+
+@cache
+def _is_made_by(vendor: str) -> bool:
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
-            return torch._C.has_mkl and "GenuineIntel" in file.read()
+            return vendor in file.read()
     except OSError:
         return False
 
@@ -383,11 +390,13 @@ def _on_intel() -> bool:
 @cache
 def _works(kind: type[Product], dtype: torch.dtype) -> bool:
     """Whether a product gives the right numbers: operators that are no part of torch's interface may be missing."""
-    weight, bias, reason = torch.ones(8, 8, dtype=dtype), torch.ones(8, dtype=dtype), ""
+    reason = ""
     try:
-        made = (*int8.quantize(weight), bias) if kind is Int8 else (weight, bias)
-        if not torch.allclose(kind(*made)(torch.ones(2, 8, dtype=dtype)), torch.full((2, 8), 9.0, dtype=dtype)):
-            reason = "wrong results"
+        with torch.device("cpu"):  # whatever the user's default device is
+            weight, bias, expected = torch.ones(8, 8, dtype=dtype), torch.ones(8, dtype=dtype), torch.full((2, 8), 9.0)
+            made = (*int8.quantize(weight), bias) if kind is Int8 else (weight, bias)
+            if not torch.allclose(kind(*made)(torch.ones(2, 8, dtype=dtype)), expected.to(dtype)):
+                reason = "wrong results"
     except (RuntimeError, AttributeError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
     if reason:

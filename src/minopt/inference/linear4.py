@@ -89,7 +89,17 @@ class Int4(Product):
         return int4.pack(numbers.reshape(-1, numbers.shape[3]).view(torch.int8) - 8), self._scale
 
     def __reduce__(self) -> Any:
-        return Int4, (*self.weight(), self.bias, self._activation_name)
+        return _rebuilt, (*self.weight(), self.bias, self._activation_name)
+
+
+def _rebuilt(*made_of: Any) -> Int4:
+    """A product of a model that was stored, perhaps by another machine."""
+    if not _works():
+        raise ValueError(
+            "model: its int4 weights need a CPU with AVX-512, got one with "
+            f"{torch.backends.cpu.get_cpu_capability()}. Load it from its folder, with minopt.load."
+        )
+    return Int4(*made_of)
 
 
 def stays(config: OPTConfig, group: int, options: LoadOptions) -> bool:
@@ -106,36 +116,45 @@ def kept_in_int4(checkpoint: Checkpoint, options: LoadOptions) -> tuple[int, tor
             stay int4 and int8 is to draft.
     """
     config, wanted = checkpoint.config, options.quantize == "int4"
-    scales = [t.scale for name, t in checkpoint.tensors.items() if int8.is_quantized(name) and t.packed is not None]
-    is_stored = options.quantize is None and len(scales) == 6 * config.num_hidden_layers
-    if not (wanted or is_stored):
+    groups, dtypes, count = set[int](), set[torch.dtype](), 0
+    for name, tensor in checkpoint.tensors.items():
+        if int8.is_quantized(name) and tensor.packed is not None and tensor.scale is not None:
+            groups.add(tensor.shape[1] // tensor.scale.shape[1])
+            dtypes.add(tensor.scale.dtype)
+            count += 1
+    if not (wanted or (options.quantize is None and count == 6 * config.num_hidden_layers)):
         return None
-    if scales and scales[0] is not None:
-        group, dtype = checkpoint.tensors["layers.0.fc1.weight"].shape[1] // scales[0].shape[1], scales[0].dtype
-    else:
-        group, dtype = int4.group_size(config), main_dtype(checkpoint.tensors.values())
-    if stays(config, group, options):
+    group, *others = groups or {int4.group_size(config)}
+    if not others and stays(config, group, options):
         if options.draft is not None:
             raise ValueError("draft: the model's weights stay int4, and int8 would draft no faster. Leave draft out.")
-        return group, dtype
+        return group, next(iter(dtypes or {main_dtype(checkpoint.tensors.values())}))
     if wanted:
-        raise ValueError(
-            f"quantize: int4 needs a CPU with AVX-512, and hidden_size and ffn_dim that are multiples of {_BLOCK}, got "
-            f"{config.hidden_size}, {config.ffn_dim} and {torch.backends.cpu.get_cpu_capability()}. Take int8."
-        )
+        raise no_product(config, group, *others)
     logger.debug("int4: no product for %s here; its weights become floats.", checkpoint.found.folder)
     return None
+
+
+def no_product(config: OPTConfig, *groups: int) -> ValueError:
+    """What int4 weights need here, for a model that has not all of it."""
+    fits, found = ", ".join(map(str, _GROUPS)), " and ".join(map(str, sorted(groups)))
+    return ValueError(
+        f"quantize: int4 needs a CPU with AVX-512, hidden_size and ffn_dim that are multiples of {_BLOCK}, and groups "
+        f"of {fits} inputs, got {torch.backends.cpu.get_cpu_capability()}, {config.hidden_size} and {config.ffn_dim}, "
+        f"and {found}. Take int8."
+    )
 
 
 @cache
 def _works() -> bool:
     """Whether the kernel is there and has the layout that ``Int4`` writes: each processor's is another."""
-    generator = torch.Generator().manual_seed(0)
-    weight, x = (torch.randn(n, 64, generator=generator, dtype=torch.float64) for n in (64, 3))
-    packed, scale = int4.quantize(weight, 32, torch.bfloat16)
-    try:
-        y = Int4(packed, scale, None)(x.bfloat16())
-    except (RuntimeError, AttributeError, NotImplementedError):
-        return False
-    expected = x @ int4.dequantize(packed, scale).double().T
-    return bool((y - expected).norm() < 0.02 * expected.norm())
+    with torch.device("cpu"):  # whatever the user's default device is
+        generator = torch.Generator().manual_seed(0)
+        weight, x = (torch.randn(n, 64, generator=generator, dtype=torch.float64) for n in (64, 3))
+        packed, scale = int4.quantize(weight, 32, torch.bfloat16)
+        try:
+            y = Int4(packed, scale, None)(x.bfloat16())
+        except (RuntimeError, AttributeError, NotImplementedError):
+            return False
+        expected = x @ int4.dequantize(packed, scale).double().T
+        return bool((y - expected).norm() < 0.02 * expected.norm())

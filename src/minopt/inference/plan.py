@@ -73,14 +73,15 @@ def plan_generation(
     devices: int = 1,
     offload: str | None = None,
     quantize: str | None = None,
+    group: int = int4.GROUP,
     batch: int = 1,
     length: int | None = None,
 ) -> Plan:
     """Plans the memory that ``minopt.load`` with these options, and ``generate``, take.
 
     ``device`` is ``"cpu"`` or ``"cuda"``; ``devices`` the number of processes, one a device, that divide the model;
-    ``batch`` is B, beams count as rows; ``length`` is T, ``None`` the model's positions. Raises ``ValueError`` if the
-    model cannot be divided so.
+    ``group`` the inputs with one scale, for int4; ``batch`` is B, beams count as rows; ``length`` is T, ``None`` the
+    model's positions. Raises ``ValueError`` if the model cannot be divided so.
     """
     check_divides("devices", config, devices)
     size = dtype.itemsize
@@ -89,7 +90,8 @@ def plan_generation(
     C, F, V, L = config.hidden_size, config.ffn_dim, config.vocab_size, config.num_hidden_layers
     length = length or config.max_position_embeddings
     tokens = batch * length
-    sizes = {name: _bytes_of(name, shape, size, devices, quantize) for name, shape in parameter_shapes(config).items()}
+    shapes = parameter_shapes(config)
+    sizes = {name: _bytes_of(name, shape, size, devices, quantize, group) for name, shape in shapes.items()}
     layers = sum(number for name, number in sizes.items() if name.startswith("layers."))
     outside, table, host, copies = sum(sizes.values()) - layers, sizes["embed_tokens.weight"], 0, 0
     if offload is None:
@@ -111,14 +113,14 @@ def plan_generation(
     return Plan(devices, offload, quantize, weights, loading, cache, activations, RUNTIME_BYTES[device], host, copies)
 
 
-def _bytes_of(name: str, shape: tuple[int, ...], itemsize: int, devices: int, quantize: str | None) -> int:
+def _bytes_of(name: str, shape: tuple[int, ...], itemsize: int, devices: int, quantize: str | None, group: int) -> int:
     """The bytes of the first process' share of a tensor."""
     dim = shard_dim(name)
     own = [Share(0, devices).of(size)[1] if number == dim else size for number, size in enumerate(shape)]
     if quantize is None or not int8.is_quantized(name):
         return math.prod(own) * itemsize
-    if quantize == "int4":  # with scales of 128 inputs, as the kernel and as files have them
-        return math.prod(own) // 2 + own[0] * -(-own[1] // int4.GROUP) * (4 + itemsize)
+    if quantize == "int4":  # with scales as the kernel and, in at most four bytes, as files have them
+        return math.prod(own) // 2 + own[0] * -(-own[1] // group) * 8
     return math.prod(own) + 4 * own[0]  # with a scale for each row
 
 
@@ -147,19 +149,21 @@ def rows_that_fit(config: OPTConfig, memory: int, **options: Any) -> int:
     return 2 + (memory - two) // (three - two)
 
 
-def check_fits(checkpoint: Checkpoint, options: LoadOptions, devices: int = 1, in_int4: bool = False) -> None:
+def check_fits(checkpoint: Checkpoint, options: LoadOptions, devices: int = 1, group: int | None = None) -> None:
     """Refuses a checkpoint that, divided among so many devices, does not fit into the memory that is free.
 
-    ``in_int4``: its int4 weights stay as they are.
+    ``group``: the inputs with one scale, where its weights are int4 in memory.
     """
     device, where = options.device, checkpoint.found.folder
     free, host = available_memory(device), available_memory(torch.device("cpu"))
     if free is None:
         return
+    free += sum(tensor.nbytes for tensor in options.held.values())  # the plan counts these too
     dtype = options.dtype or checkpoint.dtype_on(device)
     is_int8 = any(tensor.kind == "int8" for tensor in checkpoint.tensors.values())
-    quantize = "int8" if is_int8 else "int4" if in_int4 else options.quantize
+    quantize = "int4" if group is not None else "int8" if is_int8 else options.quantize
     asked: dict[str, Any] = {"dtype": dtype, "devices": devices, "offload": options.offload, "quantize": quantize}
+    asked |= {} if group is None else {"group": group}
 
     def plan(changes: dict[str, Any]) -> Plan:
         return plan_generation(checkpoint.config, device=device.type, length=1, **(asked | changes))

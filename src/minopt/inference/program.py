@@ -126,7 +126,7 @@ class ExportedModel:
     def __init__(self, folder: Path, manifest: Manifest, config: OPTConfig) -> None:
         self.config, self.manifest, self.max_batch = config, manifest, manifest.max_batch
         self.device, self.dtype = torch.device(manifest.device), DTYPES[manifest.dtype]
-        self.in_int8 = manifest.quantize == "int8"
+        self.in_8_bits = manifest.quantize == "int8"
         self._path = folder / PROGRAM
         if "amx_tile" in manifest.instructions:
             torch.cpu._init_amx()  # Linux gives a process these registers when it asks for them
