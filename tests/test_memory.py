@@ -7,6 +7,7 @@ import os
 import platform
 import re
 import resource
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -84,6 +85,17 @@ def test_freed_memory_is_kept_for_the_next_step_unless_the_user_says_otherwise(m
     monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "1000000")
     with kept_when_freed(device):  # a library without any function would have raised
         assert called == [None]
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "gnu_get_libc_version"), reason="needs glibc")
+@pytest.mark.parametrize("keep", ["", "keep_activations()", "with kept_when_freed(torch.device('cpu')): step()"])
+def test_activations_stay_for_the_next_operator_also_after_training(keep: str) -> None:
+    """In a process whose malloc nothing has changed yet."""
+    setup = """import torch; from minopt.memory import *; from tests.test_memory import faults_of
+def step(): torch.ones(2**24, dtype=torch.uint8), torch.ones(2**24, dtype=torch.uint8)"""
+    environment = {key: value for key, value in os.environ.items() if "MALLOC_" not in key and "TUNABLES" not in key}
+    code = "\n".join([setup, keep, "step()", "print(faults_of(step))"])
+    assert (int(subprocess.check_output([sys.executable, "-c", code], env=environment)) < 800) == bool(keep)
 
 
 def test_what_a_container_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

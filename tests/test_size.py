@@ -39,7 +39,7 @@ def lines(paths: list[Path]) -> int:
 
 # Lines at most, and the aim. A limit is what has been reached: lower it with the source.
 LIMITS = {
-    "src": (SOURCES, 18_655, 10_000),
+    "src": (SOURCES, 18_630, 10_000),
     "methods": ([path for path in SOURCES if path.parent.name in ("methods", "interop")], 2_025, 1_600),
     "core": ([path for path in SOURCES if is_core(path)], 9_900, 6_500),
     "training": ([path for path in SOURCES if path.parent.name == "training"], 2_040, 1_800),

@@ -23,6 +23,7 @@ from minopt.devices import resolve_device, resolve_dtype
 from minopt.generation.decoder import Decoder, Draft
 from minopt.generation.options import read_defaults
 from minopt.load_options import LoadOptions
+from minopt.memory import keep_activations
 from minopt.model import OPT
 from minopt.strangers import is_exported
 from minopt.text import LanguageModel
@@ -126,6 +127,7 @@ def load(
     reader = Tokenizer.beside(folder, tokenizer)
     defaults = read_defaults(folder / "generation_config.json", checkpoint.config.vocab_size)
     decoder = module.build(checkpoint, options)
+    keep_activations()
     if reader is not None:
         reader.warn_of_conflicts(decoder.config, folder)
     own = None if draft is None else Draft(_build_draft(checkpoint, options, decoder), shares_cache=True)
@@ -145,9 +147,7 @@ def _check_draft(options: LoadOptions, checkpoint: Checkpoint | None = None) -> 
     ):
         problem = "the model is int8 itself. Leave draft out, or load the model in float32 or bfloat16"
     elif options.device.type != "cpu":
-        problem = (
-            f"int8 saves time on a CPU, got {options.device}. Leave it out, or give generate a smaller model as draft"
-        )
+        problem = f"int8 saves time on a CPU, got {options.device}. Leave it out, or give generate a smaller model"
     if problem:
         raise ValueError(f"draft: {problem}.")
 

@@ -19,7 +19,7 @@ CHUNK_NUMBERS = 4_000_000  # that are in memory at a time where a tensor is not 
 _PAGE = 2**21
 _LARGE = 2**25  # bytes from which on the C library gives memory an area of its own
 _MADV_COLLAPSE = 25  # from Linux 6.1 on
-_TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # options of glibc's mallopt
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4  # options of glibc's mallopt
 _GROUPS, _GROUP_ROOT = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 
 # Of each version of Linux' control groups: the files of limit and use; in memory.stat, page cache and files in memory.
@@ -63,6 +63,14 @@ def to_large_pages(address: int, size: int) -> None:
         ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), _MADV_COLLAPSE)
 
 
+def keep_activations() -> None:
+    """Lets glibc keep up to 64 MB of memory that is freed, as it does once any area of nearly 32 MB was.
+
+    Else it gives the activations of a prompt back after each operator, and Linux clears as many pages for the next.
+    """
+    torch.empty(_LARGE - _PAGE, dtype=torch.uint8, device="cpu")
+
+
 @contextlib.contextmanager
 def kept_when_freed(device: torch.device) -> Iterator[None]:
     """Until the block ends, glibc keeps memory that is freed, for what comes next, in pages of 2 MB where Linux can.
@@ -86,7 +94,8 @@ def kept_when_freed(device: torch.device) -> Iterator[None]:
     try:
         yield
     finally:
-        libc.mallopt(_MMAP_MAX, 65536)  # glibc's own numbers
+        libc.mallopt(_MMAP_MAX, 65536)  # glibc's own numbers, and its own limits
+        libc.mallopt(_MMAP_THRESHOLD, _LARGE)
         libc.mallopt(_TRIM_THRESHOLD, 2 * _LARGE)
         libc.malloc_trim(0)
 

@@ -40,11 +40,9 @@ def difference(found: Tensor, expected: Tensor) -> float:
     return ((found.float() - expected.float()).abs().max() / expected.float().abs().max()).item()
 
 
-@pytest.fixture(params=["blocked", "onednn", "plain"])
+@pytest.fixture(params=["onednn", "plain"])
 def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """With the operators that this machine has, on an Intel processor and on others, and without."""
-    monkeypatch.setattr(linear, "_on_intel", lambda: request.param == "blocked")
-    monkeypatch.setattr(linear.Blocked, "width", 16)
+    """With the operators that this machine has, and without."""
     if request.param == "plain":
         monkeypatch.setattr(linear, "_works", lambda kind, dtype: False)
     return request.param

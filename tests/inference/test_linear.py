@@ -31,7 +31,7 @@ def product_of(form: str, weight: Tensor, scale: Tensor, bias: Tensor | None = N
 def test_a_product_of_no_rows_has_none() -> None:
     weight, bias = draw(200, 48), draw(200)
     quantized = int8.quantize(weight)
-    made: list[Any] = [kind(weight, bias) for kind in (linear.Blocked, linear.OneDNN, linear.Plain)]
+    made: list[Any] = [kind(weight, bias) for kind in (linear.OneDNN, linear.Plain)]
     made += [product_of(form, *quantized, bias) for form in ("none", "outliers", "weights alone")]
     for product in made:
         assert product(torch.empty(1, 0, 48)).shape == (1, 0, 200), product
@@ -176,7 +176,6 @@ def test_a_missing_operator_is_said_in_the_debug_log_and_the_plain_product_runs(
         def __init__(self, *_: Any) -> None:
             raise AttributeError("no such operator\nand more")
 
-    monkeypatch.setattr(linear, "_on_intel", lambda: False)
     monkeypatch.setattr(linear, "OneDNN", Missing)
     with caplog.at_level(logging.DEBUG, "minopt"):
         product = linear.build_product(torch.ones(8, 8), None)
@@ -201,21 +200,19 @@ def test_products_of_a_gpu_give_the_same_while_they_are_compiled(in_int8: bool, 
 
 
 @pytest.mark.parametrize(
-    ("on_intel", "works", "vnni", "expected"),
+    ("works", "vnni", "expected"),
     [
-        (True, True, True, {"float32": ("Blocked", "MKL, on an Intel"), "bfloat16": ("OneDNN", "oneDNN's packed"),
-                            "float16": ("Plain", "oneDNN packs float32 and"), "int8": ("Int8", "inputs have 8 bits")}),
-        (False, True, False, {"float32": ("OneDNN", "no Intel processor"), "int8": ("Int8", "7 bits, for there")}),
-        (False, False, True, {"float32": ("Plain", "oneDNN's packed product does not work here"),
-                              "bfloat16": ("Plain", "does not work"), "int8": ("WeightOnlyInt8", "does not work")}),
+        (True, True, {"float32": ("OneDNN", "oneDNN's packed"), "bfloat16": ("OneDNN", "oneDNN's packed"),
+                      "float16": ("Plain", "oneDNN packs float32 and"), "int8": ("Int8", "inputs have 8 bits")}),
+        (True, False, {"float32": ("OneDNN", "oneDNN's packed"), "int8": ("Int8", "7 bits, for there")}),
+        (False, True, {"float32": ("Plain", "oneDNN's packed product does not work here"),
+                       "bfloat16": ("Plain", "does not work"), "int8": ("WeightOnlyInt8", "does not work")}),
     ],
 )  # fmt: skip
 def test_the_command_shows_which_products_a_processor_takes(
-    on_intel: bool, works: bool, vnni: bool, expected: dict[str, tuple[str, str]],
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    works: bool, vnni: bool, expected: dict[str, tuple[str, str]], monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:  # fmt: skip
     """They are those that ``build_product`` makes there."""
-    monkeypatch.setattr(linear, "_on_intel", lambda: on_intel)
     monkeypatch.setattr(linear, "_works", lambda *_: works)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_vnni": vnni})
     assert main(["plan", "--kernels", "--json"]) == 0

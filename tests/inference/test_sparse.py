@@ -31,10 +31,9 @@ def small_weights_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sparse, "_SPEED", FEW_ROWS)
 
 
-@pytest.fixture(params=["blocked", "onednn", "plain"])
+@pytest.fixture(params=["onednn", "plain"])
 def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """With the operators that this machine has, on an Intel processor and on others, and without."""
-    monkeypatch.setattr(linear, "_on_intel", lambda: request.param == "blocked")
+    """With the operators that this machine has, and without."""
     if request.param == "plain":
         monkeypatch.setattr(linear, "_works", lambda kind, dtype: False)
     return request.param
@@ -62,7 +61,7 @@ def product_of(form: str, outputs: int = OUTPUTS, has_bias: bool = True) -> tupl
 
 
 @pytest.mark.parametrize("has_bias", [True, False])
-@pytest.mark.parametrize("outputs", [OUTPUTS, 100])  # 100 fill no block: padded, or copied
+@pytest.mark.parametrize("outputs", [OUTPUTS, 100])  # 100 fill no block: they are copied
 @pytest.mark.parametrize("form", TOLERANCES)
 def test_results_are_those_of_all_numbers_multiplied(form: str, outputs: int, has_bias: bool, kernels: str) -> None:
     product, weight, bias = product_of(form, outputs, has_bias)

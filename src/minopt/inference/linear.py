@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from minopt import int8
 from minopt.devices import DTYPES
-from minopt.memory import empty, to_large_pages
+from minopt.memory import to_large_pages
 from minopt.model import ACTIVATIONS
 
 logger = logging.getLogger(__name__)
@@ -57,7 +57,7 @@ class Product:
     def blocks(self) -> Tensor | None:
         """The weight's own memory ``[O / W, I, W]`` if it should be in blocks of W outputs, with a row for each input.
 
-        The last block may be padded. Compare a result before relying on it: some layouts are another library's.
+        Compare a result before relying on it: some layouts are another library's.
         """
         return None
 
@@ -137,38 +137,6 @@ class OneDNN(Product):
             return None
         memory = (ctypes.c_char * size).from_address(address)
         return torch.frombuffer(memory, dtype=torch.float32).view(-1, inputs, width)
-
-
-class Blocked(Product):
-    """MKL's product with a weight in blocks of outputs, each of which holds a row of outputs for each input.
-
-    In float32 on Intel's processors it takes a single row as fast as ``F.linear``, a sixth faster than oneDNN does, and
-    many rows as fast as oneDNN (benchmarks/README.md).
-    """
-
-    width = 128  # outputs of a block
-
-    def __init__(self, weight: Tensor, bias: Tensor | None, activation: str = "none") -> None:
-        super().__init__(bias, activation)
-        (self._outputs, inputs), rest = weight.shape, -len(weight) % self.width
-        self._blocks = empty((-(-len(weight) // self.width), inputs, self.width), weight.dtype)  # [O / width, I, width]
-        for block, rows in zip(self._blocks, torch.split(weight, self.width), strict=True):
-            block[:, : len(rows)] = rows.T
-            block[:, len(rows) :] = 0
-        self._whole = rest == 0
-        self._bias = weight.new_zeros(()) if bias is None else F.pad(bias, (0, rest)).view(-1, 1, self.width)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1]).expand(len(self._blocks), -1, -1)
-        y = torch.baddbmm(self._bias, rows, self._blocks)  # [O / width, M, width]
-        y = y.transpose(0, 1).reshape(*x.shape[:-1], len(y) * self.width)
-        return self._activation(y if self._whole else y[..., : self._outputs])
-
-    def weight(self) -> tuple[Tensor, Tensor | None]:
-        return self._blocks.transpose(1, 2).flatten(0, 1)[: self._outputs], None
-
-    def blocks(self) -> Tensor | None:
-        return self._blocks
 
 
 def has(instructions: str) -> bool:
@@ -340,20 +308,18 @@ def build_product(
     return WeightOnlyInt8(weight, scale, bias, activation)
 
 
-def kind_on_cpu(dtype: torch.dtype) -> type[Blocked | OneDNN | Plain]:
+def kind_on_cpu(dtype: torch.dtype) -> type[OneDNN | Plain]:
     """The product that is fastest on this machine's CPU."""
     return _chosen_on_cpu(dtype)[0]
 
 
-def _chosen_on_cpu(dtype: torch.dtype) -> tuple[type[Blocked | OneDNN | Plain], str]:
+def _chosen_on_cpu(dtype: torch.dtype) -> tuple[type[OneDNN | Plain], str]:
     """The product that is fastest on this machine's CPU, and why."""
-    if dtype == torch.float32 and _on_intel():
-        return Blocked, "MKL, on an Intel processor"
     if dtype not in (torch.float32, torch.bfloat16):
         return Plain, "oneDNN packs float32 and bfloat16 alone"
     if not _works(OneDNN, dtype):
         return Plain, "oneDNN's packed product does not work here"
-    return OneDNN, "no MKL, or no Intel processor" if dtype == torch.float32 else "oneDNN's packed product works here"
+    return OneDNN, "oneDNN's packed product works here"
 
 
 def kernels() -> list[tuple[str, str, str]]:
@@ -371,11 +337,6 @@ def kernels() -> list[tuple[str, str, str]]:
 def packs(dtype: torch.dtype | None) -> bool:
     """Whether weights of a dtype (``None`` is float32) are copied to other memory on a CPU, or used where they are."""
     return kind_on_cpu(dtype or torch.float32) is not Plain
-
-
-def _on_intel() -> bool:
-    """Whether MKL runs on a processor that it was made for. On an AMD EPYC it reads a weight at half oneDNN's speed."""
-    return torch._C.has_mkl and _is_made_by("GenuineIntel")
 
 
 @cache

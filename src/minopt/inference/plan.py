@@ -20,7 +20,7 @@ from minopt.checkpoint.names import parameter_shapes, shard_dim
 from minopt.checkpoint.tensors import Share, main_dtype
 from minopt.config import PRESETS, OPTConfig
 from minopt.devices import DTYPES
-from minopt.inference.linear import Blocked, OneDNN, Plain, kind_on_cpu
+from minopt.inference.linear import Plain, kind_on_cpu
 from minopt.inference.sparse import copied_bytes
 from minopt.load_options import LoadOptions
 from minopt.memory import available_memory
@@ -31,8 +31,7 @@ from minopt.strangers import is_exported
 RUNTIME_BYTES = {"cpu": 370_000_000, "cuda": 700_000_000}
 
 # What a token of a prompt takes, in inner widths of the feed-forward: measured, with what allocators do not reuse.
-_INNER = {Blocked: 5, OneDNN: 4, Plain: 4}
-_INNER_INT8 = 8
+_INNER, _INNER_INT8 = 4, 8
 
 # What to try where memory is short.
 _TO_DISK: dict[str, Any] = {"devices": 1, "offload": "disk", "quantize": None}
@@ -100,11 +99,11 @@ def plan_generation(
         head = table // size if is_rounded else 0 if product is Plain else table
         # Read before it is packed, one at a time (query, key and value are joined first); the head comes last.
         loading = max(2 * head if is_rounded else 0, max(6 * C * C, C * F) * size // devices - head)
-        weights, inner = layers + outside + head, _INNER_INT8 if is_rounded else _INNER[product]
+        weights, inner = layers + outside + head, _INNER_INT8 if is_rounded else _INNER
         if device == "cpu" and config.activation_function == "relu" and quantize != "int4":
             copies = L * copied_bytes(F // devices, C, torch.int8 if is_rounded else dtype)
     else:
-        weights, loading, inner = outside + min(2, L) * layers // L, 0, _INNER[Plain]
+        weights, loading, inner = outside + min(2, L) * layers // L, 0, _INNER
         host = layers if offload == "cpu" else 2 * layers // L if device == "cuda" else 0
     cache = 2 * L * tokens * C * size // devices
     activations = tokens * (4 * C + inner * F // devices) * size + batch * V * (size + 12)

@@ -129,7 +129,7 @@ class _Table:
 
     Args:
         parts: ``[P, I, W]``, the first two dims stored in this or the other order; in int8 as ``_by_inputs`` gives it.
-        bias: ``[O]``; where O is less than P * W, the rest is padding.
+        bias: ``[O]``.
         scale: ``[O, 1]`` of an int8 weight.
     """
 
@@ -162,7 +162,7 @@ class _Table:
             return y
         if self._scale is not None:
             return torch.addcmul(self._bias, y, self._scale).to(rows.dtype)
-        return (y if y.shape[1] == len(self._bias) else y[:, : len(self._bias)]) + self._bias
+        return y + self._bias
 
 
 def _parts(outputs: int) -> int:

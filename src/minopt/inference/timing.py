@@ -11,6 +11,7 @@ import torch
 from minopt.config import OPTConfig
 from minopt.generation.decoder import Decoder
 from minopt.masks import beam_mask
+from minopt.memory import keep_activations
 
 Times = dict[str, dict[str, float]]
 
@@ -26,6 +27,7 @@ def beside(program: Decoder, model: Decoder) -> Times:
     Returns:
         Milliseconds, the least of several samples: ``{"1 row": {"program": 5.1, "model": 5.3}, "8 rows": ...}``.
     """
+    keep_activations()  # as in a process that loads them
     found: Times = {}
     for name, rows, tokens, cached in _work(program.config, program.max_batch):
         both = {"program": program, "model": model}
