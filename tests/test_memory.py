@@ -94,7 +94,7 @@ def test_activations_stay_for_the_next_operator_also_after_training(keep: str) -
     setup = """import torch; from minopt.memory import *; from tests.test_memory import faults_of
 def step(): torch.ones(2**24, dtype=torch.uint8), torch.ones(2**24, dtype=torch.uint8)"""
     environment = {key: value for key, value in os.environ.items() if "MALLOC_" not in key and "TUNABLES" not in key}
-    code = "\n".join([setup, keep, "step()", "print(faults_of(step))"])
+    code = "\n".join([setup, keep, "step()", "print(min(faults_of(step) for _ in range(5)))"])
     assert (int(subprocess.check_output([sys.executable, "-c", code], env=environment)) < 800) == bool(keep)
 
 
