@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -171,8 +172,8 @@ def int8() -> str:
     ))  # fmt: skip
 
 
-def int4() -> str:
-    result, forms = newest("int4", "epyc2-noamx"), ("bfloat16", "int8", "int4")
+def int4(hardware: str = "epyc2-noamx") -> str:
+    result, forms = newest("int4", hardware), ("bfloat16", "int8", "int4")
     rows = [
         [name, *(f"{case[form]['median_ms']:.1f} ms" for form in forms), case["to_int8"], case["to_bfloat16"]]
         for name, case in result.items()
@@ -259,9 +260,9 @@ def methods() -> str:
     )] for row in rows))  # fmt: skip
 
 
-def batches() -> str:
+def batches(hardware: str = "epyc2-noamx") -> str:
     rows = []
-    for name, case in newest("batches", "epyc2-noamx")["cases"].items():
+    for name, case in newest("batches", hardware)["cases"].items():
         speeds = [
             "{new_tokens_per_second:.0f}, {peak_mb:,} MB".format(**case[way]) if way in case else "" for way in WAYS
         ]
@@ -275,9 +276,9 @@ def batches() -> str:
     )
 
 
-def sparsity() -> str:
+def sparsity(hardware: str = "epyc2-noamx") -> str:
     found: dict[str, dict[tuple[float, int], Any]] = {}
-    for case in newest("sparsity", "epyc2-noamx")["cases"]:
+    for case in newest("sparsity", hardware)["cases"]:
         if "density" in case:
             found.setdefault(f"{case['model']}, {case['dtype']}", {})[case["density"], case["rows"]] = case
     cases = list(next(iter(found.values())))
@@ -289,17 +290,18 @@ def sparsity() -> str:
     ))  # fmt: skip
 
 
-def drafts() -> str:
+def drafts(hardware: str = "epyc2-noamx") -> str:
     return table("case | dtype | without | with the draft | ratio | accepted of drafted | 1 - total variation", ([
         case["case"] + (f", layers x {case['layers_times']}" if "layers_times" in case else ""), case["dtype"],
         f"{case['without_ms']:.1f} ms", f"{case['with_ms']:.1f} ms", f"**{case['ratio']:.2f}x**",
         f"{case['accepted']} of {case['drafted']}", case.get("best_possible", "")
-    ] for case in newest("drafts", "epyc2-noamx")["cases"]))  # fmt: skip
+    ] for case in newest("drafts", hardware)["cases"]))  # fmt: skip
 
 
 TABLES: dict[str, Callable[[], str]] = {
     "inference_amd": lambda: inference("epyc2-noamx"),
     "finetune_amd": lambda: finetune("epyc2-noamx"),
+    **{f"{build.__name__}_intel": partial(build, "xeon2") for build in (int4, batches, sparsity, drafts)},
     **{build.__name__: build for build in (inference, speed, contexts, start, peaks, steps, prompts, finetune, squad,
                                            int8, int4, load, convert, memory, processes, plan, methods, batches,
                                            sparsity, drafts)},
